@@ -1,0 +1,1 @@
+"""The hot operations: one contract (ops.py), a reference and a CUDA implementation of it."""

@@ -1,0 +1,183 @@
+"""The contract of the hot operations.
+
+Two packages implement it: `kernels.reference` (plain PyTorch, any device and dtype) and `kernels.cuda`
+(CuTeDSL and QuACK on sm_90a and sm_100a). Each exports one module-level function for every method of
+`Ops`, with the same name and parameters; `tests/kernels/test_ops.py` compares them. A target picks one
+package, once, at start (`nmoe.target`).
+
+Shape letters: T tokens, D model width, F expert width, E experts on this rank, K top-k, N = T·K rows,
+H heads, S sequence, B batch, V vocabulary. Every function that returns a floating tensor is
+differentiable with respect to its floating inputs unless it says otherwise.
+
+Gate and up projections share one weight `w13` whose rows are interleaved: row 2i is the gate's row i,
+row 2i+1 the up projection's row i. So swiglu(h)[..., i] = silu(h[..., 2i]) · h[..., 2i+1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class KernelError(RuntimeError):
+  """An operation cannot run as asked: an unsupported shape, dtype, layout or device."""
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+  """How a router turns logits into experts and gates (DeepSeek-V3, arXiv 2412.19437 Eq 12-16)."""
+
+  top_k: int
+  score: str = "sigmoid"  # "sigmoid" or "softmax", over fp32 logits
+  num_groups: int = 1  # groups of E / num_groups neighbouring experts
+  topk_groups: int = 1  # groups a token may choose from
+  normalize: bool = True  # divide the K gates by their sum (+1e-20)
+  scale: float = 1.0  # factor on the gates, after normalisation
+
+
+@dataclass(frozen=True)
+class Recipe:
+  """The arithmetic of a matrix product's operands.
+
+  format "bf16" multiplies in the tensors' own dtype. "fp8" is MXFP8 (arXiv 2506.08027), "nvfp4" is NVFP4
+  (arXiv 2509.25149). With `emulate` the operands are quantized, dequantized and multiplied in bf16
+  (products are exact, only the accumulation order differs); without it block-scaled tensor cores are
+  required (sm_100a). `forward_only_bf16` keeps the forward product in bf16 while both gradients stay
+  quantized (the "finish" of arXiv 2509.25149 section 5).
+  """
+
+  format: str = "bf16"
+  emulate: bool = False
+  forward_only_bf16: bool = False
+  seed: int = 0  # of stochastic rounding and of the Hadamard signs
+
+
+class Routing(NamedTuple):
+  expert_TK: Tensor  # int32, the chosen experts, best biased score first
+  gate_TK: Tensor  # fp32, differentiable
+  score_TE: Tensor  # fp32, unbiased scores of all experts, differentiable (for the balance loss)
+  count_E: Tensor  # int32, tokens per expert
+
+
+class Layout(NamedTuple):
+  """Expert-sorted order of the N = T·K rows: by expert, then token, then k. No padding."""
+
+  offset_E1: Tensor  # int32 [E + 1], rows of expert e are offset[e] : offset[e + 1]
+  row_TK: Tensor  # int32, the row of (t, k)
+  source_N: Tensor  # int32, t·K + k of each row
+
+
+class Ops(Protocol):
+  def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x², -1) + eps) · weight, in fp32, rounded once to x's dtype. x [..., D], weight [D]."""
+
+  def add_rms_norm(
+    self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+  ) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual). The sum is rounded to x's dtype, the norm is of the rounded sum."""
+
+  def linear(self, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    """x [..., I] · weight [O, I]ᵀ in the recipe's arithmetic, fp32 accumulation, x's dtype out."""
+
+  def mlp(self, x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
+    """A dense SwiGLU block: w2 · swiglu(w13 · x). x [..., D], w13 [2F, D] interleaved, w2 [D, F]."""
+
+  def mla_qkv(
+    self, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, rope_dim: int
+  ) -> tuple[Tensor, Tensor, Tensor]:
+    """Split and rotate MLA's projections (arXiv 2412.19437 Eq 1-9), interleaved RoPE pairs (2j, 2j+1).
+
+    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (one key for all heads, unrotated),
+    cos and sin fp32 [S, rope / 2]. Returns q and k [B, S, H, nope + rope], v [B, S, H, v].
+    """
+
+  def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal softmax(q kᵀ · scale) v. q, k [B, S, H, QK], v [B, S, H, V] -> [B, S, H, V]. fp32 softmax."""
+
+  def route(self, x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> Routing:
+    """Scores, groups, top-k, gates and counts. x [T, D], weight fp32 [E, D], bias fp32 [E] (no gradient).
+
+    Logits are fp32 products of x and the fp32 weight. Selection uses score + bias, gates the score.
+    A group's score is the sum of its best two biased scores; groups outside the best topk_groups are masked
+    with -inf. Ties go to the lower index.
+    """
+
+  def layout(self, expert_TK: Tensor, num_experts: int) -> Layout:
+    """The expert-sorted order of a routing: a pure function, no host synchronisation, not differentiable."""
+
+  def grouped_mlp(
+    self, x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe
+  ) -> Tensor:
+    """SwiGLU experts over sorted rows. x [N', D] with N' >= offset[-1]; w13 [E, 2F, D], w2 [E, D, F] -> [N', D].
+
+    Rows at and beyond offset[-1] are ignored, their outputs and gradients are zero. Empty experts get zero
+    gradients.
+    """
+
+  def combine(self, y_TKD: Tensor, gate_TK: Tensor) -> Tensor:
+    """Σ_k gate[t, k] · y[t, k] in fp32, k ascending, rounded once: [T, D]. Bit-identical from run to run."""
+
+  def experts(
+    self, x_TD: Tensor, gate_TK: Tensor, layout: Layout, w13: Tensor, w2: Tensor, recipe: Recipe
+  ) -> Tensor:
+    """The routed experts of one rank: gather, grouped SwiGLU, combine -> [T, D].
+
+    Equal to combine(grouped_mlp(x[source // K])[row], gate). The gathered [N, D] input is not kept.
+    """
+
+  def linear_cross_entropy(
+    self, x: Tensor, weight: Tensor, target: Tensor, chunk: int
+  ) -> tuple[Tensor, Tensor]:
+    """Σ of -log softmax(weight · x)[target] over targets >= 0, and the fp32 per-token losses (no gradient).
+
+    x [T, D], weight [V, D], target int64 [T]; -1 is ignored (loss 0). Logits live for `chunk` tokens at a time,
+    [T, V] never; logits and softmax are fp32. Returns (sum fp32 scalar, losses fp32 [T]).
+    """
+
+  def newton_schulz(self, g: Tensor, steps: int) -> Tensor:
+    """Muon's orthogonalisation (quintic, bf16 on CUDA), batched over leading dims: g [..., A, B] -> same shape.
+
+    Coefficients (3.4445, -4.7750, 2.0315), input scaled by its Frobenius norm + 1e-7. Not differentiable.
+    """
+
+  def adamw(
+    self,
+    params: list[Tensor],
+    grads: list[Tensor],
+    masters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor,
+  ) -> None:
+    """Decoupled AdamW in place on fp32 masters; params receive the rounded masters (they may be the masters).
+
+    grad_scale is a 0-d fp32 tensor on the device (the clip factor). step counts from 1. Moments may be bf16.
+    """
+
+  def quantize(self, x: Tensor, format: str, *, axis: int = -1, tensor_amax: Tensor | None = None):
+    """Block-scale quantization; see kernels.reference.blockscale for the formats and its result type."""
+
+
+FUNCTIONS = tuple(name for name in vars(Ops) if not name.startswith("_"))
+
+
+def check(condition: bool, message: str) -> None:
+  """Raise KernelError(message) unless the condition holds."""
+  if not condition:
+    raise KernelError(message)
+
+
+def check_same_device(*tensors: Tensor) -> torch.device:
+  """The tensors' one device, or KernelError."""
+  devices = {t.device for t in tensors}
+  check(len(devices) == 1, f"tensors are on {sorted(map(str, devices))}; put them on one device")
+  return devices.pop()

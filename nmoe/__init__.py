@@ -1,0 +1,1 @@
+"""The core: configuration, model, RDEP, optimizers, data, the step loop and the records."""

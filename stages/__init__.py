@@ -1,0 +1,1 @@
+"""What a researcher runs: thin stage runners over the core."""
