@@ -1,0 +1,33 @@
+"""The errors a user can meet. Each message says what was found, what is required and what to do."""
+
+
+class NmoeError(Exception):
+  """Base of every error that nmoe raises on purpose; the CLI prints its message without a traceback."""
+
+
+class ConfigError(NmoeError):
+  """A configuration file, key, value or environment override is wrong."""
+
+
+class TargetError(NmoeError):
+  """The machine is not what the configuration's [target] asks for."""
+
+
+class DataError(NmoeError):
+  """A data set, mixture, shard or manifest is missing, unreadable or corrupt."""
+
+
+class CheckpointError(NmoeError):
+  """A checkpoint cannot be written, or what is read is missing, corrupt or of another run."""
+
+
+class CommError(NmoeError):
+  """Ranks failed to communicate: a peer is missing, late or dead."""
+
+
+class RecordError(NmoeError):
+  """The experiment or metrics database cannot be read or written."""
+
+
+class RunError(NmoeError):
+  """A run stopped: a non-finite loss, two processes on one run, or a failed child process."""
