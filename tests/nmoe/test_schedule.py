@@ -1,0 +1,83 @@
+"""WSD by tokens against the formula of science: warm-up, sustain, decay."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmoe.config import ScheduleConfig
+from nmoe.schedule import lr_factor
+
+BATCH = 100
+
+
+def schedule(**values) -> ScheduleConfig:
+  given = {"total_tokens": 10_000, "batch_tokens": BATCH, "warmup_tokens": 1_000}
+  return ScheduleConfig(**(given | {"decay_tokens": 2_000} | values))
+
+
+def test_first_and_last_steps_move_the_weights():
+  config = schedule()
+  assert lr_factor(0, config) == 50 / 1_000
+  assert lr_factor(10_000 - BATCH, config) > 0
+
+
+def test_sustain_is_exactly_the_peak():
+  config = schedule()
+  assert {lr_factor(t, config) for t in range(1_000, 7_900, BATCH)} == {1.0}
+
+
+@pytest.mark.parametrize(
+  ("decay", "at_quarter"), [("linear", 0.75), ("sqrt", 0.5)], ids=["linear", "sqrt"]
+)
+def test_decay_at_a_quarter(decay, at_quarter):
+  config = schedule(decay=decay, final_ratio=0.1)
+  tokens = 8_000 + 500 - BATCH // 2
+  assert lr_factor(tokens, config) == pytest.approx(0.1 + 0.9 * at_quarter, abs=1e-12)
+
+
+def test_no_warmup_and_no_decay_is_constant():
+  config = schedule(warmup_tokens=0, decay_tokens=0)
+  assert {lr_factor(t, config) for t in range(0, 20_000, BATCH)} == {1.0}
+
+
+def test_beyond_the_end_stays_at_the_final_ratio():
+  assert lr_factor(50_000, schedule(final_ratio=0.25)) == 0.25
+
+
+def test_rates_sum_to_the_area_under_the_curve():
+  """A linear warm-up and decay to 0 are two triangles beside the plateau; any batch size agrees."""
+  for batch in (10, 100, 500):
+    config = schedule(batch_tokens=batch, decay="linear")
+    area = sum(lr_factor(t, config) * batch for t in range(0, 10_000, batch))
+    assert area == pytest.approx(1_000 / 2 + 7_000 + 2_000 / 2, rel=1e-12)
+
+
+@given(
+  tokens=st.integers(0, 200_000),
+  warmup=st.integers(0, 50_000),
+  decay_tokens=st.integers(0, 50_000),
+  decay=st.sampled_from(["linear", "sqrt"]),
+  final=st.floats(0, 1),
+)
+def test_formula(tokens, warmup, decay_tokens, decay, final):
+  total = 100_000
+  config = schedule(
+    total_tokens=total,
+    warmup_tokens=warmup,
+    decay_tokens=decay_tokens,
+    decay=decay,
+    final_ratio=final,
+  )
+  factor = lr_factor(tokens, config)
+  t = tokens + BATCH / 2
+  assert min(final, BATCH / 2 / max(warmup, BATCH)) <= factor <= 1
+  if t < warmup:
+    assert factor == t / warmup
+  elif t <= total - decay_tokens or decay_tokens == 0:
+    assert factor == 1
+  else:
+    x = min(1, (t - (total - decay_tokens)) / decay_tokens)
+    g = {"linear": 1 - x, "sqrt": 1 - math.sqrt(x)}[decay]
+    assert factor == pytest.approx(final + (1 - final) * g, abs=1e-12)
