@@ -1,0 +1,49 @@
+"""GPU architectures and the environment that their compilers read. Imports no CUDA package.
+
+CuTeDSL and QuACK read their settings once, when they are imported. So a launcher puts
+`environment(...)` into the environment of the process that will import `kernels.cuda`; no other
+code touches it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels.ops import KernelError
+
+
+@dataclass(frozen=True)
+class Arch:
+  name: str  # what ptxas compiles for
+  capability: tuple[int, int]  # what torch.cuda.get_device_capability() says of such a GPU
+  num_sms: int  # of the product that carries it (B200, H100 and H200)
+  block_scaled: bool  # it has block-scaled tensor cores
+
+
+ARCHS = {
+  "sm_90a": Arch("sm_90a", (9, 0), 132, False),
+  "sm_100a": Arch("sm_100a", (10, 0), 148, True),
+}
+
+
+def arch_info(arch: str) -> Arch:
+  """The facts of a GPU architecture; KernelError names the known ones."""
+  if arch not in ARCHS:
+    raise KernelError(f"arch {arch!r} is not a GPU architecture of nmoe; use {' or '.join(ARCHS)}")
+  return ARCHS[arch]
+
+
+def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
+  """The variables a process needs before it imports `kernels.cuda` for `arch`.
+
+  The compiled kernels are kept in `cache_root/arch`: one folder per architecture, because the names
+  of QuACK's cached objects do not all say which architecture they were compiled for.
+  """
+  major, minor = arch_info(arch).capability
+  return {
+    "CUTE_DSL_ARCH": arch,
+    "QUACK_ARCH": f"{major}{minor}",
+    "QUACK_CACHE_ENABLED": "1",
+    "QUACK_CACHE_DIR": str(Path(cache_root).absolute() / arch),
+  }
