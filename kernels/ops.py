@@ -160,7 +160,8 @@ class Ops(Protocol):
   ) -> None:
     """Decoupled AdamW in place on fp32 masters; params receive the rounded masters (they may be the masters).
 
-    grad_scale is a 0-d fp32 tensor on the device (the clip factor). step counts from 1. Moments may be bf16.
+    grad_scale is a 0-d fp32 tensor on the device (the clip factor); if it is NaN, nothing changes.
+    step counts from 1. Moments may be bf16, and grads fp32 where params are bf16.
     """
 
   def quantize(self, x: Tensor, format: str, *, axis: int = -1, tensor_amax: Tensor | None = None):
