@@ -1,0 +1,64 @@
+"""Optimizer arithmetic: Muon's orthogonalisation and AdamW on master weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.ops import check
+from kernels.reference.dtypes import wide
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@torch.no_grad()
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+  """See Ops.newton_schulz (arXiv 2502.16982 Eq 3-4). bf16 on CUDA, fp32 or float64 on a CPU."""
+  a, b, c = NEWTON_SCHULZ
+  tall = g.shape[-2] > g.shape[-1]
+  x = g.mT if tall else g
+  x = x.to(wide(g))
+  x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+  if g.is_cuda:
+    x = x.bfloat16()
+  for _ in range(steps):
+    gram = x @ x.mT
+    x = a * x + (b * gram + c * (gram @ gram)) @ x
+  return (x.mT if tall else x).to(g.dtype).contiguous()
+
+
+@torch.no_grad()
+def adamw(
+  params: list[Tensor],
+  grads: list[Tensor],
+  masters: list[Tensor],
+  exp_avgs: list[Tensor],
+  exp_avg_sqs: list[Tensor],
+  *,
+  step: int,
+  lr: float,
+  betas: tuple[float, float],
+  eps: float,
+  weight_decay: float,
+  grad_scale: Tensor,
+) -> None:
+  """See Ops.adamw (arXiv 1711.05101 Algorithm 2). bf16 moments are rounded when they are stored."""
+  check(step >= 1, f"adamw: step {step} must count from 1")
+  lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]
+  check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
+  beta1, beta2 = betas
+  size = lr / (1 - beta1**step)
+  root = math.sqrt(1 - beta2**step)
+  for param, grad, master, exp_avg, exp_avg_sq in zip(
+    params, grads, masters, exp_avgs, exp_avg_sqs, strict=True
+  ):
+    grad = grad.to(master.dtype) * grad_scale
+    m = exp_avg.to(master.dtype).lerp_(grad, 1 - beta1)
+    v = exp_avg_sq.to(master.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    master.mul_(1 - lr * weight_decay)
+    master.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-size)
+    for stored, value in ((exp_avg, m), (exp_avg_sq, v), (param, master)):
+      if stored is not value:
+        stored.copy_(value)
