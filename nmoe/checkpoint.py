@@ -1,0 +1,172 @@
+"""Checkpoints: one directory a step, written beside and renamed, hashed, verified at load.
+
+  {root}/checkpoints/{run_id}/step_00000300/
+    manifest.json     format, step, configuration, fingerprint, sha256 and size of every other file
+    .metadata, *.distcp   torch.distributed.checkpoint's own files
+
+Tensors are stored by parameter name, experts one by one under their global id
+(`layers.3.moe.experts.17.w13`), so a checkpoint does not know how many ranks wrote it: any number of ranks
+that divides the experts reads it. A directory without the final name is unfinished and is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from nmoe.errors import CheckpointError
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})")
+_EXPERT = re.compile(r"(.*\.experts)\.(w13|w2)(\..*)?")
+
+
+def directory(root: Path, run_id: str) -> Path:
+  return root / "checkpoints" / run_id
+
+
+def steps(folder: Path) -> list[int]:
+  """The finished checkpoints of a run, ascending."""
+  if not folder.is_dir():
+    return []
+  return sorted(int(m[1]) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+
+
+def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tensor]:
+  """Name each expert's slice by its global id. Slices are views, so loading into them fills the whole."""
+  named = {}
+  for key, tensor in state.items():
+    match = _EXPERT.fullmatch(key)
+    if match is None:
+      named[key] = tensor
+      continue
+    for e in range(tensor.shape[0]):
+      named[f"{match[1]}.{first_expert + e}.{match[2]}{match[3] or ''}"] = tensor[e]
+  return named
+
+
+def save(
+  folder: Path, step: int, state: dict[str, Tensor], first_expert: int, meta: dict[str, Any]
+) -> Path:
+  """Write state as checkpoint `step`; every rank calls it. Returns the finished directory.
+
+  Raises CheckpointError, leaving earlier checkpoints untouched and no half of this one.
+  """
+  final, beside = folder / f"step_{step:08d}", folder / f"step_{step:08d}.partial"
+  named, single = split_experts(state, first_expert), not dist.is_initialized()
+  first = single or dist.get_rank() == 0
+  try:
+    if first:
+      shutil.rmtree(beside, ignore_errors=True)
+      beside.mkdir(parents=True)
+    if not single:
+      dist.barrier()
+    dcp.save(named, checkpoint_id=beside, no_dist=single)
+    if first:
+      _seal(beside, {"format": FORMAT, "step": step, **meta})
+      shutil.rmtree(final, ignore_errors=True)
+      beside.rename(final)
+      _sync(folder)
+    if not single:
+      dist.barrier()
+  except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+    if first:
+      shutil.rmtree(beside, ignore_errors=True)
+    free = shutil.disk_usage(_existing(folder)).free
+    raise CheckpointError(
+      f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} GiB free); "
+      "earlier checkpoints are intact: free space or set run.root to another disk, then run again to resume"
+    ) from error
+  return final
+
+
+def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -> None:
+  """Fill the tensors of `state` in place from checkpoint `step`, after verifying every file's hash."""
+  path = folder / f"step_{step:08d}"
+  verify(path)
+  try:
+    dcp.load(
+      split_experts(state, first_expert), checkpoint_id=path, no_dist=not dist.is_initialized()
+    )
+  except (OSError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
+    raise CheckpointError(f"{path} does not hold this run's state: {_cause(error)}") from error
+
+
+def manifest(path: Path) -> dict[str, Any]:
+  """The manifest of a finished checkpoint."""
+  try:
+    found = json.loads((path / "manifest.json").read_text())
+  except (OSError, ValueError) as error:
+    raise CheckpointError(
+      f"{path}/manifest.json cannot be read ({error}); delete the directory to resume from an earlier step"
+    ) from error
+  if found.get("format") != FORMAT:
+    raise CheckpointError(f"{path} has format {found.get('format')}, this version reads {FORMAT}")
+  return found
+
+
+def verify(path: Path) -> None:
+  """Compare every file with the manifest's size and sha256; CheckpointError names the first that differs."""
+  for name, want in manifest(path)["files"].items():
+    file = path / name
+    if not file.is_file():
+      raise CheckpointError(f"{file} is missing; delete {path} to resume from an earlier step")
+    size = file.stat().st_size
+    if size != want["size"] or (digest := _sha256(file)) != want["sha256"]:
+      found = f"size {size}" if size != want["size"] else f"sha256 {digest[:12]}"
+      raise CheckpointError(
+        f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 {want['sha256'][:12]}; "
+        f"delete {path} to resume from an earlier step"
+      )
+
+
+def prune(folder: Path, keep: int) -> None:
+  """Delete all but the newest `keep` checkpoints and any unfinished one."""
+  for step in steps(folder)[:-keep]:
+    shutil.rmtree(folder / f"step_{step:08d}")
+  for partial in folder.glob("step_*.partial"):
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _seal(path: Path, meta: dict[str, Any]) -> None:
+  """Write the manifest and flush everything to the disk."""
+  files = {}
+  for file in sorted(p for p in path.iterdir() if p.name != "manifest.json"):
+    files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    _sync(file)
+  (path / "manifest.json").write_text(json.dumps({**meta, "files": files}, indent=1))
+  _sync(path / "manifest.json")
+  _sync(path)
+
+
+def _sha256(file: Path) -> str:
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+  return path if path.exists() else _existing(path.parent)
+
+
+def _cause(error: BaseException) -> str:
+  """The last line of an error, which for DCP is the rank's own."""
+  lines = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {lines[-1] if lines else ''}"

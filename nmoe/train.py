@@ -1,0 +1,224 @@
+"""The step loop: load → forward → loss → backward → clip → step → log → checkpoint.
+
+`python -m nmoe.train --root ROOT --run RUN_ID` executes one recorded run, from its last checkpoint if it has
+one. Stage runners start it as a child process and learn its outcome from the experiment database; at every log
+it prints one JSON line of progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmoe import checkpoint, parallel
+from nmoe import config as configs
+from nmoe.config import Config
+from nmoe.data import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
+from nmoe.errors import CheckpointError, NmoeError
+from nmoe.evals import evaluate
+from nmoe.experiments import Experiments, Run
+from nmoe.metrics import Metrics
+from nmoe.model import Model, update_router_bias
+from nmoe.optim import Optimizer
+from nmoe.parallel import Parallel
+from nmoe.schedule import lr_factor
+from nmoe.target import Target, select
+from nmoe.watch import Watch
+
+INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
+
+
+@dataclass
+class TrainState:
+  """All that a checkpoint saves. The data position is the step: the loader is a pure function of it."""
+
+  model: Model
+  optimizer: Optimizer
+  step: int = 0
+
+  def tensors(self) -> dict[str, Tensor]:
+    return {**self.model.state_dict(), **self.optimizer.state_dict()}
+
+
+@dataclass
+class Session:
+  """What the loop reads and writes but does not save."""
+
+  config: Config
+  target: Target
+  parallel: Parallel
+  data: PreparedData
+  metrics: Metrics
+  folder: Path  # of the run's checkpoints
+  meta: dict[str, Any]  # written into every checkpoint's manifest
+  stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
+
+
+def train(session: Session, state: TrainState) -> dict[str, float] | None:
+  """Run the remaining steps and the final evaluation. Returns the results, or None if told to stop."""
+  c, target, ranks = session.config, session.target, session.parallel
+  batch_size = c.schedule.batch_tokens // c.data.seq_len
+  total = c.schedule.total_tokens // c.schedule.batch_tokens
+  micros = batch_size // (c.train.micro_batch * ranks.ranks)
+  loader = Loader(session.data, seq_len=c.data.seq_len, seed=c.train.seed)
+  batches = Prefetcher(
+    loader, batch_size, start=state.step, stop=total, rank=ranks.rank, ranks=ranks.ranks,
+    device=target.device,
+  )
+  validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
+  watch = Watch(session, total)
+  clock = watch.clock
+  while state.step < total and not session.stop:
+    clock.start("load")
+    tokens, targets = next(batches)
+    state.model.set_forward_bf16(finishing(c, state.step))
+    loss = torch.zeros((), device=target.device)
+    counts = 0
+    for x, y in zip(tokens.chunk(micros), targets.chunk(micros), strict=True):
+      clock.start("forward")
+      out = state.model(x, y)
+      mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
+      clock.start("backward")
+      mean.backward()
+      loss += out.loss_sum.detach()
+      counts = counts + out.count_LE
+    clock.start("clip")
+    ranks.reduce_gradients(state.model)
+    loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
+    norms = state.optimizer.grad_norms(ranks.sum_squares)
+    scale = watch.guard(state.step, loss, norms["all"])
+    clock.start("step")
+    factor = lr_factor(state.step * c.schedule.batch_tokens, c.schedule)
+    state.optimizer.step(factor, scale)
+    update_router_bias(state.model, counts, c.moe.bias_update_rate)
+    state.step += 1
+    clock.start("log")
+    if state.step % c.train.log_every == 0 or state.step == total:
+      watch.log(state, factor, loss, norms, counts, out.loss_T, y, batches.wait_s())
+    if due(state.step, c.train.eval_every) and state.step < total:
+      clock.start("eval")
+      watch.add(state.step, evaluate(session, state.model, validation))
+    if due(state.step, c.train.checkpoint_every) or state.step == total:
+      clock.start("checkpoint")
+      save(session, state, watch)
+  if state.step < total:
+    save(session, state, watch)
+    return None
+  watch.add(state.step, evaluate(session, state.model, validation))
+  return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
+
+
+def due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def finishing(config: Config, step: int) -> bool:
+  """Whether the step belongs to the recipe's forward-bf16 finish (precision.finish_tokens)."""
+  return 0 < config.precision.finish_tokens <= step * config.schedule.batch_tokens
+
+
+def save(session: Session, state: TrainState, watch: Watch) -> None:
+  """A checkpoint of the state, after its metrics are on disk and every step so far is known to be finite."""
+  watch.check(int(watch.bad_step))
+  session.metrics.flush()
+  if state.step in checkpoint.steps(session.folder):
+    return
+  checkpoint.save(
+    session.folder, state.step, state.tensors(), session.parallel.first_expert, session.meta
+  )
+  if session.parallel.rank == 0:
+    checkpoint.prune(session.folder, session.config.train.keep_checkpoints)
+
+
+def resume(session: Session, state: TrainState) -> None:
+  """Load the newest checkpoint, if any, and forget the metrics logged after it.
+
+  Raises CheckpointError if it is of another identity.
+  """
+  found = checkpoint.steps(session.folder)
+  if not found:
+    session.metrics.rewind(0)
+    return
+  written = checkpoint.manifest(session.folder / f"step_{found[-1]:08d}")
+  check_identity(configs.loads(written["config"]), session.config, session.folder)
+  checkpoint.load(session.folder, found[-1], state.tensors(), session.parallel.first_expert)
+  state.step = found[-1]
+  session.metrics.rewind(state.step)
+
+
+def check_identity(written: Config, wanted: Config, folder: Path) -> None:
+  """CheckpointError listing the identity keys that differ from those of the checkpoint, if any does."""
+  changed = configs.diff(written, wanted)
+  lines = [f"{k}: checkpoint {a!r}, now {b!r}" for k, (a, b) in changed.items()
+           if configs.kind(k) == "identity"]
+  if lines:
+    raise CheckpointError(
+      f"{folder} holds another model: " + "; ".join(lines) + "; restore these keys or start a new run"
+    )
+
+
+def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
+  """The model with its initial weights on the target's device, and its optimizer."""
+  with torch.device("meta"):
+    model = Model(config, target.ops, ranks.rdep)
+  model.to_empty(device=target.device)
+  model.init_weights(config.train.seed)
+  return TrainState(model, Optimizer(model, config, target.ops))
+
+
+def execute(root: Path, run: Run, ranks: Parallel, experiments: Experiments | None) -> int:
+  """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the records."""
+  config = configs.loads(run.toml, f"run {run.id}")
+  target = select(config)
+  data = open_data(root / "data" / run.data_digest)
+  meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
+  session = Session(
+    config, target, ranks, data, Metrics(root, run.id, ranks.rank),
+    checkpoint.directory(root, run.id), meta,
+  )
+  signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
+  state = build(config, target, ranks)
+  resume(session, state)
+  results = train(session, state)
+  session.metrics.flush()
+  if experiments is None:
+    return 0 if results is not None else INTERRUPTED
+  if results is None:
+    experiments.update_run(run.id, status="interrupted")
+    return INTERRUPTED
+  experiments.update_run(run.id, status="completed", results=results)
+  return 0
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(prog="python -m nmoe.train")
+  parser.add_argument("--root", type=Path, required=True)
+  parser.add_argument("--run", required=True)
+  parser.add_argument("--rank", type=int, default=0)
+  parser.add_argument("--rendezvous", type=Path)
+  options = parser.parse_args()
+  records = Experiments(options.root)
+  run = records.claim(options.run) if options.rank == 0 else records.run(options.run)
+  try:
+    ranks = parallel.init(configs.loads(run.toml), options.rank, options.rendezvous)
+    return execute(options.root, run, ranks, records if options.rank == 0 else None)
+  except NmoeError as error:
+    if options.rank == 0:
+      records.update_run(run.id, status="failed", error=str(error))
+    sys.stderr.write(f"error: {error}\n")
+    return 1
+  except BaseException as error:
+    if options.rank == 0:
+      records.update_run(run.id, status="failed", error=f"{type(error).__name__}: {error}")
+    raise
+
+
+if __name__ == "__main__":
+  sys.exit(main())

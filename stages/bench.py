@@ -1,0 +1,145 @@
+"""`nmoe bench step`: what one step costs, phase by phase, from the metrics of a real run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nmoe import config as configs
+from nmoe import plan
+from nmoe.data import Loader, open_data
+from nmoe.errors import ConfigError
+from nmoe.metrics import read
+from stages.runs import Workbench, progress_display
+
+COMPUTE = ("forward", "backward", "clip", "step")
+INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
+
+
+@dataclass(frozen=True)
+class StepBench:
+  """Milliseconds a step, one value per stretch of steps; phases add up to the whole."""
+
+  device: str
+  commit: str
+  steps: int
+  ms: list[float]
+  phases_ms: dict[str, list[float]]
+  tokens_per_s: float
+  loader_tokens_per_s: float
+  flops_terms: dict[str, float]
+  mfu: float | None
+  peak_bytes: float
+
+  @property
+  def outside(self) -> float:
+    """The share of a step outside forward, backward and optimizer."""
+    total = sum(sum(v) for v in self.phases_ms.values())
+    return 1 - sum(sum(self.phases_ms.get(name, ())) for name in COMPUTE) / total
+
+
+def step(
+  path: Path, steps: int, against: Path | None, out: Path | None, console: Console
+) -> StepBench:
+  """Run `steps` training steps of a configuration as a child process and report what they cost."""
+  config = configs.load(path)
+  every = max(1, steps // INTERVALS)
+  changed = {
+    "schedule.total_tokens": steps * config.schedule.batch_tokens,
+    "schedule.warmup_tokens": 0,
+    "schedule.decay_tokens": 0,
+    "train.log_every": every,
+    "train.eval_every": 0,
+    "train.checkpoint_every": 0,
+    "experiment.name": f"bench-{path.stem}-{time.strftime('%H%M%S')}",
+  }
+  config = config.with_values(**changed)
+  bench = Workbench.open(config.run.root, console)
+  arm = bench.arm(path.stem, config)
+  experiment = bench.experiment("bench", config, [arm])
+  with progress_display(console) as progress:
+    run = bench.repeat(experiment, arm, config.train.seed, progress)
+  found = _measure(bench, run, config, arm.data, every)
+  bench.experiments.conclude(experiment.id, "measured", asdict(found))
+  _show(found, console)
+  if against is not None:
+    _compare(found, against, console)
+  if out is not None:
+    out.write_text(json.dumps(asdict(found), indent=1))
+  return found
+
+
+def _measure(bench: Workbench, run, config: configs.Config, data: Path, every: int) -> StepBench:
+  series = read(bench.root, run.id)
+  phases = {
+    tag.removeprefix("time/").removesuffix("_s"): (1e3 * values[1:] / every).tolist()
+    for tag, (_, _, values) in series.items()
+    if tag.startswith("time/")
+  }
+  loop = {name: v for name, v in phases.items() if name not in ("eval", "checkpoint")}
+  ms = np.sum([v for v in loop.values()], axis=0).tolist()
+  rate = config.schedule.batch_tokens / float(np.median(ms)) * 1e3
+  mfu = series["train/mfu"][2] if "train/mfu" in series else None
+  return StepBench(
+    device=run.environment.get("device", run.target),
+    commit=run.commit,
+    steps=len(ms) * every,
+    ms=ms,
+    phases_ms=loop,
+    tokens_per_s=rate,
+    loader_tokens_per_s=loader_rate(config, data),
+    flops_terms=dict(plan.flops(config).terms),
+    mfu=None if mfu is None else float(np.median(mfu)),
+    peak_bytes=float(series["memory/peak_bytes"][2].max()),
+  )
+
+
+def loader_rate(config: configs.Config, data: Path, seconds: float = 1.0) -> float:
+  """Tokens per second of the loader alone, from a warm page cache."""
+  loader = Loader(open_data(data), seq_len=config.data.seq_len, seed=config.train.seed)
+  size = max(1, (1 << 20) // config.data.seq_len)
+  loader.batch(0, size)
+  begun, batches = time.perf_counter(), 0
+  while time.perf_counter() - begun < seconds:
+    loader.batch(batches, size)
+    batches += 1
+  return batches * size * config.data.seq_len / (time.perf_counter() - begun)
+
+
+def _show(b: StepBench, console: Console) -> None:
+  table = Table(title=f"{b.steps} steps on {b.device}")
+  for column in ("phase", "ms/step (median)", "spread (p5–p95)", "share"):
+    table.add_column(column, justify="left" if column == "phase" else "right")
+  whole = float(np.median(b.ms))
+  for name, values in [*b.phases_ms.items(), ("step, whole", b.ms)]:
+    low, mid, high = np.percentile(values, [5, 50, 95])
+    table.add_row(name, f"{mid:.3f}", f"{low:.3f}–{high:.3f}", f"{mid / whole:.1%}")
+  console.print(table)
+  console.print(f"outside forward, backward and optimizer: {b.outside:.2%} of a step")
+  console.print(f"{b.tokens_per_s:,.0f} tokens/s; loader alone {b.loader_tokens_per_s / 1e6:,.1f} M tokens/s")
+  terms = " + ".join(f"{name} {value / 1e6:,.1f}" for name, value in b.flops_terms.items())
+  console.print(f"MFLOP per token, forward and backward: {terms} = {sum(b.flops_terms.values()) / 1e6:,.1f}")
+  mfu = "no published peak for this target" if b.mfu is None else f"{b.mfu:.1%}"
+  console.print(f"MFU {mfu}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
+
+
+def _compare(now: StepBench, path: Path, console: Console) -> None:
+  """The change of ms/step against an earlier measurement, with a 95 % interval (Welch, large samples)."""
+  try:
+    before = json.loads(path.read_text())["ms"]
+  except (OSError, ValueError, KeyError) as error:
+    raise ConfigError(f"{path} is not a measurement of `nmoe bench step --out`: {error}") from error
+  a, b = np.array(before), np.array(now.ms)
+  delta = b.mean() - a.mean()
+  half = 1.96 * math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+  console.print(
+    f"against {path.name}: {delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to {delta + half:+.3f}), "
+    f"{delta / a.mean():+.2%}"
+  )

@@ -1,0 +1,161 @@
+"""The command line. Commands import what they need when they run, so that `nmoe --help` is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from nmoe.errors import NmoeError
+
+
+
+class App(typer.Typer):
+  """A Typer whose own errors are one message and status 1, never a traceback."""
+
+  def __call__(self, *args: object, **kwargs: object) -> object:
+    try:
+      return super().__call__(*args, **kwargs)
+    except NmoeError as error:
+      typer.secho(f"error: {error}", err=True, fg="red")
+      raise SystemExit(1) from error
+
+
+app = App(
+  help="A research workbench for Mixture-of-Experts pre-training.",
+  no_args_is_help=True,
+  pretty_exceptions_enable=False,
+  add_completion=False,
+)
+research_app = typer.Typer(help="Stage 1: one architecture, one GPU or the cpu.", no_args_is_help=True)
+experiments_app = typer.Typer(help="The experiment database.", no_args_is_help=True)
+config_app = typer.Typer(help="Resolved configurations.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measurements of the step.", no_args_is_help=True)
+app.add_typer(research_app, name="research")
+app.add_typer(experiments_app, name="experiments")
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
+Seeds = Annotated[Optional[int], typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
+Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
+ROOT = Path(".nmoe")
+
+
+@app.command()
+def ablate(baseline: File, variant: File, seeds: Seeds = None) -> None:
+  """Stage 2: train baseline and variant over paired seeds and judge the variant's hypothesis."""
+  from stages import ablate as stage
+
+  stage.run(baseline, variant, seeds, _console())
+
+
+@research_app.command("run")
+def research_run(config: File, seeds: Seeds = None) -> None:
+  """Train one configuration and report on its hypothesis."""
+  from stages import research
+
+  research.run(config, seeds, _console())
+
+
+@app.command()
+def plan(config: File) -> None:
+  """Parameters, FLOPs per token and memory of a configuration, computed without building it."""
+  from nmoe import config as configs
+  from stages import show
+
+  show.plan(configs.load(config), _console())
+
+
+@app.command("prep-mixture")
+def prep_mixture(
+  mixture: Annotated[Path, typer.Argument(help="A mixture (TOML).")],
+  tokenizer: Annotated[str, typer.Option(help="byte or o200k_harmony.")] = "o200k_harmony",
+  root: Root = ROOT,
+) -> None:
+  """Tokenize a mixture into shards; an unchanged mixture is found, not made again."""
+  from nmoe.prepare import load_mixture, prepare
+  from nmoe.tokenizer import get
+
+  _console().print(prepare(load_mixture(mixture), get(tokenizer), root.resolve()))
+
+
+@app.command()
+def report(experiment: str, root: Root = ROOT) -> None:
+  """Write an experiment's report again and print its path."""
+  from stages.report import write_report
+
+  _console().print(write_report(root.resolve(), experiment), soft_wrap=True)
+
+
+@app.command()
+def rerun(run: str, root: Root = ROOT) -> None:
+  """Run a recorded run once more: same configuration, seed and, checked, the same code."""
+  from stages import research
+
+  research.rerun(run, root.resolve(), _console())
+
+
+@app.command()
+def doctor(config: Annotated[Optional[Path], typer.Argument()] = None) -> None:
+  """What works on this machine, what is missing, and the remedy."""
+  from stages import show
+
+  raise typer.Exit(show.doctor(config, _console()))
+
+
+@experiments_app.command("list")
+def experiments_list(root: Root = ROOT) -> None:
+  """Every experiment with its status and verdict."""
+  from stages import show
+
+  show.experiments(root.resolve(), _console())
+
+
+@experiments_app.command("show")
+def experiments_show(experiment: str, root: Root = ROOT) -> None:
+  """One experiment: hypothesis, runs, numbers, links."""
+  from stages import show
+
+  show.experiment(root.resolve(), experiment, _console())
+
+
+@config_app.command("show")
+def config_show(config: File) -> None:
+  """The resolved TOML: every key, extends and overrides applied."""
+  from nmoe import config as configs
+
+  typer.echo(configs.to_toml(configs.load(config)))
+
+
+@config_app.command("diff")
+def config_diff(a: File, b: File) -> None:
+  """The keys that differ between two configurations."""
+  from nmoe import config as configs
+
+  for key, (left, right) in configs.diff(configs.load(a), configs.load(b)).items():
+    typer.echo(f"{key} ({configs.kind(key)}): {left!r} -> {right!r}")
+
+
+@bench_app.command("step")
+def bench_step(
+  config: File,
+  steps: Annotated[int, typer.Option(min=20)] = 200,
+  against: Annotated[Optional[Path], typer.Option(help="An earlier --out file.")] = None,
+  out: Annotated[Optional[Path], typer.Option(help="Write the measurement here (JSON).")] = None,
+) -> None:
+  """Milliseconds per step and phase, MFU with its terms, loader rate, peak memory."""
+  from stages import bench
+
+  bench.step(config, steps, against, out, _console())
+
+
+def _console():
+  from rich.console import Console
+
+  return Console()
+
+
+if __name__ == "__main__":
+  app()

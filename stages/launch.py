@@ -1,0 +1,108 @@
+"""Start a recorded run as child processes, one a rank, and follow it.
+
+The parent never imports torch. Rank 0 prints one JSON line of progress at every log; everything else a child
+says goes to {root}/logs/{run_id}/rank_{rank}.txt, and its outcome to the experiment database.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from kernels.arch import environment
+from nmoe.config import Config
+
+GRACE_S = 30.0  # a rank may take this long to leave after the first one did or after SIGTERM
+
+
+def run(root: Path, run_id: str, config: Config, progress: Callable[[dict], None]) -> int:
+  """Execute the run and return its exit status (0: completed); progress receives each line.
+
+  An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves, resumable.
+  """
+  logs = root / "logs" / run_id
+  logs.mkdir(parents=True, exist_ok=True)
+  rendezvous = logs / f"rendezvous-{os.getpid()}"
+  children = [_spawn(root, run_id, config, rank, rendezvous, logs) for rank in range(config.launch.ranks)]
+  previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+  try:
+    for line in children[0].stdout:
+      progress(json.loads(line))
+    return _join(children)
+  except KeyboardInterrupt:
+    _terminate(children)
+    raise
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+    _terminate(children)
+    rendezvous.unlink(missing_ok=True)
+
+
+def tail(root: Path, run_id: str, lines: int = 15) -> str:
+  """The last lines that the ranks of a run left in their logs, for an error message."""
+  parts = []
+  for log in sorted((root / "logs" / run_id).glob("rank_*.txt")):
+    with log.open(errors="replace") as stream:
+      last = "".join(deque(stream, maxlen=lines))
+    if last.strip():
+      parts.append(f"{log}:\n{last}")
+  return "\n".join(parts)
+
+
+def _raise_interrupt(*_: object) -> None:
+  raise KeyboardInterrupt
+
+
+def _spawn(
+  root: Path, run_id: str, config: Config, rank: int, rendezvous: Path, logs: Path
+) -> subprocess.Popen:
+  command = [sys.executable, "-m", "nmoe.train", "--root", str(root), "--run", run_id]
+  command += ["--rank", str(rank), "--rendezvous", str(rendezvous)]
+  env = dict(os.environ)
+  if config.target.arch != "cpu":
+    env |= environment(config.target.arch, root / "kernel_cache")
+  with (logs / f"rank_{rank}.txt").open("a") as log:
+    return subprocess.Popen(
+      command,
+      env=env,
+      stdout=subprocess.PIPE if rank == 0 else log,
+      stderr=log,
+      text=True,
+      start_new_session=True,
+    )
+
+
+def _join(children: list[subprocess.Popen]) -> int:
+  """The first non-zero exit status, or 0; ranks that outlive a failed one by GRACE_S are terminated."""
+  deadline = None
+  while True:
+    states = [child.poll() for child in children]
+    failed = [s for s in states if s]
+    if all(s is not None for s in states):
+      return failed[0] if failed else 0
+    if failed and deadline is None:
+      deadline = time.monotonic() + GRACE_S
+    if deadline is not None and time.monotonic() > deadline:
+      _terminate(children)
+    time.sleep(0.02)
+
+
+def _terminate(children: list[subprocess.Popen]) -> None:
+  """SIGTERM to all that live, then SIGKILL after GRACE_S."""
+  for child in children:
+    if child.poll() is None:
+      child.send_signal(signal.SIGTERM)
+  deadline = time.monotonic() + GRACE_S
+  for child in children:
+    try:
+      child.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+      child.kill()
+      child.wait()
