@@ -223,15 +223,15 @@ class Experiments:
 
     Its id sorts by time (UTC): 20261123-142233-ab12.
     """
-    run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
     now = _now()
-    lock = self._try_lock(run_id)
-    row = (run_id, seed, toml, fingerprint, data_digest, commit, diff, code_version)
-    owner = (socket.gethostname(), os.getpid(), now, now)
+    record = (seed, toml, fingerprint, data_digest, commit, diff, code_version)
+    owner = (json.dumps(environment), target, socket.gethostname(), os.getpid(), now, now)
     with self._writing() as db:
+      run_id = self._unused_run_id()
+      lock = self._try_lock(run_id)
       db.execute(
         "INSERT INTO runs VALUES (?,?,?,?,?,?,?,?,?,?,'running','{}','',?,?,?,?)",
-        (*row, json.dumps(environment), target, *owner),
+        (run_id, *record, *owner),
       )
       db.execute("INSERT INTO members VALUES (?,?,?)", (experiment_id, run_id, arm))
     self._locks[run_id] = lock
@@ -281,8 +281,9 @@ class Experiments:
     return self.run(run_id)
 
   def release(self, run_id: str) -> None:
-    """Give up a run so that another process, a child say, can claim it: "interrupted"."""
-    self.update_run(run_id, status="interrupted")
+    """Give up a run of this process, if it is one, so that a child can claim it: "interrupted"."""
+    if run_id in self._locks:
+      self.update_run(run_id, status="interrupted")
 
   def update_run(
     self,
@@ -337,6 +338,13 @@ class Experiments:
       )
     if os.access(self.path, os.W_OK):
       self.mark_interrupted()
+
+  def _unused_run_id(self) -> str:
+    """Four random digits tell runs of one second apart, but not always."""
+    while True:
+      run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+      if not self._db.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
+        return run_id
 
   def _version(self) -> int:
     return self._db.execute("PRAGMA user_version").fetchone()[0]

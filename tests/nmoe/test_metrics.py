@@ -1,0 +1,197 @@
+"""The metrics store: what is added is read, once, whatever happens to the writer."""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmoe import metrics
+from nmoe.errors import RecordError
+from nmoe.metrics import Metrics, read
+
+REPO = Path(__file__).resolve().parents[2]
+RUN = "20261123-142233-ab12"
+
+
+def child(code):
+  return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO)
+
+
+values = st.floats(width=64)
+rows = st.lists(
+  st.dictionaries(st.sampled_from(["train/loss", "moe/0/dead", "ü"]), values, min_size=1),
+  max_size=12,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows, st.integers(1, 7))
+def test_every_value_is_read_back_in_step_order(tmp_path_factory, rows, batch):
+  root = tmp_path_factory.mktemp("root")
+  writer = Metrics(root, RUN, batch=batch)
+  for step, row in enumerate(rows):
+    writer.add(step, step * 10, row)
+  writer.flush()
+  found = read(root, RUN)
+  for tag in {tag for row in rows for tag in row}:
+    steps, tokens, got = found.pop(tag)
+    wanted = [(step, row[tag]) for step, row in enumerate(rows) if tag in row]
+    np.testing.assert_array_equal(steps, [step for step, _ in wanted])
+    np.testing.assert_array_equal(tokens, [step * 10 for step, _ in wanted])
+    np.testing.assert_array_equal(got, [value for _, value in wanted])
+  assert found == {}
+
+
+def test_tags_select_and_missing_ones_are_absent(tmp_path):
+  assert read(tmp_path, RUN) == {}
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 10, {"a": 1.0, "b": math.nan, "c": -math.inf})
+  writer.flush()
+  found = read(tmp_path, RUN, ["b", "c", "z"])
+  assert set(found) == {"b", "c"} and math.isnan(found["b"][2][0])
+  assert read(tmp_path, RUN, []) == {} and read(tmp_path, RUN, rank=1) == {}
+
+
+def test_nothing_is_written_before_the_batch_is_full(tmp_path):
+  writer = Metrics(tmp_path, RUN, batch=4)
+  writer.add(1, 10, {"a": 1.0, "b": 2.0, "c": 3.0})
+  assert not writer.path.exists()
+  writer.add(2, 20, {"a": 1.0})
+  assert len(read(tmp_path, RUN)["a"][0]) == 2
+
+
+def test_a_resumed_run_logs_each_row_once(tmp_path):
+  writer = Metrics(tmp_path, RUN)
+  for step in range(1, 8):
+    writer.add(step, step, {"loss": float(step)})
+    if step == 5:
+      writer.flush()
+  writer.rewind(3)
+  writer.flush()
+  resumed = Metrics(tmp_path, RUN)
+  resumed.rewind(3)
+  for step in range(4, 8):
+    resumed.add(step, step, {"loss": float(step)})
+  resumed.flush()
+  assert read(tmp_path, RUN)["loss"][0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+  Metrics(tmp_path, "another").rewind(0)
+
+
+def test_a_writer_killed_between_flushes_loses_only_what_it_held(tmp_path):
+  writer = child(
+    f"""
+from nmoe.metrics import Metrics
+import time
+m = Metrics({str(tmp_path)!r}, {RUN!r})
+m.add(1, 10, {{"a": 1.0, "b": 2.0}})
+m.flush()
+m.add(2, 20, {{"a": 3.0}})
+print("up", flush=True)
+time.sleep(60)
+"""
+  )
+  assert writer.stdout.readline() == "up\n"
+  writer.kill()
+  writer.communicate()
+  assert read(tmp_path, RUN)["a"][0].tolist() == [1]
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_batches(tmp_path):
+  code = f"""
+from nmoe.metrics import Metrics
+m = Metrics({str(tmp_path)!r}, {RUN!r}, batch=10**9)
+print("up", flush=True)
+step = STEP
+while True:
+  step += 1
+  m.add(step, step, {{f"tag/{{i}}": float(i) for i in range(100)}})
+  m.flush()
+"""
+  last = 0
+  for delay in (0.0, 0.03, 0.11, 0.2, 0.37):
+    writer = child(code.replace("STEP", str(last)))
+    assert writer.stdout.readline() == "up\n"
+    time.sleep(delay)
+    writer.kill()
+    writer.communicate()
+    found = read(tmp_path, RUN)
+    if found:
+      steps = found["tag/0"][0]
+      assert len(found) == 100 and all(len(series[0]) == len(steps) for series in found.values())
+      assert steps.tolist() == list(range(1, steps[-1] + 1)), "no batch is torn, lost or doubled"
+      last = int(steps[-1])
+  assert last > 0
+
+
+def test_a_live_run_is_read_while_it_is_written(tmp_path):
+  writer = child(
+    f"""
+from nmoe.metrics import Metrics
+m = Metrics({str(tmp_path)!r}, {RUN!r}, batch=10**9)
+print("up", flush=True)
+for step in range(1, 41):
+  m.add(step, step, {{"a": 1.0}})
+  m.flush()
+"""
+  )
+  assert writer.stdout.readline() == "up\n"
+  lengths = []
+  while writer.poll() is None:
+    lengths.append(len(read(tmp_path, RUN).get("a", [[]])[0]))
+  assert writer.returncode == 0 and lengths == sorted(lengths)
+  assert len(read(tmp_path, RUN)["a"][0]) == 40
+
+
+def test_a_file_locked_by_another_process(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, "LOCK_TIMEOUT_S", 0.3)
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 10, {"a": 1.0})
+  writer.flush()
+  holder = child(
+    f"import duckdb, time; c = duckdb.connect({str(writer.path)!r})\n"
+    "print('up', flush=True); time.sleep(60)"
+  )
+  assert holder.stdout.readline() == "up\n"
+  writer.add(2, 20, {"a": 2.0})
+  for attempt in (writer.flush, lambda: read(tmp_path, RUN)):
+    with pytest.raises(RecordError, match=r"rank_0\.duckdb: .*stayed locked for 0\.3 s"):
+      attempt()
+  holder.kill()
+  holder.communicate()
+  writer.flush()
+  assert read(tmp_path, RUN)["a"][2].tolist() == [1.0, 2.0], "the rows were kept"
+
+
+def test_a_corrupt_file(tmp_path):
+  writer = Metrics(tmp_path, RUN)
+  writer.path.parent.mkdir(parents=True)
+  writer.path.write_bytes(b"garbage" * 1000)
+  with pytest.raises(RecordError, match="the file is corrupt: move it away"):
+    read(tmp_path, RUN)
+  writer.add(1, 1, {"a": 1.0})
+  with pytest.raises(RecordError, match="the file is corrupt"):
+    writer.flush()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "metrics").write_text("a file in the way")
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 1, {"a": 1.0})
+  with pytest.raises(RecordError, match=r"cannot be created \(Not a directory\)|File exists"):
+    writer.flush()
+
+
+def test_the_file_is_plain_duckdb(tmp_path):
+  writer = Metrics(tmp_path, RUN)
+  writer.add(7, 70, {"a": 1.5})
+  writer.flush()
+  with duckdb.connect(str(writer.path), read_only=True) as db:
+    row = db.execute("SELECT step, tokens, tag, value FROM metrics").fetchall()
+  assert row == [(7, 70, "a", 1.5)]
