@@ -35,7 +35,8 @@ class Slot:
 
   name: str
   param: nn.Parameter
-  master: Tensor  # fp32, shares storage with an fp32 parameter
+  data: Tensor  # the parameter without autograd
+  master: Tensor  # fp32; `data` itself if that is fp32
   moments: dict[str, Tensor]  # exp_avg and exp_avg_sq, or momentum; of the parameter's shape
 
   @property
@@ -90,7 +91,7 @@ class Optimizer:
     names = ("momentum",) if blocks else ("exp_avg", "exp_avg_sq")
     moments = {n: torch.zeros_like(param, dtype=dtype, requires_grad=False) for n in names}
     data = param.detach()
-    slot = Slot(name, param, data if data.dtype == torch.float32 else data.float(), moments)
+    slot = Slot(name, param, data, data.float(), moments)
     self.slots[group].append(slot)
     self._batch(group, slot, blocks).slots.append(slot)
 
@@ -161,7 +162,7 @@ class Optimizer:
   def _adamw(self, batch: Batch, lr_factor: float, grad_scale: Tensor) -> None:
     slots, o = batch.slots, self.config
     self.ops.adamw(
-      [slot.param.detach() for slot in slots],
+      [slot.data for slot in slots],
       [slot.grad for slot in slots],
       [slot.master for slot in slots],
       [slot.moments["exp_avg"] for slot in slots],
@@ -185,8 +186,8 @@ class Optimizer:
       part.copy_(orthogonal.view_as(part)).mul_(UPDATE_RMS * math.sqrt(max(matrices.shape[-2:])))
     for slot, update in zip(batch.slots, updates, strict=True):
       slot.master.mul_(1 - lr * batch.weight_decay).sub_(update.mul_(lr))
-      if slot.param.dtype != torch.float32:
-        slot.param.copy_(slot.master)
+      if slot.data is not slot.master:
+        slot.data.copy_(slot.master)
 
   def _direction(self, slot: Slot, grad_scale: Tensor) -> Tensor:
     """Nesterov's point of the averaged gradient, fp32 (the same direction as the sum's)."""
@@ -208,7 +209,7 @@ class Optimizer:
   def _tensors(self) -> Iterator[tuple[str, Tensor]]:
     for slots in self.slots.values():
       for slot in slots:
-        if slot.param.dtype != torch.float32:
+        if slot.data is not slot.master:
           yield f"{slot.name}.master", slot.master
         for name, moment in slot.moments.items():
           yield f"{slot.name}.{name}", moment

@@ -48,6 +48,8 @@ def adamw(
   check(step >= 1, f"adamw: step {step} must count from 1")
   lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]
   check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
+  if grad_scale.isnan():
+    return
   beta1, beta2 = betas
   size = lr / (1 - beta1**step)
   root = math.sqrt(1 - beta2**step)
