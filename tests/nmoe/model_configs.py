@@ -1,0 +1,55 @@
+"""Configurations small enough to build, train and compare in a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nmoe.config import Config, loads
+
+TINY = """
+[experiment]
+name = "tiny"
+statement = "none"
+[target]
+arch = "cpu"
+dtype = "fp32"
+[model]
+vocab_size = 97
+dim = 32
+num_layers = 3
+num_dense_layers = 1
+dense_dim = 48
+num_heads = 4
+kv_lora_rank = 16
+qk_nope_dim = 8
+qk_rope_dim = 8
+v_dim = 12
+init_std = 0.1
+[moe]
+num_experts = 8
+top_k = 3
+num_shared = 2
+expert_dim = 20
+route_scale = 2.5
+balance_alpha = 0.01
+[data]
+mixture = "none.toml"
+tokenizer = "byte"
+seq_len = 24
+[optim]
+dense_lr = 1e-3
+router_lr = 1e-3
+expert_lr = 1e-3
+[schedule]
+total_tokens = 4800
+batch_tokens = 48
+[train]
+micro_batch = 2
+loss_chunk = 20
+"""
+
+
+def tiny(**values: Any) -> Config:
+  """The tiny configuration with dotted keys replaced, "." written "__": tiny(moe__top_k=2)."""
+  config = loads(TINY, env={})
+  return config.with_values(**{key.replace("__", "."): value for key, value in values.items()})
