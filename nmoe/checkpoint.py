@@ -5,8 +5,9 @@
     .metadata, *.distcp   torch.distributed.checkpoint's own files
 
 Tensors are stored by parameter name, experts one by one under their global id
-(`layers.3.moe.experts.17.w13`), so a checkpoint does not know how many ranks wrote it: any number of ranks
-that divides the experts reads it. A directory without the final name is unfinished and is never read.
+(`layers.3.moe.experts.17.w13`), so a checkpoint does not know how many ranks wrote it: any number
+of ranks that divides the experts reads it. A directory without the final name is unfinished and is
+never read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -43,7 +43,9 @@ def steps(folder: Path) -> list[int]:
 
 
 def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tensor]:
-  """Name each expert's slice by its global id. Slices are views, so loading into them fills the whole."""
+  """Name each expert's slice by its global id. Slices are views, so loading into them fills the
+  whole.
+  """
   named = {}
   for key, tensor in state.items():
     match = _EXPERT.fullmatch(key)
@@ -84,14 +86,18 @@ def save(
       shutil.rmtree(beside, ignore_errors=True)
     free = shutil.disk_usage(_existing(folder)).free
     raise CheckpointError(
-      f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} GiB free); "
-      "earlier checkpoints are intact: free space or set run.root to another disk, then run again to resume"
+      f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} "
+      "GiB free); "
+      "earlier checkpoints are intact: free space or set run.root to another disk, then run "
+      "again to resume"
     ) from error
   return final
 
 
 def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -> None:
-  """Fill the tensors of `state` in place from checkpoint `step`, after verifying every file's hash."""
+  """Fill the tensors of `state` in place from checkpoint `step`, after verifying every file's
+  hash.
+  """
   path = folder / f"step_{step:08d}"
   verify(path)
   try:
@@ -108,7 +114,8 @@ def manifest(path: Path) -> dict[str, Any]:
     found = json.loads((path / "manifest.json").read_text())
   except (OSError, ValueError) as error:
     raise CheckpointError(
-      f"{path}/manifest.json cannot be read ({error}); delete the directory to resume from an earlier step"
+      f"{path}/manifest.json cannot be read ({error}); delete the directory to resume from an "
+      "earlier step"
     ) from error
   if found.get("format") != FORMAT:
     raise CheckpointError(f"{path} has format {found.get('format')}, this version reads {FORMAT}")
@@ -116,7 +123,9 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-  """Compare every file with the manifest's size and sha256; CheckpointError names the first that differs."""
+  """Compare every file with the manifest's size and sha256; CheckpointError names the first that
+  differs.
+  """
   for name, want in manifest(path)["files"].items():
     file = path / name
     if not file.is_file():
@@ -125,7 +134,8 @@ def verify(path: Path) -> None:
     if size != want["size"] or (digest := _sha256(file)) != want["sha256"]:
       found = f"size {size}" if size != want["size"] else f"sha256 {digest[:12]}"
       raise CheckpointError(
-        f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 {want['sha256'][:12]}; "
+        f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 "
+        f"{want['sha256'][:12]}; "
         f"delete {path} to resume from an earlier step"
       )
 

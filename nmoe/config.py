@@ -1,9 +1,9 @@
 """The configuration: TOML parsed once into frozen dataclasses.
 
-A file holds sections of keys (two levels, nothing deeper). `extends = "base.toml"` (relative to the file)
-makes it the few lines that differ. Environment overrides `NMOE_<SECTION>__<KEY>=value` come last; their
-values follow TOML's rules (strings in quotes). `${NMOE_NAME:-default}` expands inside strings, for names that
-start with NMOE_ only.
+A file holds sections of keys (two levels, nothing deeper). `extends = "base.toml"` (relative to the
+file) makes it the few lines that differ. Environment overrides `NMOE_<SECTION>__<KEY>=value` come
+last; their values follow TOML's rules (strings in quotes). `${NMOE_NAME:-default}` expands inside
+strings, for names that start with NMOE_ only.
 
 Every field is tagged with what a change of it means:
   identity  it changes what the run computes; a checkpoint of another identity is refused
@@ -55,7 +55,9 @@ class ExperimentConfig:
 
   name: str = free()
   statement: str = free()  # the claim, in a sentence
-  metric: Literal["val/loss", "val/bpb", "train/tokens_per_s", "memory/peak_bytes"] = free("val/bpb")
+  metric: Literal["val/loss", "val/bpb", "train/tokens_per_s", "memory/peak_bytes"] = free(
+    "val/bpb"
+  )
   direction: Literal["lower", "higher", "none"] = free("none")  # the variant is expected to be …
   min_effect: float = free(0.0)  # smallest difference that matters, in the metric's unit
   seeds: int = free(3)
@@ -71,7 +73,9 @@ class TargetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-  """Which products fp8 and nvfp4 apply to (arXiv 2509.25149 section 3; science of the recipe in kernels/ops.py)."""
+  """Which products fp8 and nvfp4 apply to (arXiv 2509.25149 section 3; science of the recipe in
+  kernels/ops.py).
+  """
 
   experts: bool = identity(True)
   linears: tuple[Literal["q", "kv_a", "kv_b", "o", "dense", "shared"], ...] = identity(())
@@ -242,7 +246,9 @@ def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
 
 
 def loads(text: str, name: str = "<string>", env: Mapping[str, str] | None = None) -> Config:
-  """Like `load`, from a string without `extends` and without overrides (a resolved TOML from the database)."""
+  """Like `load`, from a string without `extends` and without overrides (a resolved TOML from the
+  database).
+  """
   table = _table(text, name)
   return _build(table, _origins(table, name), name, os.environ if env is None else env)
 
@@ -382,7 +388,11 @@ def _build(
 
 
 def _section(
-  section: str, table: Mapping[str, Any], origins: Mapping[str, str], name: str, env: Mapping[str, str]
+  section: str,
+  table: Mapping[str, Any],
+  origins: Mapping[str, str],
+  name: str,
+  env: Mapping[str, str],
 ) -> Any:
   cls = SECTIONS[section]
   hints = get_type_hints(cls)
@@ -390,9 +400,7 @@ def _section(
   for key, value in table.items():
     where = origins.get(f"{section}.{key}", name)
     if key not in hints:
-      raise ConfigError(
-        f"{where}: unknown key {section}.{key} = {value!r}{_nearest(key, hints)}"
-      )
+      raise ConfigError(f"{where}: unknown key {section}.{key} = {value!r}{_nearest(key, hints)}")
     given[key] = _convert(value, hints[key], f"{where}: {section}.{key}", env)
   for f in fields(cls):
     if f.name in given:
@@ -438,11 +446,15 @@ def _expand(value: str, where: str, env: Mapping[str, str]) -> str:
       return match[1]
     name, default = match[2], match[3]
     if not name.startswith("NMOE_"):
-      raise ConfigError(f"{where} = {value!r}: ${{{name}}} may not be read; only NMOE_ names expand")
+      raise ConfigError(
+        f"{where} = {value!r}: ${{{name}}} may not be read; only NMOE_ names expand"
+      )
     if name in env:
       return env[name]
     if default is None:
-      raise ConfigError(f"{where} = {value!r}: {name} is not set and has no default; write ${{{name}:-…}}")
+      raise ConfigError(
+        f"{where} = {value!r}: {name} is not set and has no default; write ${{{name}:-…}}"
+      )
     return default
 
   return _VARIABLE.sub(one, value)
@@ -454,7 +466,9 @@ def _nearest(name: str, valid: Any) -> str:
 
 
 def validate(config: Config, origins: Mapping[str, str], name: str = "config") -> None:
-  """Check what single types cannot: ranges, divisibility, targets. Raises ConfigError at the first failure."""
+  """Check what single types cannot: ranges, divisibility, targets. Raises ConfigError at the first
+  failure.
+  """
   for key, broken, need in _invariants(config):
     if broken:
       where = origins.get(key, name)
@@ -466,13 +480,16 @@ _POSITIVE = (
   "model.qk_nope_dim model.qk_rope_dim model.v_dim model.rope_theta model.norm_eps model.init_std "
   "moe.num_experts moe.top_k moe.expert_dim moe.num_groups moe.topk_groups moe.route_scale "
   "data.seq_len data.val_tokens schedule.total_tokens schedule.batch_tokens train.micro_batch "
-  "train.loss_chunk train.log_every train.keep_checkpoints launch.ranks experiment.seeds rdep.capacity "
+  "train.loss_chunk train.log_every train.keep_checkpoints launch.ranks experiment.seeds "
+  "rdep.capacity "
   "rdep.alignment rdep.deadline_s optim.eps optim.muon_steps optim.clip_norm yarn.original_seq_len"
 ).split()
 _NOT_NEGATIVE = (
   "model.num_dense_layers model.q_lora_rank moe.num_shared moe.bias_update_rate moe.balance_alpha "
-  "optim.dense_lr optim.router_lr optim.expert_lr optim.dense_weight_decay optim.router_weight_decay "
-  "optim.expert_weight_decay schedule.warmup_tokens schedule.decay_tokens schedule.final_ratio train.seed "
+  "optim.dense_lr optim.router_lr optim.expert_lr optim.dense_weight_decay "
+  "optim.router_weight_decay "
+  "optim.expert_weight_decay schedule.warmup_tokens schedule.decay_tokens schedule.final_ratio "
+  "train.seed "
   "train.eval_every train.checkpoint_every launch.threads precision.bf16_first_layers "
   "precision.bf16_last_layers precision.finish_tokens experiment.min_effect"
 ).split()
@@ -487,25 +504,49 @@ def _invariants(c: Config):
     yield key, flat[key] < 0, "must not be negative"
   m, e, s, t = c.model, c.moe, c.schedule, c.target
   step = c.data.seq_len * c.train.micro_batch * c.launch.ranks
-  yield "model.num_dense_layers", m.num_dense_layers > m.num_layers, f"exceeds num_layers {m.num_layers}"
+  yield (
+    "model.num_dense_layers",
+    m.num_dense_layers > m.num_layers,
+    f"exceeds num_layers {m.num_layers}",
+  )
   yield "model.qk_rope_dim", m.qk_rope_dim % 2 != 0, "must be even: RoPE turns pairs"
   yield "moe.top_k", e.top_k > e.num_experts, f"exceeds num_experts {e.num_experts}"
-  yield "moe.num_groups", e.num_experts % e.num_groups != 0, f"must divide num_experts {e.num_experts}"
+  yield (
+    "moe.num_groups",
+    e.num_experts % e.num_groups != 0,
+    f"must divide num_experts {e.num_experts}",
+  )
   yield "moe.topk_groups", e.topk_groups > e.num_groups, f"exceeds num_groups {e.num_groups}"
   room = e.num_experts // e.num_groups * e.topk_groups
-  yield "moe.top_k", e.top_k > room, f"exceeds the {room} experts of topk_groups {e.topk_groups} groups"
-  yield "launch.ranks", e.num_experts % c.launch.ranks != 0, (
-    f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}"
+  yield (
+    "moe.top_k",
+    e.top_k > room,
+    f"exceeds the {room} experts of topk_groups {e.topk_groups} groups",
   )
-  yield "schedule.batch_tokens", s.batch_tokens % step != 0, (
-    f"must be a multiple of seq_len {c.data.seq_len} · micro_batch {c.train.micro_batch} · "
-    f"ranks {c.launch.ranks} = {step}; the nearest are {s.batch_tokens // step * step} and "
-    f"{(s.batch_tokens // step + 1) * step}"
+  yield (
+    "launch.ranks",
+    e.num_experts % c.launch.ranks != 0,
+    (f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}"),
   )
-  yield "schedule.total_tokens", s.total_tokens < s.batch_tokens, f"is less than one batch {s.batch_tokens}"
+  yield (
+    "schedule.batch_tokens",
+    s.batch_tokens % step != 0,
+    (
+      f"must be a multiple of seq_len {c.data.seq_len} · micro_batch {c.train.micro_batch} · "
+      f"ranks {c.launch.ranks} = {step}; the nearest are {s.batch_tokens // step * step} and "
+      f"{(s.batch_tokens // step + 1) * step}"
+    ),
+  )
+  yield (
+    "schedule.total_tokens",
+    s.total_tokens < s.batch_tokens,
+    f"is less than one batch {s.batch_tokens}",
+  )
   used = s.warmup_tokens + s.decay_tokens
-  yield "schedule.warmup_tokens", used > s.total_tokens, (
-    f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}"
+  yield (
+    "schedule.warmup_tokens",
+    used > s.total_tokens,
+    (f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}"),
   )
   yield "schedule.final_ratio", s.final_ratio > 1, "must be at most 1"
   yield "optim.beta1", not 0 <= c.optim.beta1 < 1, "must be in [0, 1)"
@@ -513,21 +554,34 @@ def _invariants(c: Config):
   yield "optim.muon_momentum", not 0 <= c.optim.muon_momentum < 1, "must be in [0, 1)"
   yield "yarn.factor", c.yarn.factor < 1, "must be at least 1 (1: plain RoPE)"
   yield "rdep.capacity", c.rdep.capacity < 0.1, "must be at least 0.1 of the balanced load"
-  yield "target.dtype", t.dtype == "fp32" and t.arch != "cpu", 'fp32 is for arch = "cpu"; use "bf16"'
-  block = t.dtype in ("fp8", "nvfp4")
-  yield "target.dtype", block and t.arch != "sm_100a" and not t.emulate_blockscale, (
-    f"needs block-scaled tensor cores, which {t.arch} lacks; set target.emulate_blockscale = true to study "
-    "the numerics, or target.arch = \"sm_100a\""
+  yield (
+    "target.dtype",
+    t.dtype == "fp32" and t.arch != "cpu",
+    'fp32 is for arch = "cpu"; use "bf16"',
   )
-  yield "target.emulate_blockscale", t.emulate_blockscale and not block, (
-    'has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'
+  block = t.dtype in ("fp8", "nvfp4")
+  yield (
+    "target.dtype",
+    block and t.arch != "sm_100a" and not t.emulate_blockscale,
+    (
+      f"needs block-scaled tensor cores, which {t.arch} lacks; set target.emulate_blockscale = true "
+      "to study "
+      'the numerics, or target.arch = "sm_100a"'
+    ),
+  )
+  yield (
+    "target.emulate_blockscale",
+    t.emulate_blockscale and not block,
+    ('has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'),
   )
   if block:
     for key, value in (("model.dim", m.dim), ("moe.expert_dim", e.expert_dim)):
       yield key, value % 32 != 0, f"must be a multiple of 32 for {t.dtype} blocks"
   layers = c.precision.bf16_first_layers + c.precision.bf16_last_layers
-  yield "precision.bf16_first_layers", layers > m.num_layers, (
-    f"+ bf16_last_layers {c.precision.bf16_last_layers} exceeds num_layers {m.num_layers}"
+  yield (
+    "precision.bf16_first_layers",
+    layers > m.num_layers,
+    (f"+ bf16_last_layers {c.precision.bf16_last_layers} exceeds num_layers {m.num_layers}"),
   )
 
 

@@ -2,7 +2,9 @@
 
 
 class NmoeError(Exception):
-  """Base of every error that nmoe raises on purpose; the CLI prints its message without a traceback."""
+  """Base of every error that nmoe raises on purpose; the CLI prints its message without a
+  traceback.
+  """
 
 
 class ConfigError(NmoeError):

@@ -14,8 +14,9 @@ from nmoe.model import Model
 def evaluate(session: Any, model: Model, validation: Validation) -> dict[str, float]:
   """`val/loss` (nats per target token) and `val/bpb` over the frozen validation set.
 
-  Each rank takes its share of every batch. Bits per byte counts the targets that have bytes; separators are
-  in the loss but not in it (nmoe.data.bits_per_byte). One host synchronisation, at the end.
+  Each rank takes its share of every batch. Bits per byte counts the targets that have bytes;
+  separators are in the loss but not in it (nmoe.data.bits_per_byte). One host synchronisation, at
+  the end.
   """
   ranks, device = session.parallel, session.target.device
   sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, targets, nats counted, bytes

@@ -1,8 +1,8 @@
 """The step loop: load → forward → loss → backward → clip → step → log → checkpoint.
 
-`python -m nmoe.train --root ROOT --run RUN_ID` executes one recorded run, from its last checkpoint if it has
-one. Stage runners start it as a child process and learn its outcome from the experiment database; at every log
-it prints one JSON line of progress.
+`python -m nmoe.train --root ROOT --run RUN_ID` executes one recorded run, from its last checkpoint
+if it has one. Stage runners start it as a child process and learn its outcome from the experiment
+database; at every log it prints one JSON line of progress.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ INTERRUPTED = 75  # exit status of a run that was told to stop and can be resume
 
 @dataclass
 class TrainState:
-  """All that a checkpoint saves. The data position is the step: the loader is a pure function of it."""
+  """All that a checkpoint saves. The data position is the step: the loader is a pure function of
+  it.
+  """
 
   model: Model
   optimizer: Optimizer
@@ -62,14 +64,21 @@ class Session:
 
 
 def train(session: Session, state: TrainState) -> dict[str, float] | None:
-  """Run the remaining steps and the final evaluation. Returns the results, or None if told to stop."""
+  """Run the remaining steps and the final evaluation. Returns the results, or None if told to
+  stop.
+  """
   c, target, ranks = session.config, session.target, session.parallel
   batch_size = c.schedule.batch_tokens // c.data.seq_len
   total = c.schedule.total_tokens // c.schedule.batch_tokens
   micros = batch_size // (c.train.micro_batch * ranks.ranks)
   loader = Loader(session.data, seq_len=c.data.seq_len, seed=c.train.seed)
   batches = Prefetcher(
-    loader, batch_size, start=state.step, stop=total, rank=ranks.rank, ranks=ranks.ranks,
+    loader,
+    batch_size,
+    start=state.step,
+    stop=total,
+    rank=ranks.rank,
+    ranks=ranks.ranks,
     device=target.device,
   )
   validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
@@ -125,7 +134,9 @@ def finishing(config: Config, step: int) -> bool:
 
 
 def save(session: Session, state: TrainState, watch: Watch) -> None:
-  """A checkpoint of the state, after its metrics are on disk and every step so far is known to be finite."""
+  """A checkpoint of the state, after its metrics are on disk and every step so far is known to be
+  finite.
+  """
   watch.check(int(watch.bad_step))
   session.metrics.flush()
   if state.step in checkpoint.steps(session.folder):
@@ -154,13 +165,20 @@ def resume(session: Session, state: TrainState) -> None:
 
 
 def check_identity(written: Config, wanted: Config, folder: Path) -> None:
-  """CheckpointError listing the identity keys that differ from those of the checkpoint, if any does."""
+  """CheckpointError listing the identity keys that differ from those of the checkpoint, if any
+  does.
+  """
   changed = configs.diff(written, wanted)
-  lines = [f"{k}: checkpoint {a!r}, now {b!r}" for k, (a, b) in changed.items()
-           if configs.kind(k) == "identity"]
+  lines = [
+    f"{k}: checkpoint {a!r}, now {b!r}"
+    for k, (a, b) in changed.items()
+    if configs.kind(k) == "identity"
+  ]
   if lines:
     raise CheckpointError(
-      f"{folder} holds another model: " + "; ".join(lines) + "; restore these keys or start a new run"
+      f"{folder} holds another model: "
+      + "; ".join(lines)
+      + "; restore these keys or start a new run"
     )
 
 
@@ -174,14 +192,21 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
 
 
 def execute(root: Path, run: Run, ranks: Parallel, experiments: Experiments | None) -> int:
-  """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the records."""
+  """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
+  records.
+  """
   config = configs.loads(run.toml, f"run {run.id}")
   target = select(config)
   data = open_data(root / "data" / run.data_digest)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(
-    config, target, ranks, data, Metrics(root, run.id, ranks.rank),
-    checkpoint.directory(root, run.id), meta,
+    config,
+    target,
+    ranks,
+    data,
+    Metrics(root, run.id, ranks.rank),
+    checkpoint.directory(root, run.id),
+    meta,
   )
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)

@@ -1,4 +1,6 @@
-"""What a run observes of itself: the guard against non-finite values, the logged metrics, the progress line."""
+"""What a run observes of itself: the guard against non-finite values, the logged metrics, the
+progress line.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,15 @@ class Watch:
   """`session` is a nmoe.train.Session; total: the run's steps."""
 
   def __init__(self, session: Any, total: int):
-    self.session, self.config, self.target, self.total = session, session.config, session.target, total
+    self.session, self.config, self.target, self.total = (
+      session,
+      session.config,
+      session.target,
+      total,
+    )
     device = session.target.device
     self.token_bytes_V = torch.from_numpy(session.data.tokenizer.token_bytes()).to(device)
-    self.flops_per_token = plan.flops(session.config).total
+    self.flops_per_token = plan.plan(session.config).flops_per_token
     self.clock = Clock(device)
     self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     self.begun = self.since = time.perf_counter()
@@ -35,10 +42,11 @@ class Watch:
     self.last: dict[str, float] = {}
 
   def guard(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-    """The clip factor as a 0-d tensor; NaN from the first step whose loss or gradient is not finite.
+    """The clip factor as a 0-d tensor; NaN from the first step whose loss or gradient is not
+    finite.
 
-    The optimizer does nothing under a NaN factor, so the state stays that of the last good step until the
-    host looks (`check`). On cpu looking is free and happens here.
+    The optimizer does nothing under a NaN factor, so the state stays that of the last good step
+    until the host looks (`check`). On cpu looking is free and happens here.
     """
     finite = torch.isfinite(loss) & torch.isfinite(norm)
     first = ~finite & (self.bad_step < 0)
@@ -52,8 +60,10 @@ class Watch:
     """Raise RunError if a step was not finite."""
     if bad_step >= 0:
       raise RunError(
-        f"step {bad_step + 1}: the loss or a gradient is not finite; the optimizer did not step. Resume from "
-        "the last checkpoint with a lower learning rate or clip norm (optim.*), or look at the batch's data"
+        f"step {bad_step + 1}: the loss or a gradient is not finite; the optimizer did not step. "
+        "Resume from "
+        "the last checkpoint with a lower learning rate or clip norm (optim.*), or look at the "
+        "batch's data"
       )
 
   def log(
@@ -69,12 +79,14 @@ class Watch:
   ) -> None:
     """Add one row of every tag, after the step of which these are the values.
 
-    loss and count_LE are of the whole step; loss_T [B·S] and target_BS of its last micro-batch, for bits
-    per byte. Together with `save` the only place where the loop waits for the device.
+    loss and count_LE are of the whole step; loss_T [B·S] and target_BS of its last micro-batch, for
+    bits per byte. Together with `save` the only place where the loop waits for the device.
     """
     bytes_T = self.token_bytes_V[target_BS.flatten()]
     nats = (loss_T * (bytes_T > 0)).sum()
-    scalars = torch.stack([self.bad_step.float(), loss, nats, bytes_T.sum(), *norms.values()]).tolist()
+    scalars = torch.stack(
+      [self.bad_step.float(), loss, nats, bytes_T.sum(), *norms.values()]
+    ).tolist()
     self.check(int(scalars[0]))
     o = self.config.optim
     values = {
@@ -148,7 +160,9 @@ def bias_ranges(model: Model) -> list[float]:
 
 
 def load_values(count_LE: Tensor, bias_range: list[float]) -> dict[str, float]:
-  """Health of each MoE layer's load (arXiv 2408.15664 Eq 4 for max over mean; dead: under 1 % of the mean)."""
+  """Health of each MoE layer's load (arXiv 2408.15664 Eq 4 for max over mean; dead: under 1 % of
+  the mean).
+  """
   values = {}
   for layer, (count_E, spread) in enumerate(zip(count_LE.double(), bias_range, strict=True)):
     mean = count_E.mean().clamp(min=1e-12)

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from nmoe.data import Loader, open_data
 from rich.console import Console
 from rich.table import Table
 
 from nmoe import config as configs
 from nmoe import plan
-from nmoe.data import Loader, open_data
 from nmoe.errors import ConfigError
 from nmoe.metrics import read
 from stages.runs import Workbench, progress_display
@@ -95,7 +95,7 @@ def _measure(bench: Workbench, run, config: configs.Config, data: Path, every: i
     phases_ms=loop,
     tokens_per_s=rate,
     loader_tokens_per_s=loader_rate(config, data),
-    flops_terms=dict(plan.flops(config).terms),
+    flops_terms={term.name: term.value for term in plan.plan(config).flops},
     mfu=None if mfu is None else float(np.median(mfu)),
     peak_bytes=float(series["memory/peak_bytes"][2].max()),
   )
@@ -123,15 +123,21 @@ def _show(b: StepBench, console: Console) -> None:
     table.add_row(name, f"{mid:.3f}", f"{low:.3f}–{high:.3f}", f"{mid / whole:.1%}")
   console.print(table)
   console.print(f"outside forward, backward and optimizer: {b.outside:.2%} of a step")
-  console.print(f"{b.tokens_per_s:,.0f} tokens/s; loader alone {b.loader_tokens_per_s / 1e6:,.1f} M tokens/s")
+  console.print(
+    f"{b.tokens_per_s:,.0f} tokens/s; loader alone {b.loader_tokens_per_s / 1e6:,.1f} M tokens/s"
+  )
   terms = " + ".join(f"{name} {value / 1e6:,.1f}" for name, value in b.flops_terms.items())
-  console.print(f"MFLOP per token, forward and backward: {terms} = {sum(b.flops_terms.values()) / 1e6:,.1f}")
+  console.print(
+    f"MFLOP per token, forward and backward: {terms} = {sum(b.flops_terms.values()) / 1e6:,.1f}"
+  )
   mfu = "no published peak for this target" if b.mfu is None else f"{b.mfu:.1%}"
   console.print(f"MFU {mfu}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
 
 
 def _compare(now: StepBench, path: Path, console: Console) -> None:
-  """The change of ms/step against an earlier measurement, with a 95 % interval (Welch, large samples)."""
+  """The change of ms/step against an earlier measurement, with a 95 % interval (Welch, large
+  samples).
+  """
   try:
     before = json.loads(path.read_text())["ms"]
   except (OSError, ValueError, KeyError) as error:
@@ -140,6 +146,7 @@ def _compare(now: StepBench, path: Path, console: Console) -> None:
   delta = b.mean() - a.mean()
   half = 1.96 * math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
   console.print(
-    f"against {path.name}: {delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to {delta + half:+.3f}), "
+    f"against {path.name}: {delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to "
+    f"{delta + half:+.3f}), "
     f"{delta / a.mean():+.2%}"
   )

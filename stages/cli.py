@@ -1,14 +1,15 @@
-"""The command line. Commands import what they need when they run, so that `nmoe --help` is instant."""
+"""The command line. Commands import what they need when they run, so that `nmoe --help` is
+instant.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from nmoe.errors import NmoeError
-
 
 
 class App(typer.Typer):
@@ -28,7 +29,9 @@ app = App(
   pretty_exceptions_enable=False,
   add_completion=False,
 )
-research_app = typer.Typer(help="Stage 1: one architecture, one GPU or the cpu.", no_args_is_help=True)
+research_app = typer.Typer(
+  help="Stage 1: one architecture, one GPU or the cpu.", no_args_is_help=True
+)
 experiments_app = typer.Typer(help="The experiment database.", no_args_is_help=True)
 config_app = typer.Typer(help="Resolved configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measurements of the step.", no_args_is_help=True)
@@ -38,7 +41,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
-Seeds = Annotated[Optional[int], typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
 Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
 ROOT = Path(".nmoe")
 
@@ -98,7 +101,7 @@ def rerun(run: str, root: Root = ROOT) -> None:
 
 
 @app.command()
-def doctor(config: Annotated[Optional[Path], typer.Argument()] = None) -> None:
+def doctor(config: Annotated[Path | None, typer.Argument()] = None) -> None:
   """What works on this machine, what is missing, and the remedy."""
   from stages import show
 
@@ -142,8 +145,8 @@ def config_diff(a: File, b: File) -> None:
 def bench_step(
   config: File,
   steps: Annotated[int, typer.Option(min=20)] = 200,
-  against: Annotated[Optional[Path], typer.Option(help="An earlier --out file.")] = None,
-  out: Annotated[Optional[Path], typer.Option(help="Write the measurement here (JSON).")] = None,
+  against: Annotated[Path | None, typer.Option(help="An earlier --out file.")] = None,
+  out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
 ) -> None:
   """Milliseconds per step and phase, MFU with its terms, loader rate, peak memory."""
   from stages import bench

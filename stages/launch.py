@@ -1,7 +1,8 @@
 """Start a recorded run as child processes, one a rank, and follow it.
 
-The parent never imports torch. Rank 0 prints one JSON line of progress at every log; everything else a child
-says goes to {root}/logs/{run_id}/rank_{rank}.txt, and its outcome to the experiment database.
+The parent never imports torch. Rank 0 prints one JSON line of progress at every log; everything
+else a child says goes to {root}/logs/{run_id}/rank_{rank}.txt, and its outcome to the experiment
+database.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ GRACE_S = 30.0  # a rank may take this long to leave after the first one did or 
 def run(root: Path, run_id: str, config: Config, progress: Callable[[dict], None]) -> int:
   """Execute the run and return its exit status (0: completed); progress receives each line.
 
-  An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves, resumable.
+  An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
+  resumable.
   """
   logs = root / "logs" / run_id
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
-  children = [_spawn(root, run_id, config, rank, rendezvous, logs) for rank in range(config.launch.ranks)]
+  children = [
+    _spawn(root, run_id, config, rank, rendezvous, logs) for rank in range(config.launch.ranks)
+  ]
   previous = signal.signal(signal.SIGTERM, _raise_interrupt)
   try:
     for line in children[0].stdout:
@@ -80,7 +84,9 @@ def _spawn(
 
 
 def _join(children: list[subprocess.Popen]) -> int:
-  """The first non-zero exit status, or 0; ranks that outlive a failed one by GRACE_S are terminated."""
+  """The first non-zero exit status, or 0; ranks that outlive a failed one by GRACE_S are
+  terminated.
+  """
   deadline = None
   while True:
     states = [child.poll() for child in children]

@@ -1,7 +1,10 @@
-"""What every stage does with a run: prepare its data, find it in the records or execute it, show progress."""
+"""What every stage does with a run: prepare its data, find it in the records or execute it, show
+progress.
+"""
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from dataclasses import dataclass
@@ -18,9 +21,18 @@ from nmoe.experiments import Experiment, Experiments, Run, provenance
 from nmoe.prepare import load_mixture, prepare
 from nmoe.tokenizer import get as get_tokenizer
 from stages import launch
+from stages.report import terminal_summary, write_report
 
 REPO = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "numpy", "datasets", "tiktoken", "duckdb", "quack-kernels", "nvidia-cutlass-dsl")
+PACKAGES = (
+  "torch",
+  "numpy",
+  "datasets",
+  "tiktoken",
+  "duckdb",
+  "quack-kernels",
+  "nvidia-cutlass-dsl",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,9 @@ class Workbench:
     return cls(folder, Experiments(folder), console, commit, patch, code_version)
 
   def experiment(self, stage: str, config: Config, arms: list[Arm]) -> Experiment:
-    """Write the hypothesis down, or find it: the newest experiment that asks the same of the same runs."""
+    """Write the hypothesis down, or find it: the newest experiment that asks the same of the same
+    runs.
+    """
     e = config.experiment
     asked = (stage, e.name, e.statement, e.metric, e.direction, e.min_effect)
     wanted = {
@@ -62,13 +76,18 @@ class Workbench:
       for seed in seeds_of(config)
     }
     for found in self.experiments.list():
-      same = (found.stage, found.name, found.statement, found.metric, found.direction, found.min_effect)
+      same = (
+        found.stage,
+        found.name,
+        found.statement,
+        found.metric,
+        found.direction,
+        found.min_effect,
+      )
       members = {(r.fingerprint, r.code_version) for r in self.experiments.runs(found.id)}
       if same == asked and members <= wanted:
         return found
-    return self.experiments.create(
-      e.name, stage, e.statement, e.metric, e.direction, e.min_effect
-    )
+    return self.experiments.create(e.name, stage, e.statement, e.metric, e.direction, e.min_effect)
 
   def arm(self, name: str, config: Config) -> Arm:
     """Prepare the arm's data (or find it prepared)."""
@@ -77,25 +96,44 @@ class Workbench:
       data = prepare(mixture, get_tokenizer(config.data.tokenizer), self.root)
     return Arm(name, config, data)
 
-  def run(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> tuple[Run, bool]:
-    """The completed run of an arm at a seed, and whether it was found in the records.
+  def run(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> Run:
+    """The run of an arm at a seed: found completed, continued, or executed from its start.
 
-    A completed run of the same fingerprint, data and code is reused; an interrupted one is continued.
-    Raises RunError if it fails, with what it left in its log.
+    Only a run of the same fingerprint, data and code is found. The one returned is completed or
+    failed; RunError if it was stopped before either.
     """
     config = arm.at_seed(seed)
     key = (configs.fingerprint(config, arm.data.name), arm.data.name, seed, self.code_version)
     done = self.experiments.find_completed(*key)
     if done is not None:
       self.experiments.attach(experiment.id, done.id, arm.name)
-      return done, True
+      progress.console.print(f"{arm.name} seed {seed}: completed before as run {done.id}, reused")
+      return done
     run = self.experiments.find_unfinished(*key)
     if run is None:
-      run = self._start(experiment, arm, seed, config)
-    else:
-      self.experiments.attach(experiment.id, run.id, arm.name)
-    self._execute(run, config, f"{arm.name} seed {seed}", progress)
-    return self.experiments.run(run.id), False
+      return self.repeat(experiment, arm, seed, progress)
+    self.experiments.attach(experiment.id, run.id, arm.name)
+    progress.console.print(f"{arm.name} seed {seed}: interrupted before as run {run.id}, continued")
+    return self._execute(run, config, f"{arm.name} seed {seed}", progress)
+
+  def repeat(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> Run:
+    """Execute a new run of an arm at a seed, whatever the records hold."""
+    config = arm.at_seed(seed)
+    run = self._start(experiment, arm, seed, config)
+    self.experiments.release(run.id)
+    return self._execute(run, config, f"{arm.name} seed {seed}", progress)
+
+  def close(self, experiment: Experiment, verdict: str, judged: dict, runs: list[Run]) -> Path:
+    """Store the outcome, write the report and say both. RunError at the very end if a run failed."""
+    self.experiments.conclude(experiment.id, verdict, judged)
+    path = write_report(self.root, experiment.id)
+    self.console.print(terminal_summary(self.root, experiment.id))
+    self.console.print(f"report: {path}", soft_wrap=True)
+    failed = [run for run in runs if run.status == "failed"]
+    if failed:
+      lines = [f"{r.id} ({r.arm} seed {r.seed}): {r.error}" for r in failed]
+      raise RunError(f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(lines))
+    return path
 
   def _start(self, experiment: Experiment, arm: Arm, seed: int, config: Config) -> Run:
     return self.experiments.start_run(
@@ -112,7 +150,7 @@ class Workbench:
       target=config.target.arch,
     )
 
-  def _execute(self, run: Run, config: Config, label: str, progress: Progress) -> None:
+  def _execute(self, run: Run, config: Config, label: str, progress: Progress) -> Run:
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
 
@@ -120,15 +158,21 @@ class Workbench:
       note = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
       progress.update(task, completed=line["step"], note=note)
 
-    self.experiments.release(run.id)
-    status = launch.run(self.root, run.id, config, show)
+    launch.run(self.root, run.id, config, show)
     found = self.experiments.run(run.id)
-    if status != 0 or found.status != "completed":
-      progress.update(task, note=f"[red]{found.status}")
+    if found.status not in ("completed", "failed"):
+      self.experiments.mark_interrupted()
       raise RunError(
-        f"run {run.id} ({label}) ended with status {status}, recorded as {found.status}: "
-        f"{found.error or 'no error was recorded'}\n{launch.tail(self.root, run.id)}"
+        f"run {run.id} ({label}) stopped before its end; the same command continues it\n"
+        f"{launch.tail(self.root, run.id)}"
       )
+    progress.update(task, note=found.status if found.status == "completed" else "[red]failed")
+    return found
+
+
+def value(run: Run, metric: str) -> float:
+  """A run's final value of a metric; NaN if the run failed, which statistics count as diverged."""
+  return run.results.get(metric, math.nan)
 
 
 def seeds_of(config: Config) -> range:

@@ -1,0 +1,91 @@
+"""Terminal tables: plans, the doctor's findings, the experiment records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nmoe.doctor import examine
+from rich.console import Console
+from rich.table import Table
+
+from nmoe import config as configs
+from nmoe import plan as plans
+from nmoe.config import Config
+from nmoe.experiments import Experiments
+from stages.report import terminal_summary
+
+
+def plan(config: Config, console: Console) -> None:
+  """Parameters, FLOPs per token and memory of a rank, every term with its formula."""
+  p = plans.plan(config)
+  n = p.parameters
+  console.print(
+    f"[bold]{config.experiment.name}[/bold] on {config.target.arch} in {config.target.dtype}: "
+    f"{n.total / 1e9:,.3f} B parameters, {n.active / 1e9:,.3f} B active "
+    f"(without embedding and head {n.body / 1e9:,.3f} B and {n.active_body / 1e9:,.3f} B)"
+  )
+  console.print(_terms("FLOPs per token, forward and backward", p.flops, 1e9, "GFLOP"))
+  console.print(_terms("Bytes of a rank at the step's peak", p.memory, 2**30, "GiB"))
+  if config.launch.ranks > 1:
+    r = p.rdep
+    console.print(
+      f"RDEP buffers of a rank: balanced {r.balanced / 2**30:.3f} GiB, at capacity "
+      f"{config.rdep.capacity} {r.capacity / 2**30:.3f} GiB, worst case {r.worst / 2**30:.3f} GiB"
+    )
+  for device in plans.DEVICES:
+    if device.arch == config.target.arch:
+      misfit = plans.fits(p, device.memory_bytes)
+      console.print(f"{device.name}: {'fits' if misfit is None else misfit}")
+
+
+def _terms(title: str, terms: tuple[plans.Term, ...], unit: float, name: str) -> Table:
+  table = Table(title=title, title_justify="left")
+  table.add_column("term")
+  table.add_column("formula", overflow="fold")
+  table.add_column(name, justify="right")
+  for term in terms:
+    table.add_row(term.name, term.formula, f"{term.value / unit:,.3f}")
+  table.add_row("[bold]sum[/bold]", "", f"[bold]{sum(t.value for t in terms) / unit:,.3f}[/bold]")
+  return table
+
+
+def doctor(path: Path | None, console: Console) -> int:
+  """Print what was examined; returns 1 if anything is wrong, else 0."""
+  checks = examine(None if path is None else configs.load(path))
+  table = Table()
+  for column in ("", "what", "found", "remedy"):
+    table.add_column(column, overflow="fold")
+  for check in checks:
+    mark = "[green]ok[/green]" if check.ok else "[red]no[/red]"
+    table.add_row(mark, check.name, check.found, "" if check.ok else check.remedy)
+  console.print(table)
+  return 0 if all(check.ok for check in checks) else 1
+
+
+def experiments(root: Path, console: Console) -> None:
+  """Every experiment, newest first."""
+  records = Experiments(root)
+  table = Table()
+  for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
+    table.add_column(column, overflow="fold")
+  for e in records.list():
+    runs = records.runs(e.id)
+    done = sum(run.status == "completed" for run in runs)
+    table.add_row(e.id, e.stage, e.status, e.verdict, f"{done}/{len(runs)}", e.statement)
+  console.print(table)
+
+
+def experiment(root: Path, name: str, console: Console) -> None:
+  """One experiment: hypothesis, numbers, runs, links."""
+  records = Experiments(root)
+  found = records.find(name)
+  console.print(terminal_summary(root, found.id))
+  table = Table()
+  for column in ("run", "arm", "seed", "status", "fingerprint", "commit", "error"):
+    table.add_column(column, overflow="fold")
+  for run in records.runs(found.id):
+    row = (run.id, run.arm, str(run.seed), run.status, run.fingerprint, run.commit[:10], run.error)
+    table.add_row(*row)
+  console.print(table)
+  for link in records.links(found.id):
+    console.print(f"{link.from_id} {link.relation} {link.to_id}: {link.note}")
