@@ -1,0 +1,106 @@
+"""The symmetric memory of one rank: what lies where. The host and the device read the same layout.
+
+Every rank owns one block of this layout, at the same offsets; a peer writes into it directly. R
+ranks, E experts of all ranks, C rows that a rank receives in one round, N = T·K rows that a rank
+sends, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.ops import check
+
+ALIGNMENT = 256  # bytes: of every buffer's start; whole cache lines and vector stores on any device
+SIGNAL_STRIDE = (
+  16  # int64 elements: one signal per 128-byte line, so that writers don't share lines
+)
+
+COUNTS, DISPATCH, RETURN = 0, 1, 2  # the kinds of signals
+
+
+class Buffers(NamedTuple):
+  """One rank's block as tensors. Peer p writes count[p], signal[:, p] and rows of its own."""
+
+  count_RE: Tensor  # int32: tokens that rank r sends to expert e
+  row_CD: Tensor  # received rows at their expert-sorted places: x forward, dy backward
+  gate_C: Tensor  # fp32: the gates of the received rows (backward)
+  origin_C: Tensor  # int32: source rank · N + t·K + k of a received row, -1 where none arrived
+  back_ND: Tensor  # rows that came back, by t·K + k: y forward, dx backward
+  back_gate_N: Tensor  # fp32: gate gradients that came back
+  signal_KRS: (
+    Tensor  # int64 [3, R, SIGNAL_STRIDE]: the last trip of which rank r's writes are complete
+  )
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+  """Sizes of one rank's block. `offsets` and `nbytes` follow from them and from nothing else."""
+
+  ranks: int
+  experts: int
+  capacity: int  # C
+  rows: int  # N, the most that one rank sends
+  dim: int
+  dtype: torch.dtype  # of rows
+
+  def __post_init__(self):
+    check(
+      self.ranks * self.rows < 2**31,
+      f"{self.ranks} ranks of {self.rows} rows do not fit int32 origins; lower train.micro_batch",
+    )
+
+  @property
+  def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each of Buffers' fields, in order."""
+    return {
+      "count_RE": ((self.ranks, self.experts), torch.int32),
+      "row_CD": ((self.capacity, self.dim), self.dtype),
+      "gate_C": ((self.capacity,), torch.float32),
+      "origin_C": ((self.capacity,), torch.int32),
+      "back_ND": ((self.rows, self.dim), self.dtype),
+      "back_gate_N": ((self.rows,), torch.float32),
+      "signal_KRS": ((3, self.ranks, SIGNAL_STRIDE), torch.int64),
+    }
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Bytes of each buffer, without padding."""
+    return {
+      name: torch.Size(shape).numel() * dtype.itemsize
+      for name, (shape, dtype) in self.fields.items()
+    }
+
+  @property
+  def offsets(self) -> dict[str, int]:
+    """Byte offset of each buffer in the block, multiples of ALIGNMENT."""
+    offsets, end = {}, 0
+    for name, size in self.sizes.items():
+      offsets[name] = end
+      end += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the whole block, a multiple of ALIGNMENT."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes.values())
+
+  def views(self, memory: Tensor) -> Buffers:
+    """The block's tensors. memory: uint8 [nbytes], aligned to ALIGNMENT."""
+    check(
+      memory.dtype == torch.uint8 and memory.shape == (self.nbytes,) and memory.is_contiguous(),
+      f"symmetric memory is {memory.dtype} {tuple(memory.shape)}, needs uint8 ({self.nbytes},)",
+    )
+    check(memory.data_ptr() % ALIGNMENT == 0, f"symmetric memory is not aligned to {ALIGNMENT}")
+    return Buffers(
+      **{
+        name: memory[start : start + self.sizes[name]].view(dtype).view(shape)
+        for (name, (shape, dtype)), start in zip(
+          self.fields.items(), self.offsets.values(), strict=True
+        )
+      }
+    )

@@ -1,0 +1,94 @@
+"""Rows between ranks of one host, written straight into the peers' shared memory.
+
+A *trip* is one numbered handshake of all ranks: every rank sends rows to their owners (DISPATCH),
+and every owner answers every rank (RETURN). Trip numbers only grow, so a signal is never reset. A
+signal is stored after the rows that it announces; x86-64 keeps that order.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers
+
+YIELDS = 200  # polls that only yield the core; later ones sleep
+PAUSE_S = 1e-4
+
+
+class Exchange:
+  """The movers of one rank. `peers` are the mapped blocks of all ranks, its own among them."""
+
+  def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
+    self.peers, self.rank, self.deadline_s = peers, rank, deadline_s
+    self.mine = peers[rank]
+    self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
+    self.mine.origin_C.fill_(-1)
+
+  def post_counts(self, trip: int, count_E: Tensor) -> None:
+    """Write this rank's int32 [E] counts into every rank's count[rank]."""
+    for peer in self.peers:
+      peer.count_RE[self.rank] = count_E
+    self._signal(COUNTS, trip)
+
+  def send(
+    self, trip: int, x_TD: Tensor, gate_TK: Tensor | None, owner_N: Tensor, row_N: Tensor, low: int
+  ) -> None:
+    """Write row (t, k) of x to place row[t·K + k] - low of its owner, if that is in [0, C).
+
+    owner and row are int64 [T·K]. Gates go along if given. Every rank is signalled, with or without
+    rows.
+    """
+    place_N = row_N - low
+    inside_N = (place_N >= 0) & (place_N < self.capacity)
+    top_k = owner_N.numel() // max(x_TD.shape[0], 1)
+    for rank, peer in enumerate(self.peers):
+      item = (inside_N & (owner_N == rank)).nonzero().flatten()
+      place = place_N[item]
+      peer.row_CD.index_copy_(0, place, x_TD[item // max(top_k, 1)])
+      if gate_TK is not None:
+        peer.gate_C.index_copy_(0, place, gate_TK.flatten()[item])
+      peer.origin_C.index_copy_(0, place, (item + self.rank * self.rows).int())
+    self._signal(DISPATCH, trip)
+
+  def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of the first rows [n, D], gates [n] and origins [n]; rows that nobody sent are zero.
+
+    To be called after the wait for DISPATCH. The buffer's origins are reset.
+    """
+    origin = self.mine.origin_C[:num_rows].clone()
+    self.mine.origin_C[:num_rows] = -1
+    row = self.mine.row_CD[:num_rows].clone()
+    row[origin < 0] = 0
+    return row, self.mine.gate_C[:num_rows].clone(), origin
+
+  def reply(
+    self, trip: int, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None
+  ) -> None:
+    """Write each row, and gate gradient, back to its origin; None is an answer without rows."""
+    if row_CD is not None:
+      source_C = torch.where(origin_C < 0, -1, origin_C // self.rows)
+      for rank, peer in enumerate(self.peers):
+        row = (source_C == rank).nonzero().flatten()
+        item = (origin_C[row] % self.rows).long()
+        peer.back_ND.index_copy_(0, item, row_CD[row])
+        if gate_C is not None:
+          peer.back_gate_N.index_copy_(0, item, gate_C[row])
+    self._signal(RETURN, trip)
+
+  def wait(self, kind: int, trip: int) -> list[int]:
+    """Block until all ranks' signals of this kind reach `trip`; returns who missed the deadline."""
+    signal_R = self.mine.signal_KRS[kind, :, 0]
+    end, polls = time.monotonic() + self.deadline_s, 0
+    while (behind := signal_R < trip).any():
+      if time.monotonic() > end:
+        return behind.nonzero().flatten().tolist()
+      time.sleep(0 if polls < YIELDS else PAUSE_S)
+      polls += 1
+    return []
+
+  def _signal(self, kind: int, trip: int) -> None:
+    for peer in self.peers:
+      peer.signal_KRS[kind, self.rank, 0] = trip

@@ -1,0 +1,49 @@
+"""The symmetric heap: every rank's buffers, mapped on every rank that can reach them.
+
+What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (`symmetric`
+of its kernels: POSIX shared memory on the cpu, NVSHMEM on GPUs). A heap is owned by one Rdep.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from kernels.buffers import BufferLayout, Buffers
+from kernels.ops import KernelError
+from nmoe.config import Config
+from nmoe.errors import CommError
+
+
+def buffer_layout(config: Config) -> BufferLayout:
+  """One rank's block: ⌈capacity · T·K⌉ received rows, rounded up to the alignment."""
+  rows = config.train.micro_batch * config.data.seq_len * config.moe.top_k
+  align = config.rdep.alignment
+  received = math.ceil(config.rdep.capacity * rows)
+  return BufferLayout(
+    ranks=config.launch.ranks,
+    experts=config.moe.num_experts,
+    capacity=max(math.ceil(received / align), 1) * align,
+    rows=rows,
+    dim=config.model.dim,
+    dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
+  )
+
+
+class Heap:
+  """All ranks' blocks: `peers[r]` are the buffers of rank r, `mine` this rank's own.
+
+  Collective over `group` (gloo). Raises CommError if the memory cannot be had or shared.
+  """
+
+  def __init__(self, layout: BufferLayout, symmetric: ModuleType, group: dist.ProcessGroup):
+    self.layout = layout
+    try:
+      blocks = symmetric.allocate(layout.nbytes, group)
+    except KernelError as error:
+      raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
+    self.peers: list[Buffers] = [layout.views(block) for block in blocks]
+    self.mine = self.peers[group.rank()]
