@@ -9,7 +9,7 @@ from kernels.ops import check
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-  """See Ops.attention. A v narrower than q is zero-padded: torch's fused CPU kernel wants one width."""
+  """See Ops.attention. A narrower v is zero-padded: torch's fused CPU kernel wants one width."""
   check(
     q.shape == k.shape and v.shape[:-1] == q.shape[:-1],
     f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must be equal, and v {tuple(v.shape)} "

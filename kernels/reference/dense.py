@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ops import Recipe, check
-from kernels.reference.swiglu import swiglu
+from kernels.reference.experts import grouped_mlp
 
 
 def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
@@ -21,4 +22,10 @@ def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
 
 def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
   """See Ops.mlp."""
-  return linear(swiglu(linear(x, w13, recipe)), w2, recipe)
+  check(
+    w13.shape == (2 * w2.shape[1], w2.shape[0]),
+    f"mlp: w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} must be [2F, D] and [D, F]",
+  )
+  rows = x.flatten(0, -2)
+  offsets = torch.tensor([0, rows.shape[0]], dtype=torch.int32)
+  return grouped_mlp(rows, offsets, w13[None], w2[None], recipe).view(x.shape)

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from kernels.ops import Layout, Recipe, check
 from kernels.reference import swiglu
 from kernels.reference.dtypes import wide
-from kernels.reference.router import weighted_sum
+from kernels.reference.router import sum_rows
 
 
 def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
@@ -31,8 +31,7 @@ def experts(
   """See Ops.experts."""
   _check_weights(x_TD, w13, w2)
   check(recipe.format == "bf16", f"experts: format {recipe.format!r} is not available")
-  token_N = layout.source_N // max(1, gate_TK.shape[1])
-  return _Experts.apply(x_TD, gate_TK, w13, w2, layout, token_N)
+  return _Experts.apply(x_TD, gate_TK, w13, w2, layout)
 
 
 def _check_weights(x: Tensor, w13: Tensor, w2: Tensor) -> None:
@@ -45,82 +44,79 @@ def _check_weights(x: Tensor, w13: Tensor, w2: Tensor) -> None:
 
 
 def _spans(offsets: list[int]):
-  """(expert, first row, end row) of the experts that have rows."""
+  """(expert, slice of its rows) of the experts that have rows."""
   for expert, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
     if end > start:
-      yield expert, start, end
-
-
-def rows_by_weight(x: Tensor, w: Tensor, offsets: list[int]) -> Tensor:
-  """x [N', I] · w[e] [I, O] for the rows of each expert e; rows beyond offsets[-1] are zero."""
-  out = x.new_empty(x.shape[0], w.shape[2])
-  for e, start, end in _spans(offsets):
-    torch.mm(x[start:end], w[e], out=out[start:end])
-  out[offsets[-1] :] = 0
-  return out
-
-
-def rows_by_rows(dy: Tensor, x: Tensor, offsets: list[int]) -> Tensor:
-  """dy[rows of e]ᵀ · x[rows of e] for each expert: [E, O, I]; zero for an expert without rows."""
-  out = x.new_zeros(len(offsets) - 1, dy.shape[1], x.shape[1])
-  for e, start, end in _spans(offsets):
-    torch.mm(dy[start:end].T, x[start:end], out=out[e])
-  return out
+      yield expert, slice(start, end)
 
 
 class _GroupedMlp(torch.autograd.Function):
+  """Saves x and the pre-activations h. An expert's rows pass the whole chain while in the cache."""
+
   @staticmethod
   def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, offsets: list[int]) -> Tensor:
-    h = rows_by_weight(x, w13.mT, offsets)
+    w13 = swiglu.to_halves(w13)
+    h = x.new_empty(x.shape[0], w13.shape[1])
+    y = torch.empty_like(x)
+    for e, rows in _spans(offsets):
+      torch.mm(x[rows], w13[e].T, out=h[rows])
+      torch.mm(swiglu.forward(h[rows]), w2[e].T, out=y[rows])
+    y[offsets[-1] :] = 0
     ctx.save_for_backward(x, h, w13, w2)
     ctx.offsets = offsets
-    return rows_by_weight(swiglu.forward(h), w2.mT, offsets)
+    return y
 
   @staticmethod
   @once_differentiable
   def backward(ctx, dy: Tensor):
     x, h, w13, w2 = ctx.saved_tensors
-    offsets = ctx.offsets
-    dw2 = rows_by_rows(dy, swiglu.forward(h), offsets)
-    dh = swiglu.backward(h, rows_by_weight(dy, w2, offsets))
-    return rows_by_weight(dh, w13, offsets), rows_by_rows(dh, x, offsets), dw2, None
+    dx, dw13, dw2 = torch.empty_like(x), torch.zeros_like(w13), torch.zeros_like(w2)
+    for e, rows in _spans(ctx.offsets):
+      dh, a = swiglu.backward(h[rows], dy[rows] @ w2[e])
+      torch.mm(dy[rows].T, a, out=dw2[e])
+      torch.mm(dh.T, x[rows], out=dw13[e])
+      torch.mm(dh, w13[e], out=dx[rows])
+    dx[ctx.offsets[-1] :] = 0
+    return dx, swiglu.to_interleaved(dw13), dw2, None
 
 
 class _Experts(torch.autograd.Function):
-  """Saves x, the pre-activations h [N, 2F] and the indices; gathers x again in backward.
+  """Saves x, h [N, 2F] and the indices; gathers x again in backward, one expert's rows at a time.
 
   With a = swiglu(h), y = w2 · a and da' = w2ᵀ · dout: dgate = y · dout = a · da', da = gate · da'
   and dw2 = doutᵀ · (gate · a), so neither y nor gate · dout is needed.
   """
 
   @staticmethod
-  def forward(
-    ctx, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, layout: Layout, token_N: Tensor
-  ):
+  def forward(ctx, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, layout: Layout) -> Tensor:
     offsets = layout.offset_E1.tolist()
-    h = rows_by_weight(x.index_select(0, token_N), w13.mT, offsets)
-    y = rows_by_weight(swiglu.forward(h), w2.mT, offsets)
-    ctx.save_for_backward(x, gate, w13, w2, h, token_N, layout.source_N, layout.row_TK)
+    token = layout.source_N // max(1, gate.shape[1])
+    w13 = swiglu.to_halves(w13)
+    h = x.new_empty(token.numel(), w13.shape[1])
+    y = x.new_empty(token.numel(), x.shape[1])
+    for e, rows in _spans(offsets):
+      torch.mm(x.index_select(0, token[rows]), w13[e].T, out=h[rows])
+      torch.mm(swiglu.forward(h[rows]), w2[e].T, out=y[rows])
+    ctx.save_for_backward(x, gate, w13, w2, h, token, layout.source_N, layout.row_TK)
     ctx.offsets = offsets
-    return weighted_sum(_to_tokens(y, layout.row_TK), gate).to(x.dtype)
+    return sum_rows(y, layout.row_TK, gate).to(x.dtype)
 
   @staticmethod
   @once_differentiable
   def backward(ctx, dout: Tensor):
-    x, gate, w13, w2, h, token_N, source_N, row_TK = ctx.saved_tensors
-    offsets = ctx.offsets
-    gate_N1 = gate.flatten().index_select(0, source_N)[:, None]
-    dout_ND = dout.index_select(0, token_N)
-    a = swiglu.forward(h)
-    da = rows_by_weight(dout_ND, w2, offsets).to(wide(x, gate))
-    dgate_N = (a * da).sum(-1)
-    dw2 = rows_by_rows(dout_ND, (a * gate_N1).to(x.dtype), offsets)
-    dh = swiglu.backward(h, da.mul_(gate_N1))
-    dw13 = rows_by_rows(dh, x.index_select(0, token_N), offsets)
-    dx_TKD = _to_tokens(rows_by_weight(dh, w13, offsets), row_TK)
-    dx = weighted_sum(dx_TKD, torch.ones_like(gate)).to(x.dtype)
-    return dx, dgate_N[row_TK].to(gate.dtype), dw13, dw2, None, None
-
-
-def _to_tokens(y_ND: Tensor, row_TK: Tensor) -> Tensor:
-  return y_ND.index_select(0, row_TK.flatten()).view(*row_TK.shape, y_ND.shape[1])
+    x, gate, w13, w2, h, token, source, row_TK = ctx.saved_tensors
+    dtype = wide(x, gate)
+    gate_N1 = gate.to(dtype).flatten().index_select(0, source)[:, None]
+    dgate = torch.empty_like(gate_N1)
+    dx = x.new_empty(token.numel(), x.shape[1])
+    dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
+    for e, rows in _spans(ctx.offsets):
+      dout_e, gate_e = dout.index_select(0, token[rows]), gate_N1[rows]
+      da = (dout_e @ w2[e]).to(dtype)
+      dh, a = swiglu.backward(h[rows], da * gate_e)
+      dgate[rows] = torch.linalg.vecdot(a.to(dtype), da)[:, None]
+      torch.mm(dout_e.T, (a * gate_e).to(x.dtype), out=dw2[e])
+      torch.mm(dh.T, x.index_select(0, token[rows]), out=dw13[e])
+      torch.mm(dh, w13[e], out=dx[rows])
+    dx = sum_rows(dx, row_TK, torch.ones_like(gate)).to(x.dtype)
+    return dx, dgate.to(gate.dtype)[:, 0][row_TK], swiglu.to_interleaved(dw13), dw2, None

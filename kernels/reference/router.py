@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,8 +36,8 @@ def check_spec(spec: RouterSpec, num_experts: int) -> None:
   )
   check(
     1 <= spec.topk_groups <= spec.num_groups and num_experts % spec.num_groups == 0,
-    f"route: {spec.topk_groups} of {spec.num_groups} groups of {num_experts} experts; num_groups must "
-    "divide the experts and be at least topk_groups",
+    f"route: {spec.topk_groups} of {spec.num_groups} groups of {num_experts} experts; groups must "
+    "divide the experts and be at least the chosen ones",
   )
   room = num_experts // spec.num_groups * spec.topk_groups
   check(
@@ -59,7 +61,7 @@ def _best(values: Tensor, count: int) -> Tensor:
 
 
 def layout(expert_TK: Tensor, num_experts: int) -> Layout:
-  """See Ops.layout. 0 <= expert < num_experts is not checked: that would synchronise with the host."""
+  """See Ops.layout. Experts must be in [0, num_experts); checking it would need the host."""
   device = expert_TK.device
   sorted_N, source_N = expert_TK.flatten().sort(stable=True)
   edges = torch.arange(num_experts + 1, dtype=sorted_N.dtype, device=device)
@@ -82,7 +84,7 @@ class _Combine(torch.autograd.Function):
   @staticmethod
   def forward(ctx, y_TKD: Tensor, gate_TK: Tensor) -> Tensor:
     ctx.save_for_backward(y_TKD, gate_TK)
-    return weighted_sum(y_TKD, gate_TK).to(y_TKD.dtype)
+    return _weighted_sum(y_TKD.unbind(1), gate_TK).to(y_TKD.dtype)
 
   @staticmethod
   @once_differentiable
@@ -95,11 +97,15 @@ class _Combine(torch.autograd.Function):
     return dy_TKD.to(y_TKD.dtype), dgate_TK.to(gate_TK.dtype)
 
 
-def weighted_sum(y_TKD: Tensor, gate_TK: Tensor) -> Tensor:
-  """Σ_k gate[t, k] · y[t, k], k ascending, in fp32 or wider: [T, D]."""
-  dtype = wide(y_TKD, gate_TK)
-  gate_TK = gate_TK.to(dtype)
-  out_TD = y_TKD.new_zeros(y_TKD.shape[0], y_TKD.shape[2], dtype=dtype)
-  for k in range(y_TKD.shape[1]):
-    out_TD.addcmul_(y_TKD[:, k].to(dtype), gate_TK[:, k, None])
-  return out_TD
+def sum_rows(y_ND: Tensor, row_TK: Tensor, gate_TK: Tensor) -> Tensor:
+  """Σ_k gate[t, k] · y[row[t, k]], k ascending, in fp32 or wider: [T, D]."""
+  return _weighted_sum((y_ND.index_select(0, row_T) for row_T in row_TK.unbind(1)), gate_TK)
+
+
+def _weighted_sum(columns: Iterable[Tensor], gate_TK: Tensor) -> Tensor:
+  """Σ_k gate[:, k] · columns[k], in the order given."""
+  total = 0.0
+  for y_TD, gate_T in zip(columns, gate_TK.unbind(1), strict=True):
+    gate_T1 = gate_T.to(wide(y_TD, gate_T))[:, None]
+    total = total + gate_T1 * y_TD
+  return total

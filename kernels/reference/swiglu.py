@@ -1,43 +1,47 @@
-"""swiglu(h)[i] = silu(h[2i]) · h[2i + 1] over interleaved gate and up rows (2002.05202 Eq 6)."""
+"""swiglu(gate, up) = silu(gate) · up (arXiv 2002.05202 Eq 6).
+
+The contract interleaves gate and up rows. A CPU computes faster on halves, [gate; up], so the fused
+experts reorder the small weights once per call instead of the large activations.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.reference.dtypes import wide
 
 
 def swiglu(h: Tensor) -> Tensor:
-  """h [..., 2F] interleaved -> [..., F]; computed in fp32, rounded once to h's dtype."""
-  return _Swiglu.apply(h)
+  """h [..., 2F] interleaved -> [..., F], differentiable; fp32 inside, rounded once to h's dtype."""
+  gate, up = h.to(wide(h)).unflatten(-1, (-1, 2)).unbind(-1)
+  return (F.silu(gate) * up).to(h.dtype)
+
+
+def to_halves(w13: Tensor) -> Tensor:
+  """[E, 2F, D] with interleaved rows -> rows [gate; up]."""
+  return w13.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def to_interleaved(w13: Tensor) -> Tensor:
+  """The inverse of `to_halves`."""
+  return w13.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def forward(h: Tensor) -> Tensor:
-  """`swiglu` without autograd."""
-  gate, up = h.to(wide(h)).unflatten(-1, (-1, 2)).unbind(-1)
+  """h [N, 2F] in halves -> [N, F]."""
+  gate, up = h.to(wide(h)).chunk(2, -1)
   return F.silu(gate).mul_(up).to(h.dtype)
 
 
-def backward(h: Tensor, da: Tensor) -> Tensor:
-  """The gradient of h [..., 2F] from that of swiglu(h) [..., F]."""
-  gate, up = h.to(wide(h)).unflatten(-1, (-1, 2)).unbind(-1)
+def backward(h: Tensor, da: Tensor) -> tuple[Tensor, Tensor]:
+  """(the gradient of h in halves, swiglu(h) again), from da, the gradient of swiglu(h)."""
+  gate, up = h.to(wide(h)).chunk(2, -1)
   da = da.to(gate.dtype)
   sigmoid = gate.sigmoid()
   silu = gate * sigmoid
-  dgate = torch.addcmul(sigmoid, silu, 1 - sigmoid).mul_(up).mul_(da)
-  return torch.stack([dgate, silu.mul_(da)], -1).flatten(-2).to(h.dtype)
-
-
-class _Swiglu(torch.autograd.Function):
-  @staticmethod
-  def forward(ctx, h: Tensor) -> Tensor:
-    ctx.save_for_backward(h)
-    return forward(h)
-
-  @staticmethod
-  @once_differentiable
-  def backward(ctx, da: Tensor) -> Tensor:
-    return backward(ctx.saved_tensors[0], da)
+  a = silu * up
+  dup = silu * da
+  dgate = sigmoid.add_(silu.mul_(1 - sigmoid)).mul_(up).mul_(da)
+  return torch.cat([dgate, dup], -1).to(h.dtype), a.to(h.dtype)
