@@ -1,0 +1,126 @@
+"""The machine that a run computes on: checked and chosen once, before anything is allocated.
+
+The only place that asks what hardware there is, and the only one that imports by name, so that a
+machine without the CUDA packages never imports them. There is no fallback: a machine that is not
+what [target] asks for is a TargetError. `python -m nmoe.target` prints each architecture's check.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from kernels.arch import ARCHS
+from nmoe.config import Config
+from nmoe.errors import TargetError
+from nmoe.plan import peak_flops
+from nmoe.versions import installed, pip_line, requirements
+
+
+@dataclass(frozen=True)
+class Target:
+  arch: str
+  name: str  # of the processor, e.g. "NVIDIA B200"
+  device: torch.device
+  ops: ModuleType  # satisfies kernels.ops.Ops
+  peak_flops: (
+    float | None
+  )  # dense FLOP/s of the run's arithmetic; None on a CPU, which publishes none
+
+
+def select(config: Config, rank: int = 0) -> Target:
+  """The machine as [target] asks for it, with torch's determinism and threads set.
+
+  rank picks the GPU, modulo those visible. Raises TargetError: what was found, what is wanted, and
+  the line to change or the command to run.
+  """
+  t = config.target
+  name = examine(t.arch, config.launch.ranks)
+  ops = _import("kernels.reference" if t.arch == "cpu" else "kernels.cuda")
+  device = torch.device("cpu")
+  if t.arch != "cpu":
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+  torch.use_deterministic_algorithms(t.deterministic)
+  torch.utils.deterministic.fill_uninitialized_memory = False
+  cores = len(os.sched_getaffinity(0))
+  torch.set_num_threads(config.launch.threads or max(1, cores // config.launch.ranks))
+  return Target(t.arch, name, device, ops, peak_flops(config))
+
+
+def examine(arch: str, ranks: int = 1) -> str:
+  """The name of this machine's processor if it is an `arch` with the packages that `ranks` need.
+
+  Raises TargetError otherwise. Looks only: nothing is allocated and no CUDA context is made.
+  """
+  if arch == "cpu":
+    return _cpu_name()
+  wanted = ARCHS[arch].capability
+  where = f'target.arch = "{arch}" needs a GPU of compute capability {wanted[0]}.{wanted[1]}'
+  if not torch.cuda.is_available():
+    raise TargetError(
+      f"{where}; torch {torch.__version__} finds no CUDA device. Run on such a machine, or set "
+      'arch = "cpu" under [target]'
+    )
+  name, found = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+  if found != wanted:
+    fitting = [a.name for a in ARCHS.values() if a.capability == found] or ["cpu"]
+    raise TargetError(
+      f"{where}; found {name} ({found[0]}.{found[1]}). Run on such a GPU, or set "
+      f'arch = "{fitting[0]}" under [target]'
+    )
+  _check_packages(where, ranks)
+  return name
+
+
+def _check_packages(where: str, ranks: int) -> None:
+  """TargetError unless the [cuda] extra is there in the pinned versions (NVSHMEM from 2 ranks)."""
+  extra = [r for r in requirements() if r.extra == "cuda"]
+  needed = [r for r in extra if ranks > 1 or "nvshmem" not in r.name]
+  wrong = [r for r in needed if not r.allows(installed(r.name))]
+  if wrong:
+    found = ", ".join(f"{r.name} {installed(r.name) or 'not installed'}" for r in wrong)
+    raise TargetError(
+      f"{where} and {', '.join(r.line for r in needed)}; found {found}. Run: {pip_line(wrong)}"
+    )
+
+
+def _import(package: str) -> ModuleType:
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise TargetError(
+      f"{package} cannot be imported: {error}. Run `nmoe doctor CONFIG` for what is missing"
+    ) from error
+
+
+def _cpu_name() -> str:
+  """The model name that Linux reports, or the machine's type."""
+  info = Path("/proc/cpuinfo")
+  text = info.read_text(errors="replace") if info.is_file() else ""
+  model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+  return model[1] if model else platform.machine()
+
+
+def main() -> None:
+  """Write JSON: arch -> {"name": ...} or {"error": ...}."""
+  answers = {}
+  for arch in ("cpu", *ARCHS):
+    try:
+      answers[arch] = {"name": examine(arch)}
+    except TargetError as error:
+      answers[arch] = {"error": str(error)}
+  sys.stdout.write(json.dumps(answers) + "\n")
+
+
+if __name__ == "__main__":
+  main()
