@@ -1,0 +1,81 @@
+"""Text found on any machine: the running Python's standard library.
+
+`code` gives each .py file. `prose` gives, for each file, its comments and the strings that stand
+alone on their lines (docstrings). Both carry the file as their group, so that a held-out file's
+docstrings are held out too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sysconfig
+from pathlib import Path
+
+from nmoe.errors import DataError
+from nmoe.mixture import StdlibSource
+from nmoe.sources import Document, Documents, Skip, decoded, file_identity, read_bytes
+
+_FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
+_SCANNER = re.compile(
+  r"""
+    (?P<comment> \#[^\n]* )
+  | (?P<string> [rRbBuUfF]{0,2} (?:
+      \"{3} (?P<double> [^\"\\]* (?: (?: \\. | \"(?!\"\") ) [^\"\\]* )* ) \"{3}
+    | '{3} (?P<single> [^'\\]* (?: (?: \\. | '(?!'') ) [^'\\]* )* ) '{3}
+    | \" [^\"\\\n]* (?: \\. [^\"\\\n]* )* \"
+    | ' [^'\\\n]* (?: \\. [^'\\\n]* )* '
+  ) )
+  """,
+  re.VERBOSE | re.DOTALL,
+)
+_REST_BLANK = re.compile(r"[ \t]*(?:\n|\Z)")
+
+
+def identity(source: StdlibSource) -> list[str]:
+  """The files' hashes in order; the interpreter's place does not count."""
+  return [file_identity(path) for path in _files()]
+
+
+def documents(source: StdlibSource) -> Documents:
+  for path in _files():
+    data = read_bytes(path)
+    document = decoded(data, group=data)
+    if source.part == "code" or isinstance(document, Skip):
+      yield document
+    else:
+      yield Document(prose(document.text), group=data)
+
+
+def prose(code: str) -> str:
+  """Comments, and triple-quoted strings that stand alone on their lines: blocks in their order.
+
+  Comments of neighbouring lines are one block, without their marks. Escapes stay as written.
+  """
+  blocks: list[str] = []
+  comment_end = -2
+  for match in _SCANNER.finditer(code):
+    start, end = match.span()
+    line_start = code.rfind("\n", 0, start) + 1
+    opens_line = not code[line_start:start].strip(" \t")
+    if match["comment"] is not None:
+      line = match["comment"].lstrip("#!:").strip()
+      if opens_line and line_start == comment_end + 1:
+        blocks[-1] += "\n" + line
+      else:
+        blocks.append(line)
+      comment_end = end
+    elif opens_line and _REST_BLANK.match(code, end):
+      body = match["double"] if match["double"] is not None else match["single"]
+      blocks.append(inspect.cleandoc(body or ""))
+  return "\n\n".join(block.strip() for block in blocks if block.strip())
+
+
+def _files() -> list[Path]:
+  root = Path(sysconfig.get_path("stdlib"))
+  files = [p for p in sorted(root.rglob("*.py")) if not _FOREIGN & set(p.relative_to(root).parts)]
+  if not files:
+    raise DataError(
+      f"{root}: this Python's standard library holds no .py files; use a Python that ships them"
+    )
+  return files
