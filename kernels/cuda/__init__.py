@@ -1,6 +1,24 @@
 """CuTeDSL and QuACK implementation of kernels.ops for sm_90a and sm_100a."""
 
+from kernels.cuda.attention import attention
 from kernels.cuda.combine import combine
+from kernels.cuda.dense import linear, mlp
+from kernels.cuda.experts import experts, grouped_mlp
 from kernels.cuda.layout import layout
+from kernels.cuda.loss import linear_cross_entropy
+from kernels.cuda.norm import add_rms_norm, rms_norm
+from kernels.cuda.rope import mla_qkv
 
-__all__ = ["combine", "layout"]
+__all__ = [
+  "add_rms_norm",
+  "attention",
+  "combine",
+  "experts",
+  "grouped_mlp",
+  "layout",
+  "linear",
+  "linear_cross_entropy",
+  "mla_qkv",
+  "mlp",
+  "rms_norm",
+]

@@ -1,0 +1,61 @@
+"""Dense products: a linear layer and a SwiGLU block.
+
+linear   y = x · weightᵀ                                      cuBLAS through torch; FLOPs 6 · T · I · O with backward
+mlp      y = w2 · swiglu(w13 · x)                             SwiGLU in the first GEMM's epilogue
+         backward: swiglu' in the epilogue of dy · w2; kept are x and preact [T, 2F]; FLOPs 18 · T · D · F
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.cuda import gemms
+from kernels.cuda.jit import check_device
+from kernels.ops import Recipe, check, check_same_device
+
+
+def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+  """See kernels.ops.Ops.linear."""
+  check_device(check_same_device(x, weight))
+  check(
+    x.shape[-1] == weight.shape[1],
+    f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in their last dimension",
+  )
+  check(recipe.format == "bf16", f"linear: format {recipe.format!r} is not available")
+  return F.linear(x, weight)
+
+
+class _Mlp(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> Tensor:
+    preact, act = gemms.gated(x, w13, keep=keep)
+    ctx.save_for_backward(x, preact, w13, w2)
+    return act @ w2.T
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, preact, w13, w2 = ctx.saved_tensors
+    dy = dy.contiguous()
+    dpreact, act, _ = gemms.dgated(dy, w2, preact)
+    return dpreact @ w13, dpreact.T @ x, dy.T @ act, None
+
+
+def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
+  """See kernels.ops.Ops.mlp. bf16; D and F are multiples of 8."""
+  gemms.check_operands(x=x, w13=w13, w2=w2)
+  dim, width = w2.shape
+  check(
+    w13.shape == (2 * width, dim) and x.shape[-1] == dim,
+    f"mlp: x {tuple(x.shape)}, w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} must be [..., D], [2F, D] "
+    "and [D, F]",
+  )
+  check(recipe.format == "bf16", f"mlp: format {recipe.format!r} is not available")
+  if x.numel() == 0:
+    return x * 1
+  rows = x.reshape(-1, dim)
+  y = _Mlp.apply(rows, w13.contiguous(), w2.contiguous(), torch.is_grad_enabled())
+  return y.view(x.shape)

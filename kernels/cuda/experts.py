@@ -1,0 +1,119 @@
+"""The routed experts of one GPU, forward and backward, without a gathered copy of the input.
+
+Forward, for row n = (t, k) of expert e (kernels.ops.Layout gives the order):
+  preact[n] = w13[e] · x[t],   act[n] = swiglu(preact[n]),   out[n] = w2[e] · act[n],   y[t] = Σ_k gate[t, k] · out[row[t, k]]
+The gather is inside the first GEMM and SwiGLU in its epilogue. Kept for backward: x, preact, gate and the layout;
+neither act nor out. Backward, from dy [T, D], with da[n] = w2[e]ᵀ · dy[t] (four GEMMs, two of them gathering):
+  dgate[n] = act[n] · da[n],   dpreact[n] = swiglu'(preact[n]) · gate[n] · da[n]       in one epilogue
+  dw2[e] = Σ_n dy[t] (gate[n] · act[n])ᵀ,   dw13[e] = Σ_n dpreact[n] x[t]ᵀ,   dx[t] = Σ_k w13[e]ᵀ · dpreact[row[t, k]]
+
+FLOPs: 18 · N · D · F. Every sum has a fixed order: results are bit-identical from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.cuda import gemms
+from kernels.cuda.combine import sum_rows
+from kernels.cuda.tail import zero_tail
+from kernels.ops import Layout, Recipe, check
+
+
+def _check(x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> None:
+  gemms.check_operands(x=x, w13=w13, w2=w2)
+  num_experts, dim, width = w2.shape
+  check(
+    w13.shape == (num_experts, 2 * width, dim) and x.ndim == 2 and x.shape[1] == dim,
+    f"experts: x {tuple(x.shape)}, w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} must be [N, D], "
+    "[E, 2F, D] and [E, D, F]",
+  )
+  check(
+    offset.dtype == torch.int32
+    and offset.shape == (num_experts + 1,)
+    and offset.device == x.device,
+    f"experts: offset is {offset.dtype} {tuple(offset.shape)} on {offset.device}; need int32 "
+    f"({num_experts + 1},) on {x.device}",
+  )
+  check(recipe.format == "bf16", f"experts: format {recipe.format!r} is not available")
+
+
+def _dw13(x: Tensor, dpreact: Tensor, w13: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
+  dw13 = torch.empty_like(w13)
+  gemms.weight_grad(x, dpreact, offset, dw13.mT, index)
+  return dw13
+
+
+class _GroupedMlp(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> Tensor:
+    preact, act = gemms.gated(x, w13, offset=offset, keep=keep)
+    ctx.save_for_backward(x, preact, offset, w13, w2)
+    return zero_tail(gemms.rows(act, w2, offset), offset)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, preact, offset, w13, w2 = ctx.saved_tensors
+    dy = dy.contiguous()
+    dpreact, act, _ = gemms.dgated(dy, w2, preact, offset=offset)
+    dw2 = gemms.weight_grad(dy, act, offset, torch.empty_like(w2))
+    dx = zero_tail(gemms.rows(dpreact, w13.mT, offset), offset)
+    return dx, None, _dw13(x, dpreact, w13, offset, None), dw2, None
+
+
+class _Experts(torch.autograd.Function):
+  @staticmethod
+  def forward(
+    ctx, x: Tensor, gate: Tensor, layout: Layout, w13: Tensor, w2: Tensor, keep: bool
+  ) -> Tensor:
+    offset, row, source = layout
+    token = source // gate.shape[1]
+    preact, act = gemms.gated(x, w13, offset=offset, index=token, keep=keep)
+    ctx.save_for_backward(x, preact, gate, *layout, w13, w2)
+    return sum_rows(gemms.rows(act, w2, offset), row, gate)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, preact, gate, offset, row, source, w13, w2 = ctx.saved_tensors
+    dy, token = dy.contiguous(), source // gate.shape[1]
+    gate_N = gate.flatten().index_select(0, source)
+    dpreact, act, dgate_N = gemms.dgated(dy, w2, preact, offset=offset, index=token, scale=gate_N)
+    dw2 = gemms.weight_grad(dy, act, offset, torch.empty_like(w2), token)
+    dx = sum_rows(gemms.rows(dpreact, w13.mT, offset), row)
+    dw13 = _dw13(x, dpreact, w13, offset, token)
+    return dx, dgate_N.index_select(0, row.flatten()).view_as(gate), None, dw13, dw2, None
+
+
+def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
+  """See kernels.ops.Ops.grouped_mlp. bf16; D and F are multiples of 8."""
+  _check(x_ND, offset_E1, w13, w2, recipe)
+  if x_ND.shape[0] == 0:
+    return x_ND * 1
+  keep = torch.is_grad_enabled()
+  return _GroupedMlp.apply(x_ND.contiguous(), offset_E1, w13.contiguous(), w2.contiguous(), keep)
+
+
+def experts(
+  x_TD: Tensor, gate_TK: Tensor, layout: Layout, w13: Tensor, w2: Tensor, recipe: Recipe
+) -> Tensor:
+  """See kernels.ops.Ops.experts. bf16 with fp32 gates; D and F are multiples of 8."""
+  _check(x_TD, layout.offset_E1, w13, w2, recipe)
+  tokens, top_k = gate_TK.shape
+  check(
+    gate_TK.dtype == torch.float32
+    and tokens == x_TD.shape[0]
+    and layout.row_TK.shape == gate_TK.shape
+    and layout.source_N.shape == (tokens * top_k,),
+    f"experts: gate is {gate_TK.dtype} {tuple(gate_TK.shape)}, row {tuple(layout.row_TK.shape)}, source "
+    f"{tuple(layout.source_N.shape)} for {x_TD.shape[0]} tokens; need fp32 [T, K], [T, K] and [T·K]",
+  )
+  if tokens * top_k == 0:
+    return x_TD * 0
+  keep = torch.is_grad_enabled()
+  return _Experts.apply(
+    x_TD.contiguous(), gate_TK.contiguous(), layout, w13.contiguous(), w2.contiguous(), keep
+  )

@@ -1,0 +1,116 @@
+"""The head and its cross-entropy, in chunks of tokens, with the gradients made on the way forward.
+
+For each chunk (three GEMMs, one pass over the logits, nothing of [T, V] size):
+  z = x · weightᵀ            one GEMM; its epilogue keeps each row's max and Σ exp and the target's logit in fp32, and
+                             stores z in bf16
+  loss = logsumexp(z) - z[target]                  from those fp32 values, never from the rounded logits
+  dz = softmax(z) - onehot(target)                 in place, from the stored z, fp32, rounded once
+  dx = dz · weight,   dweight += dzᵀ · x           dweight accumulates over chunks in fp32
+Backward multiplies dx and dweight by the incoming scalar. FLOPs: 6 · T · D · V.
+Extra memory: chunk · V logits in bf16, V · D fp32 and, in backward, V · D in the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from quack.cross_entropy import cross_entropy_fwd_out
+from quack.epilogue.library import lse_target_epi
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.cuda.gemms import accumulate, check_operands, config
+from kernels.ops import check
+
+VOCABULARY = 128  # V is a multiple of this
+TOKENS = 8  # a chunk's rows are padded to a multiple of this
+
+
+def _logits(x: Tensor, weight: Tensor, target: Tensor, out: Tensor | None) -> Tensor:
+  """fp32 losses [T] of one chunk; its bf16 logits go to `out` [T, V] unless None."""
+  res = lse_target_epi(
+    x,
+    weight.mT,
+    store_d=out is not None,
+    out=None if out is None else {"D": out},
+    target=target,
+    config=config("dense"),
+  )
+  return torch.where(target >= 0, res["lse"] - res["target_logit"], 0.0)
+
+
+def _pad(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+  """Rows up to a multiple of TOKENS: zeros with an ignored target."""
+  more = -len(target) % TOKENS
+  if not more:
+    return x, target
+  return torch.cat([x, x.new_zeros(more, x.shape[1])]), torch.cat(
+    [target, target.new_full((more,), -1)]
+  )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, chunk: int, with_grad: bool):
+    need_dx, need_dw = (with_grad and need for need in ctx.needs_input_grad[:2])
+    tokens, vocab = x.shape[0], weight.shape[0]
+    losses = x.new_empty(tokens, dtype=torch.float32)
+    dx = torch.empty_like(x) if need_dx else None
+    dw = torch.empty_like(weight, dtype=torch.float32) if need_dw else None
+    rows = min(chunk, tokens + -tokens % TOKENS)
+    logits = x.new_empty(rows, vocab) if need_dx or need_dw else None
+    for start in range(0, tokens, chunk):
+      part = slice(start, min(start + chunk, tokens))
+      x_c, target_c = _pad(x[part], target[part])
+      z = None if logits is None else logits[: len(x_c)]
+      losses[part] = _logits(x_c, weight, target_c, z)[: part.stop - start]
+      if z is None:
+        continue
+      scratch = losses.new_empty(len(x_c))
+      cross_entropy_fwd_out(
+        z, target_c, None, loss=scratch, lse=None, dx=z, weight=None, ignore_index=-1
+      )
+      if need_dx:
+        torch.mm(z[: part.stop - start], weight, out=dx[part])
+      if need_dw:
+        accumulate(z, x_c, dw, add=start > 0)
+    ctx.save_for_backward(dx, dw)
+    ctx.dtype = weight.dtype
+    ctx.mark_non_differentiable(losses)
+    return losses.sum(), losses
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dsum: Tensor, _):
+    dx, dw = ctx.saved_tensors
+    if dx is not None:
+      dx = (dx * dsum).to(dx.dtype)
+    if dw is not None:
+      dw = torch.mul(dw, dsum, out=dw.new_empty(dw.shape, dtype=ctx.dtype))
+    return dx, dw, None, None, None
+
+
+def linear_cross_entropy(
+  x: Tensor, weight: Tensor, target: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+  """See kernels.ops.Ops.linear_cross_entropy. bf16; V is a multiple of 128, chunk of 8."""
+  check_operands(x=x, weight=weight)
+  check(
+    x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1] and target.shape == x.shape[:1],
+    f"linear_cross_entropy: x, weight, target have shapes {tuple(x.shape)}, {tuple(weight.shape)}, "
+    f"{tuple(target.shape)}; need [T, D], [V, D] and [T]",
+  )
+  check(
+    target.dtype == torch.int64 and target.device == x.device,
+    f"linear_cross_entropy: target is {target.dtype} on {target.device}; need int64 on {x.device}",
+  )
+  check(
+    weight.shape[0] % VOCABULARY == 0 and weight.shape[0] > 0,
+    f"linear_cross_entropy: vocabulary of {weight.shape[0]}; pad it to a multiple of {VOCABULARY}",
+  )
+  check(
+    chunk > 0 and chunk % TOKENS == 0,
+    f"linear_cross_entropy: chunk of {chunk} tokens; make it a positive multiple of {TOKENS}",
+  )
+  return _LinearCrossEntropy.apply(
+    x.contiguous(), weight.contiguous(), target.contiguous(), chunk, torch.is_grad_enabled()
+  )

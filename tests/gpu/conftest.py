@@ -1,0 +1,16 @@
+"""These tests run on a GPU of a known architecture; without one nothing here is collected."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from kernels.arch import ARCHS, environment
+
+ON_GPU = torch.cuda.is_available()
+collect_ignore_glob = [] if ON_GPU else ["test_*.py"]
+
+if ON_GPU:
+  found = torch.cuda.get_device_capability()
+  arch = next(arch.name for arch in ARCHS.values() if arch.capability == found)
+  os.environ.update(environment(arch, Path.home() / ".cache" / "nmoe" / "kernels"))

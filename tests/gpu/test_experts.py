@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from kernels import reference
+from kernels.cuda.experts import experts, grouped_mlp
+from kernels.ops import KernelError, Layout, Recipe
+from gpu.oracle import assert_repeats, compare, grads, normal
+
+pytestmark = pytest.mark.gpu
+BF16 = Recipe()
+
+
+def routing(tokens: int, num_experts: int, top_k: int, kind: str) -> torch.Tensor:
+  """int32 [T, K] expert ids: uniform, skewed towards expert 1, one expert for all, or the first half only."""
+  if kind == "one":
+    return torch.full((tokens, top_k), num_experts - 1, dtype=torch.int32, device="cuda")
+  weight = torch.ones(num_experts)
+  if kind == "skewed":
+    weight[1] = 5.0
+  if kind == "half":
+    weight[num_experts // 2 :] = 0
+  picks = torch.multinomial(weight.expand(tokens, -1), top_k)
+  return picks.to("cuda", torch.int32)
+
+
+def layer(tokens, dim, width, num_experts, top_k, kind):
+  expert_TK = routing(tokens, num_experts, top_k, kind)
+  layout = reference.layout(expert_TK, num_experts)
+  gate = torch.rand(tokens, top_k, device="cuda").requires_grad_()
+  x = normal(tokens, dim)
+  w13 = normal(num_experts, 2 * width, dim, scale=dim**-0.5)
+  w2 = normal(num_experts, dim, width, scale=width**-0.5)
+  return layout, [x, gate, w13, w2], [normal(tokens, dim, grad=False)]
+
+
+SHAPES = [
+  (512, 256, 128, 8, 2, "uniform"),
+  (1000, 320, 136, 16, 6, "skewed"),
+  (77, 64, 24, 8, 3, "half"),
+  (257, 128, 64, 4, 2, "one"),
+  (1, 128, 64, 64, 6, "uniform"),
+  (4096, 2048, 1408, 64, 6, "uniform"),
+  (2048, 2048, 512, 256, 8, "skewed"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experts_equal_the_float64_reference(shape):
+  torch.manual_seed(0)
+  layout, inputs, dys = layer(*shape)
+
+  def run(op):
+    return lambda x, gate, w13, w2: op(x, gate, layout, w13, w2, BF16)
+
+  errors = compare(run(experts), run(reference.experts), inputs, dys)
+  print("roundings: y, dx, dgate, dw13, dw2:", [f"{e:.2f}" for e in errors])
+
+
+def test_experts_repeat_bit_for_bit():
+  torch.manual_seed(1)
+  layout, inputs, dys = layer(4096, 1024, 512, 32, 6, "skewed")
+  assert_repeats(lambda x, g, w13, w2: experts(x, g, layout, w13, w2, BF16), inputs, dys)
+
+
+def test_experts_keep_only_x_preact_gate_and_layout():
+  tokens, dim, width, top_k = 4096, 1024, 512, 4
+  layout, inputs, _ = layer(tokens, dim, width, 16, top_k, "uniform")
+  torch.cuda.synchronize()
+  before = torch.cuda.memory_allocated()
+  y = experts(*inputs[:2], layout, *inputs[2:], BF16)
+  kept = torch.cuda.memory_allocated() - before - y.nbytes
+  preact = tokens * top_k * 2 * width * 2
+  assert kept <= preact + 4096
+
+
+def test_empty_experts_get_zero_gradients():
+  layout, inputs, dys = layer(64, 128, 64, 8, 2, "half")
+  _, _, _, dw13, dw2 = grads(
+    lambda x, g, w13, w2: experts(x, g, layout, w13, w2, BF16), inputs, dys
+  )
+  assert not dw13[4:].any() and not dw2[4:].any()
+  assert dw13[:4].any() and dw2[:4].any()
+
+
+def test_no_tokens_return_no_rows():
+  expert_TK = torch.zeros(0, 2, dtype=torch.int32, device="cuda")
+  layout = Layout(torch.zeros(5, dtype=torch.int32, device="cuda"), expert_TK, expert_TK.flatten())
+  x, gate = normal(0, 64), torch.zeros(0, 2, device="cuda", requires_grad=True)
+  w13, w2 = normal(4, 64, 64), normal(4, 64, 32)
+  y = experts(x, gate, layout, w13, w2, BF16)
+  assert y.shape == (0, 64)
+  y.sum().backward()
+  assert grouped_mlp(x, layout.offset_E1, w13, w2, BF16).shape == (0, 64)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 130, 17], [0, 0, 0, 0], [256, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("dim, width", [(128, 64), (320, 200)])
+def test_grouped_mlp_ignores_rows_beyond_the_last_offset(counts, dim, width):
+  torch.manual_seed(2)
+  rows, filled = 300, sum(counts)
+  offset = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32).cuda()
+  x, w13, w2 = normal(rows, dim), normal(4, 2 * width, dim, scale=dim**-0.5), normal(4, dim, width)
+  dy = normal(rows, dim, grad=False)
+  with torch.no_grad():
+    x[filled:] = float("nan")
+    dy[filled:] = float("nan")
+
+  def run(op, clean):
+    return lambda x, w13, w2: op(clean(x), offset, w13, w2, BF16)
+
+  y, dx, dw13, dw2 = grads(run(grouped_mlp, lambda x: x), [x, w13, w2], [dy])
+  assert not y[filled:].any() and not dx[filled:].any()
+  x2, dy2 = x.detach().nan_to_num(0).requires_grad_(), dy.nan_to_num(0)
+  if filled:
+    compare(
+      run(grouped_mlp, lambda x: x), run(reference.grouped_mlp, lambda x: x), [x2, w13, w2], [dy2]
+    )
+  assert dw13.isfinite().all() and dw2.isfinite().all()
+
+
+def test_errors_name_what_is_wrong():
+  layout, (x, gate, w13, w2), _ = layer(16, 128, 64, 4, 2, "uniform")
+  with pytest.raises(KernelError, match="float32"):
+    experts(x.float(), gate, layout, w13, w2, BF16)
+  with pytest.raises(KernelError, match="multiple of 8"):
+    experts(x[:, :100].contiguous(), gate, layout, w13[:, :, :100], w2[:, :100], BF16)
+  with pytest.raises(KernelError, match="cpu"):
+    experts(x.cpu(), gate, layout, w13, w2, BF16)
+  with pytest.raises(KernelError, match="bfloat16"):
+    experts(x, gate.bfloat16(), layout, w13, w2, BF16)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from kernels import reference
+from kernels.cuda.loss import linear_cross_entropy
+from kernels.ops import KernelError
+from gpu.oracle import assert_repeats, compare, normal, relative
+
+pytestmark = pytest.mark.gpu
+
+
+def head(tokens, dim, vocab, scale=1.0):
+  x, weight = normal(tokens, dim), normal(vocab, dim, scale=scale * dim**-0.5)
+  target = torch.randint(0, vocab, (tokens,), device="cuda")
+  target[::7] = -1
+  return [x, weight], target, [torch.tensor(1.0 / tokens, device="cuda")]
+
+
+@pytest.mark.parametrize(
+  "tokens, dim, vocab, chunk, scale",
+  [
+    (512, 256, 1024, 256, 1.0),
+    (1001, 320, 640, 400, 4.0),
+    (3, 64, 128, 8, 1.0),
+    (2048, 1024, 201088, 1024, 2.0),
+  ],
+)
+def test_loss_and_gradients_equal_the_float64_reference(tokens, dim, vocab, chunk, scale):
+  torch.manual_seed(0)
+  inputs, target, dys = head(tokens, dim, vocab, scale)
+  # the stored logits are bf16: their rounding adds to the gradients' own
+  compare(
+    lambda x, w: linear_cross_entropy(x, w, target, chunk),
+    lambda x, w: reference.linear_cross_entropy(x, w, target, chunk),
+    inputs,
+    dys,
+    tolerance=3.0,
+  )
+  losses = linear_cross_entropy(*inputs, target, chunk)[1]
+  exact = reference.linear_cross_entropy(*(t.detach().double() for t in inputs), target, chunk)[1]
+  assert relative(losses, exact) < 1e-5
+  assert not losses[target < 0].any()
+  with torch.no_grad():
+    assert relative(linear_cross_entropy(*inputs, target, chunk)[1], exact) < 1e-5
+
+
+def test_all_targets_ignored():
+  inputs, target, _ = head(64, 64, 128)
+  total, losses = linear_cross_entropy(*inputs, torch.full_like(target, -1), 64)
+  dx, dw = torch.autograd.grad(total, inputs)
+  assert total == 0 and not losses.any() and not dx.any() and not dw.any()
+
+
+def test_loss_repeats_bit_for_bit():
+  inputs, target, dys = head(4096, 1024, 32768)
+  assert_repeats(lambda x, w: linear_cross_entropy(x, w, target, 1024), inputs, dys)
+
+
+def test_extra_memory_is_bounded():
+  inputs, target, _ = head(4096, 512, 65536)
+  linear_cross_entropy(*inputs, target, 512)[0].backward()
+  for t in inputs:
+    t.grad = None
+  torch.cuda.synchronize()
+  torch.cuda.reset_peak_memory_stats()
+  before = torch.cuda.memory_allocated()
+  linear_cross_entropy(*inputs, target, 512)[0].backward()
+  logits, weight = 512 * 65536 * 2, 65536 * 512
+  assert torch.cuda.max_memory_allocated() - before <= 1.1 * logits + weight * (4 + 2) + (16 << 20)
+
+
+def test_errors_name_what_is_wrong():
+  (x, weight), target, _ = head(16, 64, 128)
+  with pytest.raises(KernelError, match="multiple of 128"):
+    linear_cross_entropy(x, weight[:120], target, 16)
+  with pytest.raises(KernelError, match="int64"):
+    linear_cross_entropy(x, weight, target.int(), 16)
+  with pytest.raises(KernelError, match="multiple of 8"):
+    linear_cross_entropy(x, weight, target, 12)
