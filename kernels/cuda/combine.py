@@ -26,7 +26,7 @@ from kernels.cuda.jit import (
   contiguous,
   fake,
   load_vector,
-  vector_at,
+  store_vector,
   vector_width,
 )
 from kernels.ops import check, check_same_device
@@ -36,10 +36,10 @@ WARP = 32
 
 
 class CombineForward:
-  """One thread owns 16 bytes of one token's output and loads them from the K rows before it sums."""
+  """One thread owns 16 bytes of one token's output and reads them from the K rows."""
 
-  def __init__(self, dtype: type, width: int, dim: int, top_k: int):
-    self.dtype, self.width, self.dim, self.top_k = dtype, width, dim, top_k
+  def __init__(self, width: int, dim: int, top_k: int):
+    self.width, self.dim, self.top_k = width, dim, top_k
 
   @cute.jit
   def __call__(self, mRows: cute.Tensor, mRow, mGate, mY: cute.Tensor, stream):
@@ -71,9 +71,7 @@ class CombineForward:
         if const_expr(mGate is not None):
           gate = mGate[token * self.top_k + k]
         rSum.store(rSum.load() + rX[k].load().to(Float32) * gate)
-      rY = cute.make_rmem_tensor(self.width, self.dtype)
-      rY.store(rSum.load().to(self.dtype))
-      cute.autovec_copy(rY, vector_at(mY, token * self.dim + column, self.width))
+      store_vector(mY, token * self.dim + column, rSum.load())
 
 
 class CombineBackward:
@@ -81,8 +79,8 @@ class CombineBackward:
   in L1.
   """
 
-  def __init__(self, dtype: type, width: int, dim: int, top_k: int):
-    self.dtype, self.width, self.dim, self.top_k = dtype, width, dim, top_k
+  def __init__(self, width: int, dim: int, top_k: int):
+    self.width, self.dim, self.top_k = width, dim, top_k
 
   @cute.jit
   def __call__(self, mDy: cute.Tensor, mRows: cute.Tensor, mRow, mGate, mDrows, mDgate, stream):
@@ -107,9 +105,7 @@ class CombineBackward:
         rDy = load_vector(mDy, dy_start + column, self.width).load().to(Float32)
         rX = load_vector(mRows, row * self.dim + column, self.width).load().to(Float32)
         dot += (rDy * rX).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-        rOut = cute.make_rmem_tensor(self.width, self.dtype)
-        rOut.store((rDy * gate).to(self.dtype))
-        cute.autovec_copy(rOut, vector_at(mDrows, row * self.dim + column, self.width))
+        store_vector(mDrows, row * self.dim + column, rDy * gate)
       dot = cute.arch.warp_reduction_sum(dot)
       if lane == 0:
         mDgate[slot] = dot
@@ -120,7 +116,7 @@ def compile_combine(dtype, dim: int, top_k: int, gather: bool, weighted: bool):
   rows, y = fake(DTYPES[dtype], None, dim), fake(DTYPES[dtype], None, dim)
   row = fake(Int32, None, align=4) if gather else None
   gate = fake(Float32, None, align=4) if weighted else None
-  kernel = CombineForward(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim, top_k)
+  kernel = CombineForward(vector_width(dtype, dim, "rows"), dim, top_k)
   return compile_kernel(kernel, rows, row, gate, y)
 
 
@@ -129,7 +125,7 @@ def compile_combine_backward(dtype, dim: int, top_k: int, gather: bool):
   dy, rows, drows = (fake(DTYPES[dtype], None, dim) for _ in range(3))
   row = fake(Int32, None, align=4) if gather else None
   gate, dgate = fake(Float32, None, align=4), fake(Float32, None, align=4)
-  kernel = CombineBackward(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim, top_k)
+  kernel = CombineBackward(vector_width(dtype, dim, "rows"), dim, top_k)
   return compile_kernel(kernel, dy, rows, row, gate, drows, dgate)
 
 

@@ -9,7 +9,10 @@ here and in QuACK.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
 
 import cutlass
@@ -52,8 +55,28 @@ ARCH = _process_arch()
 quack.cache.EXTRA_SOURCE_DIRS.append(Path(__file__).parent)
 
 
+_COMPILING: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+def compiling() -> bool:
+  """Whether kernels are compiled and not launched (kernels.cuda.build)."""
+  return _COMPILING.get()
+
+
+@contextmanager
+def compile_mode() -> Iterator[None]:
+  """Inside, operations take meta tensors, compile what they would launch, and launch nothing."""
+  token = _COMPILING.set(True)
+  try:
+    yield
+  finally:
+    _COMPILING.reset(token)
+
+
 def check_device(device: torch.device) -> None:
   """KernelError unless `device` is a GPU of the architecture this process compiles for."""
+  if compiling() and device.type == "meta":
+    return
   check(device.type == "cuda", f"kernels.cuda got a tensor on {device}; move it to a CUDA device")
   found = torch.cuda.get_device_capability(device)
   check(
@@ -63,10 +86,21 @@ def check_device(device: torch.device) -> None:
   )
 
 
+def _launch_nothing(*_args) -> None:
+  pass
+
+
 def cached(compile_fn: Callable) -> Callable:
   """quack.cache.jit_cache with the module in the key, which QuACK's own key leaves out."""
   compile_fn.__qualname__ = f"{compile_fn.__module__}.{compile_fn.__qualname__}"
-  return quack.cache.jit_cache(compile_fn)
+  cached_fn = quack.cache.jit_cache(compile_fn)
+
+  @wraps(compile_fn)
+  def compiled(*key):
+    function = cached_fn(*key)
+    return _launch_nothing if compiling() else function
+
+  return compiled
 
 
 def compile_kernel(kernel: Callable, *args):
@@ -113,20 +147,29 @@ def contiguous(**tensors: Tensor | None) -> None:
 
 @cute.jit
 def vector_at(mX: cute.Tensor, offset: Int64, width: cutlass.Constexpr[int]) -> cute.Tensor:
-  """`width` neighbouring elements of a flat global tensor, from element `offset`, aligned to their
-  bytes.
+  """`width` neighbouring elements of a contiguous global tensor from element `offset` on.
+
+  The address must be a multiple of their bytes, or of 16 when they are more.
   """
   size = cutlass.const_expr(mX.element_type.width // 8)
+  align = cutlass.const_expr(min(size * width, VECTOR_BYTES))
   address = mX.iterator.toint() + offset * size
-  pointer = cute.make_ptr(
-    mX.element_type, address, cute.AddressSpace.gmem, assumed_align=size * width
-  )
+  pointer = cute.make_ptr(mX.element_type, address, cute.AddressSpace.gmem, assumed_align=align)
   return cute.make_tensor(pointer, cute.make_layout(width))
 
 
 @cute.jit
 def load_vector(mX: cute.Tensor, offset: Int64, width: cutlass.Constexpr[int]) -> cute.Tensor:
-  """Registers holding elements offset : offset + width of a contiguous tensor, in one access."""
+  """Registers holding elements offset : offset + width, in accesses of up to 16 bytes."""
   rX = cute.make_rmem_tensor(width, mX.element_type)
   cute.autovec_copy(vector_at(mX, offset, width), rX)
   return rX
+
+
+@cute.jit
+def store_vector(mX: cute.Tensor, offset: Int64, value) -> None:
+  """Round the values to the tensor's type and store them from element `offset` on."""
+  width = cutlass.const_expr(cute.size(value.shape))
+  rX = cute.make_rmem_tensor(width, mX.element_type)
+  rX.store(value.to(mX.element_type))
+  cute.autovec_copy(rX, vector_at(mX, offset, width))

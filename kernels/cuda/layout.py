@@ -199,7 +199,7 @@ def compile_place(num_experts: int):
 
 
 def layout(expert_TK: Tensor, num_experts: int) -> Layout:
-  """See kernels.ops.Ops.layout. expert_TK int32 with values in [0, E), E up to 1024, N below 2^31."""
+  """See kernels.ops.Ops.layout. expert_TK int32 in [0, E), E up to 1024, N below 2^31."""
   check_device(expert_TK.device)
   check(expert_TK.dtype == torch.int32, f"expert is {expert_TK.dtype}; need torch.int32")
   check(0 < num_experts <= MAX_EXPERTS, f"num_experts is {num_experts}; need 1 to {MAX_EXPERTS}")

@@ -1,0 +1,133 @@
+"""Compile every kernel that a configuration runs, on a machine with or without a GPU.
+
+The operations themselves are called, forward and backward, on meta tensors of the run's shapes:
+what they would launch is compiled, put into the architecture's cache folder and not launched. So
+the list of kernels can't drift from what training uses.
+
+Run as `python -m kernels.cuda.build` by kernels.build; the process must have the environment of
+kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is inspected as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import cutlass.cute as cute
+import quack.cache.async_compile as async_compile
+import torch
+from torch.library import CustomOpDef
+
+from kernels.build import Shapes
+from kernels.cuda import jit
+from kernels.cuda.inspect import Inspection, inspect
+from kernels.cuda.jobs import jobs
+
+
+class _NotLaunched:
+  """A compiled function whose call does nothing while `compile_only` holds."""
+
+  def __init__(self, function: Callable):
+    self._function = function
+
+  def __call__(self, *args, **kwargs):
+    return None if jit.compiling() else self._function(*args, **kwargs)
+
+  def __getattr__(self, name: str):
+    return getattr(self._function, name)
+
+
+class _Module:
+  """A loaded object file whose functions are `_NotLaunched`."""
+
+  def __init__(self, module):
+    self._module = module
+
+  def __getitem__(self, name: str) -> _NotLaunched:
+    return _NotLaunched(self._module[name])
+
+
+class _Compile:
+  """cute.compile, keeping what it compiled."""
+
+  def __init__(self, compile_fn: Callable, compiled: list):
+    self._compile, self._compiled = compile_fn, compiled
+
+  def __getattr__(self, name: str):
+    return getattr(self._compile, name)
+
+  def __getitem__(self, key):
+    return _Compile(self._compile[key], self._compiled)
+
+  def __call__(self, *args, **kwargs) -> _NotLaunched:
+    start = time.monotonic()
+    function = self._compile(*args, **kwargs)
+    self._compiled.append((function, time.monotonic() - start))
+    return _NotLaunched(function)
+
+
+def _substitutes(compiled: list) -> Iterator[tuple[object, str, object]]:
+  """(owner, attribute, value) of all that would ask the driver, launch or refuse meta tensors."""
+  num_sms = jit.ARCH.num_sms
+  properties = SimpleNamespace(multi_processor_count=num_sms)
+  load = cute.runtime.load_module
+  yield cute, "compile", _Compile(cute.compile, compiled)
+  yield cute.runtime, "load_module", lambda *args, **kwargs: _Module(load(*args, **kwargs))
+  yield torch.cuda, "get_device_properties", lambda *args: properties
+  answers = {
+    "get_max_active_clusters": lambda cluster_size, **_: num_sms // cluster_size,
+    "get_device_multiprocessor_count": lambda *args: num_sms,
+  }
+  for module in [m for name, m in sys.modules.items() if name.startswith("quack")]:
+    for name, value in list(vars(module).items()):
+      if name in answers:
+        yield module, name, answers[name]
+      elif isinstance(value, CustomOpDef):
+        yield module, name, value._init_fn
+
+
+@contextmanager
+def compile_only() -> Iterator[list]:
+  """Inside, kernels.cuda takes meta tensors and launches nothing. Yields the growing list of
+  (function, s).
+  """
+  compiled: list = []
+  with ExitStack() as stack:
+    stack.enter_context(jit.compile_mode())
+    for owner, name, value in list(_substitutes(compiled)):
+      stack.callback(setattr, owner, name, getattr(owner, name))
+      setattr(owner, name, value)
+    yield compiled
+
+
+def build(shapes: Shapes) -> list[Inspection]:
+  """Compile all kernels of a run of these shapes for the process's architecture, into its cache
+  folder.
+
+  Returns one record per kernel that wasn't cached, with the machine code's figures where cubins are
+  kept.
+  """
+  async_compile._install_gpu_blind_device_attrs()
+  records = []
+  with compile_only() as compiled:
+    for name, job in jobs(shapes):
+      compiled.clear()
+      job()
+      records += [inspect(name, function, seconds) for function, seconds in compiled]
+  return records
+
+
+def main(arguments: list[str]) -> None:
+  """SHAPES.json OUT.json: build the shapes, write the records."""
+  shapes, out = (Path(argument) for argument in arguments)
+  records = build(Shapes(**json.loads(shapes.read_text())))
+  out.write_text(json.dumps([record.as_dict() for record in records]))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""What a compiled kernel costs and uses, read from its machine code.
+
+Needs CUTE_DSL_KEEP=cubin when the kernel is compiled, and NVIDIA's cuobjdump and nvdisasm: on the
+PATH, or from the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from kernels.ops import KernelError
+
+MMA = re.compile(r"UTC\w*MMA|[HQI]GMMA|[HQ]MMA")
+OPCODE = re.compile(
+  r"^\s+/\*[0-9a-f]+\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+)
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+DYNAMIC_SHARED = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True)
+class Inspection:
+  """One kernel. Without a cubin only job, seconds are known."""
+
+  job: str
+  seconds: float  # of compilation
+  kernel: str = ""
+  registers: int = 0
+  stack: int = 0  # bytes of local memory per thread
+  stores: int = 0  # STL instructions: spills, or arrays in local memory
+  loads: int = 0  # LDL
+  instructions: int = 0
+  mma: dict[str, int] = field(default_factory=dict)  # tensor-core opcodes with their modifiers
+
+  def as_dict(self) -> dict:
+    return asdict(self)
+
+
+def tool(name: str) -> str:
+  """The path of an NVIDIA binary tool, or KernelError saying what to install."""
+  spec = find_spec("nvidia.cu13")
+  folders = [str(Path(place, "bin")) for place in spec.submodule_search_locations] if spec else []
+  for folder in folders:
+    found = shutil.which(name, path=folder)
+    if found:
+      return found
+  found = shutil.which(name)
+  if found is None:
+    raise KernelError(f"{name} was not found; install it with pip install nvidia-cuda-{name}")
+  return found
+
+
+def _run(name: str, *arguments: str) -> str:
+  return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def opcodes(cubin: Path) -> Counter:
+  """How often each SASS opcode (with modifiers) occurs."""
+  return Counter(OPCODE.findall(_run("nvdisasm", "-c", str(cubin))))
+
+
+def short_name(symbol: str) -> str:
+  """The part of a CuTeDSL symbol that names the kernel: everything before its argument types."""
+  return re.split(r"_object_at|_tensor|_TiledMMA|_Gemm", symbol.removeprefix("kernel_cutlass_"))[0]
+
+
+def inspect(job: str, function, seconds: float) -> Inspection:
+  """The record of one compiled function."""
+  cubin = function.__cubin__
+  if not cubin:
+    return Inspection(job, seconds)
+  with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(cubin)
+    file.flush()
+    symbol, registers, stack, _, _ = USAGE.search(
+      _run("cuobjdump", "-res-usage", file.name)
+    ).groups()
+    ops = opcodes(Path(file.name))
+  base = Counter()
+  for name, count in ops.items():
+    base[name.split(".")[0]] += count
+  return Inspection(
+    job=job,
+    seconds=seconds,
+    kernel=symbol,
+    registers=int(registers),
+    stack=int(stack),
+    stores=base["STL"],
+    loads=base["LDL"],
+    instructions=ops.total(),
+    mma={name: count for name, count in sorted(ops.items()) if MMA.match(name)},
+  )

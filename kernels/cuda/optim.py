@@ -1,0 +1,195 @@
+"""The optimizer's arithmetic: AdamW in one kernel per tensor, Newton-Schulz on symmetric products.
+
+AdamW (arXiv 1711.05101 Algorithm 2), everything in fp32 registers:
+  g = grad · grad_scale;  m += (1 - β1)(g - m);  v = β2 v + (1 - β2) g²
+  master = (1 - lr λ) master - lr / (1 - β1^t) · m / (sqrt(v) / sqrt(1 - β2^t) + ε)
+  param = bf16(master)
+Each thread owns 8 neighbouring elements. With fp32 moments and a bf16 gradient and parameter an
+element moves 28 bytes (reads 14, writes 14); with bf16 moments 20. A NaN grad_scale leaves
+everything as it is, decided on the device.
+
+Newton-Schulz (arXiv 2502.16982 Eq 3-4): G = X Xᵀ and P = b G + c G² are symmetric, so each is
+computed as half its tiles; X = a X + P X. Batched over the leading dimensions, in bf16 with fp32
+accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int64, const_expr
+from quack.gemm import gemm
+from quack.gemm_symmetric import gemm_symmetric
+from torch import Tensor
+
+from kernels.cuda import gemms
+from kernels.cuda.jit import (
+  ARCH,
+  DTYPES,
+  cached,
+  check_device,
+  compile_kernel,
+  contiguous,
+  fake,
+  load_vector,
+  store_vector,
+)
+from kernels.ops import check, check_same_device
+
+THREADS = 256
+WIDTH = 8
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+SYMMETRIC_TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}  # square over the cluster of 2
+
+
+class AdamW:
+  """One tensor's step. mParam is None when the parameter is its own master."""
+
+  @cute.jit
+  def __call__(self, mParam, mGrad, mMaster, mM, mV, mScale, factors: tuple, stream):
+    threads = cute.ceil_div(mMaster.shape[0], WIDTH)
+    self.kernel(mParam, mGrad, mMaster, mM, mV, mScale, factors).launch(
+      grid=[cute.ceil_div(threads, THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(self, mParam, mGrad, mMaster, mM, mV, mScale, factors: tuple):
+    tidx, _, _ = cute.arch.thread_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    scale = mScale[0]
+    start = (Int64(bidx) * THREADS + tidx) * WIDTH
+    if scale == scale:
+      if start + WIDTH <= mMaster.shape[0]:
+        self.update(mParam, mGrad, mMaster, mM, mV, scale, factors, start, WIDTH)
+      else:
+        for i in cutlass.range(start, Int64(mMaster.shape[0])):
+          self.update(mParam, mGrad, mMaster, mM, mV, scale, factors, i, 1)
+
+  @cute.jit
+  def update(
+    self,
+    mParam,
+    mGrad,
+    mMaster,
+    mM,
+    mV,
+    scale,
+    factors,
+    start: Int64,
+    width: cutlass.Constexpr[int],
+  ):
+    """Elements start : start + width."""
+    one_minus_beta1, beta2, one_minus_beta2, decay, size, inverse_root, eps = factors
+    grad = load_vector(mGrad, start, width).load().to(Float32) * scale
+    m = load_vector(mM, start, width).load().to(Float32)
+    v = load_vector(mV, start, width).load().to(Float32)
+    master = load_vector(mMaster, start, width).load()
+    m = m + one_minus_beta1 * (grad - m)
+    v = beta2 * v + one_minus_beta2 * (grad * grad)
+    master = decay * master - size * (m / (cute.math.sqrt(v) * inverse_root + eps))
+    store_vector(mM, start, m)
+    store_vector(mV, start, v)
+    store_vector(mMaster, start, master)
+    if const_expr(mParam is not None):
+      store_vector(mParam, start, master)
+
+
+@cached
+def compile_adamw(param, grad, moment):
+  """Dtypes of the parameter (None: it is the master), the gradient and the moments."""
+  master, scale = fake(Float32, None), fake(Float32, 1, align=4)
+  mParam = None if param is None else fake(DTYPES[param], None)
+  moments = (fake(DTYPES[moment], None) for _ in range(2))
+  factors = (Float32(0.0),) * 7
+  return compile_kernel(AdamW(), mParam, fake(DTYPES[grad], None), master, *moments, scale, factors)
+
+
+def _adamw_one(
+  param: Tensor, grad: Tensor, master: Tensor, m: Tensor, v: Tensor, scale: Tensor, factors: tuple
+) -> None:
+  check_device(check_same_device(param, grad, master, m, v, scale))
+  check(master.dtype == torch.float32, f"adamw: a master is {master.dtype}; need torch.float32")
+  dtypes = {param.dtype, grad.dtype, m.dtype}
+  check(
+    m.dtype == v.dtype and dtypes <= set(DTYPES),
+    f"adamw: parameter {param.dtype}, gradient {grad.dtype}, moments {m.dtype} and {v.dtype}; need "
+    "torch.bfloat16 or torch.float32, moments alike",
+  )
+  shapes = {tuple(t.shape) for t in (param, grad, master, m, v)}
+  check(len(shapes) == 1, f"adamw: shapes {sorted(shapes)} of one parameter must agree")
+  grad = grad.contiguous()
+  contiguous(parameter=param, gradient=grad, master=master, exp_avg=m, exp_avg_sq=v)
+  if master.numel() == 0:
+    return
+  own = param.dtype == master.dtype and param.data_ptr() == master.data_ptr()
+  run = compile_adamw(None if own else param.dtype, grad.dtype, m.dtype)
+  flat = [None if own else param.view(-1), *(t.view(-1) for t in (grad, master, m, v))]
+  run(*flat, scale, factors)
+
+
+@torch.no_grad()
+def adamw(
+  params: list[Tensor],
+  grads: list[Tensor],
+  masters: list[Tensor],
+  exp_avgs: list[Tensor],
+  exp_avg_sqs: list[Tensor],
+  *,
+  step: int,
+  lr: float,
+  betas: tuple[float, float],
+  eps: float,
+  weight_decay: float,
+  grad_scale: Tensor,
+) -> None:
+  """See kernels.ops.Ops.adamw. Tensors contiguous; one launch each, bit-identical results."""
+  check(step >= 1, f"adamw: step {step} must count from 1")
+  lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]
+  check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
+  check(
+    grad_scale.dtype == torch.float32 and grad_scale.numel() == 1,
+    f"adamw: grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)}; need one torch.float32",
+  )
+  beta1, beta2 = betas
+  size, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+  factors = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, size, inverse_root, eps)
+  scale = grad_scale.view(1)
+  for tensors in zip(params, grads, masters, exp_avgs, exp_avg_sqs, strict=True):
+    _adamw_one(*(t.detach() for t in tensors), scale, factors)
+
+
+def _symmetric(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:
+  """out = alpha · x xᵀ + beta · c for [L, M, K] and [L, M, M]."""
+  tile_m, tile_n = SYMMETRIC_TILE[ARCH.name]
+  gemm_symmetric(x, x, out, c, None, tile_m, tile_n, 2, 1, alpha=alpha, beta=beta)
+
+
+@torch.no_grad()
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+  """See kernels.ops.Ops.newton_schulz. Matrices' sides must be multiples of 8."""
+  check_device(g.device)
+  rows, columns = g.shape[-2:]
+  check(
+    rows % 8 == 0 and columns % 8 == 0,
+    f"newton_schulz: matrices of {rows} by {columns}; make both multiples of 8",
+  )
+  if g.numel() == 0:
+    return g.clone()
+  norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+  x = (g / (norm + 1e-7)).bfloat16().reshape(-1, rows, columns)
+  x = (x.mT if rows > columns else x).contiguous()
+  gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+  poly, other = torch.empty_like(gram), torch.empty_like(x)
+  a, b, c = NEWTON_SCHULZ
+  tile = gemms.config("dense")
+  for _ in range(steps):
+    _symmetric(x, gram, None, 1.0, 1.0)
+    _symmetric(gram, poly, gram, c, b)
+    gemm(
+      poly, x.mT, other, x, None, tile.tile_m, tile.tile_n, tile.cluster_m, tile.cluster_n, beta=a
+    )
+    x, other = other, x
+  return (x.mT if rows > columns else x).to(g.dtype).reshape(g.shape).contiguous()
