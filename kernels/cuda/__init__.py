@@ -7,9 +7,12 @@ from kernels.cuda.experts import experts, grouped_mlp
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
 from kernels.cuda.norm import add_rms_norm, rms_norm
+from kernels.cuda.optim import adamw, newton_schulz
 from kernels.cuda.rope import mla_qkv
+from kernels.cuda.router import route
 
 __all__ = [
+  "adamw",
   "add_rms_norm",
   "attention",
   "combine",
@@ -20,5 +23,7 @@ __all__ = [
   "linear_cross_entropy",
   "mla_qkv",
   "mlp",
+  "newton_schulz",
   "rms_norm",
+  "route",
 ]

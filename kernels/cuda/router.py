@@ -14,7 +14,8 @@ once, its scores, experts and gates written once.
 Backward. One warp per token turns dgate and dscore into dlogits, written as bf16 parts d0 + d1, so
 that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
-are bf16 products as well, of operands with a relative error of 2^-16. dw is summed over slices of T that each fill the GPU, in a fixed order.
+are bf16 products as well, of operands with a relative error of 2^-16. dw is summed over slices of T
+that each fill the GPU, in a fixed order.
 """
 
 from __future__ import annotations
