@@ -1,11 +1,14 @@
 """What a configuration costs, by arithmetic alone: parameters, FLOPs per token, memory of a rank.
 
-Nothing is built and torch is not imported. Every figure is a list of terms with the formula that gave
-it, so that a reader can check the sum. Bytes are of one rank; T is the tokens of one micro-batch on it.
+Nothing is built and torch is not imported. Every figure is a list of terms with the formula that
+gave it, so that a reader can check the sum.
 
-FLOPs follow Megatron-LM's convention: 6 per active parameter of a matrix product (forward 2, backward
-4; the embedding's lookup is free), and for the attention core 6·H·(d_qk + d_v)·S/2 per layer, the
-causal half. Recomputation does not count.
+FLOPs follow Megatron-LM's convention: 6 per active parameter of a matrix product (forward 2,
+backward 4; the embedding's lookup is free), and for the attention core 6·H·(d_qk + d_v)·S/2 per
+layer, the causal half. Recomputation does not count.
+
+Memory is that of one rank at the moment of a step when most is alive, with what kernels.cuda keeps
+for backward; the cpu target's plain operations use more beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nmoe.config import Config
+from nmoe.config import Config, leaves
+from nmoe.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ class Misfit:
       f"{_gib(self.needed - self.available)} too much"
     )
     if self.remedy is None:
-      return f"{found}; no single line makes it fit: lower model.num_layers or use more ranks"
+      return f"{found}; no single line makes it fit: lower model.dim and model.num_layers"
     r = self.remedy
     return f"{found}; set {r.key} = {r.new} (now {r.old}), which needs {_gib(r.peak_bytes)}"
 
 
 @dataclass(frozen=True)
 class Device:
-  """An accelerator: memory in bytes, dense peaks in FLOP/s (NVIDIA data sheets, without sparsity)."""
+  """An accelerator: bytes of memory, dense peaks in FLOP/s (data sheets, without sparsity)."""
 
   name: str
   arch: str
@@ -139,9 +143,7 @@ def peak_flops(config: Config) -> float | None:
 
 
 def plan(config: Config) -> Plan:
-  return Plan(
-    config, parameters(config), flops(config), tuple(memory(config)), rdep_bytes(config)
-  )
+  return Plan(config, parameters(config), flops(config), memory(config), rdep_bytes(config))
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -231,81 +233,233 @@ def flops(config: Config) -> tuple[Term, ...]:
   return (*terms, Term("attention core", formula, core))
 
 
-def memory(config: Config) -> Iterator[Term]:
-  """Bytes that live together at the peak of a step, which lies in the first layer of a backward pass
-  or, with little activation memory, at its end. Ranks hold E/R experts and whole dense parameters."""
-  ranks = config.launch.ranks
-  p = parameters(config)
-  experts, others = p.experts // ranks, p.total - p.experts
-  count, fp32 = experts + others, config.target.dtype == "fp32"
-  held = f"{others:,} dense + {experts:,} of experts"
-  width = 4 if fp32 else 2
-  # the router is fp32 in any case: it needs no master, and 2 bytes more in a bf16 model
-  yield Term("parameters", f"{held}, {width} bytes", count * width + p.router * (4 - width))
-  if not fp32:
-    yield Term("fp32 masters", f"{count:,} · 4", (count - p.router) * 4)
-  yield from _moments(config, count)
-  yield from _transient(config, count, width)
+def memory(config: Config) -> tuple[Term, ...]:
+  """Bytes of a rank that live together at the step's peak: what is always held, then the peak's.
+
+  A rank holds all dense parameters and E/R experts.
+  """
+  held = [*_held(config)]
+  peak = max(_moments_of_step(config), key=lambda moment: moment.total)
+  held.append(Term("activations", f"{peak.name}: {_kept_formula(config)}", peak.activations))
+  held.append(Term("gradients", f"{peak.name}: {_grad_width(config)} bytes each", peak.gradients))
+  held.append(Term("workspace", f"{peak.name}: {peak.formula}", peak.workspace))
+  return tuple(term for term in held if term.value)
+
+
+def rdep_bytes(config: Config) -> RdepBytes:
+  """The symmetric heap of one rank (kernels.buffers). One rank alone copies no rows."""
+  c = config
+  if c.launch.ranks == 1:
+    return RdepBytes(0, 0, 0)
+  num_local = c.moe.num_experts // c.launch.ranks
+  rows = _tokens(c) * c.moe.top_k
+  worst = _tokens(c) * min(c.moe.top_k, num_local) * c.launch.ranks
+  return RdepBytes(*(_heap(c, n) for n in (rows, math.ceil(c.rdep.capacity * rows), worst)))
+
+
+def _heap(config: Config, received: int) -> int:
+  """Bytes of one rank's block when it can receive this many rows in a round."""
+  ranks, rows = config.launch.ranks, _tokens(config) * config.moe.top_k
+  align = config.rdep.alignment
+  places = max(-(-received // align), 1) * align
+  row = config.model.dim * _width(config)
+  sizes = (ranks * config.moe.num_experts * 4, places * row, places * 4, places * 4)
+  sizes += (rows * row, rows * 4, 3 * ranks * 16 * 8)
+  return sum(-(-size // 256) * 256 for size in sizes)
+
+
+def _tokens(config: Config) -> int:
+  return config.train.micro_batch * config.data.seq_len
+
+
+def _width(config: Config) -> int:
+  """Bytes of a parameter or an activation."""
+  return 4 if config.target.dtype == "fp32" else 2
+
+
+def _several(config: Config) -> bool:
+  """Whether a step has several micro-batches, whose gradients are summed in fp32."""
+  return config.schedule.batch_tokens > _tokens(config) * config.launch.ranks
+
+
+def _grad_width(config: Config) -> int:
+  return 4 if _several(config) else _width(config)
+
+
+def _held(config: Config) -> Iterator[Term]:
+  """What stays in memory from step to step."""
+  p, o, width = parameters(config), config.optim, _width(config)
+  experts = p.experts // config.launch.ranks
+  others = p.total - p.experts
+  count = others + experts
+  formula = f"({others:,} + {experts:,} of experts) · {width}, routers in fp32"
+  yield Term("parameters", formula, count * width + p.router * (4 - width))
+  if width < 4:
+    yield Term("fp32 masters", f"{count - p.router:,} · 4", (count - p.router) * 4)
+  muon = (p.attention + p.dense + p.shared) * (o.matrices == "muon")
+  muon += experts * (o.experts == "muon")
+  moment = 2 if o.moments == "bf16" else 4
+  formula = f"({count - muon:,} AdamW · 2 + {muon:,} Muon) · {moment}"
+  yield Term("moments", formula, (2 * (count - muon) + muon) * moment)
   received = rdep_bytes(config).capacity
-  if received:
-    yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
+  yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
 
 
-def _moments(config: Config, count: int) -> Iterator[Term]:
-  o, p, ranks = config.optim, parameters(config), config.launch.ranks
-  muon = 0
-  if o.matrices == "muon":
-    muon += p.attention + p.dense + p.shared
-  if o.experts == "muon":
-    muon += p.experts // ranks
-  width = 2 if o.moments == "bf16" else 4
-  yield Term(
-    "moments",
-    f"({count - muon:,} AdamW · 2 + {muon:,} Muon · 1) · {width}",
-    (2 * (count - muon) + muon) * width,
-  )
+@dataclass(frozen=True)
+class _Moment:
+  """A moment of the step and what lives then beside what is always held."""
+
+  name: str
+  activations: float
+  gradients: float
+  workspace: float
+  formula: str
+
+  @property
+  def total(self) -> float:
+    return self.activations + self.gradients + self.workspace
 
 
-def _transient(config: Config, count: int, width: int) -> Iterator[Term]:
-  """Activations, gradients and loss workspace where their sum is largest during backward."""
-  m, e = config.model, config.moe
-  tokens = config.train.micro_batch * config.data.seq_len
-  several = config.schedule.batch_tokens > tokens * config.launch.ranks
-  grad_width = 4 if several else width
-  layers = [_layer_bytes(config, layer) * tokens for layer in range(m.num_layers)]
-  shapes = parameter_shapes(config)
-  grads = [0] * m.num_layers
-  for name, shape in shapes.items():
-    if name.startswith("layers."):
-      share = config.launch.ranks if ".experts." in name else 1
-      grads[int(name.split(".")[1])] += math.prod(shape) // share * grad_width
-  head = m.vocab_size * m.dim
-  held, made = sum(layers), head * grad_width
-  best = (held, made)
-  for layer in reversed(range(m.num_layers)):
-    made += grads[layer]
-    held -= layers[layer]
-    best = max(best, (held, made), key=sum)
-  held, made = (sum(layers), count * grad_width) if several else best
-  per_layer = ", ".join(f"{bytes_:,.0f} · {n} {kind}" for bytes_, n, kind in _kinds(config))
-  yield Term("activations", f"{tokens:,} tokens · ({per_layer}) bytes", held)
-  yield Term("gradients", f"{grad_width} bytes, those alive with the activations", made)
+def _moments_of_step(config: Config) -> Iterator[_Moment]:
+  """The moments at which memory can peak, of the last micro-batch of a step."""
+  m, tokens, width, grad = config.model, _tokens(config), _width(config), _grad_width(config)
+  several = _several(config)
+  layers = [_kept_per_token(config, i) * tokens for i in range(m.num_layers)]
+  grads = _layer_elements(config)
+  total = parameters(config).total - parameters(config).experts + sum(e for _, e in grads)
+  ends = tokens * (2 * m.dim * width + 4)  # the last norm's sum and result
+  head, dx = m.vocab_size * m.dim, tokens * m.dim * width
+  made = total if several else 0
   chunk = min(config.train.loss_chunk, tokens)
-  logits = chunk * m.vocab_size * (4 + width)
-  yield Term("loss", f"{chunk:,} tokens · {m.vocab_size:,} logits · {4 + width} bytes", logits)
-  states = tokens * m.dim * width * 3
-  yield Term("last states", f"{tokens:,} · {m.dim} · {width} · 3", states)
+  yield _Moment(
+    "loss, forward",
+    sum(layers) + ends,
+    made * grad,
+    head * 4 + dx + chunk * m.vocab_size * width,
+    f"{head:,} · 4 head gradient, {dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
+  )
+  cast = head * 4 if several and width < 4 else 0
+  yield _Moment(
+    "loss, backward",
+    sum(layers) + ends,
+    made * grad,
+    head * (4 + width) + cast + 2 * dx,
+    f"{head:,} · {4 + width + (4 if cast else 0)} head gradient, 2 · {dx:,} dx",
+  )
+  made = made or head
+  for i in reversed(range(m.num_layers)):
+    extra, formula = _backward_workspace(config, i)
+    yield _Moment(f"layer {i}, backward", sum(layers[: i + 1]), made * grad, extra, formula)
+    made += 0 if several else sum(grads[i])
+  yield _Moment("optimizer step", 0, total * grad, 0, "none")
 
 
-def _kinds(config: Config) -> Iterator[tuple[float, int, str]]:
+def _layer_elements(config: Config) -> list[tuple[int, int]]:
+  """(parameters but routed experts, this rank's routed experts) of each layer."""
+  counts = [[0, 0] for _ in range(config.model.num_layers)]
+  for name, shape in parameter_shapes(config).items():
+    if name.startswith("layers."):
+      expert = ".experts." in name
+      share = config.launch.ranks if expert else 1
+      counts[int(name.split(".")[1])][expert] += math.prod(shape) // share
+  return [(dense, experts) for dense, experts in counts]
+
+
+def _kept_terms(config: Config, layer: int) -> dict[str, float]:
+  """Bytes per token that a layer keeps for backward, by what they are."""
+  m, e, width = config.model, config.moe, _width(config)
+  qk = m.qk_nope_dim + m.qk_rope_dim
+  terms = {
+    "residual sums and norms": 4 * m.dim * width + 8,
+    "q, k, v, o": m.num_heads * (2 * (qk + m.v_dim) * width + 4),
+    "latents": (2 * m.kv_lora_rank + m.qk_rope_dim) * width + 4,
+  }
+  if m.q_lora_rank:
+    terms["latents"] += 2 * m.q_lora_rank * width + 4
+  if layer < m.num_dense_layers:
+    return terms | {"SwiGLU inputs": 2 * m.dense_dim * width}
+  terms["routing"] = 4 * (e.num_experts + 1) + 16 * e.top_k
+  terms["SwiGLU inputs"] = 2 * (e.top_k + e.num_shared) * e.expert_dim * width
+  if config.launch.ranks > 1:
+    spare = max(config.rdep.capacity, 1) - 1
+    terms["SwiGLU inputs"] += 2 * spare * e.top_k * e.expert_dim * width
+    terms["received rows and results"] = 2 * (1 + spare) * e.top_k * m.dim * width
+  return terms
+
+
+def _kept_per_token(config: Config, layer: int) -> float:
+  return sum(_kept_terms(config, layer).values())
+
+
+def _kept_formula(config: Config) -> str:
   m = config.model
-  for count, layer, kind in (
-    (m.num_dense_layers, 0, "dense"),
-    (m.num_layers - m.num_dense_layers, m.num_layers - 1, "MoE"),
-  ):
-    if count:
-      yield _layer_bytes(config, layer), count, kind
+  parts = []
+  for kind, layers in (("dense", range(m.num_dense_layers)), ("MoE", range(m.num_layers))):
+    if kind == "MoE":
+      layers = layers[m.num_dense_layers :]
+    if layers:
+      terms = _kept_terms(config, layers[0])
+      inside = " + ".join(f"{value:,.0f} {name}" for name, value in terms.items())
+      parts.append(f"{len(layers)} {kind} layers · ({inside})")
+  return f"{_tokens(config):,} tokens · [{' + '.join(parts)}]"
 
 
-def rdep_bytes(config): return RdepBytes(0,0,0)
-def _layer_bytes(config, layer): return 0
+def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
+  """Gradients of activations inside one layer's backward pass, and of weights not yet added."""
+  m, e, width = config.model, config.moe, _width(config)
+  dense, experts = _layer_elements(config)[layer]
+  if layer < m.num_dense_layers:
+    rows, ffn = _tokens(config), m.dense_dim
+  else:
+    rows, ffn = _tokens(config) * e.top_k, e.expert_dim
+  inner = rows * (3 * ffn + m.dim) * width + 3 * _tokens(config) * m.dim * width
+  formula = (
+    f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {_tokens(config):,} · {m.dim} · {width}"
+  )
+  if _several(config) and width < 4:
+    block = experts or 3 * m.dim * m.dense_dim
+    inner += block * width + block * 2 / 3 * 4
+    formula += f", {block:,} weight gradients · {width} and two thirds · 4"
+  return inner, formula
+
+
+def fits(plan: Plan, bytes_available: int) -> Misfit | None:
+  """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
+
+  In this order: smaller micro-batches, a smaller loss chunk, bf16 moments, a smaller RDEP capacity,
+  more ranks, fewer layers; of each the smallest change that fits.
+  """
+  if plan.peak_bytes <= bytes_available:
+    return None
+  for key, values in _candidates(plan.config):
+    for value in values:
+      peak = _peak_with(plan.config, key, value)
+      if peak is not None and peak <= bytes_available:
+        remedy = Remedy(key, leaves(plan.config)[key], value, peak)
+        return Misfit(plan.peak_bytes, bytes_available, remedy)
+  return Misfit(plan.peak_bytes, bytes_available, None)
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, list]]:
+  """Keys in order of what a change costs; values from the smallest change on."""
+  c = config
+  yield "train.micro_batch", list(range(c.train.micro_batch - 1, 0, -1))
+  yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
+  yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
+  yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.launch.ranks > 1 else []
+  ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
+  yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]
+  yield "model.num_layers", list(range(c.model.num_layers - 1, c.model.num_dense_layers, -1))
+
+
+def _peak_with(config: Config, key: str, value: object) -> int | None:
+  """Peak bytes of the changed configuration; None if it is not a valid one."""
+  try:
+    changed = config.with_values(**{key: value})
+  except ConfigError:
+    return None
+  return plan(changed).peak_bytes
+
+
+def _gib(count: float) -> str:
+  return f"{count / 2**30:.2f} GiB"

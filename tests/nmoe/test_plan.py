@@ -1,0 +1,255 @@
+"""Plans against published sizes, against the built model, and against what autograd keeps."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from model_configs import tiny
+
+from kernels import reference
+from nmoe.config import Config, diff, load
+from nmoe.heap import buffer_layout
+from nmoe.model import Model, parameter_group
+from nmoe.plan import DEVICES, fits, parameter_shapes, peak_flops, plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 1 << 30
+
+MLA = {
+  "model__kv_lora_rank": 512,
+  "model__qk_nope_dim": 128,
+  "model__qk_rope_dim": 64,
+  "model__v_dim": 128,
+}
+SMALL = MLA | {
+  "model__dim": 2048,
+  "model__num_layers": 27,
+  "model__num_heads": 16,
+  "moe__num_experts": 64,
+  "moe__top_k": 6,
+  "moe__num_shared": 2,
+  "moe__expert_dim": 1408,
+}
+
+
+def sized(seq_len: int, **values) -> Config:
+  schedule = {"schedule__batch_tokens": seq_len, "schedule__total_tokens": seq_len}
+  return tiny(data__seq_len=seq_len, train__micro_batch=1, **schedule, **values)
+
+
+def deepseek_v3() -> Config:
+  return sized(
+    4096,
+    **MLA,
+    model__vocab_size=129280,
+    model__dim=7168,
+    model__num_layers=61,
+    model__num_dense_layers=3,
+    model__dense_dim=18432,
+    model__num_heads=128,
+    model__q_lora_rank=1536,
+    moe__num_experts=256,
+    moe__top_k=8,
+    moe__num_shared=1,
+    moe__expert_dim=2048,
+  )
+
+
+def v2_lite() -> Config:
+  return sized(4096, **SMALL, model__vocab_size=102400, model__dense_dim=10944)
+
+
+def moonlight() -> Config:
+  return sized(8192, **SMALL, model__vocab_size=163840, model__dense_dim=11264)
+
+
+def moonlet() -> Config:
+  values = SMALL | {"model__num_layers": 12}
+  return sized(4096, **values, model__vocab_size=163840, model__dense_dim=11264)
+
+
+# (billions of parameters without embedding and head: all, active; GFLOP per token)
+# DeepSeek-V3: arXiv 2412.19437 and README_WEIGHTS.md; Moonlight: arXiv 2502.16982 table 2.
+PUBLISHED = {
+  deepseek_v3: (669.2, 35.7, 250.4),
+  v2_lite: (15.29, 2.242, 16.41),
+  moonlight: (15.29, 2.244, 18.87),
+  moonlet: (6.516, 0.997, 8.751),
+}
+
+
+@pytest.mark.parametrize("config", PUBLISHED)
+def test_published_sizes(config):
+  body, active, gflops = PUBLISHED[config]
+  p = plan(config())
+  assert p.parameters.body / 1e9 == pytest.approx(body, rel=5e-4)
+  assert p.parameters.active_body / 1e9 == pytest.approx(active, rel=1e-3)
+  assert p.flops_per_token / 1e9 == pytest.approx(gflops, rel=3e-4)
+
+
+def test_deepseek_v3_with_embedding_and_head():
+  p = plan(deepseek_v3()).parameters
+  assert p.total / 1e9 == pytest.approx(671.0, abs=0.05)
+  assert p.active / 1e9 == pytest.approx(37.55, abs=0.01)
+  assert (p.active - p.embedding) / 1e9 == pytest.approx(36.6, abs=0.05)
+  core = [term.value for term in plan(deepseek_v3()).flops if term.name == "attention core"]
+  assert sum(core) / 1e9 == pytest.approx(30.7, abs=0.05)
+
+
+def test_latent_attention_of_moonlight_has_13_762_560_parameters_a_layer():
+  assert plan(moonlight()).parameters.attention == 27 * 13_762_560
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    {},
+    {"model__q_lora_rank": 24, "model__tie_embeddings": True},
+    {"model__num_dense_layers": 0, "moe__num_shared": 1},
+    {"model__num_dense_layers": 3},
+  ],
+)
+def test_shapes_and_counts_are_those_of_the_built_model(values):
+  config = tiny(**values)
+  built = {name: tuple(p.shape) for name, p in Model(config, reference).named_parameters()}
+  assert parameter_shapes(config) == built
+  p = plan(config).parameters
+  assert p.total == sum(math.prod(shape) for shape in built.values())
+  expert = [math.prod(s) for n, s in built.items() if parameter_group(n) == "expert"]
+  assert p.experts == sum(expert)
+  assert p.active_experts == sum(expert) * config.moe.top_k // config.moe.num_experts
+  assert p.norms == sum(math.prod(s) for s in built.values() if len(s) == 1)
+
+
+def kept_bytes(config: Config) -> int:
+  """Bytes that autograd saves in a forward pass, without parameters and copies of them."""
+  model = Model(config, reference)
+  model.init_weights(0)
+  own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), model.cos, model.sin)}
+  weights = {p.numel() for p in model.parameters() if p.ndim > 1}
+  saved = {}
+
+  def pack(tensor: torch.Tensor) -> torch.Tensor:
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in own and tensor.numel() not in weights:
+      saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+    return tensor
+
+  tokens = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
+  with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    model(tokens, tokens)
+  return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("values", [{}, {"model__q_lora_rank": 56, "moe__top_k": 5}])
+def test_activations_are_what_autograd_keeps(values):
+  config = tiny(
+    model__dim=128,
+    model__dense_dim=200,
+    model__kv_lora_rank=64,
+    model__qk_nope_dim=32,
+    model__qk_rope_dim=16,
+    model__v_dim=48,  # the plain attention pads narrower values
+    moe__expert_dim=72,
+    data__seq_len=250,
+    schedule__batch_tokens=500,
+    schedule__total_tokens=500,
+    **values,
+  )
+  planned = {term.name: term.value for term in plan(config).memory}["activations"]
+  last_norm, dx = 500 * (2 * 128 * 4 + 4), 500 * 128 * 4  # gone before the last layer's backward
+  assert planned + last_norm + dx == pytest.approx(kept_bytes(config), rel=0.02)
+
+
+def test_memory_terms_of_moonlet_on_one_h200():
+  config = load(CONFIGS / "moonlet" / "h200.toml", env={})
+  p = plan(config)
+  held = {term.name: term.value for term in p.memory}
+  n, router = p.parameters.total, p.parameters.router
+  assert held["parameters"] == 2 * n + 2 * router
+  assert held["fp32 masters"] == 4 * (n - router)
+  assert held["moments"] == 2 * 2 * n  # bf16
+  assert held["gradients"] == 4 * n  # several micro-batches: fp32
+  assert p.peak_bytes == sum(held.values())
+  assert fits(p, DEVICES[1].memory_bytes) is None
+
+
+def test_one_micro_batch_keeps_gradients_in_bf16_and_never_all_of_them_with_all_activations():
+  config = load(CONFIGS / "moonlet" / "h200.toml", env={})
+  tokens = config.train.micro_batch * config.data.seq_len
+  one = plan(config.with_values(**{"schedule.batch_tokens": tokens}))
+  assert one.peak_bytes < plan(config).peak_bytes - 4 * one.parameters.total / 2
+  transient = [t.value for t in one.memory if t.name in ("activations", "gradients", "workspace")]
+  assert sum(transient) >= 2 * one.parameters.total
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 1.5])
+def test_rdep_bytes_are_those_of_the_heap(capacity):
+  config = tiny(launch__ranks=2, schedule__batch_tokens=96, rdep__capacity=capacity)
+  assert plan(config).rdep.capacity == buffer_layout(config).nbytes
+  even = config.with_values(**{"rdep.capacity": 1.0})
+  assert plan(config).rdep.balanced == buffer_layout(even).nbytes
+  worst = config.with_values(**{"rdep.capacity": 2.0})  # top 3 of 4 local experts, 2 ranks
+  assert plan(config).rdep.worst == buffer_layout(worst).nbytes
+  assert plan(tiny()).rdep.worst == 0
+
+
+def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
+  config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
+  misfit = fits(plan(config), 140 * GIB)
+  assert misfit.remedy.key == "train.micro_batch"
+  changed = config.with_values(**{misfit.remedy.key: misfit.remedy.new})
+  assert plan(changed).peak_bytes == misfit.remedy.peak_bytes <= 140 * GIB
+  larger = config.with_values(**{misfit.remedy.key: 2 * misfit.remedy.new})
+  assert plan(larger).peak_bytes > 140 * GIB
+  message = str(misfit)
+  needed, short = misfit.needed / GIB, misfit.needed / GIB - 140
+  assert f"needs {needed:.2f} GiB" in message and f"{short:.2f} GiB too much" in message
+  assert f"set train.micro_batch = {misfit.remedy.new} (now 8)" in message
+
+
+def test_remedies_go_from_cheap_to_dear():
+  config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
+  config = config.with_values(**{"train.micro_batch": 1})
+  keys = [fits(plan(config), size * GIB).remedy.key for size in (110, 80)]
+  assert keys == ["optim.moments", "launch.ranks"]
+  assert "no single line" in str(fits(plan(config), GIB))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.toml")), ids=lambda p: p.stem)
+def test_shipped_configurations_load_and_plan(path):
+  if "[[source]]" in path.read_text():
+    return
+  p = plan(load(path, env={}))
+  assert p.flops_per_token > 0 and p.peak_bytes > 0
+  devices = [d for d in DEVICES if d.arch == p.config.target.arch]
+  assert not devices or any(fits(p, device.memory_bytes) is None for device in devices)
+
+
+def test_the_muon_variant_differs_in_one_leaf():
+  a, b = (load(CONFIGS / "moonlet" / f"{name}.toml", env={}) for name in ("cpu", "cpu-muon"))
+  changed = {key for key in diff(a, b) if not key.startswith("experiment.")}
+  assert changed == {"optim.matrices"}
+  assert a.experiment.statement != b.experiment.statement
+
+
+def test_peak_flops():
+  config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
+  assert peak_flops(config) == 2.25e15
+  assert peak_flops(config.with_values(**{"target.dtype": "nvfp4"})) == 9e15
+  hopper = load(CONFIGS / "moonlet" / "h200.toml", env={})
+  assert peak_flops(hopper) == 989e12
+  emulated = replace(hopper.target, dtype="fp8", emulate_blockscale=True)
+  assert peak_flops(replace(hopper, target=emulated)) == 989e12
+  assert peak_flops(tiny()) is None
+
+
+def test_planning_does_not_import_torch():
+  code = "import sys, nmoe.plan; assert 'torch' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
