@@ -21,7 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -224,8 +224,7 @@ def _writing(folder: Path) -> Iterator[Path | None]:
       )
       yield partial
       os.chmod(partial, 0o755)
-      with suppress(FileExistsError):
-        partial.rename(folder)
+      _publish(partial, folder)
   except OSError as error:
     raise DataError(
       f"{folder}: cannot be written: {error}; {_free_space(folder.parent)}; make room or permit "
@@ -242,12 +241,21 @@ def _lock(folder: Path) -> Iterator[None]:
   with (folder.parent / f".{folder.name}.lock").open("w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-      yield  # no locks on this filesystem
-      return
-    for stale in folder.parent.glob(f".{folder.name}-*.partial"):
-      shutil.rmtree(stale, ignore_errors=True)
+      stale = list(folder.parent.glob(f".{folder.name}-*.partial"))
+    except OSError:  # no locks on this filesystem: what is there may be in use
+      stale = []
+    for left in stale:
+      shutil.rmtree(left, ignore_errors=True)
     yield
+
+
+def _publish(partial: Path, folder: Path) -> None:
+  """Rename, unless another process was faster; the caller drops the partial folder then."""
+  try:
+    partial.rename(folder)
+  except OSError:
+    if not folder.exists():
+      raise
 
 
 def _free_space(folder: Path) -> str:

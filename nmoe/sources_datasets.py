@@ -41,6 +41,8 @@ def _rows(source: FilesSource | HuggingFaceSource, where: str, path: str, **give
     rows = datasets.load_dataset(path, split=split, streaming=True, **given)
     for table in rows.with_format("arrow").iter(BATCH_ROWS):
       yield from _texts(table, source.text_field, f"source {source.name!r}: {where}")
+  except StopIteration:  # what the json builder raises for a file without rows
+    return
   except _FAILURES as error:
     raise DataError(
       f"source {source.name!r}: {where} cannot be read ({type(error).__name__}: {error}); check "
