@@ -275,7 +275,8 @@ def band(
 
 
 def _number(value: float, sign: str = "") -> str:
-  return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
+  text = f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
+  return text.replace("-", "−")
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray:

@@ -139,7 +139,7 @@ def test_the_verdict_follows_its_rules(center, half, direction, m):
 def test_the_reason_names_the_numbers():
   found = paired([1.1, 1.2, 1.15], [1.0, 1.12, 1.04], direction="lower", min_effect=0.01)
   assert found.reason == (
-    "variant − baseline = -0.09667 [-0.1346, -0.05872] over 3 seeds: "
+    "variant − baseline = −0.09667 [−0.1346, −0.05872] over 3 seeds: "
     "the whole interval is lower by 0.01 or more."
   )
 
@@ -210,7 +210,7 @@ def test_one_arm_against_a_reference():
   assert plain.verdict == "described" and plain.mean == pytest.approx(2.0)
   assert plain.high - plain.mean == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
   judged = single(values, reference=4.5, direction="lower", min_effect=0.5)
-  assert judged.verdict == "confirmed" and "2 − 4.5 = -2.5 [" in judged.reason
+  assert judged.verdict == "confirmed" and "2 − 4.5 = −2.5 [" in judged.reason
   assert single(values, reference=2.3, direction="lower", min_effect=0.5).verdict == "inconclusive"
   diverged = single([2.0, math.nan], reference=4.5, direction="lower")
   assert (diverged.verdict, diverged.diverged, diverged.n) == ("refuted", 1, 1)
