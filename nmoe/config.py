@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -107,7 +107,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-  """YaRN context extension (arXiv 2309.00071, as in 2412.19437 section 4.3). factor 1: plain RoPE."""
+  """YaRN context extension (arXiv 2309.00071, 2412.19437 section 4.3). factor 1: plain RoPE."""
 
   factor: float = identity(1.0)
   original_seq_len: int = identity(4096)
@@ -218,10 +218,17 @@ class Config:
   run: RunConfig = field(default_factory=RunConfig)
 
   def with_values(self, **values: Any) -> Config:
-    """A copy with dotted keys replaced, e.g. with_values(**{"train.seed": 1}); validated again."""
-    config = self
+    """A copy with dotted keys replaced, e.g. with_values(**{"train.seed": 1}).
+
+    Checked like a file's, but strings are taken as they are. Raises ConfigError.
+    """
+    config, known = self, leaves(self)
     for key, value in values.items():
+      if key not in known:
+        raise ConfigError(f"unknown key {key} = {value!r}{_nearest(key, known)}")
       section, name = key.split(".")
+      value = list(value) if isinstance(value, tuple) else value
+      value = _convert(value, get_type_hints(SECTIONS[section])[name], key)
       config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     validate(config, {})
     return config
@@ -240,7 +247,8 @@ def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
   env = os.environ if env is None else env
   values, origins = _read(Path(path), ())
   for (section, key), value in overrides(env).items():
-    values.setdefault(section, {})[key] = value
+    if isinstance(values.setdefault(section, {}), dict):
+      values[section][key] = value
     origins[f"{section}.{key}"] = f"environment NMOE_{section.upper()}__{key.upper()}"
   return _build(values, origins, str(path), env)
 
@@ -261,12 +269,15 @@ def overrides(env: Mapping[str, str]) -> dict[tuple[str, str], Any]:
       continue
     section, key = name[len("NMOE_") :].lower().split("__", 1)
     try:
-      found[section, key] = tomli.loads(f"value = {env[name]}")["value"]
+      table = tomli.loads(f"value = {env[name]}")
     except tomli.TOMLDecodeError as error:
       raise ConfigError(
         f"environment {name}={env[name]!r} is not a TOML value ({error}); "
         f"quote strings: {name}='\"{env[name]}\"'"
       ) from error
+    if table.keys() != {"value"}:
+      raise ConfigError(f"environment {name}={env[name]!r} is more than one TOML value; set one")
+    found[section, key] = table["value"]
   return found
 
 
@@ -401,7 +412,8 @@ def _section(
     where = origins.get(f"{section}.{key}", name)
     if key not in hints:
       raise ConfigError(f"{where}: unknown key {section}.{key} = {value!r}{_nearest(key, hints)}")
-    given[key] = _convert(value, hints[key], f"{where}: {section}.{key}", env)
+    where = f"{where}: {section}.{key}"
+    given[key] = _convert(_expand_all(value, where, env), hints[key], where)
   for f in fields(cls):
     if f.name in given:
       continue
@@ -413,11 +425,10 @@ def _section(
   return cls(**given)
 
 
-def _convert(value: Any, hint: Any, where: str, env: Mapping[str, str]) -> Any:
-  """A TOML value as the field's type, or ConfigError. ints widen to float; nothing else converts."""
+def _convert(value: Any, hint: Any, where: str) -> Any:
+  """A TOML value as the field's type, or ConfigError. ints widen to float, nothing else does."""
   if get_origin(hint) is Literal:
     choices = get_args(hint)
-    value = _expand(value, where, env) if isinstance(value, str) else value
     if value not in choices or isinstance(value, bool):
       near = _nearest(str(value), [str(c) for c in choices])
       raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(repr, choices))}{near}")
@@ -425,35 +436,50 @@ def _convert(value: Any, hint: Any, where: str, env: Mapping[str, str]) -> Any:
   if get_origin(hint) is tuple:
     if not isinstance(value, list):
       raise ConfigError(f"{where} = {value!r} must be a list")
-    return tuple(_convert(v, get_args(hint)[0], f"{where}[{i}]", env) for i, v in enumerate(value))
+    return tuple(_convert(v, get_args(hint)[0], f"{where}[{i}]") for i, v in enumerate(value))
   if hint is float and type(value) is int:
     value = float(value)
   if type(value) is not hint:
     raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, must be {hint.__name__}")
   if hint is float and value != value:
     raise ConfigError(f"{where} = nan is not a number that a run can use")
-  return _expand(value, where, env) if hint is str else value
+  return value
 
 
-_VARIABLE = re.compile(r"\$(\$\{)|\$\{([^}:]*)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$(\$\{)|\$\{([^}:]*)(?::-([^}]*))?\}|(\$\{)")
+
+
+def _expand_all(value: Any, where: str, env: Mapping[str, str]) -> Any:
+  """Expand a string, or the strings of a list."""
+  if isinstance(value, list):
+    return [_expand_all(v, where, env) for v in value]
+  return _expand(value, where, env) if isinstance(value, str) else value
 
 
 def _expand(value: str, where: str, env: Mapping[str, str]) -> str:
-  """${NMOE_NAME:-default} from the environment; `$${` is a literal `${`."""
+  """${NMOE_NAME:-default} from the environment; `$${` is a literal `${`.
+
+  As in a shell, the default also stands in for an empty value.
+  """
 
   def one(match: re.Match[str]) -> str:
     if match[1]:
       return match[1]
+    if match[4]:
+      raise ConfigError(
+        f"{where} = {value!r}: a ${{ that is not ${{NMOE_NAME}} or ${{NMOE_NAME:-default}}; "
+        "write $${ for the characters themselves"
+      )
     name, default = match[2], match[3]
     if not name.startswith("NMOE_"):
       raise ConfigError(
         f"{where} = {value!r}: ${{{name}}} may not be read; only NMOE_ names expand"
       )
-    if name in env:
+    if env.get(name):
       return env[name]
     if default is None:
       raise ConfigError(
-        f"{where} = {value!r}: {name} is not set and has no default; write ${{{name}:-…}}"
+        f"{where} = {value!r}: {name} is not set and has no default; write ${{{name}:-default}}"
       )
     return default
 
@@ -495,94 +521,71 @@ _NOT_NEGATIVE = (
 ).split()
 
 
-def _invariants(c: Config):
+def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   """(dotted key, broken?, what is required and what to do)."""
   flat = leaves(c)
   for key in _POSITIVE:
     yield key, flat[key] <= 0, "must be positive"
   for key in _NOT_NEGATIVE:
     yield key, flat[key] < 0, "must not be negative"
-  m, e, s, t = c.model, c.moe, c.schedule, c.target
-  step = c.data.seq_len * c.train.micro_batch * c.launch.ranks
-  yield (
-    "model.num_dense_layers",
-    m.num_dense_layers > m.num_layers,
-    f"exceeds num_layers {m.num_layers}",
-  )
-  yield "model.qk_rope_dim", m.qk_rope_dim % 2 != 0, "must be even: RoPE turns pairs"
-  yield "moe.top_k", e.top_k > e.num_experts, f"exceeds num_experts {e.num_experts}"
-  yield (
-    "moe.num_groups",
-    e.num_experts % e.num_groups != 0,
-    f"must divide num_experts {e.num_experts}",
-  )
-  yield "moe.topk_groups", e.topk_groups > e.num_groups, f"exceeds num_groups {e.num_groups}"
-  room = e.num_experts // e.num_groups * e.topk_groups
-  yield (
-    "moe.top_k",
-    e.top_k > room,
-    f"exceeds the {room} experts of topk_groups {e.topk_groups} groups",
-  )
-  yield (
-    "launch.ranks",
-    e.num_experts % c.launch.ranks != 0,
-    (f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}"),
-  )
-  yield (
-    "schedule.batch_tokens",
-    s.batch_tokens % step != 0,
-    (
-      f"must be a multiple of seq_len {c.data.seq_len} · micro_batch {c.train.micro_batch} · "
-      f"ranks {c.launch.ranks} = {step}; the nearest are {s.batch_tokens // step * step} and "
-      f"{(s.batch_tokens // step + 1) * step}"
-    ),
-  )
-  yield (
-    "schedule.total_tokens",
-    s.total_tokens < s.batch_tokens,
-    f"is less than one batch {s.batch_tokens}",
-  )
-  used = s.warmup_tokens + s.decay_tokens
-  yield (
-    "schedule.warmup_tokens",
-    used > s.total_tokens,
-    (f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}"),
-  )
-  yield "schedule.final_ratio", s.final_ratio > 1, "must be at most 1"
-  yield "optim.beta1", not 0 <= c.optim.beta1 < 1, "must be in [0, 1)"
-  yield "optim.beta2", not 0 <= c.optim.beta2 < 1, "must be in [0, 1)"
-  yield "optim.muon_momentum", not 0 <= c.optim.muon_momentum < 1, "must be in [0, 1)"
+  for key in ("optim.beta1", "optim.beta2", "optim.muon_momentum"):
+    yield key, not 0 <= flat[key] < 1, "must be in [0, 1)"
   yield "yarn.factor", c.yarn.factor < 1, "must be at least 1 (1: plain RoPE)"
   yield "rdep.capacity", c.rdep.capacity < 0.1, "must be at least 0.1 of the balanced load"
-  yield (
-    "target.dtype",
-    t.dtype == "fp32" and t.arch != "cpu",
-    'fp32 is for arch = "cpu"; use "bf16"',
+  yield from _model_invariants(c)
+  yield from _schedule_invariants(c)
+  yield from _target_invariants(c)
+
+
+def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  m, e, p, ranks = c.model, c.moe, c.precision, c.launch.ranks
+  need = f"exceeds num_layers {m.num_layers}"
+  yield "model.num_dense_layers", m.num_dense_layers > m.num_layers, need
+  yield "model.qk_rope_dim", m.qk_rope_dim % 2 != 0, "must be even: RoPE turns pairs"
+  yield "moe.top_k", e.top_k > e.num_experts, f"exceeds num_experts {e.num_experts}"
+  need = f"must divide num_experts {e.num_experts}"
+  yield "moe.num_groups", e.num_experts % e.num_groups != 0, need
+  yield "moe.topk_groups", e.topk_groups > e.num_groups, f"exceeds num_groups {e.num_groups}"
+  room = e.num_experts // e.num_groups * e.topk_groups
+  need = f"exceeds the {room} experts of topk_groups {e.topk_groups} groups"
+  yield "moe.top_k", e.top_k > room, need
+  need = f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}"
+  yield "launch.ranks", e.num_experts % ranks != 0, need
+  layers = p.bf16_first_layers + p.bf16_last_layers
+  need = f"+ bf16_last_layers {p.bf16_last_layers} exceeds num_layers {m.num_layers}"
+  yield "precision.bf16_first_layers", layers > m.num_layers, need
+
+
+def _schedule_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  s, seq_len, micro_batch = c.schedule, c.data.seq_len, c.train.micro_batch
+  step = seq_len * micro_batch * c.launch.ranks
+  below = max(1, s.batch_tokens // step) * step
+  need = (
+    f"must be a multiple of seq_len {seq_len} · micro_batch {micro_batch} · ranks {c.launch.ranks} "
+    f"= {step}; the nearest are {below} and {below + step}"
   )
-  block = t.dtype in ("fp8", "nvfp4")
-  yield (
-    "target.dtype",
-    block and t.arch != "sm_100a" and not t.emulate_blockscale,
-    (
-      f"needs block-scaled tensor cores, which {t.arch} lacks; set target.emulate_blockscale = true "
-      "to study "
-      'the numerics, or target.arch = "sm_100a"'
-    ),
+  yield "schedule.batch_tokens", s.batch_tokens % step != 0, need
+  need = f"is less than one batch {s.batch_tokens}"
+  yield "schedule.total_tokens", s.total_tokens < s.batch_tokens, need
+  used = s.warmup_tokens + s.decay_tokens
+  need = f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}"
+  yield "schedule.warmup_tokens", used > s.total_tokens, need
+  yield "schedule.final_ratio", s.final_ratio > 1, "must be at most 1"
+
+
+def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  t, block = c.target, c.target.dtype in ("fp8", "nvfp4")
+  need = 'fp32 is for arch = "cpu"; use "bf16"'
+  yield "target.dtype", t.dtype == "fp32" and t.arch != "cpu", need
+  need = (
+    f"needs block-scaled tensor cores, which {t.arch} lacks; set target.emulate_blockscale = true "
+    'to study the numerics, or target.arch = "sm_100a"'
   )
-  yield (
-    "target.emulate_blockscale",
-    t.emulate_blockscale and not block,
-    ('has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'),
-  )
-  if block:
-    for key, value in (("model.dim", m.dim), ("moe.expert_dim", e.expert_dim)):
-      yield key, value % 32 != 0, f"must be a multiple of 32 for {t.dtype} blocks"
-  layers = c.precision.bf16_first_layers + c.precision.bf16_last_layers
-  yield (
-    "precision.bf16_first_layers",
-    layers > m.num_layers,
-    (f"+ bf16_last_layers {c.precision.bf16_last_layers} exceeds num_layers {m.num_layers}"),
-  )
+  yield "target.dtype", block and t.arch != "sm_100a" and not t.emulate_blockscale, need
+  need = 'has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'
+  yield "target.emulate_blockscale", t.emulate_blockscale and not block, need
+  for key, value in (("model.dim", c.model.dim), ("moe.expert_dim", c.moe.expert_dim)):
+    yield key, block and value % 32 != 0, f"must be a multiple of 32 for {t.dtype} blocks"
 
 
 def _divisors(n: int) -> str:
