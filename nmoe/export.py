@@ -124,12 +124,18 @@ def hf_config(config: Config) -> dict[str, Any]:
     "topk_method": "noaux_tc",
     "rms_norm_eps": m.norm_eps,
     "initializer_range": m.init_std,
-    "max_position_embeddings": config.data.seq_len,
+    "max_position_embeddings": _positions(config),
     "tie_word_embeddings": m.tie_embeddings,
     "num_nextn_predict_layers": 0,
     "rope_interleave": True,
     "rope_parameters": _rope_parameters(config),
   }
+
+
+def _positions(config: Config) -> int:
+  """The context that the frequencies serve."""
+  extended = int(config.yarn.original_seq_len * config.yarn.factor)
+  return config.data.seq_len if config.yarn.factor == 1 else extended
 
 
 def _rope_parameters(config: Config) -> dict[str, Any]:
