@@ -1,16 +1,16 @@
 """The contract of the hot operations.
 
-Two packages implement it: `kernels.reference` (plain PyTorch, any device and dtype) and `kernels.cuda`
-(CuTeDSL and QuACK on sm_90a and sm_100a). Each exports one module-level function for every method of
-`Ops`, with the same name and parameters; `tests/kernels/test_ops.py` compares them. A target picks one
-package, once, at start (`nmoe.target`).
+Two packages implement it: `kernels.reference` (plain PyTorch, any device and dtype) and
+`kernels.cuda` (CuTeDSL and QuACK on sm_90a and sm_100a). Each exports one module-level function for
+every method of `Ops`, with the same name and parameters; `tests/kernels/test_ops.py` compares them.
+A target picks one package, once, at start (`nmoe.target`).
 
-Shape letters: T tokens, D model width, F expert width, E experts on this rank, K top-k, N = T·K rows,
-H heads, S sequence, B batch, V vocabulary. Every function that returns a floating tensor is
+Shape letters: T tokens, D model width, F expert width, E experts on this rank, K top-k, N = T·K
+rows, H heads, S sequence, B batch, V vocabulary. Every function that returns a floating tensor is
 differentiable with respect to its floating inputs unless it says otherwise.
 
-Gate and up projections share one weight `w13` whose rows are interleaved: row 2i is the gate's row i,
-row 2i+1 the up projection's row i. So swiglu(h)[..., i] = silu(h[..., 2i]) · h[..., 2i+1].
+Gate and up projections share one weight `w13` whose rows are interleaved: row 2i is the gate's row
+i, row 2i+1 the up projection's row i. So swiglu(h)[..., i] = silu(h[..., 2i]) · h[..., 2i+1].
 """
 
 from __future__ import annotations
@@ -42,17 +42,24 @@ class RouterSpec:
 class Recipe:
   """The arithmetic of a matrix product's operands.
 
-  format "bf16" multiplies in the tensors' own dtype. "fp8" is MXFP8 (arXiv 2506.08027), "nvfp4" is NVFP4
-  (arXiv 2509.25149). With `emulate` the operands are quantized, dequantized and multiplied in bf16
-  (products are exact, only the accumulation order differs); without it block-scaled tensor cores are
-  required (sm_100a). `forward_only_bf16` keeps the forward product in bf16 while both gradients stay
-  quantized (the "finish" of arXiv 2509.25149 section 5).
+  format "bf16" multiplies in the tensors' own dtype. "fp8" is MXFP8 (arXiv 2506.08027): E4M3
+  operands of all three products, scaled per 32 along the product's sum. "nvfp4" is NVFP4 (arXiv
+  2509.25149): weights in 16 x 16 blocks, activations and gradients per 16, gradients rounded
+  stochastically, both operands of the weight gradient rotated along tokens. A tensor's scale is
+  that of the argument, all experts' rows or weights together; blocks along tokens start anew at
+  each expert.
+
+  With `emulate` the operands are quantized, and their values multiplied in fp32 or wider: the
+  products are those of the tensor cores, exactly; only the order of the sum differs. Without it
+  block-scaled tensor cores are required (sm_100a). `forward_only_bf16` keeps the forward product in
+  the tensors' own dtype while both gradients stay quantized (2509.25149 section 5).
   """
 
   format: str = "bf16"
   emulate: bool = False
   forward_only_bf16: bool = False
-  seed: int = 0  # of stochastic rounding and of the Hadamard signs
+  seed: int = 0  # of the Hadamard signs: one for the whole run
+  draw: int = 0  # of stochastic rounding, with `seed`: another one for each layer and step
 
 
 class Routing(NamedTuple):
@@ -72,53 +79,54 @@ class Layout(NamedTuple):
 
 class Ops(Protocol):
   def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x², -1) + eps) · weight, in fp32, rounded once to x's dtype. x [..., D], weight [D]."""
+    """x / sqrt(mean(x², -1) + eps) · weight in fp32, rounded once. x [..., D], weight [D]."""
 
   def add_rms_norm(
     self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
   ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual). The sum is rounded to x's dtype, the norm is of the rounded sum."""
+    """(rms_norm(total), total) with total = x + residual, rounded to x's dtype."""
 
   def linear(self, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     """x [..., I] · weight [O, I]ᵀ in the recipe's arithmetic, fp32 accumulation, x's dtype out."""
 
   def mlp(self, x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
-    """A dense SwiGLU block: w2 · swiglu(w13 · x). x [..., D], w13 [2F, D] interleaved, w2 [D, F]."""
+    """A dense SwiGLU block w2 · swiglu(w13 · x). x [..., D], w13 [2F, D] interleaved, w2 [D, F]."""
 
   def mla_qkv(
     self, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, rope_dim: int
   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split and rotate MLA's projections (arXiv 2412.19437 Eq 1-9), interleaved RoPE pairs (2j, 2j+1).
+    """Split and rotate MLA's projections (arXiv 2412.19437 Eq 1-9), RoPE pairs (2j, 2j+1).
 
-    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (one key for all heads, unrotated),
-    cos and sin fp32 [S, rope / 2]. Returns q and k [B, S, H, nope + rope], v [B, S, H, v].
+    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (one key for all heads,
+    not yet rotated), cos and sin fp32 [S, rope / 2].
+    Returns q and k [B, S, H, nope + rope], v [B, S, H, v].
     """
 
   def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax(q kᵀ · scale) v. q, k [B, S, H, QK], v [B, S, H, V] -> [B, S, H, V]. fp32 softmax."""
+    """Causal softmax(q kᵀ · scale) v, fp32 softmax. q, k [B, S, H, QK], v [B, S, H, V] -> v."""
 
   def route(self, x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> Routing:
-    """Scores, groups, top-k, gates and counts. x [T, D], weight fp32 [E, D], bias fp32 [E] (no gradient).
+    """Scores, groups, top-k, gates and counts. x [T, D], weight fp32 [E, D], bias fp32 [E].
 
-    Logits are fp32 products of x and the fp32 weight. Selection uses score + bias, gates the score.
-    A group's score is the sum of its best two biased scores; groups outside the best topk_groups are masked
-    with -inf. Ties go to the lower index.
+    Logits are fp32 products of x and the fp32 weight. Selection uses score + bias (without
+    gradient), gates the score. A group's score is the sum of its best two biased scores; groups
+    outside the best topk_groups are masked with -inf. Ties go to the lower index.
     """
 
   def layout(self, expert_TK: Tensor, num_experts: int) -> Layout:
-    """The expert-sorted order of a routing: a pure function, no host synchronisation, not differentiable."""
+    """The expert-sorted order of a routing. No host synchronisation; not differentiable."""
 
   def grouped_mlp(
     self, x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe
   ) -> Tensor:
-    """SwiGLU experts over sorted rows. x [N', D] with N' >= offset[-1]; w13 [E, 2F, D], w2 [E, D, F] -> [N', D].
+    """SwiGLU experts over sorted rows. x [N', D], w13 [E, 2F, D], w2 [E, D, F] -> [N', D].
 
-    Rows at and beyond offset[-1] are ignored, their outputs and gradients are zero. Empty experts get zero
-    gradients.
+    N' >= offset[-1]; rows at and beyond it are ignored, their outputs and gradients are zero. Empty
+    experts get zero gradients.
     """
 
   def combine(self, y_TKD: Tensor, gate_TK: Tensor) -> Tensor:
-    """Σ_k gate[t, k] · y[t, k] in fp32, k ascending, rounded once: [T, D]. Bit-identical from run to run."""
+    """Σ_k gate[t, k] · y[t, k] in fp32, k ascending, rounded once: [T, D]. Repeats its bits."""
 
   def experts(
     self, x_TD: Tensor, gate_TK: Tensor, layout: Layout, w13: Tensor, w2: Tensor, recipe: Recipe
@@ -131,16 +139,18 @@ class Ops(Protocol):
   def linear_cross_entropy(
     self, x: Tensor, weight: Tensor, target: Tensor, chunk: int
   ) -> tuple[Tensor, Tensor]:
-    """Σ of -log softmax(weight · x)[target] over targets >= 0, and the fp32 per-token losses (no gradient).
+    """Σ of -log softmax(weight · x)[target] over targets >= 0, and each token's loss.
 
-    x [T, D], weight [V, D], target int64 [T]; -1 is ignored (loss 0). Logits live for `chunk` tokens at a time,
-    [T, V] never; logits and softmax are fp32. Returns (sum fp32 scalar, losses fp32 [T]).
+    x [T, D], weight [V, D], target int64 [T]; -1 is ignored (loss 0). Logits live for `chunk`
+    tokens at a time, [T, V] never; logits and softmax are fp32. Returns (sum fp32 scalar, losses
+    fp32 [T] without gradient).
     """
 
   def newton_schulz(self, g: Tensor, steps: int) -> Tensor:
-    """Muon's orthogonalisation (quintic, bf16 on CUDA), batched over leading dims: g [..., A, B] -> same shape.
+    """Muon's orthogonalisation (quintic, bf16 on CUDA) of each matrix of g [..., A, B] -> as g.
 
-    Coefficients (3.4445, -4.7750, 2.0315), input scaled by its Frobenius norm + 1e-7. Not differentiable.
+    Coefficients (3.4445, -4.7750, 2.0315), input divided by its Frobenius norm + 1e-7. Not
+    differentiable.
     """
 
   def adamw(
@@ -158,14 +168,27 @@ class Ops(Protocol):
     weight_decay: float,
     grad_scale: Tensor,
   ) -> None:
-    """Decoupled AdamW in place on fp32 masters; params receive the rounded masters (they may be the masters).
+    """Decoupled AdamW in place on fp32 masters; params (maybe the same tensors) get them rounded.
 
     grad_scale is a 0-d fp32 tensor on the device (the clip factor); if it is NaN, nothing changes.
     step counts from 1. Moments may be bf16, and grads fp32 where params are bf16.
     """
 
-  def quantize(self, x: Tensor, format: str, *, axis: int = -1, tensor_amax: Tensor | None = None):
-    """Block-scale quantization; see kernels.reference.blockscale for the formats and its result type."""
+  def quantize(
+    self,
+    x: Tensor,
+    format: str,
+    *,
+    axis: int = -1,
+    tensor_amax: Tensor | None = None,
+    square: bool = False,
+    seed: int | None = None,
+    hadamard: int | None = None,
+  ):
+    """Block-scale x [..., R, C] along axis -1 or -2, to "fp8" or "nvfp4". Not differentiable.
+
+    kernels.reference.blockscale defines the formats, the arguments and the result, a BlockScaled.
+    """
 
 
 FUNCTIONS = tuple(name for name in vars(Ops) if not name.startswith("_"))

@@ -5,6 +5,7 @@ fp32, float64 stays float64. Every function repeats its bits from run to run on 
 """
 
 from kernels.reference.attention import attention
+from kernels.reference.blockscale import quantize
 from kernels.reference.dense import linear, mlp
 from kernels.reference.experts import experts, grouped_mlp
 from kernels.reference.loss import linear_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
   "mla_qkv",
   "mlp",
   "newton_schulz",
+  "quantize",
   "rms_norm",
   "route",
 ]

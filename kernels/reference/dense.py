@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.ops import Recipe, check
 from kernels.reference.experts import grouped_mlp
+from kernels.reference.products import block_scaled_product
 
 
 def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
@@ -16,8 +17,11 @@ def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     x.shape[-1] == weight.shape[1],
     f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in their last dimension",
   )
-  check(recipe.format == "bf16", f"linear: format {recipe.format!r} is not available")
-  return F.linear(x, weight)
+  if recipe.format == "bf16":
+    return F.linear(x, weight)
+  rows = x.flatten(0, -2)
+  y = block_scaled_product(rows, weight[None], [0, rows.shape[0]], recipe, 0)
+  return y.unflatten(0, x.shape[:-1])
 
 
 def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:

@@ -9,20 +9,23 @@ from torch.autograd.function import once_differentiable
 from kernels.ops import Layout, Recipe, check
 from kernels.reference import swiglu
 from kernels.reference.dtypes import wide
-from kernels.reference.router import sum_rows
+from kernels.reference.products import block_scaled_product, spans
+from kernels.reference.router import combine, sum_rows
 
 
 def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
   """See Ops.grouped_mlp. Reads the offsets on the host (one synchronisation on a CUDA device)."""
   _check_weights(x_ND, w13, w2)
-  check(recipe.format == "bf16", f"grouped_mlp: format {recipe.format!r} is not available")
   offsets = offset_E1.tolist()
   check(
     len(offsets) == w13.shape[0] + 1 and offsets[-1] <= x_ND.shape[0],
     f"grouped_mlp: {len(offsets)} offsets up to {offsets[-1]} for {w13.shape[0]} experts and "
     f"{x_ND.shape[0]} rows; need one more offset than experts, none beyond the rows",
   )
-  return _GroupedMlp.apply(x_ND, w13, w2, offsets)
+  if recipe.format == "bf16":
+    return _GroupedMlp.apply(x_ND, w13, w2, offsets)
+  h_NF = block_scaled_product(x_ND, w13, offsets, recipe, 0)
+  return block_scaled_product(swiglu.swiglu(h_NF), w2, offsets, recipe, 1)
 
 
 def experts(
@@ -30,8 +33,11 @@ def experts(
 ) -> Tensor:
   """See Ops.experts."""
   _check_weights(x_TD, w13, w2)
-  check(recipe.format == "bf16", f"experts: format {recipe.format!r} is not available")
-  return _Experts.apply(x_TD, gate_TK, w13, w2, layout)
+  if recipe.format == "bf16":
+    return _Experts.apply(x_TD, gate_TK, w13, w2, layout)
+  x_ND = _Gather.apply(x_TD, layout)
+  y_ND = grouped_mlp(x_ND, layout.offset_E1, w13, w2, recipe)
+  return combine(y_ND.index_select(0, layout.row_TK.flatten()).unflatten(0, gate_TK.shape), gate_TK)
 
 
 def _check_weights(x: Tensor, w13: Tensor, w2: Tensor) -> None:
@@ -43,11 +49,19 @@ def _check_weights(x: Tensor, w13: Tensor, w2: Tensor) -> None:
   )
 
 
-def _spans(offsets: list[int]):
-  """(expert, slice of its rows) of the experts that have rows."""
-  for expert, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-    if end > start:
-      yield expert, slice(start, end)
+class _Gather(torch.autograd.Function):
+  """x [T, D] -> the sorted rows [N, D]; the gradient sums a token's rows with k ascending."""
+
+  @staticmethod
+  def forward(ctx, x: Tensor, layout: Layout) -> Tensor:
+    ctx.row_TK = layout.row_TK
+    return x.index_select(0, layout.source_N // layout.row_TK.shape[1])
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dx_ND: Tensor):
+    ones = torch.ones_like(ctx.row_TK, dtype=wide(dx_ND))
+    return sum_rows(dx_ND, ctx.row_TK, ones).to(dx_ND.dtype), None
 
 
 class _GroupedMlp(torch.autograd.Function):
@@ -58,7 +72,7 @@ class _GroupedMlp(torch.autograd.Function):
     w13 = swiglu.to_halves(w13)
     h = x.new_empty(x.shape[0], w13.shape[1])
     y = torch.empty_like(x)
-    for e, rows in _spans(offsets):
+    for e, rows in spans(offsets):
       torch.mm(x[rows], w13[e].T, out=h[rows])
       torch.mm(swiglu.forward(h[rows]), w2[e].T, out=y[rows])
     y[offsets[-1] :] = 0
@@ -71,7 +85,7 @@ class _GroupedMlp(torch.autograd.Function):
   def backward(ctx, dy: Tensor):
     x, h, w13, w2 = ctx.saved_tensors
     dx, dw13, dw2 = torch.empty_like(x), torch.zeros_like(w13), torch.zeros_like(w2)
-    for e, rows in _spans(ctx.offsets):
+    for e, rows in spans(ctx.offsets):
       dh, a = swiglu.backward(h[rows], dy[rows] @ w2[e])
       torch.mm(dy[rows].T, a, out=dw2[e])
       torch.mm(dh.T, x[rows], out=dw13[e])
@@ -90,11 +104,11 @@ class _Experts(torch.autograd.Function):
   @staticmethod
   def forward(ctx, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, layout: Layout) -> Tensor:
     offsets = layout.offset_E1.tolist()
-    token = layout.source_N // max(1, gate.shape[1])
+    token = layout.source_N // gate.shape[1]
     w13 = swiglu.to_halves(w13)
     h = x.new_empty(token.numel(), w13.shape[1])
     y = x.new_empty(token.numel(), x.shape[1])
-    for e, rows in _spans(offsets):
+    for e, rows in spans(offsets):
       torch.mm(x.index_select(0, token[rows]), w13[e].T, out=h[rows])
       torch.mm(swiglu.forward(h[rows]), w2[e].T, out=y[rows])
     ctx.save_for_backward(x, gate, w13, w2, h, token, layout.source_N, layout.row_TK)
@@ -110,7 +124,7 @@ class _Experts(torch.autograd.Function):
     dgate = torch.empty_like(gate_N1)
     dx = x.new_empty(token.numel(), x.shape[1])
     dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
-    for e, rows in _spans(ctx.offsets):
+    for e, rows in spans(ctx.offsets):
       dout_e, gate_e = dout.index_select(0, token[rows]), gate_N1[rows]
       da = (dout_e @ w2[e]).to(dtype)
       dh, a = swiglu.backward(h[rows], da * gate_e)

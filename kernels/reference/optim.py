@@ -44,10 +44,15 @@ def adamw(
   weight_decay: float,
   grad_scale: Tensor,
 ) -> None:
-  """See Ops.adamw (arXiv 1711.05101 Algorithm 2). bf16 moments are rounded when they are stored."""
+  """See Ops.adamw (arXiv 1711.05101 Algorithm 2). Reads grad_scale on the host.
+
+  Arithmetic is in the masters' dtype; bf16 moments are rounded when they are stored.
+  """
   check(step >= 1, f"adamw: step {step} must count from 1")
   lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]
   check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
+  if grad_scale.isnan():
+    return
   if grad_scale.isnan():
     return
   beta1, beta2 = betas

@@ -1,0 +1,313 @@
+"""Block-scaled formats: MXFP8 and NVFP4, exact to their definitions.
+
+An element of a block is stored as data · scale (· tensor_scale):
+
+  fp8    data E4M3, scale E8M0 per 32 elements along an axis (MXFP8; OCP MX v1.0, arXiv 2506.08027).
+         scale = 2^ceil(log2(amax / 448)), so no element saturates; an all-zero block has 2^-127.
+  nvfp4  data E2M1, scale E4M3 per 16 elements along an axis or per 16 x 16 elements, and one fp32
+         scale per tensor (arXiv 2509.25149). In fp32, each operation rounded once, to nearest:
+           encode = 2688 / tensor_amax        (1 if that is not finite, 0, or tensor_amax is 0)
+           tensor_scale = 1 / encode
+           scale = E4M3(amax / 6 · encode)
+           data = E2M1(x · min(1 / (scale · tensor_scale), largest fp32))
+         Where scale rounds to 0 the block's data are ±0.
+
+Elements are ±q · 2^(e - m) with q < 2^(m + 1). E4M3: m 3, e from -6, at most 448, NaN 0x7F and
+0xFF, no infinity. E2M1: m 1, e from 0, at most 6, neither NaN nor infinity. Rounding is to nearest,
+ties to even, saturating; zero keeps its sign. E8M0 is 2^(code - 127); 255 is NaN.
+
+A block with a NaN or an infinity gets a NaN scale, so that all of it dequantizes to NaN and the
+check for non-finite values sees it. Its data are the elements' own codes (a NaN is 6 in E2M1).
+
+Stochastic rounding (E2M1 only): with f the fraction of q before rounding and
+r = random_bits(seed, i) >> 8, q is rounded up if r · 2^-24 < f; i is the element's row-major index
+in the tensor given to `quantize`. The mean is exact to 2^-24, but for elements that saturate
+because `scale` was rounded down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.ops import check
+
+MASK = 0xFFFFFFFF
+HADAMARD = 16  # elements that one random rotation mixes
+
+
+class Minifloat(NamedTuple):
+  mantissa: int  # bits
+  exponent: int  # of the smallest normal number
+  largest: float
+
+  @property
+  def sign(self) -> int:
+    """The code's sign bit."""
+    return 0x80 if self is E4M3 else 0x08
+
+
+E4M3 = Minifloat(3, -6, 448.0)
+E2M1 = Minifloat(1, 0, 6.0)
+BLOCK = {"fp8": 32, "nvfp4": 16}
+
+
+class Flight(NamedTuple):
+  """How well a tensor survives quantization."""
+
+  sqnr_db: float  # 10 log10(Σ x² / Σ (x - dequantized)²); inf when nothing is lost
+  saturated: float  # fraction of elements that exceed their block's largest value (by 2^-16 of it)
+  underflow: float  # fraction of blocks with non-zero elements whose scale fell below its format
+
+
+@dataclass(frozen=True)
+class BlockScaled:
+  """A quantized tensor [..., R, C]. Scales are row-major, in no tensor core's layout."""
+
+  format: str  # "fp8" or "nvfp4"
+  data: Tensor  # fp8: float8_e4m3fn [..., R, C]; nvfp4: uint8 pairs along axis, low nibble first
+  scale: Tensor  # float8_e8m0fnu or float8_e4m3fn [..., ⌈R / block[0]⌉, ⌈C / block[1]⌉]
+  tensor_scale: Tensor | None  # nvfp4: fp32 0-d
+  axis: int  # -1 or -2, the dimension that a product sums over
+  block: tuple[int, int]  # rows and columns under one scale
+
+  def values(self, dtype: torch.dtype) -> Tensor:
+    """data · scale without the tensor's scale: exact in fp32, and in bf16 above 2^-126."""
+    if self.format == "fp8":
+      data, scale = decode(self.data.view(torch.uint8), E4M3), decode_e8m0(self.scale)
+    else:
+      codes = unpack(self.data, self.axis)
+      data, scale = decode(codes, E2M1), decode(self.scale.view(torch.uint8), E4M3)
+    return (data * _spread(scale, self.block, data.shape)).to(dtype)
+
+  def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that the data stand for (of the rotated tensor, if it was rotated)."""
+    values = self.values(torch.float32)
+    if self.tensor_scale is not None:
+      values = values * self.tensor_scale
+    return values.to(dtype)
+
+
+def quantize(
+  x: Tensor,
+  format: str,
+  *,
+  axis: int = -1,
+  tensor_amax: Tensor | None = None,
+  square: bool = False,
+  seed: int | None = None,
+  hadamard: int | None = None,
+) -> BlockScaled:
+  """Block-scale x [..., R, C] in fp32 along axis -1 or -2; the last block may be partial.
+
+  nvfp4 only: tensor_amax is the tensor's largest magnitude, fp32 0-d (default: x's own); `square`
+  takes blocks of 16 x 16, for products along either dimension; `seed` rounds stochastically.
+  hadamard is the seed of a rotation (`rotate`) of x before all else; axis then divides by 16.
+  """
+  _check(x, format, axis, square, seed, hadamard)
+  x = x.float()
+  if hadamard is not None:
+    x = rotate(x, hadamard, axis)
+  amax, block = _block_amax(x, format, axis, square)
+  if format == "fp8":
+    scale = scale_e8m0(amax)
+    factor = _power_of_two(127 - _finite(scale, 0xFF, 127))
+    data = encode(x * _spread(factor, block, x.shape), E4M3)
+    data, scale = data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
+    return BlockScaled(format, data, scale, None, axis, block)
+  tensor_scale, factor, scale = _scale_nvfp4(amax, tensor_amax)
+  scaled = x * _spread(factor, block, x.shape)
+  data = encode(scaled, E2M1, None if seed is None else random_bits(seed, x.shape, x.device))
+  scale = scale.view(torch.float8_e4m3fn)
+  return BlockScaled(format, pack(data, axis), scale, tensor_scale, axis, block)
+
+
+def flight(x: Tensor, format: str, *, axis: int = -1) -> Flight:
+  """The quantization error of x [..., R, C]. Synchronises with the host: a sampled diagnostic."""
+  quantized = quantize(x, format, axis=axis)
+  x = x.float()
+  restored = quantized.dequantize()
+  noise = (x.double() - restored.double()).square().sum()
+  sqnr = 10 * torch.log10(x.double().square().sum() / noise)
+  amax, block = _block_amax(x, format, axis, False)
+  if format == "fp8":
+    limit = E4M3.largest * decode_e8m0(quantized.scale)
+    below = amax / 448 < 2.0**-127
+  else:
+    step = decode(quantized.scale.view(torch.uint8), E4M3)
+    limit, below = E2M1.largest * step * quantized.tensor_scale, step == 0
+  limit = _spread(torch.where(limit > 0, limit * (1 + 2.0**-16), torch.inf), block, x.shape)
+  lost = (below & (amax > 0)).float().mean()
+  return Flight(
+    float(sqnr) if noise > 0 else torch.inf, float((x.abs() > limit).float().mean()), float(lost)
+  )
+
+
+def _check(
+  x: Tensor, format: str, axis: int, square: bool, seed: int | None, hadamard: int | None
+) -> None:
+  check(format in BLOCK, f'quantize: format {format!r} is unknown; use "fp8" or "nvfp4"')
+  check(axis in (-1, -2), f"quantize: axis {axis} must be -1 or -2")
+  check(x.ndim >= 2, f"quantize: x {tuple(x.shape)} needs two dimensions at least")
+  check(
+    format == "nvfp4" or not (square or seed is not None),
+    "quantize: square blocks and stochastic rounding are for nvfp4 only",
+  )
+  length = x.shape[axis]
+  if format == "nvfp4":
+    check(
+      length % 2 == 0, f"quantize: nvfp4 packs pairs, axis {axis} has {length} elements; need even"
+    )
+  if hadamard is not None:
+    check(
+      length % HADAMARD == 0,
+      f"quantize: axis {axis} has {length} elements; a rotation needs a multiple of {HADAMARD}",
+    )
+  if seed is not None:
+    check(x.numel() <= MASK, f"quantize: {x.numel()} elements exceed the 2^32 - 1 random counters")
+
+
+def encode(x: Tensor, kind: Minifloat, random: Tensor | None = None) -> Tensor:
+  """fp32 -> uint8 codes, to nearest even or, with uint32 `random` bits (int64), stochastically."""
+  bits = x.view(torch.int32)
+  magnitude = x.abs().clamp(max=kind.largest).nan_to_num(nan=kind.largest)
+  exponent = (magnitude.view(torch.int32) >> 23).sub_(127).clamp_(min=kind.exponent)
+  q = magnitude * _power_of_two(kind.mantissa - exponent)
+  if random is None:
+    q = q.round()
+  else:
+    floor = q.floor()
+    q = floor + ((random >> 8).float() * 2.0**-24 < q - floor)
+  code = ((exponent - kind.exponent) << kind.mantissa) + q.int()
+  if kind is E4M3:
+    code = torch.where(x.isnan(), 0x7F, code)
+  negative = (bits < 0) & ~x.isnan() if kind is E2M1 else bits < 0
+  return (code | (negative * kind.sign)).to(torch.uint8)
+
+
+def decode(code: Tensor, kind: Minifloat) -> Tensor:
+  """uint8 codes -> fp32, exact."""
+  magnitude = (code & (kind.sign - 1)).int()
+  field = magnitude >> kind.mantissa
+  q = (magnitude & ((1 << kind.mantissa) - 1)) + ((field > 0).int() << kind.mantissa)
+  value = q * _power_of_two(field.clamp(min=1) - 1 + (kind.exponent - kind.mantissa))
+  if kind is E4M3:
+    value = torch.where(magnitude == 0x7F, torch.nan, value)
+  return torch.where((code & kind.sign) != 0, -value, value)
+
+
+def pack(code: Tensor, axis: int) -> Tensor:
+  """Two 4-bit codes per byte along axis -1 or -2: 2i in the low nibble, 2i + 1 in the high."""
+  low, high = code.unflatten(axis, (code.shape[axis] // 2, 2)).unbind(axis)
+  return low | (high << 4)
+
+
+def unpack(data: Tensor, axis: int) -> Tensor:
+  """The inverse of `pack`."""
+  return torch.stack([data & 0xF, data >> 4], axis).flatten(axis - 1, axis)
+
+
+def scale_e8m0(amax: Tensor) -> Tensor:
+  """uint8 codes of 2^ceil(log2(amax / 448)), at least 2^-127; NaN if amax is not finite."""
+  bits = (amax / 448.0).view(torch.int32)
+  exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+  exact = torch.where(exponent == 0, mantissa <= 0x400000, mantissa == 0)
+  return torch.where(amax.isfinite(), exponent + ~exact, 0xFF).to(torch.uint8)
+
+
+def decode_e8m0(scale: Tensor) -> Tensor:
+  """float8_e8m0fnu (or its uint8 codes) -> fp32."""
+  code = scale.view(torch.uint8).int()
+  value = torch.where(code == 0, 2.0**-127, (code << 23).view(torch.float32))
+  return torch.where(code == 0xFF, torch.nan, value)
+
+
+def _scale_nvfp4(amax: Tensor, tensor_amax: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+  """(tensor_scale, what the elements are multiplied by, E4M3 codes of the blocks' scales)."""
+  if tensor_amax is None:
+    tensor_amax = amax.max() if amax.numel() else amax.new_zeros(())
+  encode_scale = (E2M1.largest * E4M3.largest) / tensor_amax.float()
+  usable = encode_scale.isfinite() & (encode_scale > 0)
+  encode_scale = torch.where(usable, encode_scale, 1.0)
+  tensor_scale = 1.0 / encode_scale
+  scale = encode(amax / E2M1.largest * encode_scale, E4M3)
+  scale = torch.where(amax.isfinite(), scale, 0x7F)
+  step = decode(scale, E4M3)
+  factor = (1.0 / (step * tensor_scale)).clamp(max=torch.finfo(torch.float32).max)
+  factor = torch.where(step > 0, factor, 0.0)
+  return tensor_scale, torch.where(step.isnan(), 1.0, factor), scale
+
+
+def _block_amax(x: Tensor, format: str, axis: int, square: bool) -> tuple[Tensor, tuple[int, int]]:
+  """The largest magnitude of each block (NaN if it holds one) and the block's rows and columns."""
+  size = BLOCK[format]
+  block = (size, size) if square else (1, size) if axis == -1 else (size, 1)
+  rows, columns = (-n % b for n, b in zip(x.shape[-2:], block, strict=True))
+  x = F.pad(x, (0, columns, 0, rows))
+  grid = x.unflatten(-1, (x.shape[-1] // block[1], block[1]))
+  grid = grid.unflatten(-3, (x.shape[-2] // block[0], block[0]))
+  return grid.abs().amax((-3, -1)), block
+
+
+def _spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+  """One value per block -> one per element of a tensor of this shape."""
+  for dim, size in zip((-2, -1), block, strict=True):
+    if size > 1:
+      scale = scale.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
+  return scale
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+  """2^exponent in fp32 for int32 exponents in [-126, 127]."""
+  return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _finite(code: Tensor, nan: int, other: int) -> Tensor:
+  return torch.where(code == nan, other, code.int())
+
+
+def mix(h):
+  """A bijection of uint32 (xor-shift, multiply, twice), for ints and int64 tensors."""
+  h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
+  h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK
+  return h ^ (h >> 16)
+
+
+def derive(*parts: int) -> int:
+  """A uint32 from integers: from h = 0, h = mix((h + 0x9E3779B9) ^ part) mod 2^32 for each."""
+  h = 0
+  for part in parts:
+    h = mix(((h + 0x9E3779B9) & MASK) ^ (part & MASK))
+  return h
+
+
+def random_bits(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
+  """uint32 bits (as int64) of element i, row-major: mix((mix(i ^ k0) + k1) mod 2^32).
+
+  k0 = derive(seed), k1 = derive(seed, 1): 32-bit integer arithmetic on (seed, i) alone.
+  """
+  index = torch.arange(shape.numel(), dtype=torch.int64, device=device)
+  return mix((mix(index ^ derive(seed)) + derive(seed, 1)) & MASK).view(shape)
+
+
+def signs(seed: int) -> list[float]:
+  """The rotation's 16 signs: -1 where the top bit of derive(seed, i) is set."""
+  return [-1.0 if derive(seed, i) >> 31 else 1.0 for i in range(HADAMARD)]
+
+
+def rotate(x: Tensor, seed: int, axis: int) -> Tensor:
+  """x · diag(signs) · H_16 / 4 in groups of 16 along axis, fp32 (arXiv 2509.25149 section 4).
+
+  H_16 is Sylvester's: butterflies (a + b, a - b) over distances 1, 2, 4, 8, in this order.
+  """
+  axis = axis % x.ndim
+  diagonal = torch.tensor(signs(seed), device=x.device)
+  groups = x.unflatten(axis, (x.shape[axis] // HADAMARD, HADAMARD)).movedim(axis + 1, -1) * diagonal
+  for distance in (1, 2, 4, 8):
+    a, b = groups.unflatten(-1, (HADAMARD // (2 * distance), 2, distance)).unbind(-2)
+    groups = torch.stack([a + b, a - b], -2).flatten(-3)
+  return (groups * 0.25).movedim(-1, axis + 1).flatten(axis, axis + 1).contiguous()

@@ -1,0 +1,138 @@
+"""Products of expert-sorted rows with block-scaled operands, emulated (`Recipe` in kernels/ops.py).
+
+  y  = x · wᵀ   sums over I: x per block along I; w along I (fp8) or in squares (nvfp4)
+  dx = dy · w   sums over O: dy along O; w along O (fp8) or the same squares (nvfp4)
+  dw = dyᵀ · x  sums over an expert's rows: both along rows, from the unquantized tensors
+
+Operands are the values data · scale, exact; fp32 sums are multiplied by the tensors' scales and
+rounded once. E experts, N' rows, I and O the weight's [E, O, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.ops import Recipe, check
+from kernels.reference.blockscale import BLOCK, BlockScaled, derive, quantize
+from kernels.reference.dtypes import wide
+
+
+def block_scaled_product(
+  x: Tensor, w: Tensor, offsets: list[int], recipe: Recipe, salt: int
+) -> Tensor:
+  """x [N', I] · w[e]ᵀ for each expert's rows -> [N', O], zero beyond offsets[-1].
+
+  salt tells the products of one call apart in stochastic rounding.
+  """
+  check(
+    recipe.format in BLOCK,
+    f'format {recipe.format!r} is unknown; use "bf16", "fp8" or "nvfp4"',
+  )
+  check(
+    recipe.emulate,
+    f"format {recipe.format!r} needs the block-scaled tensor cores of sm_100a; the reference can "
+    "only emulate them: set target.emulate_blockscale = true (Recipe.emulate)",
+  )
+  return _Product.apply(x, w, offsets, recipe, salt)
+
+
+def spans(offsets: list[int]) -> Iterator[tuple[int, slice]]:
+  """(expert, slice of its rows) of the experts that have rows."""
+  for expert, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    if end > start:
+      yield expert, slice(start, end)
+
+
+class _Product(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, w: Tensor, offsets: list[int], recipe: Recipe, salt: int) -> Tensor:
+    ctx.save_for_backward(x, w)
+    ctx.offsets, ctx.recipe, ctx.salt = offsets, recipe, salt
+    if recipe.forward_only_bf16:
+      return _rows_by_weight(x, w.mT, offsets, x.dtype)
+    dtype, square = wide(x, w), recipe.format == "nvfp4"
+    x_values, x_scale = _operand(quantize(x[: offsets[-1]], recipe.format), dtype)
+    w_values, w_scale = _operand(quantize(w, recipe.format, square=square), dtype)
+    y = _rows_by_weight(x_values, w_values.mT, offsets, dtype)
+    return _padded(y.mul_(x_scale * w_scale), x.shape[0]).to(x.dtype)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, w = ctx.saved_tensors
+    offsets, recipe = ctx.offsets, ctx.recipe
+    num_rows = x.shape[0]
+    x, dy = x[: offsets[-1]], dy[: offsets[-1]].contiguous()
+    dx = _input_gradient(dy, w, offsets, recipe, ctx.salt)
+    dw = _weight_gradient(dy, x, offsets, recipe, ctx.salt)
+    return _padded(dx, num_rows).to(x.dtype), dw.to(w.dtype), None, None, None
+
+
+def _input_gradient(dy: Tensor, w: Tensor, offsets: list[int], recipe: Recipe, salt: int) -> Tensor:
+  dtype = wide(dy, w)
+  if recipe.format == "fp8":
+    dy_q, w_q = quantize(dy, "fp8"), quantize(w, "fp8", axis=-2)
+  else:
+    seed = derive(recipe.seed, recipe.draw, salt, 0)
+    dy_q, w_q = quantize(dy, "nvfp4", seed=seed), quantize(w, "nvfp4", square=True)
+  dy_values, dy_scale = _operand(dy_q, dtype)
+  w_values, w_scale = _operand(w_q, dtype)
+  return _rows_by_weight(dy_values, w_values, offsets, dtype).mul_(dy_scale * w_scale)
+
+
+def _weight_gradient(
+  dy: Tensor, x: Tensor, offsets: list[int], recipe: Recipe, salt: int
+) -> Tensor:
+  """[E, O, I]. Each expert's rows are padded to whole blocks with zeros, which add nothing."""
+  dtype = wide(dy, x)
+  padded = pad_offsets(offsets, BLOCK[recipe.format])
+  x, dy = pad_rows(x, offsets, padded), pad_rows(dy, offsets, padded)
+  if recipe.format == "fp8":
+    x_q, dy_q = quantize(x, "fp8", axis=-2), quantize(dy, "fp8", axis=-2)
+  else:
+    seed = derive(recipe.seed, recipe.draw, salt, 1)
+    x_q = quantize(x, "nvfp4", axis=-2, hadamard=recipe.seed)
+    dy_q = quantize(dy, "nvfp4", axis=-2, hadamard=recipe.seed, seed=seed)
+  x_values, x_scale = _operand(x_q, dtype)
+  dy_values, dy_scale = _operand(dy_q, dtype)
+  dw = x_values.new_zeros(len(offsets) - 1, dy.shape[1], x.shape[1])
+  for e, rows in spans(padded):
+    torch.mm(dy_values[rows].T, x_values[rows], out=dw[e])
+  return dw.mul_(x_scale * dy_scale)
+
+
+def pad_offsets(offsets: list[int], multiple: int) -> list[int]:
+  """The offsets when every expert's rows are padded to a multiple."""
+  padded = [0]
+  for start, end in zip(offsets, offsets[1:], strict=False):
+    padded.append(padded[-1] + -(-(end - start) // multiple) * multiple)
+  return padded
+
+
+def pad_rows(x: Tensor, offsets: list[int], padded: list[int]) -> Tensor:
+  """Each expert's rows at its padded place, zeros after them."""
+  out = x.new_zeros(padded[-1], x.shape[1])
+  for e, rows in spans(offsets):
+    out[padded[e] : padded[e] + rows.stop - rows.start] = x[rows]
+  return out
+
+
+def _operand(q: BlockScaled, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+  return q.values(dtype), 1.0 if q.tensor_scale is None else q.tensor_scale
+
+
+def _rows_by_weight(x: Tensor, w: Tensor, offsets: list[int], dtype: torch.dtype) -> Tensor:
+  """x [N', I] · w[e] [I, O] for the rows of each expert e -> [N', O], zero beyond offsets[-1]."""
+  out = x.new_zeros(x.shape[0], w.shape[2], dtype=dtype)
+  for e, rows in spans(offsets):
+    torch.mm(x[rows], w[e], out=out[rows])
+  return out
+
+
+def _padded(x: Tensor, num_rows: int) -> Tensor:
+  """x with zero rows appended."""
+  return torch.nn.functional.pad(x, (0, 0, 0, num_rows - x.shape[0]))
