@@ -125,7 +125,8 @@ def _curve(arm: Arm, tag: str, color: str, legend: bool) -> list[go.Scatter]:
     x, y = _thin(x, y)
     dotted = common | {"line": {"color": color, "width": 1.5, "dash": "dot"}}
     name = f"{arm.name}, not completed"
-    traces.append(go.Scatter(x=x, y=y, name=name, showlegend=legend and not done, **dotted))
+    traces.append(go.Scatter(x=x, y=y, name=name, showlegend=legend, **dotted))
+    legend = False
   return traces
 
 

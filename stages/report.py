@@ -19,7 +19,7 @@ from rich.text import Text
 
 from nmoe import config as configs
 from nmoe import metrics
-from nmoe.errors import RecordError
+from nmoe.errors import ConfigError, RecordError
 from nmoe.experiments import Experiment, Experiments, Link, Run
 from stages import figures
 from stages.figures import Arm
@@ -268,19 +268,23 @@ def _cost(found: Findings) -> str:
 
 
 def _configuration(found: Findings) -> str:
-  parsed = [configs.loads(arm.runs[0].toml, arm.name) for arm in found.arms]
-  parts = []
-  if len(parsed) == 2:
-    changed = configs.diff(*parsed)
-    rows = [
-      [*(f"<code>{escape(text)}</code>" for text in (key, repr(a), repr(b))), configs.kind(key)]
-      for key, (a, b) in changed.items()
-      if not key.startswith("experiment.")
-    ]
-    head = ["key", *(arm.name for arm in found.arms), "changes"]
-    parts.append(table(head, rows, left=4))
-  parts += [folded(f"Resolved configuration of {a.name}", a.runs[0].toml) for a in found.arms]
-  return section("Configuration", *parts)
+  changes = _changes(found.arms) if len(found.arms) == 2 else ""
+  texts = [folded(f"Resolved configuration of {a.name}", a.runs[0].toml) for a in found.arms]
+  return section("Configuration", changes, *texts)
+
+
+def _changes(arms: Sequence[Arm]) -> str:
+  """The keys that differ between two arms."""
+  try:
+    parsed = [configs.loads(arm.runs[0].toml, arm.name) for arm in arms]
+  except ConfigError as error:
+    return f'<p class="note">Not comparable by this version of nmoe: {escape(str(error))}</p>'
+  rows = [
+    [*(f"<code>{escape(text)}</code>" for text in (key, repr(a), repr(b))), configs.kind(key)]
+    for key, (a, b) in configs.diff(*parsed).items()
+    if not key.startswith("experiment.")
+  ]
+  return table(["key", *(arm.name for arm in arms), "changes"], rows, left=4)
 
 
 def _runs(found: Findings) -> str:

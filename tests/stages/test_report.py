@@ -1,0 +1,279 @@
+"""The report: its numbers against the records, and the page as a browser shows it."""
+
+import math
+import os
+import re
+import sqlite3
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nmoe import config as configs
+from nmoe.errors import RecordError
+from nmoe.experiments import Experiments
+from nmoe.metrics import Metrics
+from stages.report import gather, terminal_summary, write_report
+from stages.statistics import paired
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "moonlet" / "cpu.toml"
+STATEMENT = "Muon on attention and dense matrices lowers held-out bits per byte by at least 0.02."
+STEPS, BATCH, LAYERS = 300, 4096, 3
+
+
+def log_run(root, run, speed, rng):
+  """What a run of the cpu configuration logs, made up."""
+  writer = Metrics(root, run.id)
+  for step in range(10, STEPS + 1, 10):
+    share = step / STEPS
+    loss = 1.35 + 3.9 * math.exp(-speed * 5 * share) + rng.normal(0, 0.03)
+    factor = min(1, share / 0.07, (1 - share) / 0.2 + 1e-3)
+    row = {
+      "train/loss": loss,
+      "train/bpb": loss / math.log(2),
+      "lr/dense": 3e-3 * factor,
+      "grad_norm/all": 0.4 + 2 * math.exp(-6 * share) + abs(rng.normal(0, 0.05)),
+    }
+    times = {"load": 0.01, "forward": 0.7, "backward": 1.4, "clip": 0.02, "step": 0.12 / speed}
+    row |= {f"time/{phase}_s": t + abs(rng.normal(0, 0.01)) for phase, t in times.items()}
+    for layer in range(LAYERS):
+      peak = 1.1 + (2.2 - 0.3 * layer) * math.exp(-speed * 6 * share) + abs(rng.normal(0, 0.05))
+      row |= {
+        f"moe/{layer}/load_max_over_mean": peak,
+        f"moe/{layer}/load_p05": 0.8,
+        f"moe/{layer}/load_p50": 1.0,
+        f"moe/{layer}/load_p95": 1.2,
+        f"moe/{layer}/dead": 0.0,
+        f"moe/{layer}/entropy": 0.99,
+        f"moe/{layer}/bias_range": 0.04 * share,
+      }
+    if step % 50 == 0:
+      row |= {"val/loss": loss + 0.05, "val/bpb": (loss + 0.05) / math.log(2)}
+    writer.add(step, step * BATCH, row)
+  writer.flush()
+
+
+def make(
+  root, stage="ablate", seeds=3, arms=("baseline", "variant"), effect=0.05, statement=STATEMENT
+):
+  """An experiment of made-up runs; returns its id and the metric of each arm."""
+  rng = np.random.default_rng(0)
+  db = Experiments(root)
+  e = db.create("moonlet-cpu-muon", stage, statement, "val/bpb", "lower", 0.02)
+  base = configs.load(BASE, env={})
+  values = {arm: [] for arm in arms}
+  for seed in range(seeds):
+    shared = rng.normal(0, 0.015)
+    for i, arm in enumerate(arms):
+      config = base.with_values(**{"train.seed": seed, "optim.matrices": ("adamw", "muon")[i]})
+      run = db.start_run(
+        e.id,
+        arm,
+        seed,
+        toml=configs.to_toml(config),
+        fingerprint=configs.fingerprint(config, "d"),
+        data_digest="5f0c2d9e8a41",
+        commit="4794e4a8c3b1d2e5f60718293a4b5c6d7e8f9012",
+        diff="--- a/nmoe/x.py\n+++ b/nmoe/x.py\n-a < b\n+a & b\n",
+        code_version="0f1e2d3c4b5a",
+        environment={"python": "3.11.7", "torch": "2.13.0", "platform": "Linux-x86_64"},
+        target="cpu",
+      )
+      log_run(root, run, 1 + 0.3 * i, rng)
+      bpb = 2.31 + shared - effect * i + rng.normal(0, 0.003)
+      results = {
+        "val/bpb": bpb,
+        "val/loss": bpb * math.log(2),
+        "unigram_bpb": 4.62,
+        "train/tokens_per_s": 18500 - 900 * i + rng.normal(0, 60),
+        "memory/peak_bytes": 1.1e9 + 4e6 * i,
+        "wall_s": 66.0 + 3.3 * i,
+        "load/max_over_mean": 1.14,
+        "load/dead": 0,
+        "steps": STEPS,
+        "tokens": STEPS * BATCH,
+      }
+      values[arm].append(bpb)
+      db.update_run(run.id, status="completed", results=results)
+  if len(arms) == 2:
+    judged = paired(*values.values(), direction="lower", min_effect=0.02)
+    db.conclude(e.id, judged.verdict, judged.as_dict())
+  db.close()
+  return e.id, values
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+  root = tmp_path_factory.mktemp("ablation")
+  name, values = make(root)
+  return root, values, write_report(root, name)
+
+
+def cells(html, label):
+  """The text of a table row, tags removed."""
+  label = re.escape(label.replace("'", "&#x27;"))
+  row = re.search(rf"<tr[^>]*><td>{label}</td>(.*?)</tr>", html)[1]
+  return [unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall("<td[^>]*>(.*?)</td>", row)]
+
+
+def text_of(root, name):
+  console = Console(width=200, record=True, file=open(os.devnull, "w"))
+  console.print(terminal_summary(root, name))
+  return console.export_text()
+
+
+def test_numbers_are_those_of_the_records(ablation):
+  root, values, path = ablation
+  html = path.read_text()
+  d = paired(*values.values(), direction="lower", min_effect=0.02)
+  assert d.verdict == "confirmed"
+  a, b, difference = cells(html, "held-out bits per byte")
+  for cell, arm in ((a, "baseline"), (b, "variant")):
+    assert cell.startswith(f"{np.mean(values[arm]):.4f} ± ")
+  wanted = f"{d.mean_difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]".replace("-", "−")
+  assert difference == wanted
+  assert d.reason in html and f"{d.mde:.4f}" in html and f"{d.noise_floor:.4f}" in html
+  assert cells(html, "tokens per second")[0].startswith("18,5")
+  assert cells(html, "bits per byte of a unigram model") == ["4.6200", "4.6200", "0"]
+  assert cells(html, "peak memory, GiB")[:2] == ["1.02", "1.03"]
+  assert cells(html, "<code>optim.matrices</code>") == ["'adamw'", "'muon'", "identity"]
+  text = text_of(root, "moonlet-cpu-muon")
+  assert wanted in text and d.reason in text.replace("\n", " ") and STATEMENT in text
+
+
+def test_time_to_loss_is_read_off_the_held_out_curve(ablation):
+  """The made-up losses fall monotonically but for noise, the variant's faster."""
+  html = ablation[2].read_text()
+  a, b, _ = cells(html, "tokens to the baseline's final loss")
+  tokens = [int(cell.split(" ±")[0].replace(",", "")) for cell in (a, b)]
+  assert 0 < tokens[1] < tokens[0] < STEPS * BATCH
+
+
+def test_the_page_loads_nothing_and_holds_plotly_once(ablation):
+  html = ablation[2].read_text()
+  assert html.count("* plotly.js v") == 1
+  assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|<link[^>]*href=\"(?!data:)|@import", html)
+  for name in ("differences", "loss", "optimizer", "load", "phases"):
+    assert html.count(f'id="{name}"') == 1
+
+
+def test_what_lies_beside_the_page_repeats_the_experiment(ablation):
+  root, _, path = ablation
+  html = path.read_text()
+  first = gather(root, "moonlet-cpu-muon").runs[0]
+  config = configs.load(path.parent / "baseline.toml", env={})
+  assert configs.fingerprint(config, "d") == first.fingerprint
+  assert (path.parent / "changes.patch").read_text() == first.diff
+  assert f"git checkout {first.commit}" in html and f"nmoe rerun {first.id}" in html
+  lines = ["nmoe ablate", path.parent / "baseline.toml", path.parent / "variant.toml", "--seeds 3"]
+  assert " \\\n  ".join(map(str, lines)) in html
+  assert "-a &lt; b" in html
+
+
+def test_text_of_the_records_is_not_markup(tmp_path):
+  hostile = "<script>alert('x')</script> & [bold]π[/bold]"
+  name, _ = make(tmp_path, seeds=2, statement=hostile, arms=("a<b>&", "b"))
+  html = write_report(tmp_path, name).read_text()
+  assert hostile not in html and "a<b>" not in html
+  assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; [bold]π" in html
+  assert hostile in text_of(tmp_path, name)
+
+
+def test_one_arm(tmp_path):
+  name, values = make(tmp_path, stage="research", arms=("cpu",))
+  html = write_report(tmp_path, name).read_text()
+  assert cells(html, "held-out bits per byte")[0].startswith(f"{np.mean(values['cpu']):.4f} ± ")
+  assert "unigram model" in html and "variant − baseline" not in html.split("</style>")[-1]
+  assert 'id="differences"' not in html and 'id="loss"' in html
+  assert "nmoe research run" in html and "There is no conclusion yet." in html
+
+
+def test_a_run_that_failed_and_one_that_never_logged(tmp_path):
+  name, _ = make(tmp_path)
+  db = Experiments(tmp_path)
+  failed, silent = (r for r in db.runs(name) if r.arm == "variant" and r.seed in (1, 2))
+  db.update_run(failed.id, status="failed", results={}, error="step 7: loss is <nan>")
+  (tmp_path / "metrics" / silent.id / "rank_0.duckdb").unlink()
+  html = write_report(tmp_path, name).read_text()
+  assert "(1 without)" in cells(html, "held-out bits per byte")[1]
+  assert "step 7: loss is &lt;nan&gt;" in html and html.count("completed</td>") == 5
+  assert "variant, not completed" in html
+
+
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_few_or_no_runs(tmp_path, seeds):
+  name, _ = make(tmp_path, stage="research", seeds=seeds, arms=("cpu",))
+  html = write_report(tmp_path, name).read_text()
+  assert STATEMENT in html and ("<h2>Results" in html) == bool(seeds)
+  assert text_of(tmp_path, name)
+
+
+def test_one_pair_has_no_interval(tmp_path):
+  name, values = make(tmp_path, seeds=1)
+  html = write_report(tmp_path, name).read_text()
+  d = values["variant"][0] - values["baseline"][0]
+  assert cells(html, "held-out bits per byte")[2] == f"{d:+.4f}".replace("-", "−")
+  assert ">Inconclusive</span>" in html
+
+
+def test_a_record_of_another_version_is_still_shown(tmp_path):
+  name, _ = make(tmp_path, seeds=1)
+  with sqlite3.connect(tmp_path / "experiments.db") as db:
+    db.execute("UPDATE runs SET toml = '[model]\nwings = 2\n'")
+  html = write_report(tmp_path, name).read_text()
+  assert "Not comparable by this version of nmoe: baseline: unknown key model.wings" in html
+
+
+def test_only_the_newest_run_of_a_seed_counts(tmp_path):
+  name, _ = make(tmp_path, seeds=1)
+  db = Experiments(tmp_path)
+  old = next(r for r in db.runs(name) if r.arm == "variant")
+  names = "toml fingerprint data_digest commit diff code_version environment target".split()
+  record = {k: getattr(old, k) for k in names}
+  new = db.start_run(name, "variant", 0, **record)
+  db.update_run(new.id, status="completed", results={"val/bpb": 1.0})
+  assert [r.id for r in gather(tmp_path, name).arms[1].runs] == [new.id]
+
+
+def test_unknown_experiments_and_folders_in_the_way(tmp_path):
+  with pytest.raises(RecordError, match="no experiment 'muon'"):
+    write_report(tmp_path, "muon")
+  name, _ = make(tmp_path, seeds=1)
+  (tmp_path / "reports").write_text("in the way")
+  with pytest.raises(RecordError, match="the report cannot be written"):
+    write_report(tmp_path, name)
+
+
+def open_in_browser(browser, path, profile):
+  """(the DOM after scripts ran, the console's lines)."""
+  flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+  quiet = "--disable-background-networking --disable-component-update --enable-logging=stderr"
+  size = f"--window-size=1180,4200 --virtual-time-budget=8000 --user-data-dir={profile}"
+  command = [browser, *f"{flags} {quiet} {size}".split(), "--dump-dom", path.as_uri()]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.browser
+def test_a_browser_draws_every_plot_and_reports_no_error(ablation, browser, tmp_path):
+  dom, console = open_in_browser(browser, ablation[2], tmp_path / "profile")
+  assert console == []
+  assert "Confirmed</span>" in dom and "Muon on attention" in dom
+  drawn = {"differences": "points", "loss": "js-line", "optimizer": "js-line"}
+  drawn |= {"load": "<image", "phases": 'class="point"'}
+  starts = {name: dom.index(f'id="{name}"') for name in drawn}
+  for name, mark in drawn.items():
+    end = min((s for s in starts.values() if s > starts[name]), default=len(dom))
+    plot = dom[starts[name] : end]
+    assert 'class="main-svg"' in plot and mark in plot, name
+
+
+@pytest.mark.browser
+def test_a_broken_page_would_be_noticed(browser, tmp_path):
+  page = tmp_path / "broken.html"
+  page.write_text("<!doctype html><script>Plotly.newPlot('loss')</script>")
+  _, console = open_in_browser(browser, page, tmp_path / "profile")
+  assert any("Plotly is not defined" in line for line in console)
