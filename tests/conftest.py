@@ -1,24 +1,6 @@
-"""Tests marked `browser` need Chromium or Chrome; without one they are deselected and counted."""
+"""Hypothesis for all tests: no deadline, since the cores are shared and first calls are slow."""
 
-import shutil
+from hypothesis import settings
 
-import pytest
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-
-
-def pytest_report_header():
-  return f"browser: {BROWSER or 'none of ' + ', '.join(NAMES) + '; its tests are deselected'}"
-
-
-def pytest_collection_modifyitems(config, items):
-  out = [item for item in items if item.get_closest_marker("browser") and BROWSER is None]
-  if out:
-    config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if item not in out]
-
-
-@pytest.fixture
-def browser():
-  return BROWSER
+settings.register_profile("nmoe", deadline=None)
+settings.load_profile("nmoe")

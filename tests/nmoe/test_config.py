@@ -12,8 +12,42 @@ from nmoe import config as configs
 from nmoe.config import SECTIONS, Config, diff, fingerprint, kind, leaves, load, loads, to_toml
 from nmoe.errors import ConfigError
 
-BASE_FILE = Path("configs/moonlet/cpu.toml")
-BASE = load(BASE_FILE, env={})
+BASE_TEXT = """
+[experiment]
+name = "base"
+statement = "The smallest valid file, with a few defaults written out."
+[run]
+root = ".nmoe"
+[target]
+arch = "cpu"
+dtype = "fp32"
+[model]
+vocab_size = 257
+dim = 128
+num_layers = 4
+dense_dim = 384
+num_heads = 4
+qk_rope_dim = 16
+[moe]
+num_experts = 16
+top_k = 4
+expert_dim = 64
+[data]
+mixture = "mixture.toml"
+tokenizer = "byte"
+seq_len = 256
+[optim]
+dense_lr = 3e-3
+router_lr = 3e-3
+expert_lr = 3e-3
+[schedule]
+batch_tokens = 4096
+total_tokens = 1228800
+warmup_tokens = 81920
+[train]
+micro_batch = 16
+"""
+BASE = loads(BASE_TEXT, env={})
 HINTS = {
   f"{section}.{f.name}": get_type_hints(cls)[f.name]
   for section, cls in SECTIONS.items()
@@ -33,9 +67,13 @@ def write(folder: Path, name: str, text: str) -> Path:
   return folder / name
 
 
+def base_file(folder: Path) -> Path:
+  return write(folder, "base.toml", BASE_TEXT)
+
+
 def variant(folder: Path, text: str) -> Path:
   """A file in `folder` that extends the base."""
-  return write(folder, "variant.toml", f'extends = "{BASE_FILE.resolve()}"\n{text}')
+  return write(folder, "variant.toml", f'extends = "{base_file(folder).name}"\n{text}')
 
 
 def unchecked(config: Config, key: str, value: Any) -> Config:
@@ -161,7 +199,7 @@ def test_a_missing_required_key_says_where_it_belongs(key):
 def test_extends_is_the_few_lines_that_differ(tmp_path):
   middle = variant(tmp_path, "[optim]\ndense_lr = 1e-4\nexpert_lr = 2e-4\n[moe]\ntop_k = 2")
   last = write(tmp_path, "last.toml", f'extends = "{middle.name}"\n[optim]\nexpert_lr = 3\n')
-  assert diff(BASE, load(last, env={})) == {
+  assert diff(load(tmp_path / "base.toml", env={}), load(last, env={})) == {
     "moe.top_k": (4, 2),
     "optim.dense_lr": (3e-3, 1e-4),
     "optim.expert_lr": (3e-3, 3.0),
@@ -206,7 +244,7 @@ def test_a_mixture_is_relative_to_the_file_that_names_it(tmp_path):
   variant(tmp_path, '[data]\nmixture = "own.toml"')
   child = write(tmp_path / "deep", "child.toml", 'extends = "../variant.toml"')
   assert load(child, env={}).data.mixture == str(tmp_path / "own.toml")
-  assert BASE.data.mixture == str(BASE_FILE.resolve().parent / "stdlib.toml")
+  assert load(tmp_path / "base.toml", env={}).data.mixture == str(tmp_path / "mixture.toml")
   absolute = variant(tmp_path, '[data]\nmixture = "/data/m.toml"')
   assert load(absolute, env={}).data.mixture == "/data/m.toml"
 
@@ -222,7 +260,8 @@ def test_overrides_win_and_follow_toml(tmp_path):
     "OTHER__KEY": "1",
   }
   config = load(variant(tmp_path, "[optim]\ndense_lr = 5"), env=env)
-  assert {key: new for key, (_, new) in diff(BASE, config).items()} == {
+  base = load(tmp_path / "base.toml", env={})
+  assert {key: new for key, (_, new) in diff(base, config).items()} == {
     "optim.dense_lr": 1e-4,
     "target.dtype": "bf16",
     "precision.linears": ("q", "o"),
@@ -243,9 +282,9 @@ def test_overrides_win_and_follow_toml(tmp_path):
     ("NMOE_MOE__TOP_K", "17", "environment NMOE_MOE__TOP_K: moe.top_k = 17 exceeds num_experts 16"),
   ],
 )
-def test_a_wrong_override_names_the_variable(name, value, said):
+def test_a_wrong_override_names_the_variable(name, value, said, tmp_path):
   with pytest.raises(ConfigError) as error:
-    load(BASE_FILE, env={name: value})
+    load(base_file(tmp_path), env={name: value})
   assert said in str(error.value)
 
 

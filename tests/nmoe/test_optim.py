@@ -31,9 +31,14 @@ TINY = {
   "moe.num_experts": 4,
   "moe.top_k": 2,
   "moe.expert_dim": 16,
+  "data.seq_len": 32,
+  "train.micro_batch": 4,
+  "schedule.batch_tokens": 128,
   "optim.dense_lr": 1e-2,
   "optim.router_lr": 2e-2,
   "optim.expert_lr": 3e-2,
+  "optim.dense_weight_decay": 0.1,
+  "optim.router_weight_decay": 0.0,
 }
 
 

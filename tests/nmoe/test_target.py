@@ -14,6 +14,8 @@ from nmoe.errors import TargetError
 from nmoe.model import Model
 from nmoe.versions import Requirement, python_clauses, requirements, satisfies
 
+SMALL = {"data.seq_len": 32, "train.micro_batch": 1, "schedule.batch_tokens": 128}
+
 
 @pytest.fixture(autouse=True)
 def restore_torch():
@@ -49,12 +51,12 @@ def test_cpu_is_the_reference_with_determinism_and_threads():
 
 def test_threads_default_to_the_cores_shared_by_the_ranks(monkeypatch):
   monkeypatch.setattr(target.os, "sched_getaffinity", lambda _: set(range(8)))
-  target.select(config(**{"launch.ranks": 4, "train.micro_batch": 4}))
+  target.select(config(**SMALL, **{"launch.ranks": 4}))
   assert torch.get_num_threads() == 2
 
 
 def test_a_training_step_runs_under_determinism():
-  c = config(**{"data.seq_len": 32, "train.micro_batch": 1, "schedule.batch_tokens": 32})
+  c = config(**SMALL)
   model = Model(c, target.select(c).ops)
   model.init_weights(0)
   tokens = torch.arange(32)[None] % 7

@@ -1,0 +1,163 @@
+"""The rules that a parser can hold: arrows, circles, sizes, a reference and a test per kernel."""
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kernels.ops import FUNCTIONS
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("kernels", "nmoe", "stages")  # each may import itself and those before it
+MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15
+LAZY = {"stages.cli"}  # imports inside its commands, so that --help is instant
+DEVICE = {"kernel", "jit"}  # CuTeDSL's decorators: cute.kernel, cute.jit
+
+
+def module_name(path: Path) -> str:
+  return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+TREES = {
+  module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path))
+  for floor in FLOORS
+  for path in sorted((ROOT / floor).rglob("*.py"))
+}
+
+
+def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
+  """The names of our modules that the statements of a tree import, wherever they stand."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"line {node.lineno}: relative import"
+      inside = [f"{node.module}.{alias.name}" for alias in node.names]
+      names = [name if name in known else node.module for name in inside]
+    else:
+      continue
+    yield from (name for name in names if name.split(".")[0] in FLOORS)
+
+
+def graph(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+  return {name: set(imported(tree, set(trees))) for name, tree in trees.items()}
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+  """The arrows from a lower floor to a higher one."""
+  floor = {name: FLOORS.index(name.split(".")[0]) for name in set(edges).union(*edges.values())}
+  return [f"{a} -> {b}" for a in edges for b in sorted(edges[a]) if floor[b] > floor[a]]
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+  """One circle of imports as a path, or []."""
+  done: set[str] = set()
+
+  def visit(name: str, path: list[str]) -> list[str]:
+    if name in path:
+      return [*path[path.index(name) :], name]
+    if name in done:
+      return []
+    for other in sorted(edges.get(name, ())):
+      if found := visit(other, [*path, name]):
+        return found
+    done.add(name)
+    return []
+
+  return next((found for name in edges if (found := visit(name, []))), [])
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+  return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def is_device(function: ast.FunctionDef) -> bool:
+  decorators = (d.func if isinstance(d, ast.Call) else d for d in function.decorator_list)
+  return any(isinstance(d, ast.Attribute) and d.attr in DEVICE for d in decorators)
+
+
+def length(node: ast.FunctionDef) -> int:
+  return node.end_lineno - node.lineno + 1
+
+
+def test_arrows_point_downward():
+  assert upward(graph(TREES)) == []
+
+
+def test_no_circle():
+  assert circle(graph(TREES)) == []
+
+
+BROKEN = {
+  "kernels.a": "def f():\n  from nmoe import b",
+  "nmoe.b": "import stages.c\nfrom nmoe.d import x",
+  "nmoe.d": "import torch\nfrom nmoe import b as renamed, errors",
+  "stages.c": "from kernels import a",
+}
+
+
+def test_the_rules_see_what_they_forbid():
+  """Upward arrows and circles are found through every form of import, also inside functions."""
+  parse = {name: ast.parse(text) for name, text in BROKEN.items()}
+  edges = graph(parse)
+  assert upward(edges) == ["kernels.a -> nmoe.b", "nmoe.b -> stages.c"]
+  assert circle(edges) == ["nmoe.b", "nmoe.d", "nmoe.b"]
+
+
+@pytest.mark.parametrize("name", sorted(TREES.keys() - LAZY))
+def test_imports_stand_at_the_top(name):
+  found = [
+    f"line {inner.lineno}"
+    for function in functions(TREES[name])
+    for inner in ast.walk(function)
+    if isinstance(inner, (ast.Import, ast.ImportFrom))
+  ]
+  assert found == []
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_sizes(name):
+  path = ROOT / (name.replace(".", "/") + ".py")
+  path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+  assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+  long = [
+    f"{function.name}: {length(function)} lines"
+    for function in functions(TREES[name])
+    if length(function) > MAX_FUNCTION and not is_device(function)
+  ]
+  assert long == []
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_functions_are_short(floor):
+  trees = [tree for name, tree in TREES.items() if name.split(".")[0] == floor]
+  lengths = [length(f) for tree in trees for f in functions(tree) if not is_device(f)]
+  assert statistics.median(lengths) <= MEDIAN_FUNCTION
+
+
+def exported(package: str) -> set[str]:
+  """The names in a package's __all__, without importing it."""
+  for node in TREES[package].body:
+    if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+      return set(ast.literal_eval(node.value))
+  return set()
+
+
+def test_the_reference_has_every_operation_of_the_contract():
+  assert sorted(set(FUNCTIONS) - exported("kernels.reference")) == []
+
+
+def test_every_cuda_operation_is_of_the_contract_and_has_a_reference():
+  assert sorted(exported("kernels.cuda") - set(FUNCTIONS)) == []
+  assert sorted(exported("kernels.cuda") - exported("kernels.reference")) == []
+
+
+def test_every_cuda_module_has_a_test():
+  """A tests/…/test_NAME.py, or a test that imports the module."""
+  files = list((ROOT / "tests").rglob("*.py"))
+  named = {path.stem.removeprefix("test_") for path in files}
+  used = set().union(*(imported(ast.parse(path.read_text()), set(TREES)) for path in files))
+  modules = [name for name in TREES if name.startswith("kernels.cuda.")]
+  assert [m for m in modules if m not in used and m.rpartition(".")[2] not in named] == []
