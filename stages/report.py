@@ -217,7 +217,8 @@ def _results(found: Findings) -> str:
       f'<p class="note">Correlation of the arms over seeds {rho}; exact sign-flip p = '
       f"{d.p_sign_flip:.3g} (with {d.n} pairs it is at least {2.0 ** (1 - d.n):.3g}).</p>"
     )
-  note = "Mean over seeds ± half of the 95 % Student interval; differences are paired by seed."
+  note = "Mean over seeds ± half of the 95 % Student interval"
+  note += "; differences are paired by seed." if compare else "."
   return section("Results", table(head, cells, key=key) if cells else "", plot, text, note=note)
 
 
@@ -365,7 +366,9 @@ def _show(key: str, value: float, sign: str = "") -> str:
 def _plus_minus(key: str, one: Single) -> str:
   half = one.high - one.mean
   spread = f' <i class="pm">± {_show(key, half)}</i>' if half and math.isfinite(half) else ""
-  lost = f' <i class="pm">({one.diverged} without)</i>' if one.diverged and one.n else ""
+  lost = (
+    f' <i class="pm">({one.n} of {one.n + one.diverged} runs)</i>' if one.diverged and one.n else ""
+  )
   return f"{_show(key, one.mean)}{spread}{lost}"
 
 

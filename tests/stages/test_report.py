@@ -198,7 +198,7 @@ def test_a_run_that_failed_and_one_that_never_logged(tmp_path):
   db.update_run(failed.id, status="failed", results={}, error="step 7: loss is <nan>")
   (tmp_path / "metrics" / silent.id / "rank_0.duckdb").unlink()
   html = write_report(tmp_path, name).read_text()
-  assert "(1 without)" in cells(html, "held-out bits per byte")[1]
+  assert "(2 of 3 runs)" in cells(html, "held-out bits per byte")[1]
   assert "step 7: loss is &lt;nan&gt;" in html and html.count("completed</td>") == 5
   assert "variant, not completed" in html
 
