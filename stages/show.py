@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nmoe.doctor import examine
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nmoe import config as configs
@@ -57,7 +58,7 @@ def doctor(path: Path | None, console: Console) -> int:
     table.add_column(column, overflow="fold")
   for check in checks:
     mark = "[green]ok[/green]" if check.ok else "[red]no[/red]"
-    table.add_row(mark, check.name, check.found, "" if check.ok else check.remedy)
+    table.add_row(mark, check.name, escape(check.found), "" if check.ok else escape(check.remedy))
   console.print(table)
   return 0 if all(check.ok for check in checks) else 1
 
