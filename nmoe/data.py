@@ -1,10 +1,10 @@
 """Prepared data and the loader: sample n of a run as a pure function of (seed, n, mixture).
 
 Samples: the shares p_i of the sources are rounded to whole counts c_i of a cycle of CYCLE samples
-(largest remainders, at least 1). Samples k · CYCLE .. (k + 1) · CYCLE - 1 hold exactly c_i of
-source i. Within a cycle the sources are interleaved evenly, each cycle rotated by a keyed offset:
-any m consecutive samples of it hold m · c_i / CYCLE ± (1 + S · c_i / CYCLE) of source i, S
-sources.
+(largest remainders, at least 1). Any CYCLE consecutive samples hold exactly c_i of source i. The
+sources are interleaved evenly: any m consecutive samples hold m · c_i / CYCLE of source i, with an
+error of at most 1 + S · c_i / CYCLE among S sources. The order of sources is the same for all
+seeds.
 
 Windows: a source's training documents, each followed by the separator, form one circular stream
 of L tokens. An epoch cuts it at a keyed phase into L // seq_len windows (seq_len inputs, and the
@@ -164,15 +164,13 @@ class Loader:
     self._length = np.array([s.length for s in self._streams], dtype=np.uint64)
     self._windows = np.maximum(self._length // np.uint64(seq_len), np.uint64(1))
     self._keys = np.array([key("order", seed, s.name) for s in data.sources], dtype=np.uint64)
-    self._rotation_key = key("mixture", seed)
     self._counts = counts.astype(np.uint64)
     self._pattern, self._rank = _interleave(counts)
 
   def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where samples lie: (source index, epoch, first token in the source's stream) of each id."""
     ids = np.asarray(ids, dtype=np.uint64)
-    cycle, position = np.divmod(ids, np.uint64(CYCLE))
-    slot = (position + mix(cycle ^ self._rotation_key)) % np.uint64(CYCLE)
+    cycle, slot = np.divmod(ids, np.uint64(CYCLE))
     source = self._pattern[slot]
     ordinal = cycle * self._counts[source] + self._rank[slot]
     windows, length = self._windows[source], self._length[source]

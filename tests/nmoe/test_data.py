@@ -1,0 +1,500 @@
+"""The loader's promises (pure, exact proportions, no repeats, independent of ranks), validation and
+bits per byte, and what a damaged folder says."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmoe import tokenizer
+from nmoe.data import (
+  CYCLE,
+  Loader,
+  Prefetcher,
+  PreparedData,
+  PreparedSource,
+  Validation,
+  bits_per_byte,
+  cycle_counts,
+  open_data,
+  shares,
+  unigram_bpb,
+)
+from nmoe.errors import ConfigError, DataError
+from nmoe.mixture import FilesSource, Mixture
+from nmoe.permutation import key, permute
+from nmoe.prepare import prepare
+from nmoe.shards import Stream, digest
+
+BYTE = tokenizer.get("byte")
+
+
+def in_memory(lengths, weights=None, temperature=1.0, heldout=()):
+  """Sources a, b, … whose tokens are their own positions, so that a sample shows where it lies."""
+  sources = tuple(
+    PreparedSource(
+      name=chr(ord("a") + i),
+      weight=weights[i] if weights else None,
+      folder=Path(),
+      manifest={},
+      train=Stream([np.arange(n, dtype=np.uint32)]),
+      heldout=Stream([np.arange(heldout[i] if heldout else 0, dtype=np.uint32)]),
+    )
+    for i, n in enumerate(lengths)
+  )
+  return PreparedData("digest", BYTE, temperature, sources)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A prepared mixture of two small sources with several shards each."""
+  root = tmp_path_factory.mktemp("data")
+  rng = np.random.default_rng(0)
+  sources = []
+  for name, words in (("plain", ["one ", "two ", "three "]), ("odd", ["ä", "ß ", "¿", "z"])):
+    (root / name).mkdir()
+    for i in range(200):
+      text = "".join(rng.choice(words, size=rng.integers(5, 120)))
+      (root / name / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    sources.append(FilesSource(name=name, paths=(str(root / name / "*"),), format="text"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("nmoe.shards.SHARD_TOKENS", 8192)
+    patch.setattr("nmoe.prepare.BATCH_BYTES", 4096)
+    return prepare(Mixture(sources=tuple(sources), holdout=0.1), BYTE, root)
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+  return open_data(folder)
+
+
+# --- permutations and streams ---
+
+
+@given(size=st.integers(1, 600), seed=st.integers(0, 2**32))
+def test_permute_is_a_bijection(size, seed):
+  image = permute(
+    np.arange(size, dtype=np.uint64),
+    np.full(size, size, dtype=np.uint64),
+    np.full(size, key(seed), dtype=np.uint64),
+  )
+  assert sorted(image.tolist()) == list(range(size))
+
+
+@given(start=st.integers(0, 2**50 - 2000), extra=st.integers(1000, 2**50), seed=st.integers(0, 99))
+def test_permute_stays_in_large_ranges_without_repeats(start, extra, seed):
+  index = np.arange(start, start + 1000, dtype=np.uint64)
+  size = np.full(1000, start + extra, dtype=np.uint64)
+  image = permute(index, size, np.full(1000, key(seed), dtype=np.uint64))
+  assert (image < size).all() and len(set(image.tolist())) == 1000
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 24])
+def test_permute_is_even_over_keys(size):
+  """Where each index goes is uniform over keys: χ² of its images is not far in the tail."""
+  keys = np.array([key("even", i) for i in range(6000)], dtype=np.uint64)
+  sizes = np.full(len(keys), size, dtype=np.uint64)
+  for index in range(size):
+    image = permute(np.full(len(keys), index, dtype=np.uint64), sizes, keys)
+    counts = np.bincount(image.astype(int), minlength=size)
+    chi2 = ((counts - len(keys) / size) ** 2 / (len(keys) / size)).sum()
+    freedom = size - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom) + 25
+
+
+@given(
+  sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+  offset=st.integers(0, 60),
+  length=st.integers(1, 100),
+)
+def test_stream_is_the_circle_of_its_shards(sizes, offset, length):
+  whole = np.arange(sum(sizes))
+  stream = Stream(np.split(whole, np.cumsum(sizes)[:-1]))
+  out = np.empty(length, dtype=np.int64)
+  stream.read(offset % len(whole), out)
+  assert out.tolist() == [(offset + i) % len(whole) for i in range(length)]
+
+
+# --- proportions ---
+
+
+positive = st.floats(1e-7, 1e3)
+
+
+@given(st.lists(positive, min_size=1, max_size=9))
+def test_cycle_counts_are_shares_rounded(weights):
+  share = np.array(weights) / sum(weights)
+  counts = cycle_counts(share)
+  assert counts.sum() == CYCLE and (counts >= 1).all()
+  assert (np.abs(counts - share * CYCLE) < 1 + len(weights)).all()
+  if (share * CYCLE >= 1).all():
+    assert (np.abs(counts - share * CYCLE) < 1 + 1e-6).all()
+
+
+@settings(max_examples=50)
+@given(
+  weights=st.lists(positive, min_size=1, max_size=6),
+  first=st.integers(0, 3 * CYCLE),
+  length=st.one_of(st.just(CYCLE), st.integers(1, 2 * CYCLE)),
+)
+def test_any_run_of_samples_has_its_proportions(weights, first, length):
+  """A cycle of samples exactly, wherever it starts; fewer to the stated error."""
+  loader = Loader(in_memory([1000] * len(weights), weights), seq_len=8, seed=0)
+  source, _, _ = loader.locate(np.arange(first, first + length))
+  part = cycle_counts(np.array(list(loader.shares.values()))) / CYCLE
+  error = np.abs(np.bincount(source, minlength=len(weights)) - length * part)
+  assert (error <= (length != CYCLE) * (1 + len(weights) * part) + 1e-9).all()
+
+
+def test_temperature_follows_its_definition():
+  tokens = np.array([100.0, 400.0, 1600.0])
+  for tau in (1.0, 2.0, 3.33):
+    expected = tokens ** (1 / tau) / (tokens ** (1 / tau)).sum()
+    found = shares(in_memory([100, 400, 1600], temperature=tau))
+    np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
+  uniform = shares(in_memory([100, 400, 1600], temperature=math.inf))
+  np.testing.assert_allclose(list(uniform.values()), [1 / 3] * 3, rtol=1e-12)
+
+
+def test_weights_of_the_mixture_and_of_the_caller():
+  data = in_memory([100, 400], weights=[3.0, 1.0])
+  assert shares(data) == {"a": 0.75, "b": 0.25}
+  assert shares(data, {"b": 4, "a": 0}) == {"a": 0.0, "b": 1.0}
+  loader = Loader(data, seq_len=8, seed=0, weights={"a": 0, "b": 1})
+  assert set(loader.locate(np.arange(1000))[0].tolist()) == {1}
+  with pytest.raises(ConfigError, match="weights name .*'c'.*sources are"):
+    shares(data, {"a": 1, "c": 1})
+  with pytest.raises(ConfigError, match="finite sum > 0"):
+    shares(data, {"a": 0, "b": 0})
+
+
+# --- order ---
+
+
+@settings(max_examples=60)
+@given(
+  length=st.integers(9, 700),
+  seq_len=st.integers(1, 8),
+  seed=st.integers(0, 2**31),
+  epoch=st.integers(0, 500),
+)
+def test_no_input_repeats_within_an_epoch(length, seq_len, seed, epoch):
+  loader = Loader(in_memory([length]), seq_len=seq_len, seed=seed)
+  windows = length // seq_len
+  rows = loader.samples(np.arange(epoch * windows, (epoch + 1) * windows))
+  assert len(np.unique(rows[:, :-1])) == windows * seq_len > length - seq_len
+  assert ((rows - rows[:, :1]) % length == np.arange(seq_len + 1)).all()
+
+
+@settings(max_examples=20)
+@given(lengths=st.lists(st.integers(20, 400), min_size=2, max_size=4), seed=st.integers(0, 99))
+def test_no_input_repeats_within_an_epoch_of_a_mixture(lengths, seed):
+  loader = Loader(in_memory(lengths, temperature=2.0), seq_len=7, seed=seed)
+  source, epoch, offset = loader.locate(np.arange(2000))
+  for s, length in enumerate(lengths):
+    windows = length // 7
+    assert epoch[source == s].tolist() == [i // windows for i in range((source == s).sum())]
+    for e in range(int(epoch[source == s].max()) + 1):
+      starts = offset[(source == s) & (epoch == e)].astype(int)
+      inputs = (starts[:, None] + np.arange(7)) % length
+      assert len(np.unique(inputs)) == inputs.size
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_cuts():
+  def starts(seed, epoch):
+    source, epochs, offset = Loader(in_memory([8001]), seq_len=8, seed=seed).locate(
+      np.arange(CYCLE)
+    )
+    return offset[epochs == epoch].astype(int)
+
+  first, second, other = starts(0, 0), starts(0, 1), starts(1, 0)
+  for a, b in ((first, second), (first, other)):
+    assert set((a % 8).tolist()) != set((b % 8).tolist())  # cut elsewhere
+    assert np.abs(np.corrcoef(a, b)[0, 1]) < 0.2  # visited in another order
+  assert np.abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.2
+
+
+def test_a_source_keeps_its_order_when_others_join():
+  alone = Loader(in_memory([5000]), seq_len=8, seed=3)
+  joined = Loader(in_memory([5000, 700]), seq_len=8, seed=3)
+
+  def by_place(loader):
+    source, epoch, offset = loader.locate(np.arange(CYCLE))
+    mine = (source == 0) & (epoch == 0)
+    return set(offset[mine].tolist())
+
+  assert by_place(alone) == by_place(joined)
+
+
+@settings(max_examples=60)
+@given(
+  seed=st.integers(0, 2**31),
+  step=st.integers(0, 10**7),
+  local=st.integers(1, 6),
+  ranks=st.sampled_from([1, 2, 3, 4, 8]),
+)
+def test_ranks_divide_one_global_batch(data, seed, step, local, ranks):
+  loader = Loader(data, seq_len=24, seed=seed)
+  size = local * ranks
+  tokens, targets = loader.batch(step, size)
+  parts = [Loader(data, seq_len=24, seed=seed).batch(step, size, r, ranks) for r in range(ranks)]
+  assert np.array_equal(np.concatenate([p[0] for p in parts]), tokens)
+  assert np.array_equal(np.concatenate([p[1] for p in parts]), targets)
+  assert tokens.dtype == targets.dtype == np.int64 and tokens.shape == (size, 24)
+  assert np.array_equal(tokens[:, 1:], targets[:, :-1])
+
+
+@settings(max_examples=60)
+@given(ids=st.lists(st.integers(0, 10**12), min_size=1, max_size=20), seed=st.integers(0, 2**31))
+def test_a_sample_depends_on_seed_and_n_alone(data, ids, seed):
+  """Asked together, alone, in another order or of another loader: the same."""
+  loader = Loader(data, seq_len=24, seed=seed)
+  together = loader.samples(np.array(ids))
+  for n, row in reversed(list(zip(ids, together, strict=True))):
+    assert np.array_equal(Loader(data, seq_len=24, seed=seed).sample(n), row)
+    assert np.array_equal(loader.batch(n, 1)[0][0], row[:-1])
+
+
+def test_samples_are_the_text(folder, data):
+  """Every window is found in the shards as they lie on disk."""
+  loader = Loader(data, seq_len=40, seed=5)
+  ids = np.arange(300)
+  source, _, offset = loader.locate(ids)
+  streams = [
+    np.concatenate([np.load(s.folder / e["file"]) for e in s.manifest["train"]["shards"]])
+    for s in data.sources
+  ]
+  assert all(len(s.manifest["train"]["shards"]) > 1 for s in data.sources)
+  for row, s, o in zip(loader.samples(ids), source, offset, strict=True):
+    at = (int(o) + np.arange(41)) % len(streams[s])
+    assert np.array_equal(row, streams[s][at])
+
+
+def test_document_starts_follow_separators(data):
+  loader = Loader(data, seq_len=512, seed=0)
+  for n in range(20):
+    inputs = loader.sample(n)[:-1].tolist()
+    expected = [i + 1 for i, t in enumerate(inputs[:-1]) if t == BYTE.eot]
+    assert loader.document_starts(n).tolist() == expected
+
+
+def test_epochs_are_counted_by_samples_drawn():
+  loader = Loader(in_memory([8000, 1000], weights=[1.0, 3.0]), seq_len=8, seed=0)
+  source, epoch, _ = loader.locate(np.arange(CYCLE))
+  found = loader.epochs(CYCLE * 8)
+  for s, name in enumerate("ab"):
+    windows = loader.data.train_tokens[name] // 8
+    assert found[name] == (source == s).sum() / windows
+    assert int(epoch[source == s].max()) == math.ceil(found[name]) - 1
+
+
+def test_a_source_shorter_than_a_window_is_named():
+  with pytest.raises(DataError, match="source 'b' has 64 training tokens.* needs 65"):
+    Loader(in_memory([1000, 64]), seq_len=64, seed=0)
+  Loader(in_memory([1000, 64]), seq_len=64, seed=0, weights={"a": 1, "b": 0})
+
+
+def test_a_batch_that_ranks_do_not_divide():
+  with pytest.raises(ConfigError, match="10 samples is not divisible by 4 ranks"):
+    Loader(in_memory([1000]), seq_len=8, seed=0).batch(0, 10, 1, 4)
+
+
+# --- prefetching ---
+
+
+def test_prefetcher_gives_the_loaders_batches(data):
+  loader = Loader(data, seq_len=24, seed=1)
+  for start in (0, 5):  # a resumed run: the rest of the same batches
+    batches = list(Prefetcher(loader, 6, start=start, stop=9, rank=1, ranks=2))
+    assert len(batches) == 9 - start
+    for step, (tokens, targets) in zip(range(start, 9), batches, strict=True):
+      expected = loader.batch(step, 6, 1, 2)
+      assert torch.equal(tokens, torch.from_numpy(expected[0]))
+      assert torch.equal(targets, torch.from_numpy(expected[1]))
+
+
+def test_prefetcher_raises_what_the_loader_raises(data):
+  batches = Prefetcher(Loader(data, seq_len=24, seed=1), 5, start=0, stop=3, ranks=2)
+  with pytest.raises(ConfigError, match="not divisible"):
+    next(batches)
+
+
+def test_prefetcher_counts_the_time_waited(data):
+  batches = Prefetcher(Loader(data, seq_len=24, seed=1), 4, start=0, stop=3)
+  list(batches)
+  waited = batches.wait_s()
+  assert waited > 0 and batches.wait_s() == 0
+
+
+# --- validation and bits per byte ---
+
+
+def collect(validation, batch_size, ranks=1):
+  """All windows in order: the ranks' batches put together, padding removed."""
+  parts = [list(validation.batches(batch_size, r, ranks)) for r in range(ranks)]
+  assert len({len(p) for p in parts}) == 1
+  joined = [torch.cat([p[i][j] for i in range(len(parts[0])) for p in parts]) for j in range(3)]
+  whole = joined[1][:, 0] >= 0
+  assert (joined[1][~whole] == -1).all() and not joined[2][~whole].any()
+  return [t[whole] for t in joined]
+
+
+@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (7, 1), (4, 2), (3, 5), (64, 2)])
+def test_validation_is_frozen(data, batch_size, ranks):
+  validation = Validation(data, seq_len=32, tokens=1500)
+  assert validation.num_tokens == 1500 // 32 * 32
+  expected = collect(validation, 1)
+  found = collect(Validation(data, seq_len=32, tokens=1500), batch_size, ranks)
+  assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+  tokens, targets, num_bytes = found
+  assert tokens.numel() == validation.num_tokens
+  assert torch.equal(tokens[:, 1:], targets[:, :-1])
+  assert torch.equal(num_bytes, (targets != BYTE.eot).int())
+
+
+@given(
+  heldout=st.lists(st.integers(0, 250), min_size=1, max_size=4).filter(lambda h: max(h) > 16),
+  tokens=st.integers(1, 900),
+)
+def test_validation_windows_are_distinct_and_in_proportion(heldout, tokens):
+  data = in_memory([1000] * len(heldout), heldout=heldout)
+  validation = Validation(data, seq_len=16, tokens=tokens)
+  have = np.array([max(0, h - 1) // 16 for h in heldout])
+  expected = min(max(1, tokens // 16), have.sum())
+  take = np.bincount(validation.source_W, minlength=len(heldout))
+  assert take.sum() == expected and (take <= have).all()
+  assert (np.abs(take - expected * have / have.sum()) < 1).all()
+  inputs = collect(validation, 1)[0].numpy()
+  assert (inputs < np.array(heldout)[validation.source_W][:, None]).all()
+  places = inputs + 1000 * validation.source_W[:, None]
+  assert len(np.unique(places)) == places.size
+
+
+def test_validation_ignores_weights_and_shares_nothing_with_training(data):
+  for source in data.sources:
+    assert not set(source.hashes("train").tolist()) & set(source.hashes("heldout").tolist())
+    assert len(source.hashes("heldout"))
+
+
+def test_too_little_held_out_is_named():
+  data = in_memory([1000, 1000], heldout=[16, 0])
+  with pytest.raises(DataError, match="'a': 16, .*needs 17; raise mixture.holdout"):
+    Validation(data, seq_len=16, tokens=100)
+
+
+def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(data):
+  tokens, targets, num_bytes = collect(Validation(data, seq_len=32, tokens=1500), 4)
+  nats = (num_bytes > 0) * math.log(256)
+  assert bits_per_byte(nats.sum().item(), num_bytes.sum().item()) == pytest.approx(8, rel=1e-6)
+
+
+def test_unigram_bpb_against_its_definition(data):
+  """Counted anew from the tokens on disk, token by token, in float64."""
+
+  def tokens_of(source, split):
+    return [
+      t
+      for e in source.manifest[split]["shards"]
+      for t in np.load(source.folder / e["file"]).tolist()
+    ]
+
+  share = shares(data)
+  probability = dict.fromkeys(range(257), 0.0)
+  for source in data.sources:
+    train = tokens_of(source, "train")
+    for v in probability:
+      probability[v] += share[source.name] * (train.count(v) + 1) / (len(train) + 257)
+  heldout = [t for source in data.sources for t in tokens_of(source, "heldout") if t != BYTE.eot]
+  expected = -math.fsum(math.log2(probability[t]) for t in heldout) / len(heldout)
+  assert unigram_bpb(data) == pytest.approx(expected, rel=1e-12)
+
+
+# --- damage ---
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[:-10])
+
+
+def edit(path):
+  manifest = json.loads(path.read_text())
+  manifest["holdout"] = 0.5
+  path.write_text(json.dumps(manifest))
+
+
+def outdated(path):
+  manifest = json.loads(path.read_text()) | {"format": 0}
+  del manifest["sha256"]
+  path.write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
+
+
+SHARD, MANIFEST = "train-tokens-00001.npy", "manifest.json"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+  ("name", "damage", "message"),
+  [
+    (SHARD, flip, "sha256 is [0-9a-f]{64}, the manifest says [0-9a-f]{64}"),
+    (SHARD, cut, "holds [0-9]+ bytes, the manifest says [0-9]+"),
+    (SHARD, Path.unlink, "cannot be read"),
+    ("train-counts.npy", cut, "holds [0-9]+ bytes, the manifest says [0-9]+"),
+    (MANIFEST, Path.unlink, "no readable manifest"),
+    (MANIFEST, cut, "no readable manifest"),
+    (MANIFEST, edit, "hashes to [0-9a-f]{64}, it states [0-9a-f]{64}"),
+    (MANIFEST, outdated, "format is 0, this version reads"),
+    (MANIFEST, lambda p: p.write_text("[]"), "not a manifest"),
+  ],
+)
+def test_damage_is_found_and_named(folder, tmp_path, name, damage, message, verify):
+  copy = tmp_path / "data"
+  shutil.copytree(folder.parent, copy)
+  source = copy / "sources" / json.loads((folder / MANIFEST).read_text())["sources"][1]["source"]
+  damage(source / name)
+  if damage is flip and not verify:
+    open_data(copy / folder.name, verify=False)  # only sizes are compared
+    return
+  with pytest.raises(DataError, match=f"{source / name}.*{message}.*delete {source} and prepare"):
+    open_data(copy / folder.name, verify=verify)
+
+
+def test_a_damaged_mixture_is_named(folder, tmp_path):
+  copy = tmp_path / "data"
+  shutil.copytree(folder.parent, copy)
+  cut(copy / folder.name / MANIFEST)
+  with pytest.raises(DataError, match=f"{copy / folder.name / MANIFEST}: no readable manifest"):
+    open_data(copy / folder.name)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+  with pytest.raises(DataError, match=f"{tmp_path}/none/manifest.json: no readable manifest"):
+    open_data(tmp_path / "none")
+
+
+def test_deleting_what_is_damaged_and_preparing_again_restores_it(folder, tmp_path):
+  sources = tuple(
+    FilesSource(name=name, paths=(str(folder.parents[1] / name / "*"),), format="text")
+    for name in ("plain", "odd")
+  )
+  mixture = Mixture(sources=sources, holdout=0.1)
+  prepared = prepare(mixture, BYTE, tmp_path)
+  before = Loader(open_data(prepared), seq_len=24, seed=0).samples(np.arange(50))
+  damaged = open_data(prepared).sources[0].folder
+  cut(damaged / "train-tokens-00000.npy")
+  with pytest.raises(DataError):
+    open_data(prepared)
+  shutil.rmtree(damaged)
+  data = open_data(prepare(mixture, BYTE, tmp_path))
+  assert np.array_equal(Loader(data, seq_len=24, seed=0).samples(np.arange(50)), before)
