@@ -1,7 +1,6 @@
-"""What all tests share.
+"""For all tests: no hypothesis deadline, since cores are shared and first calls are slow; a browser.
 
-Property tests have no deadline, since the machine may be busy. Tests marked `browser` need
-Chromium or Chrome; without one they are deselected and counted.
+Tests marked `browser` need Chromium or Chrome; without one they are deselected and counted.
 """
 
 import shutil
@@ -12,12 +11,12 @@ from hypothesis import settings
 settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def pytest_report_header():
-  return f"browser: {BROWSER or 'none of ' + ', '.join(NAMES) + '; its tests are deselected'}"
+  return f"browser: {BROWSER or 'none of ' + ', '.join(BROWSERS) + '; its tests are deselected'}"
 
 
 def pytest_collection_modifyitems(config, items):
