@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nmoe.doctor import examine
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -12,6 +11,7 @@ from rich.table import Table
 from nmoe import config as configs
 from nmoe import plan as plans
 from nmoe.config import Config
+from nmoe.doctor import examine
 from nmoe.experiments import Experiments
 from stages.report import terminal_summary
 
