@@ -1,4 +1,4 @@
-"""For all tests: no hypothesis deadline, since cores are shared and first calls are slow; a browser.
+"""For all tests: hypothesis without a deadline, since cores are shared; the browser, if any.
 
 Tests marked `browser` need Chromium or Chrome; without one they are deselected and counted.
 """
