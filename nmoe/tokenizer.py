@@ -93,8 +93,15 @@ class O200kTokenizer:
     )
 
   def encode(self, text: str) -> np.ndarray:
-    clean = text.encode("utf-8", errors="replace").decode("utf-8")
-    return self._encoding.encode_to_numpy(clean, disallowed_special=())
+    return self._encode(text.encode("utf-8", errors="replace").decode("utf-8"))
+
+  def _encode(self, text: str) -> np.ndarray:
+    """tiktoken's pattern overflows on about a million blanks: such a text is cut in halves."""
+    try:
+      return self._encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+      half = len(text) // 2
+      return np.concatenate([self._encode(text[:half]), self._encode(text[half:])])
 
   def decode(self, ids) -> bytes:
     return b"".join(self._pieces.get(i, b"") for i in np.asarray(ids).tolist())

@@ -82,6 +82,13 @@ def test_lone_surrogates_become_question_marks(o200k):
     assert each.decode(each.encode("a\ud800b")) == b"a?b"
 
 
+def test_a_text_that_overflows_the_pattern_is_encoded_in_parts(o200k, oracle):
+  text = "a" + " " * 3_000_000 + "b"
+  with pytest.raises(ValueError, match="stack size"):
+    oracle.encode_to_numpy(text, disallowed_special=())
+  assert o200k.decode(o200k.encode(text)) == text.encode()
+
+
 def test_unknown_name():
   with pytest.raises(ConfigError, match="'gpt2' is unknown; choose one of byte, o200k_harmony"):
     tokenizer.get("gpt2")
