@@ -1,6 +1,7 @@
 """CuTeDSL and QuACK implementation of kernels.ops for sm_90a and sm_100a."""
 
 from kernels.cuda.attention import attention
+from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.experts import experts, grouped_mlp
@@ -24,6 +25,7 @@ __all__ = [
   "mla_qkv",
   "mlp",
   "newton_schulz",
+  "quantize",
   "rms_norm",
   "route",
 ]

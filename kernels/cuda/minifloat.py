@@ -1,0 +1,178 @@
+"""Device code of the block-scaled formats' arithmetic; kernels.reference.blockscale defines it.
+
+Every fp32 operation is one PTX instruction with round-to-nearest and subnormals, so that no
+compiler flag can change a bit, and the same code runs on every architecture.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint16, Uint32, const_expr
+
+FINITE = 0x7F800000  # magnitudes below it are finite
+E4M3_NAN = 0x7F
+
+
+def _binary(op: str, a: Float32, b: Float32) -> Float32:
+  ptx = f"{op}.rn.f32 {{$w0}}, {{$r0}}, {{$r1}};"
+  return cute.arch.inline_ptx(ptx, write_only_types=[Float32], read_only_args=[a, b])
+
+
+def divide(a: Float32, b: Float32) -> Float32:
+  """a / b, correctly rounded."""
+  return _binary("div", Float32(a), Float32(b))
+
+
+def multiply(a: Float32, b: Float32) -> Float32:
+  """a · b, correctly rounded and never fused."""
+  return _binary("mul", a, b)
+
+
+def add(a: Float32, b: Float32) -> Float32:
+  """a + b, correctly rounded and never fused."""
+  return _binary("add", a, b)
+
+
+def subtract(a: Float32, b: Float32) -> Float32:
+  """a - b, correctly rounded and never fused."""
+  return _binary("sub", a, b)
+
+
+def magnitude_bits(value: Float32) -> Int32:
+  """The bits of |value|: they order like the magnitude, infinity and NaN above all numbers."""
+  return value.bitcast(Int32) & 0x7FFFFFFF
+
+
+def e4m3_pair(low: Float32, high: Float32) -> Uint32:
+  """The E4M3 codes of two numbers in the low 16 bits: nearest even, saturating, NaN 0x7F."""
+  ptx = "cvt.rn.satfinite.e4m3x2.f32 {$w0}, {$r0}, {$r1};"
+  pair = cute.arch.inline_ptx(ptx, write_only_types=[Uint16], read_only_args=[high, low])
+  return Uint32(pair)
+
+
+@cute.jit
+def e4m3_value(code: Uint32) -> Float32:
+  """The value of a non-negative E4M3 code; NaN of 0x7F."""
+  field = Int32(code >> 3)
+  q = Int32(code & 7)
+  if field > 0:
+    q += 8
+  exponent = field - 10 if field > 0 else Int32(-9)
+  value = multiply(Float32(q), ((exponent + 127) << 23).bitcast(Float32))
+  return Float32(float("nan")) if code == E4M3_NAN else value
+
+
+@cute.jit
+def e8m0_code(amax_bits: Int32) -> Int32:
+  """2^ceil(log2(amax / 448)) as an E8M0 code; 255 where amax is not finite."""
+  code = Int32(0xFF)
+  if amax_bits < FINITE:
+    bits = divide(amax_bits.bitcast(Float32), 448.0).bitcast(Int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    exact = mantissa <= 0x400000 if exponent == 0 else mantissa == 0
+    code = exponent if exact else exponent + 1
+  return code
+
+
+@cute.jit
+def e8m0_factor(code: Int32) -> Float32:
+  """1 / 2^(code - 127), or 1 for NaN's code."""
+  exponent = Int32(127) if code == 0xFF else 254 - code
+  return (exponent << 23).bitcast(Float32)
+
+
+@cute.jit
+def nvfp4_encode(tensor_amax: Float32) -> Float32:
+  """What brings the tensor's largest magnitude to 6 · 448; 1 where it can't."""
+  encode = divide(2688.0, tensor_amax)
+  bits = encode.bitcast(Int32)
+  return encode if bits > 0 and bits < FINITE else Float32(1.0)
+
+
+@cute.jit
+def nvfp4_scale(amax_bits: Int32, encode: Float32, tensor_scale: Float32):
+  """(E4M3 code of a block's scale, what its elements are multiplied by)."""
+  code, factor = Uint32(E4M3_NAN), Float32(1.0)
+  if amax_bits < FINITE:
+    scale = multiply(divide(amax_bits.bitcast(Float32), 6.0), encode)
+    code = e4m3_pair(scale, Float32(0.0)) & 0xFF
+    step = e4m3_value(code)
+    factor = Float32(0.0)
+    if code > 0:
+      factor = divide(1.0, multiply(step, tensor_scale))
+  return code, factor
+
+
+def e4m3_codes(low: Float32, high: Float32, low_factor: Float32, high_factor: Float32) -> Uint32:
+  """The E4M3 codes of two products value · factor, with the values' signs, in the low 16 bits."""
+  magnitudes = (
+    multiply(magnitude_bits(value).bitcast(Float32), factor)
+    for value, factor in ((low, low_factor), (high, high_factor))
+  )
+  sign_low = (low.bitcast(Uint32) >> 24) & 0x80
+  sign_high = (high.bitcast(Uint32) >> 16) & 0x8000
+  return (e4m3_pair(*magnitudes) & 0x7F7F) | sign_low | sign_high
+
+
+@cute.jit
+def e2m1_code(value: Float32, random, stochastic: cutlass.Constexpr[bool]) -> Uint32:
+  """The E2M1 code of a number, to nearest even or stochastically by 32 random bits."""
+  bits = value.bitcast(Uint32)
+  magnitude = cute.arch.fmin(magnitude_bits(value).bitcast(Float32), Float32(6.0))
+  exponent = cutlass.max((magnitude.bitcast(Int32) >> 23) - 127, 0)
+  q = multiply(magnitude, ((128 - exponent) << 23).bitcast(Float32))
+  if const_expr(stochastic):
+    floor = _round("rmi", q)
+    chance = multiply(Float32(Int32(random >> 8)), Float32(2.0**-24))
+    rounded = Int32(floor)
+    if chance < subtract(q, floor):
+      rounded += 1
+  else:
+    rounded = Int32(_round("rni", q))
+  code = Uint32((exponent << 1) + rounded)
+  sign = (bits >> 28) & 8
+  return code if (bits & 0x7FFFFFFF) > FINITE else code | sign
+
+
+def _round(mode: str, value: Float32) -> Float32:
+  """To an integral number: rni nearest even, rmi down."""
+  ptx = f"cvt.{mode}.f32.f32 {{$w0}}, {{$r0}};"
+  return cute.arch.inline_ptx(ptx, write_only_types=[Float32], read_only_args=[value])
+
+
+def _mix(h: Uint32) -> Uint32:
+  h = (h ^ (h >> 16)) * Uint32(0x7FEB352D)
+  h = (h ^ (h >> 15)) * Uint32(0x846CA68B)
+  return h ^ (h >> 16)
+
+
+def random_bits(index: Uint32, key0: Uint32, key1: Uint32) -> Uint32:
+  """32 bits for element `index`, with the keys derive(seed) and derive(seed, 1)."""
+  return _mix(_mix(index ^ key0) + key1)
+
+
+@cute.jit
+def flip(value: Float32, signs: Uint32, position: cutlass.Constexpr[int]) -> Float32:
+  """The value, negated if bit `position` of `signs` is set."""
+  bit = (signs << (31 - position)) & Uint32(0x80000000)
+  return (value.bitcast(Uint32) ^ bit).bitcast(Float32)
+
+
+@cute.jit
+def butterflies(
+  rX: cute.Tensor,
+  start: cutlass.Constexpr[int],
+  count: cutlass.Constexpr[int],
+  step: cutlass.Constexpr[int],
+):
+  """In place (a + b, a - b) over distances 1, 2, … below `count`, on rX[start + i · step]."""
+  distance = 1
+  while const_expr(distance < count):
+    for i in cutlass.range_constexpr(count):
+      if const_expr(i & distance == 0):
+        low = const_expr(start + i * step)
+        high = const_expr(start + (i + distance) * step)
+        a, b = rX[low], rX[high]
+        rX[low], rX[high] = add(a, b), subtract(a, b)
+    distance *= 2

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from gpu.oracle import relative
+from kernels import reference
+from kernels.cuda.optim import adamw, newton_schulz
+from kernels.ops import KernelError
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP32 = torch.bfloat16, torch.float32
+RULE = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def state(sizes, param, grad, moment):
+  """(params, grads, masters, exp_avgs, exp_avg_sqs); an fp32 parameter is its own master."""
+  masters = [torch.randn(n, device="cuda") for n in sizes]
+  params = masters if param == FP32 else [m.to(param) for m in masters]
+  grads = [torch.randn(n, device="cuda").to(grad) for n in sizes]
+  moments = [[torch.rand(n, device="cuda").to(moment) for n in sizes] for _ in range(2)]
+  return params, grads, masters, *moments
+
+
+@pytest.mark.parametrize("grad", [BF16, FP32])
+@pytest.mark.parametrize("moment", [BF16, FP32])
+@pytest.mark.parametrize("param", [BF16, FP32])
+def test_three_steps_follow_float64(param, grad, moment):
+  ours = state([1, 7, 8, 4099, 100_000], param, grad, moment)
+  scale = torch.tensor(0.7, device="cuda")
+  exact = [[t.double() for t in group] for group in ours[:3]]
+  exact[0] = exact[2]
+  exact += [[t.double() for t in group] for group in ours[3:]]
+  for step in (1, 2, 3):
+    adamw(*ours, step=step, grad_scale=scale, **RULE)
+    reference.adamw(*exact, step=step, grad_scale=scale.double(), **RULE)
+  for group, wanted in zip(ours, exact, strict=True):
+    for a, b in zip(group, wanted, strict=True):
+      assert relative(a, b) < (1e-2 if BF16 in (a.dtype, moment) else 3e-7)
+  if param == BF16:
+    assert all(torch.equal(p, m.bfloat16()) for p, m in zip(ours[0], ours[2], strict=True))
+
+
+def test_nan_scale_leaves_everything():
+  ours = state([1000, 3], BF16, BF16, FP32)
+  before = [[t.clone() for t in group] for group in ours]
+  adamw(*ours, step=1, grad_scale=torch.tensor(torch.nan, device="cuda"), **RULE)
+  for group, kept in zip(ours, before, strict=True):
+    assert all(torch.equal(a, b) for a, b in zip(group, kept, strict=True))
+
+
+def test_repeats_bit_for_bit():
+  ours = state([1 << 20], BF16, BF16, FP32)
+  other = [[t.clone() for t in group] for group in ours]
+  for group in (ours, other):
+    adamw(*group, step=1, grad_scale=torch.tensor(1.0, device="cuda"), **RULE)
+  for a, b in zip(ours, other, strict=True):
+    assert torch.equal(a[0], b[0])
+
+
+def test_fp16_and_uneven_lists_are_refused():
+  ours = state([8], BF16, BF16, FP32)
+  scale = torch.tensor(1.0, device="cuda")
+  with pytest.raises(KernelError, match="different lengths"):
+    adamw([], *ours[1:], step=1, grad_scale=scale, **RULE)
+  with pytest.raises(KernelError, match="bfloat16 or torch.float32"):
+    adamw(*ours[:1], [ours[1][0].half()], *ours[2:], step=1, grad_scale=scale, **RULE)
+
+
+@pytest.mark.parametrize(
+  "shape", [(256, 512), (4, 1408, 2048), (3, 2, 512, 128), (64, 64), (1, 40, 8)]
+)
+def test_newton_schulz(shape):
+  g = torch.randn(shape, device="cuda")
+  out = newton_schulz(g, 5)
+  exact = reference.newton_schulz(g.double().cpu(), 5)
+  assert out.shape == g.shape and out.dtype == g.dtype
+  singular = torch.linalg.svdvals(out.double())
+  assert 0.3 < singular.min() and singular.max() < 1.4
+  # five bf16 steps: about 1 % of the exact iteration's result
+  assert relative(out.cpu(), exact) < 3e-2
+  assert torch.equal(out, newton_schulz(g, 5))
+
+
+def test_newton_schulz_refuses_unaligned_matrices():
+  with pytest.raises(KernelError, match="multiples of 8"):
+    newton_schulz(torch.randn(12, 16, device="cuda"), 5)
