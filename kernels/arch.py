@@ -45,5 +45,6 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
     "CUTE_DSL_ARCH": arch,
     "QUACK_ARCH": f"{major}{minor}",
     "QUACK_CACHE_ENABLED": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
     "QUACK_CACHE_DIR": str(Path(cache_root).absolute() / arch),
   }

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -106,6 +107,17 @@ def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -
     )
   except (OSError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
     raise CheckpointError(f"{path} does not hold this run's state: {_cause(error)}") from error
+
+
+def read(path: Path) -> dict[str, Tensor]:
+  """Every tensor of a finished checkpoint on the CPU, experts under their global ids."""
+  verify(path)
+  stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+  state = {
+    name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()
+  }
+  dcp.load(state, checkpoint_id=path, no_dist=True)
+  return state
 
 
 def manifest(path: Path) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
   ranks: int = schedule(1)
-  threads: int = free(0)  # torch CPU threads per rank; 0: cores / ranks
+  threads: int = schedule(0)  # torch CPU threads per rank; 0: cores / ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,3 +33,9 @@ class RecordError(NmoeError):
 
 class RunError(NmoeError):
   """A run stopped: a non-finite loss, two processes on one run, or a failed child process."""
+
+
+class DivergedError(RunError):
+  """The loss or a gradient is not finite: an outcome of the configuration, not a fault of the
+  machine.
+  """

@@ -17,7 +17,7 @@ from torch import Tensor
 from nmoe import plan
 from nmoe.clock import Clock
 from nmoe.data import bits_per_byte
-from nmoe.errors import RunError
+from nmoe.errors import DivergedError
 from nmoe.model import Model
 from nmoe.optim import clip_factor
 
@@ -57,9 +57,9 @@ class Watch:
     return torch.where(self.bad_step >= 0, torch.nan, scale)
 
   def check(self, bad_step: int) -> None:
-    """Raise RunError if a step was not finite."""
+    """Raise DivergedError if a step was not finite."""
     if bad_step >= 0:
-      raise RunError(
+      raise DivergedError(
         f"step {bad_step + 1}: the loss or a gradient is not finite; the optimizer did not step. "
         "Resume from "
         "the last checkpoint with a lower learning rate or clip norm (optim.*), or look at the "

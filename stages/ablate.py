@@ -35,13 +35,15 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
     for seed in seeds_of(other):
       for arm in arms:
         runs[arm.name].append(bench.run(experiment, arm, seed, progress))
+  everything = runs["baseline"] + runs["variant"]
+  bench.check(experiment, everything)
   judged = paired(
     [value(run, asked.metric) for run in runs["baseline"]],
     [value(run, asked.metric) for run in runs["variant"]],
     direction=asked.direction,
     min_effect=asked.min_effect,
   )
-  return bench.close(experiment, judged.verdict, judged.as_dict(), sum(runs.values(), []))
+  return bench.close(experiment, judged.verdict, judged.as_dict(), everything)
 
 
 def differences(

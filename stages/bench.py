@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from nmoe.data import Loader, open_data
 from rich.console import Console
 from rich.table import Table
 
 from nmoe import config as configs
 from nmoe import plan
+from nmoe.data import Loader, open_data
 from nmoe.errors import ConfigError
 from nmoe.metrics import read
 from stages.runs import Workbench, progress_display

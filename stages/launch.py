@@ -23,8 +23,16 @@ from nmoe.config import Config
 GRACE_S = 30.0  # a rank may take this long to leave after the first one did or after SIGTERM
 
 
-def run(root: Path, run_id: str, config: Config, progress: Callable[[dict], None]) -> int:
+def run(
+  root: Path,
+  run_id: str,
+  config: Config,
+  progress: Callable[[dict], None],
+  kill_at: int | None = None,
+) -> int:
   """Execute the run and return its exit status (0: completed); progress receives each line.
+
+  kill_at: SIGKILL every rank once a line of that step or a later one came (a test of resuming).
 
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
   resumable.
@@ -38,7 +46,11 @@ def run(root: Path, run_id: str, config: Config, progress: Callable[[dict], None
   previous = signal.signal(signal.SIGTERM, _raise_interrupt)
   try:
     for line in children[0].stdout:
-      progress(json.loads(line))
+      entry = json.loads(line)
+      progress(entry)
+      if kill_at is not None and entry["step"] >= kill_at:
+        for child in children:
+          child.kill()
     return _join(children)
   except KeyboardInterrupt:
     _terminate(children)

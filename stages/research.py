@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from nmoe import config as configs
 from nmoe.errors import RunError
+from nmoe.metrics import read
 from stages.runs import Arm, Workbench, progress_display, seeds_of, value
-from stages.statistics import judge, single
+from stages.statistics import single
 
 
 def run(path: Path, seeds: int | None, console: Console) -> Path:
@@ -28,17 +30,16 @@ def run(path: Path, seeds: int | None, console: Console) -> Path:
   experiment = bench.experiment("research", config, [arm])
   with progress_display(console) as progress:
     runs = [bench.run(experiment, arm, seed, progress) for seed in seeds_of(config)]
+  bench.check(experiment, runs)
   asked = config.experiment
-  values = [value(r, asked.metric) for r in runs]
-  if asked.metric == "val/bpb":
-    values = [v - value(r, "unigram_bpb") for v, r in zip(values, runs, strict=True)]
-  judged = single(values)
-  verdict, reason = "described", f"{asked.metric} is {judged.mean:.4f}"
-  if asked.metric == "val/bpb":
-    interval = (judged.low, judged.high)
-    verdict, reason = judge(judged.mean, interval, judged.n, asked.direction, asked.min_effect)
-    reason = reason.replace("The variant", "val/bpb, against a unigram model,", 1)
-  return bench.close(experiment, verdict, {**judged.as_dict(), "reason": reason}, runs)
+  unigram = runs[0].results.get("unigram_bpb") if asked.metric == "val/bpb" else None
+  judged = single(
+    [value(run, asked.metric) for run in runs],
+    reference=unigram,
+    direction=asked.direction,
+    min_effect=asked.min_effect,
+  )
+  return bench.close(experiment, judged.verdict, judged.as_dict(), runs)
 
 
 def rerun(run_id: str, root: Path, console: Console) -> Path:
@@ -65,8 +66,9 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
   bench.experiments.link(experiment.id, first.id, "repeats", f"of run {run_id}")
   with progress_display(console) as progress:
     new = bench.repeat(experiment, arm, old.seed, progress)
-  before, after = value(old, first.metric), value(new, first.metric)
-  equal = before == after
-  reason = f"{first.metric} was {before!r} and is {after!r}"
-  verdict = "confirmed" if equal else "refuted"
-  return bench.close(experiment, verdict, {"reason": reason, "run": run_id}, [new])
+  bench.check(experiment, [new])
+  before, after = (read(root, r.id, ["train/loss"])["train/loss"][2] for r in (old, new))
+  equal = np.array_equal(before, after, equal_nan=True)
+  reason = f"{len(before)} logged losses, " + ("bit-identical" if equal else "not identical")
+  outcome = {"reason": reason, "of": run_id}
+  return bench.close(experiment, "confirmed" if equal else "refuted", outcome, [new])

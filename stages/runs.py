@@ -123,16 +123,26 @@ class Workbench:
     self.experiments.release(run.id)
     return self._execute(run, config, f"{arm.name} seed {seed}", progress)
 
-  def close(self, experiment: Experiment, verdict: str, judged: dict, runs: list[Run]) -> Path:
-    """Store the outcome, write the report and say both. RunError at the very end if a run failed."""
-    self.experiments.conclude(experiment.id, verdict, judged)
+  def check(self, experiment: Experiment, runs: list[Run]) -> None:
+    """RunError if a run failed for another reason than divergence: then there is nothing to judge."""
+    failed = [run for run in runs if run.status == "failed" and "diverged" not in run.results]
+    if failed:
+      self.experiments.set_status(experiment.id, "failed")
+      raise RunError(
+        f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command repeats them:\n"
+        + "\n".join(f"{r.id} ({r.arm} seed {r.seed}): {r.error}" for r in failed)
+      )
+
+  def close(self, experiment: Experiment, verdict: str, outcome: dict, runs: list[Run]) -> Path:
+    """Store the outcome, write the report and say both; a diverged run is a RunError at the end."""
+    self.experiments.conclude(experiment.id, verdict, outcome)
     path = write_report(self.root, experiment.id)
     self.console.print(terminal_summary(self.root, experiment.id))
     self.console.print(f"report: {path}", soft_wrap=True)
-    failed = [run for run in runs if run.status == "failed"]
-    if failed:
-      lines = [f"{r.id} ({r.arm} seed {r.seed}): {r.error}" for r in failed]
-      raise RunError(f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(lines))
+    diverged = [run for run in runs if run.status == "failed"]
+    if diverged:
+      lines = [f"{r.id} ({r.arm} seed {r.seed}): {r.error}" for r in diverged]
+      raise RunError(f"{len(diverged)} of {len(runs)} runs diverged:\n" + "\n".join(lines))
     return path
 
   def _start(self, experiment: Experiment, arm: Arm, seed: int, config: Config) -> Run:
@@ -171,8 +181,8 @@ class Workbench:
 
 
 def value(run: Run, metric: str) -> float:
-  """A run's final value of a metric; NaN if the run failed, which statistics count as diverged."""
-  return run.results.get(metric, math.nan)
+  """A completed run's final value of a metric; NaN if it diverged."""
+  return math.nan if run.status == "failed" else run.results[metric]
 
 
 def seeds_of(config: Config) -> range:
