@@ -1,21 +1,25 @@
 """The symmetric heap: every rank's buffers, mapped on every rank that can reach them.
 
-What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (`symmetric`
-of its kernels: POSIX shared memory on the cpu, NVSHMEM on GPUs). A heap is owned by one Rdep.
+What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (`allocate` of
+its kernels' exchange: POSIX shared memory on the cpu, NVSHMEM on GPUs). An Rdep owns its heap.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kernels.buffers import BufferLayout, Buffers
 from kernels.ops import KernelError
 from nmoe.config import Config
 from nmoe.errors import CommError
+
+# bytes of a block -> every rank's block
+Allocate = Callable[[int, dist.ProcessGroup], list[Tensor]]
 
 
 def buffer_layout(config: Config) -> BufferLayout:
@@ -39,10 +43,15 @@ class Heap:
   Collective over `group` (gloo). Raises CommError if the memory cannot be had or shared.
   """
 
-  def __init__(self, layout: BufferLayout, symmetric: ModuleType, group: dist.ProcessGroup):
+  def __init__(
+    self,
+    layout: BufferLayout,
+    allocate: Callable[[int, dist.ProcessGroup], list[Tensor]],
+    group: dist.ProcessGroup,
+  ):
     self.layout = layout
     try:
-      blocks = symmetric.allocate(layout.nbytes, group)
+      blocks = allocate(layout.nbytes, group)
     except KernelError as error:
       raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
     self.peers: list[Buffers] = [layout.views(block) for block in blocks]

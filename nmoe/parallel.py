@@ -1,60 +1,111 @@
 """The ranks of a run: what dense parameters, sums and control need of torch.distributed.
 
-Dense and router parameters are replicated and their gradients summed over ranks; routed experts live on
-one rank each and already hold the sum over all ranks' tokens. With one rank everything here is a no-op.
+Dense and router parameters are replicated and their gradients summed over ranks; routed experts
+live on one rank each and already hold the sum over all ranks' tokens. Losses are divided by the
+global number of tokens before backward, so sums are right and nothing is averaged. With one rank
+everything here is a no-op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmoe.config import Config
 from nmoe.model import parameter_group
+from nmoe.rdep import Rdep
+from nmoe.target import Target
+
+BUCKET = 16 * 2**20  # gradient elements summed by one call: 64 MiB of fp32
 
 
 @dataclass
 class Parallel:
+  """This process among the ranks. Every method is collective, and the same on all ranks."""
+
   rank: int = 0
   ranks: int = 1
-  rdep: Any = None  # nmoe.rdep.Rdep when ranks > 1
+  rdep: Rdep | None = None  # None with one rank
   first_expert: int = 0  # global id of this rank's first routed expert
+  control: dist.ProcessGroup | None = None  # gloo, for host values
 
   def sum(self, x: Tensor) -> Tensor:
-    """Σ over ranks, in place."""
+    """Σ over ranks, in place; the same bits on every rank."""
     if self.ranks > 1:
       dist.all_reduce(x)
     return x
 
+  def any(self, flag: bool) -> bool:
+    """Whether the flag is set on some rank: what all must decide alike. Host values only."""
+    if self.ranks == 1:
+      return flag
+    told = torch.tensor(int(flag))
+    dist.all_reduce(told, dist.ReduceOp.MAX, self.control)
+    return bool(told)
+
   def sum_squares(self, squared_3: Tensor) -> Tensor:
-    """Squared gradient norms of the whole model: dense and router once, experts summed over ranks."""
+    """Squared gradient norms (dense, router, expert) of one rank -> those of the whole model.
+
+    To be called after `reduce_gradients`: each parameter then counts once, dense and router ones
+    because every rank holds the same sum, experts by the sum over ranks.
+    """
     squared_3[2] = self.sum(squared_3[2:].clone())[0]
     return squared_3
 
+  @torch.no_grad()
   def reduce_gradients(self, model: nn.Module) -> None:
-    """Sum the gradients of replicated parameters over ranks."""
+    """Sum the gradients of replicated parameters over ranks, in fp32, rounded once."""
     if self.ranks == 1:
       return
-    for name, parameter in model.named_parameters():
-      if parameter_group(name) != "expert":
-        dist.all_reduce(parameter.grad)
+    for grads in _buckets(model):
+      flat = torch.cat([grad.flatten().float() for grad in grads])
+      dist.all_reduce(flat)
+      parts = flat.split([grad.numel() for grad in grads])
+      for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
 
 
-def init(config: Config, rank: int, rendezvous: Path | None) -> Parallel:
-  """Join the run's other ranks, who meet in the file `rendezvous`."""
-  if config.launch.ranks == 1:
+def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> Parallel:
+  """Join the run's other ranks, who meet in the file `rendezvous`, and open all communicators.
+
+  Dense gradients travel over NCCL on GPUs, over gloo on the cpu and where ranks share a GPU (NCCL
+  refuses that). RDEP's heap is allocated here. Raises CommError.
+  """
+  ranks = config.launch.ranks
+  if ranks == 1:
     return Parallel()
+  alone = target.device.type == "cuda" and ranks <= torch.cuda.device_count()
+  timeout = timedelta(seconds=config.rdep.deadline_s)
   dist.init_process_group(
-    "gloo" if config.target.arch == "cpu" else "nccl",
+    "nccl" if alone else "gloo",
     init_method=f"file://{rendezvous}",
     rank=rank,
-    world_size=config.launch.ranks,
-    timeout=timedelta(seconds=config.rdep.deadline_s),
+    world_size=ranks,
+    timeout=timeout,
+    device_id=target.device if alone else None,
   )
-  num_local = config.moe.num_experts // config.launch.ranks
-  return Parallel(rank, config.launch.ranks, None, rank * num_local)
+  control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
+  rdep = Rdep(config, target.ops, control, target.exchange)
+  return Parallel(rank, ranks, rdep, rdep.first, control)
+
+
+def _buckets(model: nn.Module) -> Iterator[list[Tensor]]:
+  """The gradients of replicated parameters, in parameter order, in groups of about BUCKET."""
+  bucket, size = [], 0
+  for name, parameter in model.named_parameters():
+    if parameter_group(name) == "expert":
+      continue
+    assert parameter.grad is not None, f"{name} has no gradient to sum over ranks"
+    bucket.append(parameter.grad)
+    size += parameter.grad.numel()
+    if size >= BUCKET:
+      yield bucket
+      bucket, size = [], 0
+  if bucket:
+    yield bucket

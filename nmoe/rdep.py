@@ -73,9 +73,9 @@ def places(count_RE: Tensor, alignment: int) -> Places:
 class Rdep:
   """The communication of all MoE layers of one process; owns the symmetric heap.
 
-  `ops`, `exchange` and `symmetric` are of the target's kernels: the contract's operations, the row
-  movers and the shared memory. group: the ranks, a gloo group; None for one rank, which needs only
-  ops. Collective. `rounds[layer]` is the number of rounds of the layer's last forward pass.
+  `ops` and `exchange` are of the target's kernels: the contract's operations, and the row movers
+  with their shared memory. group: the ranks, a gloo group; None for one rank, which needs only ops.
+  Collective. `rounds[layer]` is the number of rounds of the layer's last forward pass.
   """
 
   def __init__(
@@ -84,7 +84,6 @@ class Rdep:
     ops: ModuleType,
     group: dist.ProcessGroup | None = None,
     exchange: ModuleType | None = None,
-    symmetric: ModuleType | None = None,
   ):
     self.config, self.ops = config, ops
     self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
@@ -93,7 +92,7 @@ class Rdep:
     self.rounds: dict[int, int] = {}
     self.trip = self.done = 0  # the last trip begun, and the last whose replies have all come
     if self.num_ranks > 1:
-      self.heap = Heap(buffer_layout(config), symmetric, group)
+      self.heap = Heap(buffer_layout(config), exchange.allocate, group)
       self.exchange = exchange.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
 
   def experts(
@@ -290,7 +289,7 @@ class _Call:
 
   def _back(self) -> Tensor:
     num_tokens, top_k = self.gate_TK.shape
-    return self.rdep.heap.mine.back_ND[: num_tokens * top_k].view(num_tokens, top_k, -1)
+    return self.rdep.heap.mine.back_ND[: num_tokens * top_k].unflatten(0, (num_tokens, top_k))
 
   def _mine(self) -> slice:
     rdep = self.rdep
@@ -323,8 +322,8 @@ class _Call:
       missing = ", ".join(f"{expected_R[r]} from rank {r}" for r in late)
       rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
     return (
-      f"rank {rdep.rank} of {rdep.num_ranks}, layer {self.layer}, {self.phase}, round {self.round}: "
-      f"{KIND_NAMES[kind]} of rank {', '.join(map(str, late))} did not come within "
+      f"rank {rdep.rank} of {rdep.num_ranks}, layer {self.layer}, {self.phase}, round {self.round}:"
+      f" {KIND_NAMES[kind]} of rank {', '.join(map(str, late))} did not come within "
       f"{rdep.config.rdep.deadline_s:g} s ({rows}). See that rank's log; if it is alive but slow, "
       "raise rdep.deadline_s"
     )

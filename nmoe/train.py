@@ -21,7 +21,7 @@ from nmoe import checkpoint, parallel
 from nmoe import config as configs
 from nmoe.config import Config
 from nmoe.data import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
-from nmoe.errors import CheckpointError, NmoeError
+from nmoe.errors import CheckpointError, ConfigError, DivergedError, NmoeError
 from nmoe.evals import evaluate
 from nmoe.experiments import Experiments, Run
 from nmoe.metrics import Metrics
@@ -84,7 +84,7 @@ def train(session: Session, state: TrainState) -> dict[str, float] | None:
   validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
   watch = Watch(session, total)
   clock = watch.clock
-  while state.step < total and not session.stop:
+  while state.step < total and not ranks.any(session.stop):
     clock.start("load")
     tokens, targets = next(batches)
     state.model.set_forward_bf16(finishing(c, state.step))
@@ -182,6 +182,17 @@ def check_identity(written: Config, wanted: Config, folder: Path) -> None:
     )
 
 
+def check_vocabulary(config: Config, data: PreparedData) -> None:
+  """ConfigError if the data's ids do not fit the embedding."""
+  if config.model.vocab_size < data.tokenizer.vocab_size:
+    raise ConfigError(
+      f"model.vocab_size = {config.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
+      "ids of "
+      f"tokenizer {data.tokenizer.name!r}; set model.vocab_size = {data.tokenizer.vocab_size} or "
+      "more"
+    )
+
+
 def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
   """The model with its initial weights on the target's device, and its optimizer."""
   with torch.device("meta"):
@@ -191,13 +202,17 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
   return TrainState(model, Optimizer(model, config, target.ops))
 
 
-def execute(root: Path, run: Run, ranks: Parallel, experiments: Experiments | None) -> int:
+def execute(
+  root: Path, run: Run, rank: int, rendezvous: Path | None, experiments: Experiments | None
+) -> int:
   """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
   records.
   """
   config = configs.loads(run.toml, f"run {run.id}")
-  target = select(config)
+  target = select(config, rank)
+  ranks = parallel.init(config, target, rank, rendezvous)
   data = open_data(root / "data" / run.data_digest)
+  check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(
     config,
@@ -232,11 +247,12 @@ def main() -> int:
   records = Experiments(options.root)
   run = records.claim(options.run) if options.rank == 0 else records.run(options.run)
   try:
-    ranks = parallel.init(configs.loads(run.toml), options.rank, options.rendezvous)
-    return execute(options.root, run, ranks, records if options.rank == 0 else None)
+    first = records if options.rank == 0 else None
+    return execute(options.root, run, options.rank, options.rendezvous, first)
   except NmoeError as error:
     if options.rank == 0:
-      records.update_run(run.id, status="failed", error=str(error))
+      results = {"diverged": 1} if isinstance(error, DivergedError) else {}
+      records.update_run(run.id, status="failed", results=results, error=str(error))
     sys.stderr.write(f"error: {error}\n")
     return 1
   except BaseException as error:

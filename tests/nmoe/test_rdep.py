@@ -1,0 +1,516 @@
+"""RDEP on 1, 2 and 4 processes against one rank and against the definition in float64."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels.reference as ops
+from kernels.buffers import COUNTS, DISPATCH, RETURN, BufferLayout
+from kernels.ops import Recipe
+from kernels.reference import exchange
+from nmoe.config import Config, loads
+from nmoe.errors import CommError
+from nmoe.rdep import Rdep, places
+
+E, K, D, F, TOKENS = 8, 2, 16, 8, 40  # TOKENS: the most that a rank may hold
+ITERATIONS = 6
+RECIPE = Recipe()
+
+BASE = """
+[target]
+arch = "cpu"
+dtype = "fp32"
+[model]
+vocab_size = 32
+dim = 16
+num_layers = 1
+dense_dim = 16
+num_heads = 1
+[moe]
+num_experts = 8
+top_k = 2
+expert_dim = 8
+[data]
+mixture = "none"
+seq_len = 40
+[optim]
+dense_lr = 1e-3
+router_lr = 1e-3
+expert_lr = 1e-3
+[schedule]
+total_tokens = 160
+batch_tokens = 160
+[train]
+micro_batch = 1
+[experiment]
+name = "rdep"
+statement = "test"
+"""
+
+
+class Case(NamedTuple):
+  """tokens of each of 4 ranks (2 ranks hold pairs, 1 rank all of them) and a routing by name."""
+
+  routing: str
+  tokens: tuple[int, int, int, int] = (10, 10, 10, 10)
+  capacity: float = 2.0
+  alignment: int = 1
+
+
+CASES = {
+  "uniform": Case("uniform"),
+  "one expert": Case("one expert", capacity=4.0),
+  "one expert in rounds": Case("one expert", capacity=0.2),
+  "rank without tokens": Case("uniform", tokens=(16, 0, 13, 11)),
+  "only the last rank has tokens": Case("uniform", tokens=(0, 0, 0, 20)),
+  "no tokens at all": Case("uniform", tokens=(0, 0, 0, 0)),
+  "experts without tokens": Case("experts 1 to 5"),
+  "uneven tokens": Case("uniform", tokens=(1, 17, 3, 19)),
+  "five times the mean": Case("skew", capacity=1.0),
+  "overflow": Case("skew", tokens=(7, 9, 4, 20), capacity=0.15),
+  "aligned": Case("experts 1 to 5", tokens=(3, 12, 6, 19), alignment=8),
+  "aligned overflow": Case("skew", tokens=(7, 9, 4, 20), capacity=0.2, alignment=8),
+}
+
+
+class Data(NamedTuple):
+  x_TD: Tensor
+  expert_TK: Tensor
+  gate_TK: Tensor
+  dy_TD: Tensor
+  w13: Tensor
+  w2: Tensor
+  shared_DD: Tensor
+
+
+class Result(NamedTuple):
+  """Of all ranks, in rank order; gradients of everything that Data holds but dy."""
+
+  y_TD: np.ndarray
+  dx_TD: np.ndarray
+  dgate_TK: np.ndarray
+  dw13: np.ndarray
+  dw2: np.ndarray
+  dshared_DD: np.ndarray
+
+
+def config(num_ranks: int, case: Case, **values: float) -> Config:
+  changed = {"rdep.capacity": case.capacity, "rdep.alignment": case.alignment}
+  changed["rdep.deadline_s"] = 20.0
+  if num_ranks == 1:
+    changed["train.micro_batch"] = 4
+  elif num_ranks == 2:
+    changed["train.micro_batch"] = 2
+  return loads(BASE, env={}).with_values(**{"launch.ranks": num_ranks, **changed, **values})
+
+
+def route(name: str, num_tokens: int, generator: torch.Generator) -> Tensor:
+  """int32 [T, K]."""
+  shape = (num_tokens, K)
+  if name == "uniform":
+    chosen = torch.rand(num_tokens, E, generator=generator).argsort(1)[:, :K]
+  elif name == "one expert":
+    chosen = torch.full(shape, 5)
+  elif name == "experts 1 to 5":
+    chosen = torch.randint(1, 6, shape, generator=generator)
+  else:  # expert 3 gets 5 of every 8 rows, five times the mean
+    chosen = torch.randint(0, E, shape, generator=generator)
+    chosen[torch.rand(shape, generator=generator) < 4 / 7] = 3
+  return chosen.int()
+
+
+def make(case: Case, seed: int) -> Data:
+  generator = torch.Generator().manual_seed(seed)
+  num_tokens = sum(case.tokens)
+
+  def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+  expert_TK = route(case.routing, num_tokens, generator)
+  gate_TK = torch.rand(num_tokens, K, generator=generator)
+  weights = (normal(E, 2 * F, D) / 4, normal(E, D, F) / 3, normal(D, D) / 4)
+  return Data(normal(num_tokens, D), expert_TK, gate_TK, normal(num_tokens, D), *weights)
+
+
+def share(case: Case, data: Data, rank: int, num_ranks: int) -> Data:
+  """One rank's tokens and experts, as leaves."""
+  each, held = 4 // num_ranks, E // num_ranks
+  start = sum(case.tokens[: rank * each])
+  rows = slice(start, start + sum(case.tokens[rank * each : (rank + 1) * each]))
+  mine = slice(rank * held, (rank + 1) * held)
+  tokens = [t[rows].clone() for t in data[:4]]
+  weights = [w[mine].clone() for w in (data.w13, data.w2)] + [data.shared_DD.clone()]
+  leaves = Data(*tokens, *weights)
+  for t in (leaves.x_TD, leaves.gate_TK, *leaves[4:]):
+    t.requires_grad_()
+  return leaves
+
+
+def step(rdep: Rdep, d: Data, layer: int) -> list[np.ndarray]:
+  """Forward and backward on one rank: Result's fields, before they are joined."""
+  y_TD = rdep.experts(
+    d.x_TD,
+    d.expert_TK,
+    d.gate_TK,
+    d.w13,
+    d.w2,
+    RECIPE,
+    layer=layer,
+    shared=lambda x: x @ d.shared_DD,
+  )
+  y_TD.backward(d.dy_TD)
+  found = (y_TD.detach(), *(t.grad for t in (d.x_TD, d.gate_TK, d.w13, d.w2, d.shared_DD)))
+  return [t.numpy().copy() for t in found]
+
+
+def run_cases(group, names: list[str]) -> dict[str, tuple[list, list[int]]]:
+  """Every case on one rank: the fields of each iteration's Result, and the layers' rounds."""
+  found = {}
+  for name in names:
+    case = CASES[name]
+    rdep = Rdep(config(group.size(), case), ops, group, exchange)
+    steps = [
+      step(rdep, share(case, make(case, i % 3), group.rank(), group.size()), layer=i % 2)
+      for i in range(ITERATIONS)
+    ]
+    found[name] = (steps, [rdep.rounds[0], rdep.rounds[1]])
+  return found
+
+
+def join(parts: list[list[np.ndarray]]) -> Result:
+  y, dx, dgate, dw13, dw2, dshared = zip(*parts, strict=True)
+  return Result(*map(np.concatenate, (y, dx, dgate, dw13, dw2)), np.sum(dshared, axis=0))
+
+
+@cache
+def results(num_ranks: int) -> dict[str, tuple[list[Result], list[int]]]:
+  """Each case's iterations and rounds."""
+  found = ranks.run(run_cases, num_ranks, list(CASES))
+  joined = {}
+  for name in CASES:
+    steps = [join(list(parts)) for parts in zip(*(f[name][0] for f in found), strict=True)]
+    rounds = {tuple(f[name][1]) for f in found}
+    assert len(rounds) == 1, f"ranks disagree about rounds: {rounds}"
+    joined[name] = (steps, list(rounds.pop()))
+  return joined
+
+
+def oracle(data: Data) -> Result:
+  """The definition, token by token, in float64: y[t] = Σ_k gate · W2 (silu(W1 x) · (W3 x))."""
+  floating = [t.double().requires_grad_() for t in (data.x_TD, data.gate_TK, *data[4:])]
+  x, gate, w13, w2, shared = floating
+  y = x @ shared
+  for k in range(K):
+    chosen = data.expert_TK[:, k].long()
+    h = torch.einsum("tfd,td->tf", w13[chosen], x)
+    a = torch.nn.functional.silu(h[:, 0::2]) * h[:, 1::2]
+    y = y + gate[:, k, None] * torch.einsum("tdf,tf->td", w2[chosen], a)
+  y.backward(data.dy_TD.double())
+  return Result(y.detach().numpy(), *(t.grad.numpy() for t in floating))
+
+
+def deviation(a: np.ndarray, b: np.ndarray) -> float:
+  """|a - b| / |b| by the largest elements."""
+  if a.size == 0:
+    return 0.0
+  return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_rank_and_definition(num_ranks: int, name: str) -> None:
+  steps, _ = results(num_ranks)[name]
+  single, _ = results(1)[name]
+  for i, found in enumerate(steps):
+    want = oracle(make(CASES[name], i % 3))
+    for field in Result._fields:
+      a, one, exact = (getattr(r, field) for r in (found, single[i], want))
+      assert a.shape == one.shape == exact.shape
+      assert deviation(a, one) < 1e-6, f"{field}, iteration {i}"
+      assert deviation(a, exact) < 2e-6, f"{field}, iteration {i}"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_repeats_its_bits(num_ranks: int) -> None:
+  """Iterations i and i + 3 see the same data, with other data in the buffers between them."""
+  for name, (steps, _) in results(num_ranks).items():
+    for i in range(ITERATIONS - 3):
+      for a, b in zip(steps[i], steps[i + 3], strict=True):
+        assert a.tobytes() == b.tobytes(), f"{name}, iteration {i}"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_rounds_follow_from_the_counts(num_ranks: int) -> None:
+  seen = set()
+  for name, (_, rounds) in results(num_ranks).items():
+    case = CASES[name]
+    rows = config(num_ranks, case).train.micro_batch * TOKENS * K
+    room = max(math.ceil(math.ceil(case.capacity * rows) / case.alignment), 1) * case.alignment
+    for layer in (0, 1):  # the last iterations are 4 (layer 0) and 5 (layer 1)
+      count_E = torch.bincount(make(case, (4 + layer) % 3).expert_TK.flatten(), minlength=E)
+      padded_E = -(-count_E // case.alignment) * case.alignment
+      most = int(padded_E.view(num_ranks, -1).sum(1).max())
+      assert rounds[layer] == max(math.ceil(most / room), 1), name
+    seen.update(rounds)
+  assert max(seen) >= 3
+
+
+def one_rank_keeps_gradients_apart(group) -> list:
+  """A pass without gradients, with x that needs none, and two graphs open at once."""
+  case = CASES["overflow"]
+  rdep = Rdep(config(group.size(), case), ops, group, exchange)
+  data = make(case, 0)
+  a, b = (share(case, data, group.rank(), group.size()) for _ in range(2))
+
+  def experts(d: Data, layer: int, x_TD: Tensor) -> Tensor:
+    return rdep.experts(x_TD, d.expert_TK, d.gate_TK, d.w13, d.w2, RECIPE, layer=layer)
+
+  with torch.no_grad():
+    quiet = experts(a, 0, a.x_TD)
+  constant = experts(a, 0, a.x_TD.detach())
+  constant.backward(a.dy_TD)
+  alone = a.w13.grad.clone()
+  first, second = experts(b, 0, b.x_TD), experts(b, 1, b.x_TD)
+  (first + second).backward(b.dy_TD)
+  return [
+    torch.equal(quiet, constant),
+    torch.equal(first, second) and torch.equal(first, quiet),
+    torch.equal(b.w13.grad, 2 * alone),
+  ]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_graphs_do_not_disturb_each_other(num_ranks: int) -> None:
+  assert ranks.run(one_rank_keeps_gradients_apart, num_ranks) == [[True] * 3] * num_ranks
+
+
+def delayed(group, late_rank: int) -> list:
+  case = CASES["uneven tokens"]
+  rdep = Rdep(config(group.size(), case), ops, group, exchange)
+  if group.rank() == late_rank:
+    time.sleep(0.5)
+  return step(rdep, share(case, make(case, 0), group.rank(), group.size()), layer=0)
+
+
+def test_a_delayed_sender_changes_nothing() -> None:
+  want = results(4)["uneven tokens"][0][0]
+  found = join(ranks.run(delayed, 4, 2))
+  assert all(a.tobytes() == b.tobytes() for a, b in zip(found, want, strict=True))
+
+
+DEADLINE_S = 1.0
+
+
+class Dying(exchange.Exchange):
+  """Kills its process in the given trip's call of one method, before its signal is given."""
+
+  method, trip = "", 0
+
+  def _signal(self, kind: int, trip: int) -> None:
+    kinds = {COUNTS: "post_counts", DISPATCH: "send", RETURN: "reply"}
+    if (self.method, self.trip) == (kinds[kind], trip):
+      os.kill(os.getpid(), signal.SIGKILL)
+    super()._signal(kind, trip)
+
+
+def dying(group, victim: int, method: str, trip: int) -> None:
+  """Three steps, of which each has two trips; the victim dies in one of them."""
+  case = CASES["uniform"]
+  settings = config(group.size(), case, **{"rdep.deadline_s": DEADLINE_S})
+  rdep = Rdep(settings, ops, group, exchange)
+  if group.rank() == victim:
+    Dying.method, Dying.trip = method, trip
+    rdep.exchange = Dying(rdep.heap.peers, rdep.rank, DEADLINE_S)
+  for i in range(3):
+    data = share(case, make(case, i), group.rank(), group.size())
+    begun = time.monotonic()
+    try:
+      step(rdep, data, layer=7)
+    except CommError as error:
+      waited = time.monotonic() - begun
+      whole = nothing_half_written(make(case, i), data, group.rank())
+      raise CommError(f"{error} | waited {waited:.3f} whole {whole} iteration {i}") from error
+
+
+def nothing_half_written(everything: Data, mine: Data, rank: int) -> bool:
+  """No gradient of a token; of the experts none, or the gradient of all ranks' tokens."""
+  if mine.x_TD.grad is not None or mine.gate_TK.grad is not None:
+    return False
+  if mine.w13.grad is None:
+    return mine.w2.grad is None
+  exact = oracle(everything)
+  held = slice(rank * E // 4, (rank + 1) * E // 4)
+  return all(
+    deviation(found.grad.numpy(), want[held]) < 2e-6
+    for found, want in ((mine.w13, exact.dw13), (mine.w2, exact.dw2))
+  )
+
+
+@pytest.mark.parametrize(
+  ("method", "trip", "what", "phase"),
+  [
+    ("post_counts", 3, "counts", "forward"),
+    ("send", 3, "rows", "forward"),
+    ("reply", 3, "returned rows", "forward"),
+    ("send", 4, "rows", "backward"),
+    ("reply", 4, "returned rows", "backward"),
+  ],
+)
+def test_a_killed_rank_stops_the_others(method: str, trip: int, what: str, phase: str) -> None:
+  num_ranks, victim = 4, 2
+  found = ranks.outcomes(dying, num_ranks, victim, method, trip, timeout_s=20)
+  assert found[victim].exitcode == -signal.SIGKILL
+  case = CASES["uniform"]
+  data = make(case, 1)  # the second iteration, where trips 3 and 4 are
+  for rank, outcome in enumerate(found):
+    if rank == victim:
+      continue
+    assert outcome.exitcode == 1
+    message = outcome.error.strip().splitlines()[-1]
+    assert (
+      f"CommError: rank {rank} of 4, layer 7, {phase}, round 0: {what} of rank 2 did" in message
+    )
+    waited = float(message.split("waited ")[1].split()[0])
+    assert DEADLINE_S <= waited < DEADLINE_S + 3  # the cores may be shared
+    assert "whole True iteration 1" in message
+    if what == "counts":
+      assert "the number of rows was not yet known" in message
+    else:
+      total, missing = expected_rows(case, data, rank, victim, what)
+      expected = (
+        f"of {total} rows expected {total - missing} arrived; missing {missing} from rank 2"
+      )
+      assert expected in message
+
+
+def expected_rows(case: Case, data: Data, rank: int, victim: int, what: str) -> tuple[int, int]:
+  """(rows in all, rows of the victim) that a rank of 4 awaits, from the routing itself."""
+  source_T = torch.repeat_interleave(torch.arange(4), torch.tensor(case.tokens))
+  owner_TK = data.expert_TK.long() // (E // 4)
+  if what == "rows":
+    mine = source_T[:, None].expand(-1, K)[owner_TK == rank]
+  else:
+    mine = owner_TK[source_T == rank].flatten()
+  return len(mine), int((mine == victim).sum())
+
+
+def too_many(group) -> str:
+  case = Case("uniform", tokens=(41, 1, 1, 1))
+  rdep = Rdep(config(group.size(), case), ops, group, exchange)
+  if group.rank() > 0:
+    return ""
+  with pytest.raises(CommError) as caught:
+    step(rdep, share(case, make(case, 0), 0, 4), layer=1)
+  return str(caught.value)
+
+
+def test_more_tokens_than_the_buffers_hold() -> None:
+  message = ranks.run(too_many, 4)[0]
+  assert "41 tokens of 2 experts do not fit the 80 rows" in message
+  assert "train.micro_batch" in message
+
+
+counts = st.integers(1, 4).flatmap(
+  lambda r: st.integers(1, 3).flatmap(
+    lambda e: st.lists(
+      st.lists(st.integers(0, 5), min_size=r * e, max_size=r * e), min_size=r, max_size=r
+    )
+  )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts, st.sampled_from([1, 4, 16]))
+def test_places(count: list[list[int]], alignment: int) -> None:
+  """Each owner: rows by (expert, source), disjoint, experts aligned, no gap inside one."""
+  count_RE = torch.tensor(count)
+  num_ranks, num_experts = count_RE.shape
+  found = places(count_RE, alignment)
+  held = num_experts // num_ranks
+  for owner in range(num_ranks):
+    end = 0
+    for e in range(owner * held, (owner + 1) * held):
+      end = math.ceil(end / alignment) * alignment
+      assert found.start_E[e] == end
+      for source in range(num_ranks):
+        assert found.base_RE[source, e] == end
+        end += count[source][e]
+    assert found.end_R[owner] == math.ceil(end / alignment) * alignment
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_rows_are_conserved(data: st.DataObject) -> None:
+  """Rows sent = received = returned, per expert and source, for any routing, in any rounds."""
+  num_ranks, held, capacity = (
+    data.draw(st.integers(*bounds)) for bounds in ((1, 4), (1, 3), (1, 9))
+  )
+  num_experts = num_ranks * held
+  routing = [
+    torch.tensor(
+      data.draw(
+        st.lists(st.integers(0, num_experts - 1), max_size=8).filter(lambda x: len(x) % K == 0)
+      ),
+      dtype=torch.int32,
+    ).view(-1, K)
+    for _ in range(num_ranks)
+  ]
+  layout = BufferLayout(num_ranks, num_experts, capacity, 8, 2, torch.float32)
+  blocks = [layout.views(aligned(layout.nbytes)) for _ in range(num_ranks)]
+  movers = [exchange.Exchange(blocks, r, 1.0) for r in range(num_ranks)]
+  orders = [ops.layout(expert_TK, num_experts) for expert_TK in routing]
+  for mover, order in zip(movers, orders, strict=True):
+    mover.post_counts(1, order.offset_E1.diff())
+  count_RE = blocks[0].count_RE
+  assert all(torch.equal(block.count_RE, count_RE) for block in blocks)
+  where = places(count_RE, 1)
+  received_RE = torch.zeros(num_ranks, num_experts, dtype=torch.int32)
+  for block in blocks:
+    block.back_ND.fill_(torch.nan)
+  for number in range(max(math.ceil(int(where.end_R.max()) / capacity), 1)):
+    low = number * capacity
+    for r, (mover, expert_TK, order) in enumerate(zip(movers, routing, orders, strict=True)):
+      expert_N = expert_TK.flatten().long()
+      within_N = order.row_TK.flatten() - order.offset_E1[expert_N]
+      x_TD = torch.stack([torch.full((len(expert_TK),), float(r)), torch.arange(len(expert_TK))], 1)
+      place_N = where.base_RE[r, expert_N] + within_N
+      mover.send(number + 1, x_TD.float(), None, expert_N // held, place_N, low)
+    for owner, mover in enumerate(movers):
+      num_rows = min(max(int(where.end_R[owner]) - low, 0), capacity)
+      row_CD, _, origin_C = mover.receive(num_rows)
+      assert (origin_C >= 0).all() and (blocks[owner].origin_C == -1).all()
+      for row, (origin, x) in enumerate(zip(origin_C.tolist(), row_CD.tolist(), strict=True)):
+        source, item = divmod(origin, 8)
+        expert = int(routing[source].flatten()[item])
+        assert x == [source, item // K] and expert // held == owner
+        place = int(where.base_RE[source, expert] + received_RE[source, expert])
+        assert place == low + row
+        received_RE[source, expert] += 1
+      mover.reply(number + 1, origin_C, row_CD * 10, None)
+  assert torch.equal(received_RE, count_RE)
+  for r, block in enumerate(blocks):
+    items = routing[r].numel()
+    token_N = torch.arange(items) // K
+    assert torch.equal(
+      block.back_ND[:items], torch.stack([torch.full((items,), r), token_N], 1) * 10.0
+    )
+    assert block.back_ND[items:].isnan().all()
+
+
+def aligned(nbytes: int) -> Tensor:
+  memory = torch.zeros(nbytes + 256, dtype=torch.uint8)
+  start = -memory.data_ptr() % 256
+  return memory[start : start + nbytes]
