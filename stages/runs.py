@@ -124,7 +124,8 @@ class Workbench:
     return self._execute(run, config, f"{arm.name} seed {seed}", progress)
 
   def check(self, experiment: Experiment, runs: list[Run]) -> None:
-    """RunError if a run failed for another reason than divergence: then there is nothing to judge."""
+    """RunError if a run failed for another reason than divergence: then there is nothing to judge.
+    """
     failed = [run for run in runs if run.status == "failed" and "diverged" not in run.results]
     if failed:
       self.experiments.set_status(experiment.id, "failed")
