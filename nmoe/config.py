@@ -187,7 +187,7 @@ class TrainConfig:
   log_every: int = free(10)
   eval_every: int = free(0)  # steps; 0: only at the end
   checkpoint_every: int = free(0)  # steps; 0: only at the end
-  keep_checkpoints: int = free(2)
+  keep_checkpoints: int = free(2)  # 0: none is written, and a stopped run starts anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,7 +506,7 @@ _POSITIVE = (
   "model.qk_nope_dim model.qk_rope_dim model.v_dim model.rope_theta model.norm_eps model.init_std "
   "moe.num_experts moe.top_k moe.expert_dim moe.num_groups moe.topk_groups moe.route_scale "
   "data.seq_len data.val_tokens schedule.total_tokens schedule.batch_tokens train.micro_batch "
-  "train.loss_chunk train.log_every train.keep_checkpoints launch.ranks experiment.seeds "
+  "train.loss_chunk train.log_every launch.ranks experiment.seeds "
   "rdep.capacity "
   "rdep.alignment rdep.deadline_s optim.eps optim.muon_steps optim.clip_norm yarn.original_seq_len"
 ).split()
@@ -516,7 +516,7 @@ _NOT_NEGATIVE = (
   "optim.router_weight_decay "
   "optim.expert_weight_decay schedule.warmup_tokens schedule.decay_tokens schedule.final_ratio "
   "train.seed "
-  "train.eval_every train.checkpoint_every launch.threads precision.bf16_first_layers "
+  "train.eval_every train.checkpoint_every train.keep_checkpoints launch.threads precision.bf16_first_layers "
   "precision.bf16_last_layers precision.finish_tokens experiment.min_effect"
 ).split()
 

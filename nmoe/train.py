@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe import checkpoint, parallel
+from nmoe import checkpoint, parallel, plan
 from nmoe import config as configs
 from nmoe.config import Config
 from nmoe.data import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
@@ -28,6 +28,7 @@ from nmoe.metrics import Metrics
 from nmoe.model import Model, update_router_bias
 from nmoe.optim import Optimizer
 from nmoe.parallel import Parallel
+from nmoe.profiler import Profiler
 from nmoe.schedule import lr_factor
 from nmoe.target import Target, select
 from nmoe.watch import Watch
@@ -60,6 +61,7 @@ class Session:
   metrics: Metrics
   folder: Path  # of the run's checkpoints
   meta: dict[str, Any]  # written into every checkpoint's manifest
+  profiler: Profiler  # its `step` is called after every step
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 
 
@@ -117,6 +119,7 @@ def train(session: Session, state: TrainState) -> dict[str, float] | None:
     if due(state.step, c.train.checkpoint_every) or state.step == total:
       clock.start("checkpoint")
       save(session, state, watch)
+    session.profiler.step()
   if state.step < total:
     save(session, state, watch)
     return None
@@ -139,7 +142,7 @@ def save(session: Session, state: TrainState, watch: Watch) -> None:
   """
   watch.check(int(watch.bad_step))
   session.metrics.flush()
-  if state.step in checkpoint.steps(session.folder):
+  if session.config.train.keep_checkpoints == 0 or state.step in checkpoint.steps(session.folder):
     return
   checkpoint.save(
     session.folder, state.step, state.tensors(), session.parallel.first_expert, session.meta
@@ -194,7 +197,14 @@ def check_vocabulary(config: Config, data: PreparedData) -> None:
 
 
 def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
-  """The model with its initial weights on the target's device, and its optimizer."""
+  """The model with its initial weights on the target's device, and its optimizer.
+
+  ConfigError, before anything is allocated, if a GPU has too little free memory for the run.
+  """
+  if target.device.type == "cuda":
+    misfit = plan.fits(plan.plan(config), torch.cuda.mem_get_info(target.device)[0])
+    if misfit is not None:
+      raise ConfigError(f"{target.name}: {misfit}")
   with torch.device("meta"):
     model = Model(config, target.ops, ranks.rdep)
   model.to_empty(device=target.device)
@@ -202,15 +212,13 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
   return TrainState(model, Optimizer(model, config, target.ops))
 
 
-def execute(
-  root: Path, run: Run, rank: int, rendezvous: Path | None, experiments: Experiments | None
-) -> int:
+def execute(options: argparse.Namespace, run: Run, experiments: Experiments | None) -> int:
   """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
   records.
   """
-  config = configs.loads(run.toml, f"run {run.id}")
-  target = select(config, rank)
-  ranks = parallel.init(config, target, rank, rendezvous)
+  root, config = options.root, configs.loads(run.toml, f"run {run.id}")
+  target = select(config, options.rank)
+  ranks = parallel.init(config, target, options.rank, options.rendezvous)
   data = open_data(root / "data" / run.data_digest)
   check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
@@ -222,6 +230,7 @@ def execute(
     Metrics(root, run.id, ranks.rank),
     checkpoint.directory(root, run.id),
     meta,
+    Profiler(options.trace),
   )
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)
@@ -243,12 +252,14 @@ def main() -> int:
   parser.add_argument("--run", required=True)
   parser.add_argument("--rank", type=int, default=0)
   parser.add_argument("--rendezvous", type=Path)
+  parser.add_argument(
+    "--trace", type=Path, help="profile a few steps of this rank into this folder"
+  )
   options = parser.parse_args()
   records = Experiments(options.root)
   run = records.claim(options.run) if options.rank == 0 else records.run(options.run)
   try:
-    first = records if options.rank == 0 else None
-    return execute(options.root, run, options.rank, options.rendezvous, first)
+    return execute(options, run, records if options.rank == 0 else None)
   except NmoeError as error:
     if options.rank == 0:
       results = {"diverged": 1} if isinstance(error, DivergedError) else {}

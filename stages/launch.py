@@ -29,10 +29,12 @@ def run(
   config: Config,
   progress: Callable[[dict], None],
   kill_at: int | None = None,
+  trace: Path | None = None,
 ) -> int:
   """Execute the run and return its exit status (0: completed); progress receives each line.
 
   kill_at: SIGKILL every rank once a line of that step or a later one came (a test of resuming).
+  trace: a folder for a profile of rank 0 (nmoe.profiler).
 
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
   resumable.
@@ -40,8 +42,10 @@ def run(
   logs = root / "logs" / run_id
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
+  more = [] if trace is None else ["--trace", str(trace)]
   children = [
-    _spawn(root, run_id, config, rank, rendezvous, logs) for rank in range(config.launch.ranks)
+    _spawn(root, run_id, config, rank, rendezvous, logs, more if rank == 0 else [])
+    for rank in range(config.launch.ranks)
   ]
   previous = signal.signal(signal.SIGTERM, _raise_interrupt)
   try:
@@ -77,10 +81,16 @@ def _raise_interrupt(*_: object) -> None:
 
 
 def _spawn(
-  root: Path, run_id: str, config: Config, rank: int, rendezvous: Path, logs: Path
+  root: Path,
+  run_id: str,
+  config: Config,
+  rank: int,
+  rendezvous: Path,
+  logs: Path,
+  more: list[str],
 ) -> subprocess.Popen:
   command = [sys.executable, "-m", "nmoe.train", "--root", str(root), "--run", run_id]
-  command += ["--rank", str(rank), "--rendezvous", str(rendezvous)]
+  command += ["--rank", str(rank), "--rendezvous", str(rendezvous), *more]
   env = dict(os.environ)
   if config.target.arch != "cpu":
     env |= environment(config.target.arch, root / "kernel_cache")

@@ -1,0 +1,43 @@
+"""A profile of a few steps: the trace for a viewer and the kernels' times as a table."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from torch.profiler import profile, schedule, supported_activities
+
+SKIP, STEPS = 12, 3  # steps before the profile, steps in it
+
+
+class Profiler:
+  """Does nothing without a folder; else writes trace.json and kernels.json there after SKIP + STEPS.
+
+  kernels.json: device kernel name -> [milliseconds, launches] of one step.
+  """
+
+  def __init__(self, folder: Path | None):
+    self._profile, self._folder = None, folder
+    if folder is not None:
+      folder.mkdir(parents=True, exist_ok=True)
+      self._profile = profile(
+        activities=supported_activities(),
+        schedule=schedule(wait=SKIP - 1, warmup=1, active=STEPS, repeat=1),
+        on_trace_ready=self._write,
+      )
+      self._profile.start()
+
+  def step(self) -> None:
+    if self._profile is not None:
+      self._profile.step()
+
+  def _write(self, done: profile) -> None:
+    done.export_chrome_trace(str(self._folder / "trace.json"))
+    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in done.events():
+      if event.device_type.name == "CUDA":
+        kernels[event.name][0] += event.device_time_total / 1e3 / STEPS
+        kernels[event.name][1] += 1 / STEPS
+    table = dict(sorted(kernels.items(), key=lambda item: -item[1][0]))
+    (self._folder / "kernels.json").write_text(json.dumps(table, indent=1))
