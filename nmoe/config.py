@@ -516,7 +516,8 @@ _NOT_NEGATIVE = (
   "optim.router_weight_decay "
   "optim.expert_weight_decay schedule.warmup_tokens schedule.decay_tokens schedule.final_ratio "
   "train.seed "
-  "train.eval_every train.checkpoint_every train.keep_checkpoints launch.threads precision.bf16_first_layers "
+  "train.eval_every train.checkpoint_every train.keep_checkpoints launch.threads "
+  "precision.bf16_first_layers "
   "precision.bf16_last_layers precision.finish_tokens experiment.min_effect"
 ).split()
 

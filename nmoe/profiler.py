@@ -12,7 +12,8 @@ SKIP, STEPS = 12, 3  # steps before the profile, steps in it
 
 
 class Profiler:
-  """Does nothing without a folder; else writes trace.json and kernels.json there after SKIP + STEPS.
+  """Does nothing without a folder; else writes trace.json and kernels.json there after SKIP +
+  STEPS.
 
   kernels.json: device kernel name -> [milliseconds, launches] of one step.
   """

@@ -65,7 +65,7 @@ class Session:
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 
 
-def train(session: Session, state: TrainState) -> dict[str, float] | None:
+def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   """Run the remaining steps and the final evaluation. Returns the results, or None if told to
   stop.
   """

@@ -112,7 +112,7 @@ class Watch:
     self.last |= values
     self.session.metrics.add(step, step * self.config.schedule.batch_tokens, values)
 
-  def results(self, step: int) -> dict[str, float]:
+  def results(self, step: int) -> dict[str, Any]:
     """The run's outcome: the last value of every scalar that arms are compared by."""
     keep = ("val/loss", "val/bpb", "train/loss", "train/bpb", "train/tokens_per_s", "train/mfu")
     kept = {k: self.last[k] for k in keep if k in self.last}
@@ -122,6 +122,7 @@ class Watch:
       "memory/peak_bytes": float(self._peak()),
       "load/max_over_mean": max(loads, default=math.nan),
       "load/dead": sum(dead),
+      "device": self.target.name,
       "steps": step,
       "tokens": step * self.config.schedule.batch_tokens,
       "wall_s": time.perf_counter() - self.begun,

@@ -46,7 +46,12 @@ class StepBench:
 
 
 def step(
-  path: Path, steps: int, against: Path | None, out: Path | None, console: Console
+  path: Path,
+  steps: int,
+  console: Console,
+  against: Path | None = None,
+  out: Path | None = None,
+  trace: Path | None = None,
 ) -> StepBench:
   """Run `steps` training steps of a configuration as a child process and report what they cost."""
   config = configs.load(path)
@@ -58,6 +63,7 @@ def step(
     "train.log_every": every,
     "train.eval_every": 0,
     "train.checkpoint_every": 0,
+    "train.keep_checkpoints": 0,
     "experiment.name": f"bench-{path.stem}-{time.strftime('%H%M%S')}",
   }
   config = config.with_values(**changed)
@@ -65,7 +71,8 @@ def step(
   arm = bench.arm(path.stem, config)
   experiment = bench.experiment("bench", config, [arm])
   with progress_display(console) as progress:
-    run = bench.repeat(experiment, arm, config.train.seed, progress)
+    run = bench.repeat(experiment, arm, config.train.seed, progress, trace)
+  bench.check(experiment, [run])
   found = _measure(bench, run, config, arm.data, every)
   bench.experiments.conclude(experiment.id, "measured", asdict(found))
   _show(found, console)
@@ -88,7 +95,7 @@ def _measure(bench: Workbench, run, config: configs.Config, data: Path, every: i
   rate = config.schedule.batch_tokens / float(np.median(ms)) * 1e3
   mfu = series["train/mfu"][2] if "train/mfu" in series else None
   return StepBench(
-    device=run.environment.get("device", run.target),
+    device=run.results["device"],
     commit=run.commit,
     steps=len(ms) * every,
     ms=ms,

@@ -147,11 +147,12 @@ def bench_step(
   steps: Annotated[int, typer.Option(min=20)] = 200,
   against: Annotated[Path | None, typer.Option(help="An earlier --out file.")] = None,
   out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
+  trace: Annotated[Path | None, typer.Option(help="Profile three steps into this folder.")] = None,
 ) -> None:
   """Milliseconds per step and phase, MFU with its terms, loader rate, peak memory."""
   from stages import bench
 
-  bench.step(config, steps, against, out, _console())
+  bench.step(config, steps, _console(), against, out, trace)
 
 
 def _console():

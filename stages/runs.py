@@ -116,12 +116,19 @@ class Workbench:
     progress.console.print(f"{arm.name} seed {seed}: interrupted before as run {run.id}, continued")
     return self._execute(run, config, f"{arm.name} seed {seed}", progress)
 
-  def repeat(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> Run:
-    """Execute a new run of an arm at a seed, whatever the records hold."""
+  def repeat(
+    self,
+    experiment: Experiment,
+    arm: Arm,
+    seed: int,
+    progress: Progress,
+    trace: Path | None = None,
+  ) -> Run:
+    """Execute a new run of an arm at a seed, whatever the records hold; trace: profile it there."""
     config = arm.at_seed(seed)
     run = self._start(experiment, arm, seed, config)
     self.experiments.release(run.id)
-    return self._execute(run, config, f"{arm.name} seed {seed}", progress)
+    return self._execute(run, config, f"{arm.name} seed {seed}", progress, trace)
 
   def check(self, experiment: Experiment, runs: list[Run]) -> None:
     """RunError if a run failed for another reason than divergence: then there is nothing to judge.
@@ -161,7 +168,9 @@ class Workbench:
       target=config.target.arch,
     )
 
-  def _execute(self, run: Run, config: Config, label: str, progress: Progress) -> Run:
+  def _execute(
+    self, run: Run, config: Config, label: str, progress: Progress, trace: Path | None = None
+  ) -> Run:
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
 
@@ -169,7 +178,7 @@ class Workbench:
       note = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
       progress.update(task, completed=line["step"], note=note)
 
-    launch.run(self.root, run.id, config, show)
+    launch.run(self.root, run.id, config, show, trace=trace)
     found = self.experiments.run(run.id)
     if found.status not in ("completed", "failed"):
       self.experiments.mark_interrupted()
