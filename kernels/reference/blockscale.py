@@ -136,7 +136,7 @@ def flight(x: Tensor, format: str, *, axis: int = -1) -> Flight:
   amax, block = _block_amax(x, format, axis, False)
   if format == "fp8":
     limit = E4M3.largest * decode_e8m0(quantized.scale)
-    below = amax / 448 < 2.0**-127
+    below = _divide(amax, E4M3.largest) < 2.0**-127
   else:
     step = decode(quantized.scale.view(torch.uint8), E4M3)
     limit, below = E2M1.largest * step * quantized.tensor_scale, step == 0
@@ -213,7 +213,7 @@ def unpack(data: Tensor, axis: int) -> Tensor:
 
 def scale_e8m0(amax: Tensor) -> Tensor:
   """uint8 codes of 2^ceil(log2(amax / 448)), at least 2^-127; NaN if amax is not finite."""
-  bits = (amax / 448.0).view(torch.int32)
+  bits = _divide(amax, E4M3.largest).view(torch.int32)
   exponent, mantissa = bits >> 23, bits & 0x7FFFFF
   exact = torch.where(exponent == 0, mantissa <= 0x400000, mantissa == 0)
   return torch.where(amax.isfinite(), exponent + ~exact, 0xFF).to(torch.uint8)
@@ -230,16 +230,23 @@ def _scale_nvfp4(amax: Tensor, tensor_amax: Tensor | None) -> tuple[Tensor, Tens
   """(tensor_scale, what the elements are multiplied by, E4M3 codes of the blocks' scales)."""
   if tensor_amax is None:
     tensor_amax = amax.max() if amax.numel() else amax.new_zeros(())
-  encode_scale = (E2M1.largest * E4M3.largest) / tensor_amax.float()
+  encode_scale = _divide(E2M1.largest * E4M3.largest, tensor_amax.float())
   usable = encode_scale.isfinite() & (encode_scale > 0)
   encode_scale = torch.where(usable, encode_scale, 1.0)
-  tensor_scale = 1.0 / encode_scale
-  scale = encode(amax / E2M1.largest * encode_scale, E4M3)
+  tensor_scale = _divide(1.0, encode_scale)
+  scale = encode(_divide(amax, E2M1.largest) * encode_scale, E4M3)
   scale = torch.where(amax.isfinite(), scale, 0x7F)
   step = decode(scale, E4M3)
-  factor = (1.0 / (step * tensor_scale)).clamp(max=torch.finfo(torch.float32).max)
+  factor = _divide(1.0, step * tensor_scale).clamp(max=torch.finfo(torch.float32).max)
   factor = torch.where(step > 0, factor, 0.0)
   return tensor_scale, torch.where(step.isnan(), 1.0, factor), scale
+
+
+def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+  """a / b rounded once: with a number on either side torch may multiply by a rounded reciprocal."""
+  if isinstance(a, float):
+    return torch.full_like(b, a).div(b)
+  return a.div(torch.full_like(a, b))
 
 
 def _block_amax(x: Tensor, format: str, axis: int, square: bool) -> tuple[Tensor, tuple[int, int]]:

@@ -11,8 +11,10 @@ rounded once. E experts, N' rows, I and O the weight's [E, O, I].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,7 +44,7 @@ def block_scaled_product(
 
 def spans(offsets: list[int]) -> Iterator[tuple[int, slice]]:
   """(expert, slice of its rows) of the experts that have rows."""
-  for expert, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+  for expert, (start, end) in enumerate(pairwise(offsets)):
     if end > start:
       yield expert, slice(start, end)
 
@@ -58,7 +60,7 @@ class _Product(torch.autograd.Function):
     x_values, x_scale = _operand(quantize(x[: offsets[-1]], recipe.format), dtype)
     w_values, w_scale = _operand(quantize(w, recipe.format, square=square), dtype)
     y = _rows_by_weight(x_values, w_values.mT, offsets, dtype)
-    return _padded(y.mul_(x_scale * w_scale), x.shape[0]).to(x.dtype)
+    return _padded(y.mul_(x_scale).mul_(w_scale), x.shape[0]).to(x.dtype)
 
   @staticmethod
   @once_differentiable
@@ -81,7 +83,7 @@ def _input_gradient(dy: Tensor, w: Tensor, offsets: list[int], recipe: Recipe, s
     dy_q, w_q = quantize(dy, "nvfp4", seed=seed), quantize(w, "nvfp4", square=True)
   dy_values, dy_scale = _operand(dy_q, dtype)
   w_values, w_scale = _operand(w_q, dtype)
-  return _rows_by_weight(dy_values, w_values, offsets, dtype).mul_(dy_scale * w_scale)
+  return _rows_by_weight(dy_values, w_values, offsets, dtype).mul_(dy_scale).mul_(w_scale)
 
 
 def _weight_gradient(
@@ -102,13 +104,13 @@ def _weight_gradient(
   dw = x_values.new_zeros(len(offsets) - 1, dy.shape[1], x.shape[1])
   for e, rows in spans(padded):
     torch.mm(dy_values[rows].T, x_values[rows], out=dw[e])
-  return dw.mul_(x_scale * dy_scale)
+  return dw.mul_(x_scale).mul_(dy_scale)
 
 
 def pad_offsets(offsets: list[int], multiple: int) -> list[int]:
   """The offsets when every expert's rows are padded to a multiple."""
   padded = [0]
-  for start, end in zip(offsets, offsets[1:], strict=False):
+  for start, end in pairwise(offsets):
     padded.append(padded[-1] + -(-(end - start) // multiple) * multiple)
   return padded
 
@@ -134,5 +136,5 @@ def _rows_by_weight(x: Tensor, w: Tensor, offsets: list[int], dtype: torch.dtype
 
 
 def _padded(x: Tensor, num_rows: int) -> Tensor:
-  """x with zero rows appended."""
-  return torch.nn.functional.pad(x, (0, 0, 0, num_rows - x.shape[0]))
+  """x with zero rows appended to make num_rows."""
+  return F.pad(x, (0, 0, 0, num_rows - x.shape[0]))
