@@ -1,10 +1,11 @@
 """Block-scale quantization, bit-equal to kernels.reference.blockscale, in one pass over the tensor.
 
-`Rows` quantizes along the last dimension: a thread owns 8 neighbouring elements (one 16-byte access
-of bf16); 4 lanes (MXFP8), 2 lanes (NVFP4) or a warp (16 x 16 blocks) share a block and find its
-largest magnitude by shuffles. `Columns` quantizes along the dimension before: a thread owns two
-columns of a block, a warp's rows are contiguous. NVFP4 without a given tensor_amax first runs the
-same kernel for the largest magnitude alone (an integer maximum).
+`Rows` quantizes along the last dimension: a thread block owns 128 rows by 4 blocks, a thread 8
+neighbouring elements at a time (one 16-byte access of bf16); 4 lanes (MXFP8), 2 lanes (NVFP4) or a
+warp (16 x 16 blocks) share a block and find its largest magnitude by shuffles. `Columns` quantizes
+along the dimension before: a thread owns two columns of a block, a warp's rows are contiguous.
+NVFP4 without a given tensor_amax first runs the same kernel for the largest magnitude alone (an
+integer maximum).
 
 Scales are written as plain rows, or `blocked` as tensor cores read them: atoms of 128 rows by 4
 blocks, 512 bytes,
@@ -24,6 +25,7 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, Uint8, Uint16, Uint32, const_expr
+from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from kernels.cuda import minifloat as mf
@@ -35,6 +37,7 @@ from kernels.cuda.jit import (
   contiguous,
   fake,
   load_vector,
+  vector_at,
 )
 from kernels.ops import check
 from kernels.reference.blockscale import BLOCK, BlockScaled, derive, signs
@@ -78,121 +81,157 @@ def _store_words(mData: cute.Tensor, offset: Int64, rWords: cute.Tensor):
 
 
 class _Quantize:
-  """What both directions share: the block's scale and where it goes."""
+  """What both directions share: the scales and the tensor's largest magnitude."""
 
   def __init__(self, mode: Mode):
     self.mode = mode
     self.size = BLOCK[mode.format]
 
   @cute.jit
-  def scale_of(self, amax_bits: Int32, mAmax, mTensorScale):
-    """(scale code, factor of the elements); the first thread writes the tensor's scale."""
-    if const_expr(self.mode.format == "fp8"):
-      code = mf.e8m0_code(amax_bits)
-      return Uint32(code), mf.e8m0_factor(code)
-    else:
+  def tensor_factors(self, mAmax, mTensorScale):
+    """NVFP4's (encode, tensor_scale); the first thread stores the latter."""
+    encode, tensor_scale = Float32(1.0), Float32(1.0)
+    if const_expr(self.mode.format == "nvfp4" and not self.mode.amax_only):
       encode = mf.nvfp4_encode(mAmax[0])
       tensor_scale = mf.divide(1.0, encode)
       tidx, _, _ = cute.arch.thread_idx()
       bidx, _, _ = cute.arch.block_idx()
       if bidx == 0 and tidx == 0:
         mTensorScale[0] = tensor_scale
+    return encode, tensor_scale
+
+  @cute.jit
+  def scale_of(self, amax_bits: Int32, factors):
+    """(scale code, what the elements are multiplied by) of a block."""
+    if const_expr(self.mode.format == "fp8"):
+      code = mf.e8m0_code(amax_bits)
+      return Uint32(code), mf.e8m0_factor(code)
+    else:
+      encode, tensor_scale = factors
       return mf.nvfp4_scale(amax_bits, encode, tensor_scale)
 
   @cute.jit
-  def blocked_offset(self, batch, row, block, rows, blocks: Int32, mOffset) -> Int64:
-    """The byte of a scale in the 128 x 4 layout of an operand of rows x blocks scales."""
-    tile, local = row // ATOM_ROWS, row
+  def raise_amax(self, amax_bits: Int32, mAmaxBits):
+    """Raise the tensor's largest magnitude to the warp's: an integer maximum, in any order."""
+    largest = cute.arch.warp_redux_sync(amax_bits, "max")
+    if cute.arch.lane_idx() == 0 and largest > mAmaxBits[0]:
+      cute.arch.atomic_max(mAmaxBits.iterator, largest)
+
+  @cute.jit
+  def codes(self, low, high, low_factor, high_factor, low_index, high_index, random) -> Uint32:
+    """The codes of two elements that share a byte (NVFP4) or are neighbours (MXFP8)."""
+    if const_expr(self.mode.format == "fp8"):
+      return mf.e4m3_codes(low, high, low_factor, high_factor)
+    else:
+      low, high = mf.multiply(low, low_factor), mf.multiply(high, high_factor)
+      if const_expr(self.mode.stochastic):
+        bits = [
+          mf.random_bits(Uint32(i), random.key0, random.key1) for i in (low_index, high_index)
+        ]
+        return mf.e2m1_stochastic(low, bits[0]) | (mf.e2m1_stochastic(high, bits[1]) << 4)
+      else:
+        return mf.e2m1_pair(low, high)
+
+
+class Rows(_Quantize):
+  """Blocks along the last dimension, or 16 x 16. A thread block owns one atom of scales."""
+
+  def __init__(self, mode: Mode):
+    super().__init__(mode)
+    self.lanes = self.size // WIDTH
+    self.per_row = ATOM_BLOCKS * self.lanes
+    self.rounds = ATOM_ROWS * self.per_row // THREADS
+    self.blocks = -(-mode.columns // self.size)
+    self.across = -(-self.blocks // ATOM_BLOCKS)
+
+  @cute.jit
+  def __call__(self, mX, mData, mScale, mAmax, mTensorScale, mOffset, rows: Int32, random, stream):
+    if const_expr(self.mode.grouped):
+      tiles = cute.ceil_div(rows, ATOM_ROWS) + mOffset.shape[0] - 2
+    else:
+      tiles = mX.shape[0] // rows * cute.ceil_div(rows, ATOM_ROWS)
+    self.kernel(mX, mData, mScale, mAmax, mTensorScale, mOffset, rows, random).launch(
+      grid=[tiles * self.across, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.jit
+  def tile_rows(self, tile: Int32, rows: Int32, mOffset):
+    """(first row, number of rows, tile of its batch) of a row tile; the number may be 0 or less."""
     if const_expr(self.mode.grouped):
       low, high = Int32(0), Int32(mOffset.shape[0] - 1)
       while high - low > 1:
         middle = (low + high) // 2
-        if mOffset[middle] <= row:
+        if mOffset[middle] // ATOM_ROWS + middle <= tile:
           low = middle
         else:
           high = middle
-      local = row - mOffset[low]
-      tile = mOffset[low] // ATOM_ROWS + low + local // ATOM_ROWS
-    across = cute.ceil_div(blocks, ATOM_BLOCKS)
-    atom = (Int64(batch) * cute.ceil_div(rows, ATOM_ROWS) + tile) * across + block // ATOM_BLOCKS
-    inside = (local % 32) * 16 + (local // 32 % 4) * 4 + block % ATOM_BLOCKS
-    return atom * ATOM_BYTES + inside
-
-  @cute.jit
-  def reduce_amax(self, amax_bits: Int32, mAmaxBits):
-    """Raise the tensor's largest magnitude to the warp's: an integer maximum, in any order."""
-    largest = cute.arch.warp_redux_sync(amax_bits, "max")
-    if cute.arch.lane_idx() == 0:
-      cute.arch.atomic_max(mAmaxBits.iterator, largest)
-
-
-class Rows(_Quantize):
-  """Blocks along the last dimension, or 16 x 16."""
-
-  @cute.jit
-  def __call__(self, mX, mData, mScale, mAmax, mTensorScale, mOffset, rows: Int32, random, stream):
-    per_row = const_expr(-(-self.mode.columns // self.size) * (self.size // WIDTH))
-    if const_expr(self.mode.square):
-      batches = mX.shape[0] // rows
-      threads = batches * cute.ceil_div(rows, 16) * per_row * 16
+      start = (tile - mOffset[low] // ATOM_ROWS - low) * ATOM_ROWS
+      first = mOffset[low] + start
+      return first, mOffset[low + 1] - first
     else:
-      threads = mX.shape[0] * per_row
-    self.kernel(mX, mData, mScale, mAmax, mTensorScale, mOffset, rows, random).launch(
-      grid=[cute.ceil_div(threads, THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
+      tiles = cute.ceil_div(rows, ATOM_ROWS)
+      start = tile % tiles * ATOM_ROWS
+      return tile // tiles * rows + start, rows - start
+
+  def place(self, i: int, tidx):
+    """(row, block, first element) inside the atom of the thread's i-th 8 elements."""
+    slot = i * THREADS + tidx
+    if self.mode.square:
+      tile, lane = slot // 32, slot % 32
+      return tile // 4 * 16 + lane // 2, tile % 4, tile % 4 * 16 + lane % 2 * WIDTH
+    lane = slot % self.per_row
+    return slot // self.per_row, lane // self.lanes, lane * WIDTH
 
   @cute.kernel
   def kernel(self, mX, mData, mScale, mAmax, mTensorScale, mOffset, rows: Int32, random):
     tidx, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
     mode = self.mode
-    lanes = const_expr(32 if mode.square else self.size // WIDTH)
-    blocks = const_expr(-(-mode.columns // self.size))
-    index = Int64(bidx) * THREADS + tidx
-    block = Int32(index // lanes % blocks)
-    if const_expr(mode.square):
-      tiles = cute.ceil_div(rows, 16)
-      tile = Int32(index // (lanes * blocks))
-      batch, local = tile // tiles, tile % tiles * 16 + tidx % 32 // 2
-      inside = local < rows and batch < mX.shape[0] // rows
-      row = batch * rows + local
-      column = block * 16 + tidx % 2 * WIDTH
-    else:
-      row = Int32(index // (lanes * blocks))
-      batch, local = row // rows, row % rows
-      inside = row < mX.shape[0]
-      column = block * self.size + Int32(index % lanes) * WIDTH
-    valid = inside and column < mode.columns
-    start = Int64(row) * mode.columns + column
-    rX = cute.make_rmem_tensor(WIDTH, Float32)
-    rX.fill(0.0)
-    if valid:
-      rX.store(load_vector(mX, start, WIDTH).load().to(Float32))
-    if const_expr(mode.hadamard):
-      self.rotate(rX, random)
-    amax = mf.magnitude_bits(rX[0])
-    for i in cutlass.range_constexpr(1, WIDTH):
-      amax = cutlass.max(amax, mf.magnitude_bits(rX[i]))
+    tile, atom = bidx // self.across, bidx % self.across
+    first, count = self.tile_rows(tile, rows, mOffset)
+    sScale = SmemAllocator().allocate_tensor(Uint8, cute.make_layout(ATOM_BYTES), 16)
+    rAll = cute.make_rmem_tensor((WIDTH, self.rounds), DTYPES[mode.dtype])
+    rAll.fill(0.0)
+    left = const_expr(ATOM_BLOCKS * self.size)
+    for i in cutlass.range_constexpr(self.rounds):
+      row, _, column = self.place(i, tidx)
+      if row < count and atom * left + column < mode.columns:
+        start = Int64(first + row) * mode.columns + atom * left + column
+        cute.autovec_copy(vector_at(mX, start, WIDTH), rAll[None, i])
+    factors = self.tensor_factors(mAmax, mTensorScale)
+    largest = Int32(0)
+    for i in cutlass.range_constexpr(self.rounds):
+      row, block, column = self.place(i, tidx)
+      rX = cute.make_rmem_tensor(WIDTH, Float32)
+      rX.store(rAll[None, i].load().to(Float32))
+      if const_expr(mode.hadamard):
+        self.rotate(rX, random)
+      amax = mf.magnitude_bits(rX[0])
+      for e in cutlass.range_constexpr(1, WIDTH):
+        amax = cutlass.max(amax, mf.magnitude_bits(rX[e]))
+      if const_expr(mode.amax_only):
+        largest = cutlass.max(largest, amax)
+      else:
+        code, factor = self.scale_of(self.share(amax), factors)
+        if row < count and atom * left + column < mode.columns:
+          start = Int64(first + row) * mode.columns + atom * left + column
+          self.store(rX, mData, start, factor, random)
+        if column % self.size == 0:
+          inside = row < count and atom * ATOM_BLOCKS + block < self.blocks
+          sScale[row % 32 * 16 + row // 32 * 4 + block] = Uint8(code if inside else Uint32(0))
     if const_expr(mode.amax_only):
-      self.reduce_amax(amax, mAmax)
+      self.raise_amax(largest, mAmax)
     else:
-      step = const_expr(1)
-      for _ in cutlass.range_constexpr(lanes.bit_length() - 1):
-        amax = cutlass.max(amax, cute.arch.shuffle_sync_bfly(amax, step))
-        step = const_expr(step * 2)
-      code, factor = self.scale_of(amax, mAmax, mTensorScale)
-      if valid:
-        self.store(rX, mData, start, factor, random)
-      if inside and column % self.size == 0:
-        if const_expr(mode.blocked):
-          offset = self.blocked_offset(batch, local, block, rows, Int32(blocks), mOffset)
-          mScale[offset] = Uint8(code)
-        elif const_expr(mode.square):
-          if local % 16 == 0:
-            tile_row = batch * cute.ceil_div(rows, 16) + local // 16
-            mScale[Int64(tile_row) * blocks + block] = Uint8(code)
-        else:
-          mScale[Int64(row) * blocks + block] = Uint8(code)
+      cute.arch.sync_threads()
+      self.store_scales(sScale, mScale, tile, atom, first, count, rows)
+
+  @cute.jit
+  def share(self, amax: Int32) -> Int32:
+    """The largest over the lanes of a block."""
+    lanes = const_expr(32 if self.mode.square else self.lanes)
+    for step in cutlass.range_constexpr(lanes.bit_length() - 1):
+      amax = cutlass.max(amax, cute.arch.shuffle_sync_bfly(amax, 1 << step))
+    return amax
 
   @cute.jit
   def rotate(self, rX: cute.Tensor, random):
@@ -210,52 +249,65 @@ class Rows(_Quantize):
   @cute.jit
   def store(self, rX: cute.Tensor, mData, start: Int64, factor: Float32, random):
     """Encode the 8 elements and store their 8 or 4 bytes."""
-    if const_expr(self.mode.format == "fp8"):
-      rWords = cute.make_rmem_tensor(2, Uint32)
-      for w in cutlass.range_constexpr(2):
-        word = Uint32(0)
-        for i in cutlass.range_constexpr(0, 4, 2):
-          codes = mf.e4m3_codes(rX[4 * w + i], rX[4 * w + i + 1], factor, factor)
-          word = word | (codes << (8 * i))
-        rWords[w] = word
-      _store_words(mData, start, rWords)
-    else:
-      rWords = cute.make_rmem_tensor(1, Uint32)
+    per_word = const_expr(4 if self.mode.format == "fp8" else 8)
+    rWords = cute.make_rmem_tensor(WIDTH // per_word, Uint32)
+    for w in cutlass.range_constexpr(WIDTH // per_word):
       word = Uint32(0)
-      for i in cutlass.range_constexpr(WIDTH):
-        bits = Uint32(0)
-        if const_expr(self.mode.stochastic):
-          bits = mf.random_bits(Uint32(start) + i, random.key0, random.key1)
-        code = mf.e2m1_code(mf.multiply(rX[i], factor), bits, self.mode.stochastic)
-        word = word | (code << (4 * i))
-      rWords[0] = word
-      _store_words(mData, start // 2, rWords)
+      for i in cutlass.range_constexpr(0, per_word, 2):
+        e = const_expr(w * per_word + i)
+        index = Uint32(start) + e
+        codes = self.codes(rX[e], rX[e + 1], factor, factor, index, index + 1, random)
+        word = word | (codes << (32 // per_word * i))
+      rWords[w] = word
+    _store_words(mData, start * 4 // per_word, rWords)
+
+  @cute.jit
+  def store_scales(self, sScale, mScale, tile, atom, first, count, rows: Int32):
+    """Write the atom's scales: as they lie, or each row's four into plain rows."""
+    tidx, _, _ = cute.arch.thread_idx()
+    if tidx < ATOM_ROWS:
+      if const_expr(self.mode.blocked):
+        rWords = cute.make_rmem_tensor(1, Uint32)
+        rWords[0] = cute.recast_tensor(sScale, Uint32)[tidx]
+        offset = (Int64(tile) * self.across + atom) * ATOM_BYTES + tidx * 4
+        _store_words(mScale, offset, rWords)
+      else:
+        plain_row, writes = Int64(first) + tidx, tidx < count
+        if const_expr(self.mode.square):
+          tiles = cute.ceil_div(rows, 16)
+          plain_row = Int64(first // rows) * tiles + (first % rows + tidx) // 16
+          writes = writes and tidx % 16 == 0
+        for b in cutlass.range_constexpr(ATOM_BLOCKS):
+          block = atom * ATOM_BLOCKS + b
+          if writes and block < self.blocks:
+            mScale[plain_row * self.blocks + block] = sScale[tidx % 32 * 16 + tidx // 32 * 4 + b]
 
 
 class Columns(_Quantize):
-  """Blocks along the dimension before the last. A thread owns a block's rows of two neighbouring
-  columns.
-  """
+  """Blocks along the dimension before the last, or 16 x 16. A thread owns two columns of one."""
+
+  def __init__(self, mode: Mode):
+    super().__init__(mode)
+    self.pairs = -(-mode.columns // 16) * 8 if mode.square else mode.columns // PAIR
 
   @cute.jit
   def __call__(self, mX, mData, mScale, mAmax, mTensorScale, mOffset, rows: Int32, random, stream):
     batches = mX.shape[0] // rows
-    threads = batches * cute.ceil_div(rows, self.size) * const_expr(self.mode.columns // PAIR)
-    self.kernel(mX, mData, mScale, mAmax, mTensorScale, mOffset, rows, random).launch(
+    threads = batches * cute.ceil_div(rows, self.size) * self.pairs
+    self.kernel(mX, mData, mScale, mAmax, mTensorScale, rows, random).launch(
       grid=[cute.ceil_div(threads, THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
   @cute.kernel
-  def kernel(self, mX, mData, mScale, mAmax, mTensorScale, mOffset, rows: Int32, random):
+  def kernel(self, mX, mData, mScale, mAmax, mTensorScale, rows: Int32, random):
     tidx, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
     mode = self.mode
-    pairs = const_expr(mode.columns // PAIR)
     blocks = cute.ceil_div(rows, self.size)
     index = Int64(bidx) * THREADS + tidx
-    column = Int32(index % pairs) * PAIR
-    block, batch = Int32(index // pairs) % blocks, Int32(index // pairs) // blocks
-    valid = batch < mX.shape[0] // rows
+    column = Int32(index % self.pairs) * PAIR
+    block, batch = Int32(index // self.pairs) % blocks, Int32(index // self.pairs) // blocks
+    valid = batch < mX.shape[0] // rows and column < mode.columns
     first = block * self.size
     rX = cute.make_rmem_tensor(self.size * PAIR, Float32)
     rX.fill(0.0)
@@ -271,20 +323,37 @@ class Columns(_Quantize):
     rAmax.fill(0)
     for i in cutlass.range_constexpr(self.size * PAIR):
       rAmax[i % PAIR] = cutlass.max(rAmax[i % PAIR], mf.magnitude_bits(rX[i]))
+    if const_expr(mode.square):
+      amax = cutlass.max(rAmax[0], rAmax[1])
+      for step in cutlass.range_constexpr(3):
+        amax = cutlass.max(amax, cute.arch.shuffle_sync_bfly(amax, 1 << step))
+      rAmax.fill(amax)
+    factors = self.tensor_factors(mAmax, mTensorScale)
     if const_expr(mode.amax_only):
-      self.reduce_amax(cutlass.max(rAmax[0], rAmax[1]), mAmax)
+      self.raise_amax(cutlass.max(rAmax[0], rAmax[1]), mAmax)
     elif valid:
       rFactor = cute.make_rmem_tensor(PAIR, Float32)
       for c in cutlass.range_constexpr(PAIR):
-        code, factor = self.scale_of(rAmax[c], mAmax, mTensorScale)
+        code, factor = self.scale_of(rAmax[c], factors)
         rFactor[c] = factor
-        if const_expr(mode.blocked):
-          width = const_expr(mode.columns)
-          offset = self.blocked_offset(batch, column + c, block, width, blocks, mOffset)
-          mScale[offset] = Uint8(code)
-        else:
-          mScale[Int64(batch * blocks + block) * mode.columns + column + c] = Uint8(code)
+        self.store_scale(mScale, Uint8(code), batch, block, blocks, column + c)
       self.store(rX, rFactor, mData, batch, first, rows, column, random)
+
+  @cute.jit
+  def store_scale(self, mScale, code: Uint8, batch, block, blocks: Int32, column: Int32):
+    """A column is a row of the transposed operand that the blocked layout describes."""
+    if const_expr(self.mode.blocked):
+      tiles = const_expr(-(-self.mode.columns // ATOM_ROWS))
+      across = cute.ceil_div(blocks, ATOM_BLOCKS)
+      atom = (Int64(batch) * tiles + column // ATOM_ROWS) * across + block // ATOM_BLOCKS
+      inside = column % 32 * 16 + column // 32 % 4 * 4 + block % ATOM_BLOCKS
+      mScale[atom * ATOM_BYTES + inside] = code
+    elif const_expr(self.mode.square):
+      width = const_expr(-(-self.mode.columns // 16))
+      if column % 16 == 0:
+        mScale[Int64(batch * blocks + block) * width + column // 16] = code
+    else:
+      mScale[Int64(batch * blocks + block) * self.mode.columns + column] = code
 
   @cute.jit
   def rotate(self, rX: cute.Tensor, random):
@@ -307,21 +376,18 @@ class Columns(_Quantize):
     for r in cutlass.range_constexpr(0, self.size, together):
       if first + r < rows:
         row = Int64(batch) * rows + first + r
-        rWords = cute.make_rmem_tensor(1, Uint16)
         if const_expr(self.mode.format == "fp8"):
-          codes = mf.e4m3_codes(rX[PAIR * r], rX[PAIR * r + 1], rFactor[0], rFactor[1])
+          x, y = rX[PAIR * r], rX[PAIR * r + 1]
+          word = self.codes(x, y, rFactor[0], rFactor[1], 0, 0, random)
         else:
-          codes = Uint32(0)
-          for n in cutlass.range_constexpr(2):
-            for c in cutlass.range_constexpr(PAIR):
-              bits = Uint32(0)
-              if const_expr(self.mode.stochastic):
-                element = (row + n) * width + column + c
-                bits = mf.random_bits(Uint32(element), random.key0, random.key1)
-              value = mf.multiply(rX[PAIR * (r + n) + c], rFactor[c])
-              code = mf.e2m1_code(value, bits, self.mode.stochastic)
-              codes = codes | (code << (8 * c + 4 * n))
-        rWords[0] = Uint16(codes)
+          word = Uint32(0)
+          for c in cutlass.range_constexpr(PAIR):
+            x, y = rX[PAIR * r + c], rX[PAIR * r + PAIR + c]
+            index = Uint32(row * width + column + c)
+            byte = self.codes(x, y, rFactor[c], rFactor[c], index, index + width, random)
+            word = word | (byte << (8 * c))
+        rWords = cute.make_rmem_tensor(1, Uint16)
+        rWords[0] = Uint16(word)
         _store_words(mData, row // together * width + column, rWords)
 
 
@@ -422,14 +488,12 @@ def _run(
   if nv and tensor_amax is None:
     tensor_amax = x.new_zeros(1, dtype=torch.float32)
     if x.numel():
-      run = compile_quantize(
-        mode._replace(amax_only=True, stochastic=False, blocked=False, grouped=False), axis
-      )
-      run(flat, None, None, tensor_amax.view(torch.int32), None, None, rows, random)
+      run = compile_quantize(mode._replace(amax_only=True, stochastic=False, blocked=False), axis)
+      run(flat, None, None, tensor_amax.view(torch.int32), None, offset_E1, rows, random)
   shape = list(x.shape)
   shape[axis] //= 2 if nv else 1
   data = x.new_empty(shape, dtype=torch.uint8)
-  new = x.new_zeros if blocked else x.new_empty
+  new = x.new_zeros if blocked and axis == -2 else x.new_empty
   scale = new(_scale_shape(x, mode, axis, offset_E1), dtype=torch.uint8)
   tensor_scale = x.new_ones(1, dtype=torch.float32) if nv else None
   if x.numel():

@@ -20,7 +20,7 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Int32, const_expr
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from kernels.cuda.jit import cached, check_device, compile_kernel, fake

@@ -10,12 +10,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint16, Uint32, const_expr
 
+from kernels.cuda.jit import ARCH
+
 FINITE = 0x7F800000  # magnitudes below it are finite
 E4M3_NAN = 0x7F
+TWO_23 = 8388608.0
 
 
-def _binary(op: str, a: Float32, b: Float32) -> Float32:
-  ptx = f"{op}.rn.f32 {{$w0}}, {{$r0}}, {{$r1}};"
+def _binary(op: str, a: Float32, b: Float32, rounding: str = "rn") -> Float32:
+  ptx = f"{op}.{rounding}.f32 {{$w0}}, {{$r0}}, {{$r1}};"
   return cute.arch.inline_ptx(ptx, write_only_types=[Float32], read_only_args=[a, b])
 
 
@@ -116,29 +119,49 @@ def e4m3_codes(low: Float32, high: Float32, low_factor: Float32, high_factor: Fl
 
 
 @cute.jit
-def e2m1_code(value: Float32, random, stochastic: cutlass.Constexpr[bool]) -> Uint32:
-  """The E2M1 code of a number, to nearest even or stochastically by 32 random bits."""
-  bits = value.bitcast(Uint32)
+def _e2m1_nearest(value: Float32) -> Uint32:
+  """The E2M1 code of a number, to nearest even: adding 2^23 leaves an integer in the low bits."""
+  exponent, q = _e2m1_scaled(value)
+  rounded = add(q, Float32(TWO_23)).bitcast(Uint32) & 7
+  return _e2m1_signed(value, ((exponent - 127) << 1) + rounded)
+
+
+@cute.jit
+def e2m1_stochastic(value: Float32, random: Uint32) -> Uint32:
+  """The E2M1 code of a number, rounded up if the 24 high random bits fall below its fraction."""
+  exponent, q = _e2m1_scaled(value)
+  shifted = _binary("add", q, Float32(TWO_23), "rm")
+  rounded = shifted.bitcast(Uint32) & 7
+  fraction = subtract(q, subtract(shifted, Float32(TWO_23)))
+  if Float32(Int32(random >> 8)) < multiply(fraction, Float32(2.0**24)):
+    rounded += 1
+  return _e2m1_signed(value, ((exponent - 127) << 1) + rounded)
+
+
+def _e2m1_scaled(value: Float32):
+  """(biased exponent of the code's binade, magnitude in units of the code's last place)."""
   magnitude = cute.arch.fmin(magnitude_bits(value).bitcast(Float32), Float32(6.0))
-  exponent = cutlass.max((magnitude.bitcast(Int32) >> 23) - 127, 0)
-  q = multiply(magnitude, ((128 - exponent) << 23).bitcast(Float32))
-  if const_expr(stochastic):
-    floor = _round("rmi", q)
-    chance = multiply(Float32(Int32(random >> 8)), Float32(2.0**-24))
-    rounded = Int32(floor)
-    if chance < subtract(q, floor):
-      rounded += 1
-  else:
-    rounded = Int32(_round("rni", q))
-  code = Uint32((exponent << 1) + rounded)
-  sign = (bits >> 28) & 8
-  return code if (bits & 0x7FFFFFFF) > FINITE else code | sign
+  exponent = cutlass.max(magnitude.bitcast(Int32) >> 23, Int32(127))
+  return Uint32(exponent), multiply(magnitude, ((255 - exponent) << 23).bitcast(Float32))
 
 
-def _round(mode: str, value: Float32) -> Float32:
-  """To an integral number: rni nearest even, rmi down."""
-  ptx = f"cvt.{mode}.f32.f32 {{$w0}}, {{$r0}};"
-  return cute.arch.inline_ptx(ptx, write_only_types=[Float32], read_only_args=[value])
+@cute.jit
+def _e2m1_signed(value: Float32, code: Uint32) -> Uint32:
+  bits = value.bitcast(Uint32)
+  return code if (bits & 0x7FFFFFFF) > FINITE else code | ((bits >> 28) & 8)
+
+
+def e2m1_pair(low: Float32, high: Float32) -> Uint32:
+  """The E2M1 codes of two numbers in the low 8 bits, to nearest even.
+
+  Where the architecture has the conversion, one instruction; its rules are the same (PTX ISA, cvt).
+  """
+  if ARCH.block_scaled:
+    ptx = (
+      "{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, {$r0}, {$r1}; cvt.u32.u8 {$w0}, pair; }"
+    )
+    return cute.arch.inline_ptx(ptx, write_only_types=[Uint32], read_only_args=[high, low])
+  return _e2m1_nearest(low) | (_e2m1_nearest(high) << 4)
 
 
 def _mix(h: Uint32) -> Uint32:

@@ -25,7 +25,6 @@ from quack.gemm import gemm
 from quack.gemm_symmetric import gemm_symmetric
 from torch import Tensor
 
-from kernels.cuda import gemms
 from kernels.cuda.jit import (
   ARCH,
   DTYPES,
@@ -42,7 +41,8 @@ from kernels.ops import check, check_same_device
 THREADS = 256
 WIDTH = 8
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-SYMMETRIC_TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}  # square over the cluster of 2
+TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
+CLUSTER = (2, 1)  # makes the tile of sm_90a square, as a symmetric product wants
 
 
 class AdamW:
@@ -163,8 +163,7 @@ def adamw(
 
 def _symmetric(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:
   """out = alpha · x xᵀ + beta · c for [L, M, K] and [L, M, M]."""
-  tile_m, tile_n = SYMMETRIC_TILE[ARCH.name]
-  gemm_symmetric(x, x, out, c, None, tile_m, tile_n, 2, 1, alpha=alpha, beta=beta)
+  gemm_symmetric(x, x, out, c, None, *TILE[ARCH.name], *CLUSTER, alpha=alpha, beta=beta)
 
 
 @torch.no_grad()
@@ -184,12 +183,9 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
   gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
   poly, other = torch.empty_like(gram), torch.empty_like(x)
   a, b, c = NEWTON_SCHULZ
-  tile = gemms.config("dense")
   for _ in range(steps):
     _symmetric(x, gram, None, 1.0, 1.0)
     _symmetric(gram, poly, gram, c, b)
-    gemm(
-      poly, x.mT, other, x, None, tile.tile_m, tile.tile_n, tile.cluster_m, tile.cluster_n, beta=a
-    )
+    gemm(poly, x.mT, other, x, None, *TILE[ARCH.name], *CLUSTER, beta=a)
     x, other = other, x
   return (x.mT if rows > columns else x).to(g.dtype).reshape(g.shape).contiguous()

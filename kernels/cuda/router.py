@@ -24,11 +24,10 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import BFloat16, Float32, Int32, Uint32, const_expr
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 from quack.gemm import gemm
 from torch import Tensor
 
-from kernels.cuda import gemms
 from kernels.cuda.jit import ARCH, cached, check_device, compile_kernel, fake
 from kernels.ops import RouterSpec, Routing, check, check_same_device
 
@@ -39,7 +38,9 @@ MAX_EXPERTS = 512
 MAX_GROUPS = 32
 MAX_TOP_K = 32
 MAX_SLICES = 16
-LOGITS_TILE = {"sm_90a": (128, 192, 2), "sm_100a": (256, 192, 2)}  # rows, columns, cluster
+LOGITS_TILE = {"sm_90a": (128, 192), "sm_100a": (256, 192)}  # rows, columns
+GRADIENT_TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
+CLUSTER = (2, 1)
 
 
 def padded(num_experts: int) -> int:
@@ -341,8 +342,7 @@ def logit_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
   """fp32 [T, 3·P]: x times the three parts of the weight; the logits are their sum."""
   parts = split_weight(weight_ED, (0, 1, 2))
   out = x_TD.new_empty(x_TD.shape[0], parts.shape[0], dtype=torch.float32)
-  tile_m, tile_n, cluster = LOGITS_TILE[ARCH.name]
-  gemm(x_TD, parts, out, None, None, tile_m, tile_n, cluster, 1)
+  gemm(x_TD, parts, out, None, None, *LOGITS_TILE[ARCH.name], *CLUSTER)
   return out
 
 
@@ -357,8 +357,7 @@ def weight_grad(parts: Tensor, x_TD: Tensor, num_experts: int) -> Tensor:
   a = parts[:, : 2 * width].unflatten(0, (slices, -1)).mT
   b = x_TD.unflatten(0, (slices, -1)).mT
   out = x_TD.new_empty(slices, 2 * width, x_TD.shape[1], dtype=torch.float32)
-  tile = gemms.config("dense")
-  gemm(a, b, out, None, None, tile.tile_m, tile.tile_n, tile.cluster_m, tile.cluster_n)
+  gemm(a, b, out, None, None, *GRADIENT_TILE[ARCH.name], *CLUSTER)
   return out.unflatten(1, (2, width)).sum((0, 1))[:num_experts]
 
 
@@ -366,8 +365,7 @@ def input_grad(parts: Tensor, weight_ED: Tensor) -> Tensor:
   """dx bf16 [T, D] = [d0 d1 d0] · [w0; w0; w1]."""
   stacked = split_weight(weight_ED, (0, 0, 1))
   out = parts.new_empty(parts.shape[0], weight_ED.shape[1])
-  tile = gemms.config("dense")
-  gemm(parts, stacked.mT, out, None, None, tile.tile_m, tile.tile_n, tile.cluster_m, tile.cluster_n)
+  gemm(parts, stacked.mT, out, None, None, *GRADIENT_TILE[ARCH.name], *CLUSTER)
   return out
 
 

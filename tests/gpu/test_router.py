@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from gpu.oracle import compare, relative
-from kernels import reference
 from kernels.cuda.router import logit_parts, padded, route
 from kernels.ops import KernelError, RouterSpec
 
@@ -24,13 +23,6 @@ def inputs(tokens, dim, experts):
   return x, weight, torch.randn(experts, device="cuda") * 0.1
 
 
-def chosen(score_TE, bias_E, spec):
-  """The experts that the rule picks from the given scores."""
-  logits = torch.logit(score_TE) if spec.score == "sigmoid" else score_TE.log()
-  eye = torch.eye(score_TE.shape[1], device="cuda", dtype=score_TE.dtype)
-  return reference.route(logits, eye, bias_E, spec)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_have_fp32_accuracy(case):
   tokens, dim, experts, _ = case
@@ -38,7 +30,7 @@ def test_logits_have_fp32_accuracy(case):
   parts = logit_parts(x.detach(), weight.detach()).unflatten(1, (3, padded(experts)))
   logits = parts.flip(1).sum(1)[:, :experts]
   exact = x.double() @ weight.double().T
-  assert relative(logits, exact) < 1e-6
+  assert relative(logits, exact) < dim**0.5 * 2**-24  # an fp32 sum of D products
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,10 +43,10 @@ def test_selection_follows_the_rule_on_its_own_scores(case):
   if spec.topk_groups < spec.num_groups:
     groups = biased.unflatten(1, (spec.num_groups, size))
     best = groups.topk(min(2, size), 2).values.sum(2)
-    kept = best.argsort(1, descending=True, stable=True)[:, : spec.topk_groups]
+    kept = best.argsort(dim=1, descending=True, stable=True)[:, : spec.topk_groups]
     mask = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
     biased = groups.masked_fill(~mask[..., None], -torch.inf).flatten(1)
-  expert = biased.sort(1, descending=True, stable=True).indices[:, : spec.top_k]
+  expert = biased.sort(dim=1, descending=True, stable=True).indices[:, : spec.top_k]
   assert torch.equal(out.expert_TK, expert.int())
   gate = out.score_TE.gather(1, expert)
   gate = gate / (gate.sum(1, keepdim=True) + 1e-20) if spec.normalize else gate
