@@ -6,7 +6,7 @@ holdout = 0.01          # fraction of documents kept for validation, by a hash o
 
 [[source]]
 name = "books"
-kind = "files"          # or "huggingface", or "python-stdlib"
+kind = "files"          # or "huggingface", or "python"
 paths = ["books/*.jsonl"]   # relative to this file
 format = "jsonl"        # or "parquet", or "text" (one document per file)
 text_field = "text"
@@ -23,7 +23,7 @@ split = "train"
 
 [[source]]
 name = "prose"
-kind = "python-stdlib"
+kind = "python"
 part = "prose"          # or "code"
 """
 
@@ -70,17 +70,21 @@ class HuggingFaceSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibSource:
-  """The running Python's standard library: its .py files, or their comments and docstrings."""
+class PythonSource:
+  """Sources of the running Python: its .py files, or their comments and docstrings.
 
-  kind: ClassVar[str] = "python-stdlib"
+  tree "stdlib" is the standard library, "packages" what is installed beside it.
+  """
+
+  kind: ClassVar[str] = "python"
   name: str
   part: Literal["code", "prose"]
+  tree: Literal["stdlib", "packages"] = "stdlib"
   weight: float | None = None
   max_documents: int = 0
 
 
-Source = FilesSource | HuggingFaceSource | StdlibSource
+Source = FilesSource | HuggingFaceSource | PythonSource
 KINDS: dict[str, type] = {cls.kind: cls for cls in get_args(Source)}
 
 

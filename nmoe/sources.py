@@ -22,7 +22,7 @@ from nmoe.errors import DataError
 from nmoe.mixture import FilesSource, Source
 
 _MODULES = {
-  "python-stdlib": "nmoe.sources_stdlib",
+  "python": "nmoe.sources_python",
   "huggingface": "nmoe.sources_datasets",
   "text": "nmoe.sources_text",
   "jsonl": "nmoe.sources_datasets",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nmoe.errors import ConfigError
-from nmoe.mixture import FilesSource, HuggingFaceSource, Mixture, StdlibSource, load_mixture
+from nmoe.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource, load_mixture
 
 FILES = '[[source]]\nname = "a"\nkind = "files"\npaths = ["a.txt"]\nformat = "text"\n'
 HUB = '[[source]]\nname = "h"\nkind = "huggingface"\ndataset = "o/n"\n'
@@ -26,7 +26,7 @@ def test_all_kinds(tmp_path):
     + "weight = 2\nmax_documents = 5\n"
     + HUB
     + f'revision = "{COMMIT}"\nsplit = "dev"\nconfig = "en"\ntext_field = "body"\nweight = 0.5\n'
-    + '[[source]]\nname = "c"\nkind = "python-stdlib"\npart = "code"\nweight = 1\n'
+    + '[[source]]\nname = "c"\nkind = "python"\npart = "code"\nweight = 1\n'
   )
   assert load_mixture(write(tmp_path, text)) == Mixture(
     holdout=0.25,
@@ -43,7 +43,7 @@ def test_all_kinds(tmp_path):
         text_field="body",
         weight=0.5,
       ),
-      StdlibSource(name="c", part="code", weight=1.0),
+      PythonSource(name="c", part="code", weight=1.0),
     ),
   )
 
@@ -55,8 +55,8 @@ def test_temperature_may_be_infinite(tmp_path):
 def test_the_embedded_mixture():
   path = Path(__file__).parents[2] / "configs/moonlet/stdlib.toml"
   assert [(s.kind, s.part) for s in load_mixture(path).sources] == [
-    ("python-stdlib", "code"),
-    ("python-stdlib", "prose"),
+    ("python", "code"),
+    ("python", "prose"),
   ]
 
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe import prepare as preparation
-from nmoe import shards, sources_stdlib, tokenizer
+from nmoe import shards, sources_python, tokenizer
 from nmoe.errors import DataError
-from nmoe.mixture import FilesSource, HuggingFaceSource, Mixture, StdlibSource
+from nmoe.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource
 from nmoe.prepare import prepare
 from nmoe.shards import read_manifest
 
@@ -326,25 +326,32 @@ class A:
   r\'\'\'Class doc with "quotes" and # no comment.\'\'\'
   s = "# no comment"
 '''
-  assert sources_stdlib.prose(code) == (
+  assert sources_python.prose(code) == (
     "/usr/bin/env python\n\nModule doc.\n\nIndented.\n\nafter code\na block\nof two lines\n\n"
     'Class doc with "quotes" and # no comment.'
   )
 
 
 def test_the_standard_library_is_found_and_is_text():
-  files = sources_stdlib._files()
+  files = sources_python._files("stdlib")
   assert len(files) > 100
   assert not any("site-packages" in p.parts for p in files)
   assert any(p.name == "argparse.py" for p in files)
 
 
+def test_installed_packages_are_a_tree_of_their_own():
+  packages, stdlib = sources_python._files("packages"), sources_python._files("stdlib")
+  assert len(packages) > 100
+  assert not set(packages) & set(stdlib)
+  assert any(path.match("numpy/__init__.py") for path in packages)
+
+
 def test_held_out_files_are_held_out_as_prose_too(tmp_path, monkeypatch):
   texts = [f'"""Doc {i}."""\nx = {i}\n' for i in range(300)]
   write_texts(tmp_path / "lib", texts)
-  monkeypatch.setattr(sources_stdlib, "_files", lambda: sorted((tmp_path / "lib").iterdir()))
-  code = StdlibSource(name="code", part="code")
-  prose = StdlibSource(name="prose", part="prose")
+  monkeypatch.setattr(sources_python, "_files", lambda tree: sorted((tmp_path / "lib").iterdir()))
+  code = PythonSource(name="code", part="code")
+  prose = PythonSource(name="prose", part="prose")
   (a, first), (b, second) = prepared_sources(prepare(mixture_of(code, prose), BYTE, tmp_path))
   heldout = [i for i, text in enumerate(texts) if is_heldout(text, 0.1)]
   assert read_split(a, first, "heldout") == [texts[i] for i in heldout]

@@ -1,4 +1,4 @@
-"""Text found on any machine: the running Python's standard library.
+"""Text found on any machine: the running Python's standard library and installed packages.
 
 `code` gives each .py file. `prose` gives, for each file, its comments and the strings that stand
 alone on their lines (docstrings). Both carry the file as their group, so that a held-out file's
@@ -13,10 +13,10 @@ import sysconfig
 from pathlib import Path
 
 from nmoe.errors import DataError
-from nmoe.mixture import StdlibSource
+from nmoe.mixture import PythonSource
 from nmoe.sources import Document, Documents, Skip, decoded, file_identity, read_bytes
 
-_FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
+_PACKAGES = {"site-packages", "dist-packages"}
 _SCANNER = re.compile(
   r"""
     (?P<comment> \#[^\n]* )
@@ -32,13 +32,13 @@ _SCANNER = re.compile(
 _REST_BLANK = re.compile(r"[ \t]*(?:\n|\Z)")
 
 
-def identity(source: StdlibSource) -> list[str]:
+def identity(source: PythonSource) -> list[str]:
   """The files' hashes in order; the interpreter's place does not count."""
-  return [file_identity(path) for path in _files()]
+  return [file_identity(path) for path in _files(source.tree)]
 
 
-def documents(source: StdlibSource) -> Documents:
-  for path in _files():
+def documents(source: PythonSource) -> Documents:
+  for path in _files(source.tree):
     data = read_bytes(path)
     document = decoded(data, group=data)
     if source.part == "code" or isinstance(document, Skip):
@@ -71,11 +71,12 @@ def prose(code: str) -> str:
   return "\n\n".join(block.strip() for block in blocks if block.strip())
 
 
-def _files() -> list[Path]:
-  root = Path(sysconfig.get_path("stdlib"))
-  files = [p for p in sorted(root.rglob("*.py")) if not _FOREIGN & set(p.relative_to(root).parts)]
+def _files(tree: str) -> list[Path]:
+  """The tree's .py files in order; DataError if there are none."""
+  name, foreign = ("stdlib", _PACKAGES) if tree == "stdlib" else ("purelib", set())
+  root = Path(sysconfig.get_path(name))
+  foreign = foreign | {"__pycache__"}
+  files = [p for p in sorted(root.rglob("*.py")) if not foreign & set(p.relative_to(root).parts)]
   if not files:
-    raise DataError(
-      f"{root}: this Python's standard library holds no .py files; use a Python that ships them"
-    )
+    raise DataError(f"{root}: no .py files; use a Python that ships its {tree}' sources")
   return files
