@@ -1,25 +1,21 @@
 """The symmetric heap: every rank's buffers, mapped on every rank that can reach them.
 
-What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (`allocate` of
-its kernels' exchange: POSIX shared memory on the cpu, NVSHMEM on GPUs). An Rdep owns its heap.
+What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (`allocate`
+and `release` of its kernels' exchange: POSIX shared memory on the cpu, NVSHMEM on GPUs).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from kernels.buffers import BufferLayout, Buffers
 from kernels.ops import KernelError
 from nmoe.config import Config
 from nmoe.errors import CommError
-
-# bytes of a block -> every rank's block
-Allocate = Callable[[int, dist.ProcessGroup], list[Tensor]]
 
 
 def buffer_layout(config: Config) -> BufferLayout:
@@ -40,19 +36,19 @@ def buffer_layout(config: Config) -> BufferLayout:
 class Heap:
   """All ranks' blocks: `peers[r]` are the buffers of rank r, `mine` this rank's own.
 
-  Collective over `group` (gloo). Raises CommError if the memory cannot be had or shared.
+  Collective over `group` (gloo). An Rdep owns it. Raises CommError if the memory cannot be had.
   """
 
-  def __init__(
-    self,
-    layout: BufferLayout,
-    allocate: Callable[[int, dist.ProcessGroup], list[Tensor]],
-    group: dist.ProcessGroup,
-  ):
-    self.layout = layout
+  def __init__(self, layout: BufferLayout, exchange: ModuleType, group: dist.ProcessGroup):
+    self._release = exchange.release
     try:
-      blocks = allocate(layout.nbytes, group)
+      blocks = exchange.allocate(layout.nbytes, group)
     except KernelError as error:
       raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
     self.peers: list[Buffers] = [layout.views(block) for block in blocks]
     self.mine = self.peers[group.rank()]
+
+  def close(self) -> None:
+    """Give the memory back; the buffers may not be used after. Collective."""
+    del self.peers, self.mine
+    self._release()

@@ -70,6 +70,12 @@ class Parallel:
       for grad, part in zip(grads, parts, strict=True):
         grad.copy_(part.view_as(grad))
 
+  def close(self) -> None:
+    """Leave the run: the counterpart of `init`."""
+    if self.ranks > 1:
+      self.rdep.close()
+      dist.destroy_process_group()
+
 
 def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> Parallel:
   """Join the run's other ranks, who meet in the file `rendezvous`, and open all communicators.

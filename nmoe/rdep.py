@@ -34,7 +34,9 @@ A rank that stops stops the others at their deadline, before they use anything i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -70,6 +72,16 @@ def places(count_RE: Tensor, alignment: int) -> Places:
   return Places(start_E + before_RE, start_E, padded_RL.sum(1))
 
 
+class _Trip(NamedTuple):
+  """What the post-mortem of a handshake says about it."""
+
+  number: int
+  layer: int
+  phase: str
+  round: int
+  count_RE: Tensor | None  # on the host, once it is there
+
+
 class Rdep:
   """The communication of all MoE layers of one process; owns the symmetric heap.
 
@@ -88,11 +100,13 @@ class Rdep:
     self.config, self.ops = config, ops
     self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     self.num_experts = config.moe.num_experts
-    self.first = self.num_experts // self.num_ranks * self.rank
+    self.num_local = self.num_experts // self.num_ranks
+    self.first = self.num_local * self.rank
     self.rounds: dict[int, int] = {}
-    self.trip = self.done = 0  # the last trip begun, and the last whose replies have all come
+    self.done = 0  # the last trip whose replies have all come
+    self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, None)], maxlen=1024)
     if self.num_ranks > 1:
-      self.heap = Heap(buffer_layout(config), exchange.allocate, group)
+      self.heap = Heap(buffer_layout(config), exchange, group)
       self.exchange = exchange.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
 
   def experts(
@@ -128,11 +142,50 @@ class Rdep:
     y_TD = _Receive.apply(call, sent, w13, w2)
     return y_TD if beside_TD is None else y_TD + beside_TD
 
-  def next_trip(self) -> int:
-    """The next handshake's number. The previous one must be over: see the module's docstring."""
-    assert self.done == self.trip, "RDEP: a backward pass was left unfinished; use Tensor.backward"
-    self.trip += 1
-    return self.trip
+  @contextmanager
+  def explained(self) -> Iterator[None]:
+    """Around device work: an error that a missed deadline caused becomes a CommError."""
+    try:
+      yield
+    except RuntimeError as error:
+      late = self.exchange.late() if self.num_ranks > 1 else None
+      if late is None:
+        raise
+      raise CommError(self.post_mortem(*late)) from error
+
+  def post_mortem(self, kind: int, number: int, late: list[int]) -> str:
+    """Who is late, at what, and how many rows were expected and have arrived."""
+    trip = next(t for t in reversed(self.trips) if t.number == number)
+    if trip.count_RE is None:
+      rows = "the number of rows was not yet known"
+    else:
+      expected_R = self._expected(kind, trip)
+      here = sum(n for r, n in enumerate(expected_R) if r not in late)
+      missing = ", ".join(f"{expected_R[r]} from rank {r}" for r in late)
+      rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
+    return (
+      f"rank {self.rank} of {self.num_ranks}, layer {trip.layer}, {trip.phase}, round {trip.round}:"
+      f" {KIND_NAMES[kind]} of rank {', '.join(map(str, late))} did not come within "
+      f"{self.config.rdep.deadline_s:g} s ({rows}). See that rank's log; if it is alive but slow, "
+      "raise rdep.deadline_s"
+    )
+
+  def close(self) -> None:
+    """Give the heap back. Collective; to be called after the last backward pass."""
+    if self.num_ranks > 1:
+      del self.exchange
+      self.heap.close()
+
+  def _expected(self, kind: int, trip: _Trip) -> list[int]:
+    """Rows of a trip by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
+    base_RE = places(trip.count_RE, self.config.rdep.alignment).base_RE
+    begin = trip.round * self.exchange.capacity
+    low = base_RE.clamp(min=begin)
+    high = (base_RE + trip.count_RE).clamp(max=begin + self.exchange.capacity)
+    rows_RE = (high - low).clamp(min=0)
+    if kind == DISPATCH:
+      return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
+    return rows_RE[self.rank].view(self.num_ranks, -1).sum(1).tolist()
 
 
 class _Send(torch.autograd.Function):
@@ -180,46 +233,46 @@ class _Call:
   """One layer's forward pass and its backward pass on one rank."""
 
   def __init__(self, rdep: Rdep, layer: int, recipe: Recipe, *, keep: bool):
-    self.rdep, self.layer, self.recipe, self.keep = rdep, layer, recipe, keep
-    self.kept: _Kept | None = None
+    self.rdep, self.exchange = rdep, rdep.exchange
+    self.layer, self.recipe, self.keep = layer, recipe, keep
     self.phase = "forward"
+    self.host_count_RE: Tensor | None = None
+    self.kept: _Kept | None = None
+    self.under_way: tuple = ()
 
   def start(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> None:
-    rdep = self.rdep
+    """Counts and the first dispatch, beside what follows."""
     self.x_TD, self.gate_TK = x_TD.detach(), gate_TK.detach()
-    self._check(expert_TK)
-    layout = rdep.ops.layout(expert_TK, rdep.num_experts)
+    self.expert_TK = expert_TK
+    self._check()
     self._next(0)
-    rdep.exchange.post_counts(self.trip, layout.offset_E1.diff())
-    self.count_RE = None
-    self._wait(COUNTS)
-    self.count_RE = rdep.heap.mine.count_RE.clone()
-    self.places = places(self.count_RE, rdep.config.rdep.alignment)
-    expert_N = expert_TK.flatten().long()
-    within_N = layout.row_TK.flatten() - layout.offset_E1[expert_N]
-    self.owner_N = expert_N // (rdep.num_experts // rdep.num_ranks)
-    self.row_N = self.places.base_RE[rdep.rank, expert_N] + within_N
-    self._send(self.x_TD, None)
+    with self.exchange.beside():
+      self.layout = self.rdep.ops.layout(expert_TK, self.rdep.num_experts)
+      self.exchange.post_counts(self.trip, self.layout.offset_E1.diff())
+      self._wait(COUNTS)
+      count_RE = self.rdep.heap.mine.count_RE.clone()
+      self.places = places(count_RE, self.rdep.config.rdep.alignment)
+      fetched = self.exchange.fetch(count_RE)
+      self._send(self.x_TD, None)
+    self.fetched = fetched
 
   def forward(self, w13: Tensor, w2: Tensor) -> Tensor:
     """[T, D] combined; called after `start`."""
-    rdep = self.rdep
-    end_R = (
-      self.places.end_R.tolist()
-    )  # the one host synchronisation of a layer: sizes of what follows
-    self.end, self.rounds = end_R[rdep.rank], max(-(-max(end_R) // rdep.exchange.capacity), 1)
-    rdep.rounds[self.layer] = self.rounds
+    self._plan()
+    self.exchange.join()
     for number in range(self.rounds):
       if number > 0:
         self._next(number)
         self._send(self.x_TD, None)
       x_CD, _, origin_C = self._receive()
       kept = self._run(x_CD, origin_C, w13, w2, self.keep and number == 0)
-      rdep.exchange.reply(self.trip, origin_C, kept.y_CD.detach(), None)
+      self.exchange.reply(self.trip, origin_C, kept.y_CD.detach(), None)
       self._wait(RETURN)
       if self.keep and number == 0:
         self.kept = kept
-    return rdep.ops.combine(self._back().clone(), self.gate_TK)
+    if self.rounds == 1:
+      self.x_TD = None
+    return self.rdep.ops.combine(self._back(), self.gate_TK)
 
   def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """The experts' gradients; leaves the last trip's replies under way for `finish_backward`."""
@@ -227,10 +280,31 @@ class _Call:
     self.phase, kept, self.kept = "backward", self.kept, None
     dw13, dw2 = self._round_backward(0, kept, dy_TD)
     for number in range(1, self.rounds):
+      self.exchange.join()
       self._wait(RETURN)
       more13, more2 = self._round_backward(number, self._again(number, w13, w2), dy_TD)
       dw13, dw2 = dw13 + more13, dw2 + more2
     return dw13, dw2
+
+  def finish_backward(self) -> tuple[Tensor, Tensor]:
+    """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""
+    assert self.trip == self.rdep.trips[-1].number, "RDEP: another layer ran inside this one"
+    self.exchange.join()
+    self.under_way = ()
+    self._wait(RETURN)
+    dx_TD = self.rdep.ops.combine(self._back(), torch.ones_like(self.gate_TK))
+    dgate_N = self.rdep.heap.mine.back_gate_N[: self.gate_TK.numel()]
+    return dx_TD, dgate_N.view_as(self.gate_TK).to(self.gate_TK.dtype, copy=True)
+
+  def _plan(self) -> None:
+    """The sizes of what follows; waits for the counts, the layer's one host synchronisation."""
+    rdep = self.rdep
+    with rdep.explained():
+      self.host_count_RE = torch.tensor(self.fetched())
+    rdep.trips[-1] = rdep.trips[-1]._replace(count_RE=self.host_count_RE)
+    end_R = places(self.host_count_RE, rdep.config.rdep.alignment).end_R.tolist()
+    self.end, self.rounds = end_R[rdep.rank], max(-(-max(end_R) // self.exchange.capacity), 1)
+    rdep.rounds[self.layer] = self.rounds
 
   def _round_backward(self, number: int, kept: _Kept, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
     """One trip: dy and gates come, dx rows and gate gradients go. Returns dw13 and dw2."""
@@ -240,100 +314,68 @@ class _Call:
     dgate_C = (dy_CD.float() * kept.y_CD.detach().float()).sum(1)
     scaled_CD = (gate_C[:, None] * dy_CD.float()).to(dy_CD.dtype)
     dx_CD, dw13, dw2 = torch.autograd.grad(kept.y_CD, (kept.x_CD, *kept.weights), scaled_CD)
-    self.rdep.exchange.reply(self.trip, kept.origin_C, dx_CD, dgate_C)
+    with self.exchange.beside():
+      self.exchange.reply(self.trip, kept.origin_C, dx_CD, dgate_C)
+    self.under_way = (dx_CD, dgate_C, kept.origin_C)  # read beside, so not to be freed before join
     return dw13, dw2
-
-  def finish_backward(self) -> tuple[Tensor, Tensor]:
-    """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""
-    assert self.trip == self.rdep.trip, "RDEP: another layer ran inside this layer's backward pass"
-    self._wait(RETURN)
-    dx_TD = self.rdep.ops.combine(self._back().clone(), torch.ones_like(self.gate_TK))
-    dgate_N = self.rdep.heap.mine.back_gate_N[: self.gate_TK.numel()]
-    return dx_TD, dgate_N.view_as(self.gate_TK).to(self.gate_TK.dtype, copy=True)
 
   def _again(self, number: int, w13: Tensor, w2: Tensor) -> _Kept:
     """A later round's rows and results, from another dispatch of x."""
     self._next(number)
     self._send(self.x_TD, None)
     x_CD, _, origin_C = self._receive()
-    self.rdep.exchange.reply(self.trip, origin_C, None, None)
+    self.exchange.reply(self.trip, origin_C, None, None)
     self._wait(RETURN)
     return self._run(x_CD, origin_C, w13, w2, True)
 
   def _run(self, x_CD: Tensor, origin_C: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> _Kept:
     """The grouped experts over this round's rows."""
-    rdep = self.rdep
-    start_E1 = torch.cat([self.places.start_E[self._mine()], self.places.end_R[rdep.rank, None]])
-    offset_E1 = (start_E1 - self._low()).clamp(0, x_CD.shape[0]).int()
+    rdep, low = self.rdep, self.round * self.exchange.capacity
+    start_L = self.places.start_E[rdep.first : rdep.first + rdep.num_local]
+    end_1 = self.places.end_R[rdep.rank : rdep.rank + 1]
+    offset_L1 = (torch.cat([start_L, end_1]) - low).clamp(0, x_CD.shape[0]).int()
     if keep:
       x_CD = x_CD.requires_grad_()
       w13, w2 = w13.detach().requires_grad_(), w2.detach().requires_grad_()
     with torch.set_grad_enabled(keep):
-      y_CD = rdep.ops.grouped_mlp(x_CD, offset_E1, w13, w2, self.recipe)
+      y_CD = rdep.ops.grouped_mlp(x_CD, offset_L1, w13, w2, self.recipe)
     return _Kept(x_CD, y_CD, (w13, w2), origin_C)
 
+  def _next(self, number: int) -> None:
+    """Begin this pass's next trip, of the given round. The one before it must be over."""
+    trips = self.rdep.trips
+    assert self.rdep.done == trips[-1].number, (
+      "RDEP: a backward pass was left unfinished; use Tensor.backward"
+    )
+    self.trip, self.round = trips[-1].number + 1, number
+    trips.append(_Trip(self.trip, self.layer, self.phase, number, self.host_count_RE))
+
   def _send(self, x_TD: Tensor, gate_TK: Tensor | None) -> None:
-    self.rdep.exchange.send(self.trip, x_TD, gate_TK, self.owner_N, self.row_N, self._low())
+    base_E, low = self.places.base_RE[self.rdep.rank], self.round * self.exchange.capacity
+    self.exchange.send(self.trip, x_TD, gate_TK, self.expert_TK, self.layout, base_E, low)
 
   def _receive(self) -> tuple[Tensor, Tensor, Tensor]:
     self._wait(DISPATCH)
-    capacity = self.rdep.exchange.capacity
-    return self.rdep.exchange.receive(min(max(self.end - self._low(), 0), capacity))
-
-  def _next(self, number: int) -> None:
-    """Begin this pass's next trip, of the given round."""
-    self.trip, self.round = self.rdep.next_trip(), number
-
-  def _low(self) -> int:
-    return self.round * self.rdep.exchange.capacity
-
-  def _back(self) -> Tensor:
-    num_tokens, top_k = self.gate_TK.shape
-    return self.rdep.heap.mine.back_ND[: num_tokens * top_k].unflatten(0, (num_tokens, top_k))
-
-  def _mine(self) -> slice:
-    rdep = self.rdep
-    return slice(rdep.first, rdep.first + rdep.num_experts // rdep.num_ranks)
-
-  def _check(self, expert_TK: Tensor) -> None:
-    rows = self.rdep.exchange.rows
-    if expert_TK.numel() > rows:
-      raise CommError(
-        f"rank {self.rdep.rank}, layer {self.layer}: {expert_TK.shape[0]} tokens of "
-        f"{expert_TK.shape[1]} experts do not fit the {rows} rows of train.micro_batch · "
-        "data.seq_len · moe.top_k; raise train.micro_batch or pass fewer tokens"
-      )
+    capacity = self.exchange.capacity
+    return self.exchange.receive(min(max(self.end - self.round * capacity, 0), capacity))
 
   def _wait(self, kind: int) -> None:
-    late = self.rdep.exchange.wait(kind, self.trip)
+    late = self.exchange.wait(kind, self.trip)
     if late:
-      raise CommError(self._post_mortem(kind, late))
+      raise CommError(self.rdep.post_mortem(kind, self.trip, late))
     if kind == RETURN:
       self.rdep.done = self.trip
 
-  def _post_mortem(self, kind: int, late: list[int]) -> str:
-    """Who is late, at what, and how many rows were expected and have arrived."""
-    rdep = self.rdep
-    if self.count_RE is None:
-      rows = "the number of rows was not yet known"
-    else:
-      expected_R = self._expected(kind)
-      here = sum(n for r, n in enumerate(expected_R) if r not in late)
-      missing = ", ".join(f"{expected_R[r]} from rank {r}" for r in late)
-      rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
-    return (
-      f"rank {rdep.rank} of {rdep.num_ranks}, layer {self.layer}, {self.phase}, round {self.round}:"
-      f" {KIND_NAMES[kind]} of rank {', '.join(map(str, late))} did not come within "
-      f"{rdep.config.rdep.deadline_s:g} s ({rows}). See that rank's log; if it is alive but slow, "
-      "raise rdep.deadline_s"
-    )
+  def _back(self) -> Tensor:
+    """What came back, [T, K, D], in the symmetric buffer itself."""
+    num_tokens, top_k = self.gate_TK.shape
+    return self.rdep.heap.mine.back_ND[: num_tokens * top_k].unflatten(0, (num_tokens, top_k))
 
-  def _expected(self, kind: int) -> list[int]:
-    """Rows of this round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
-    rdep, count_RE = self.rdep, self.count_RE.long()
-    low = self.places.base_RE.clamp(min=self._low())
-    high = (self.places.base_RE + count_RE).clamp(max=self._low() + rdep.exchange.capacity)
-    rows_RE = (high - low).clamp(min=0)
-    if kind == DISPATCH:
-      return rows_RE[:, self._mine()].sum(1).tolist()
-    return rows_RE[rdep.rank].view(rdep.num_ranks, -1).sum(1).tolist()
+  def _check(self) -> None:
+    (num_tokens, top_k), rows = self.expert_TK.shape, self.exchange.rows
+    if num_tokens * top_k > rows:
+      raise CommError(
+        f"rank {self.rdep.rank}, layer {self.layer}: {num_tokens} tokens of {top_k} experts do not "
+        f"fit the {rows} rows of train.micro_batch · data.seq_len · moe.top_k; raise "
+        "train.micro_batch or pass fewer tokens"
+      )

@@ -93,4 +93,5 @@ def _main(
   except BaseException:
     pipe.send((None, traceback.format_exc()))
     raise
-  dist.destroy_process_group()
+  if dist.is_initialized():
+    dist.destroy_process_group()

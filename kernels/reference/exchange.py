@@ -8,14 +8,17 @@ signal is stored after the rows that it announces; x86-64 keeps that order.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers
-from kernels.reference.symmetric import allocate
+from kernels.ops import Layout
+from kernels.reference.symmetric import allocate, release
 
-__all__ = ["Exchange", "allocate"]
+__all__ = ["Exchange", "allocate", "release"]
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
 PAUSE_S = 1e-4
@@ -37,20 +40,30 @@ class Exchange:
     self._signal(COUNTS, trip)
 
   def send(
-    self, trip: int, x_TD: Tensor, gate_TK: Tensor | None, owner_N: Tensor, row_N: Tensor, low: int
+    self,
+    trip: int,
+    x_TD: Tensor,
+    gate_TK: Tensor | None,
+    expert_TK: Tensor,
+    layout: Layout,
+    base_E: Tensor,
+    low: int,
   ) -> None:
-    """Write row (t, k) of x to place row[t·K + k] - low of its owner, if that is in [0, C).
+    """Write row (t, k) of x to its place in its owner's buffer, if that is in low : low + C.
 
-    owner and row are int64 [T·K]. Gates go along if given. Every rank is signalled, with or without
+    base int64 [E] is the place of this rank's first row for each expert; the rows of an expert
+    follow in the layout's order. Gates go along if given. Every rank is signalled, with or without
     rows.
     """
-    place_N = row_N - low
+    expert_N = expert_TK.flatten().long()
+    owner_N = expert_N // (base_E.shape[0] // len(self.peers))
+    within_N = layout.row_TK.flatten() - layout.offset_E1[expert_N]
+    place_N = base_E[expert_N] + within_N - low
     inside_N = (place_N >= 0) & (place_N < self.capacity)
-    top_k = owner_N.numel() // max(x_TD.shape[0], 1)
     for rank, peer in enumerate(self.peers):
       item = (inside_N & (owner_N == rank)).nonzero().flatten()
       place = place_N[item]
-      peer.row_CD.index_copy_(0, place, x_TD[item // max(top_k, 1)])
+      peer.row_CD.index_copy_(0, place, x_TD[item // expert_TK.shape[1]])
       if gate_TK is not None:
         peer.gate_C.index_copy_(0, place, gate_TK.flatten()[item])
       peer.origin_C.index_copy_(0, place, (item + self.rank * self.rows).int())
@@ -91,6 +104,21 @@ class Exchange:
       time.sleep(0 if polls < YIELDS else PAUSE_S)
       polls += 1
     return []
+
+  def late(self) -> tuple[int, int, list[int]] | None:
+    """(kind, trip, late ranks) of a wait that failed unseen; here `wait` itself returns them."""
+    return None
+
+  def beside(self) -> AbstractContextManager:
+    """Work inside may run beside what follows, until `join`."""
+    return nullcontext()
+
+  def join(self) -> None:
+    """Work from here on comes after all work `beside`."""
+
+  def fetch(self, x: Tensor) -> Callable[[], list]:
+    """x as a list on the host, when called."""
+    return x.tolist
 
   def _signal(self, kind: int, trip: int) -> None:
     for peer in self.peers:

@@ -53,6 +53,10 @@ def allocate(nbytes: int, group: dist.ProcessGroup) -> list[Tensor]:
   return [whole[r * stride : r * stride + nbytes] for r in range(ranks)]
 
 
+def release() -> None:
+  """The counterpart of `allocate`: nothing to do, the pages go with their last tensor."""
+
+
 def remove_leftovers() -> list[str]:
   """Unlink files of runs whose creator is dead; returns their names."""
   removed = []

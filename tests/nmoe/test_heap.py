@@ -66,7 +66,7 @@ def test_wrong_memory_and_too_many_rows_are_refused() -> None:
 
 
 def exchange_bytes(group) -> tuple[list[list[float]], list[str]]:
-  heap = Heap(LAYOUT, symmetric.allocate, group)
+  heap = Heap(LAYOUT, symmetric, group)
   mine = group.rank()
   for rank, peer in enumerate(heap.peers):
     peer.gate_C[mine] = 10.0 * mine + rank
@@ -98,7 +98,7 @@ def test_names_of_dead_runs_are_removed_and_of_live_ones_kept() -> None:
 
 
 def killed_while_mapped(group, told: str) -> None:
-  Heap(LAYOUT, symmetric.allocate, group)
+  Heap(LAYOUT, symmetric, group)
   Path(told, str(os.getpid())).touch()
   time.sleep(0.05)
   os.kill(os.getpid(), 9)
@@ -119,7 +119,7 @@ def without_room(group) -> str:
     2, 4, rows, 8, 2**19, torch.bfloat16
   )  # two blocks of all the pages there are
   with pytest.raises(CommError) as caught:
-    Heap(layout, symmetric.allocate, group)
+    Heap(layout, symmetric, group)
   return str(caught.value)
 
 

@@ -163,7 +163,10 @@ def join(group, meet: Path) -> tuple[int, int, int, bool]:
   config = settings(2, 2.0)
   together = parallel.init(config, select(config, rank), rank, meet)
   assert together.rdep.first == together.first_expert
-  return together.rank, together.ranks, together.first_expert, together.any(rank == 1)
+  found = together.rank, together.ranks, together.first_expert, together.any(rank == 1)
+  together.close()
+  assert not dist.is_initialized()
+  return found
 
 
 def test_init_joins_the_ranks(tmp_path: Path) -> None:

@@ -483,11 +483,8 @@ def test_rows_are_conserved(data: st.DataObject) -> None:
   for number in range(max(math.ceil(int(where.end_R.max()) / capacity), 1)):
     low = number * capacity
     for r, (mover, expert_TK, order) in enumerate(zip(movers, routing, orders, strict=True)):
-      expert_N = expert_TK.flatten().long()
-      within_N = order.row_TK.flatten() - order.offset_E1[expert_N]
-      x_TD = torch.stack([torch.full((len(expert_TK),), float(r)), torch.arange(len(expert_TK))], 1)
-      place_N = where.base_RE[r, expert_N] + within_N
-      mover.send(number + 1, x_TD.float(), None, expert_N // held, place_N, low)
+      x_TD = torch.stack([torch.full((len(expert_TK),), r), torch.arange(len(expert_TK))], 1)
+      mover.send(number + 1, x_TD.float(), None, expert_TK, order, where.base_RE[r], low)
     for owner, mover in enumerate(movers):
       num_rows = min(max(int(where.end_R[owner]) - low, 0), capacity)
       row_CD, _, origin_C = mover.receive(num_rows)

@@ -1,0 +1,480 @@
+"""Rows between ranks, stored straight through the peers' mapped memory (NVLink), with signals.
+
+The trips and the meaning of the signals are those of kernels.reference.exchange; all work is
+queued on the current stream and nothing waits for the host.
+
+  post_counts  one block writes [E] counts into every peer's count[rank], then signals
+  send         a warp reads a token's row once and stores it at its K places; then one block signals
+  wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
+  receive      a warp copies a row out of the buffer, or zeros where none arrived
+  reply        a warp stores a row at its origin; then one block signals
+
+Memory order: a kernel's stores are complete at its end; the signalling block then fences at system
+scope and stores its signals with release.sys; the waiting thread loads them with acquire.sys, and
+what is launched after it reads the rows. Bytes moved: send D·(1 + K) elements a token, receive 2·D
+and reply 2·D elements a row, all in 16-byte accesses. A wait that misses its deadline writes what
+it saw into pinned host memory and traps, so nothing after it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
+from torch import Tensor
+
+from kernels.buffers import COUNTS, DISPATCH, RETURN, SIGNAL_STRIDE, Buffers
+from kernels.cuda.jit import (
+  DTYPES,
+  cached,
+  check_device,
+  compile_kernel,
+  contiguous,
+  fake,
+  load_vector,
+  vector_width,
+)
+from kernels.cuda.symmetric import allocate, release
+from kernels.ops import Layout, check
+
+__all__ = ["Exchange", "allocate", "release"]
+
+THREADS = 512
+WARPS = THREADS // 32
+BLOCKS = 32  # of send and reply: the SMs that communication takes from the GEMMs beside it
+COPY_BLOCKS = 528  # of receive, which runs alone
+
+COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
+
+
+@dsl_user_op
+def _trap(*, loc=None, ip=None) -> None:
+  llvm.inline_asm(
+    None,
+    [],
+    "trap;",
+    "",
+    has_side_effects=True,
+    is_align_stack=False,
+    asm_dialect=llvm.AsmDialect.AD_ATT,
+    loc=loc,
+    ip=ip,
+  )
+
+
+@cute.jit
+def _pointer(dtype: cutlass.Constexpr[type], address: Int64, align: cutlass.Constexpr[int]):
+  return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
+
+
+@cute.jit
+def _put(dtype: cutlass.Constexpr[type], address: Int64, value) -> None:
+  """Store one element at an address of its own alignment."""
+  cute.make_tensor(_pointer(dtype, address, dtype.width // 8), cute.make_layout(1))[0] = value
+
+
+@cute.jit
+def _put_vector(rX: cute.Tensor, address: Int64) -> None:
+  """Store 16 bytes of registers."""
+  pointer = _pointer(rX.element_type, address, 16)
+  cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(cute.size(rX))))
+
+
+@cute.jit
+def _signal(mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64) -> None:
+  """Thread r stores `trip` as this rank's signal on rank r, after all that it saw before."""
+  peer, _, _ = cute.arch.thread_idx()
+  ranks = mTable.shape[1]
+  if peer < ranks:
+    cute.arch.fence_acq_rel_sys()
+    address = mTable[SIGNAL, peer] + (Int64(kind) * ranks + rank) * (8 * SIGNAL_STRIDE)
+    cute.arch.store(_pointer(Int64, address, 8), trip, sem="release", scope="sys")
+
+
+class Signal:
+  """One block: tell every rank that this rank's trip is complete."""
+
+  @cute.jit
+  def __call__(self, mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64, stream):
+    self.kernel(mTable, kind, rank, trip).launch(
+      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(self, mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64):
+    _signal(mTable, kind, rank, trip)
+
+
+class PostCounts:
+  """One block: the counts into every rank's count[rank], then the signal."""
+
+  @cute.jit
+  def __call__(self, mCount: cute.Tensor, mTable: cute.Tensor, rank: Int32, trip: Int64, stream):
+    self.kernel(mCount, mTable, rank, trip).launch(
+      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(self, mCount: cute.Tensor, mTable: cute.Tensor, rank: Int32, trip: Int64):
+    tidx, _, _ = cute.arch.thread_idx()
+    experts, ranks = mCount.shape[0], mTable.shape[1]
+    for i in cutlass.range(tidx, ranks * experts, THREADS):
+      peer, expert = i // experts, i % experts
+      _put(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
+    cute.arch.fence_acq_rel_sys()
+    cute.arch.sync_threads()
+    _signal(mTable, Int32(COUNTS), rank, trip)
+
+
+class Wait:
+  """Thread r spins until rank r's signal reaches `trip`; past the deadline it records and traps."""
+
+  @cute.jit
+  def __call__(
+    self,
+    mSignal: cute.Tensor,
+    mRecord: cute.Tensor,
+    kind: Int32,
+    trip: Int64,
+    deadline_ns: Int64,
+    stream,
+  ):
+    self.kernel(mSignal, mRecord, kind, trip, deadline_ns).launch(
+      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(
+    self,
+    mSignal: cute.Tensor,
+    mRecord: cute.Tensor,
+    kind: Int32,
+    trip: Int64,
+    deadline_ns: Int64,
+  ):
+    peer, _, _ = cute.arch.thread_idx()
+    seen = trip
+    if peer < mSignal.shape[1]:
+      signal = mSignal.iterator + (kind * mSignal.shape[1] + peer) * SIGNAL_STRIDE
+      begun = cute.arch.globaltimer()
+      seen = cute.arch.load(signal, Int64, sem="acquire", scope="sys")
+      waiting = seen < trip
+      while waiting:
+        seen = cute.arch.load(signal, Int64, sem="acquire", scope="sys")
+        waiting = (seen < trip) & (cute.arch.globaltimer() - begun < deadline_ns)
+    if seen < trip:
+      record = mRecord[0]
+      _put(Int64, record, Int64(kind))
+      _put(Int64, record + 8, trip)
+      _put(Int64, record + 16 + 8 * Int64(peer), Int64(1))
+      cute.arch.fence_acq_rel_sys()
+    cute.arch.sync_threads()
+    if seen < trip:
+      _trap()
+
+
+class Send:
+  """A warp per token: one read of the row, K stores to the owners, with origin and gate."""
+
+  def __init__(self, dtype: type, width: int, dim: int, top_k: int):
+    self.dtype, self.width, self.dim, self.top_k = dtype, width, dim, top_k
+
+  @cute.jit
+  def __call__(
+    self,
+    mX: cute.Tensor,
+    mGate,
+    mExpert: cute.Tensor,
+    mRow: cute.Tensor,
+    mOffset: cute.Tensor,
+    mBase: cute.Tensor,
+    mTable: cute.Tensor,
+    low: Int64,
+    capacity: Int64,
+    first_origin: Int32,
+    stream,
+  ):
+    blocks = cutlass.min(BLOCKS, cute.ceil_div(mX.shape[0], WARPS))
+    self.kernel(
+      mX, mGate, mExpert, mRow, mOffset, mBase, mTable, low, capacity, first_origin
+    ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
+
+  @cute.kernel
+  def kernel(
+    self,
+    mX: cute.Tensor,
+    mGate,
+    mExpert: cute.Tensor,
+    mRow: cute.Tensor,
+    mOffset: cute.Tensor,
+    mBase: cute.Tensor,
+    mTable: cute.Tensor,
+    low: Int64,
+    capacity: Int64,
+    first_origin: Int32,
+  ):
+    lane = cute.arch.lane_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    bytes_per_row = const_expr(self.dim * self.dtype.width // 8)
+    held = mBase.shape[0] // mTable.shape[1]
+    for token in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mX.shape[0], blocks * WARPS):
+      target = []
+      for k in cutlass.range_constexpr(self.top_k):
+        item = token * self.top_k + k
+        expert = mExpert[item]
+        place = mBase[expert] + mRow[item] - mOffset[expert] - low
+        address = Int64(0)
+        if place >= 0 and place < capacity:
+          owner = expert // held
+          address = mTable[ROW, owner] + place * bytes_per_row
+          if lane == 0:
+            _put(Int32, mTable[ORIGIN, owner] + place * 4, first_origin + Int32(item))
+            if const_expr(mGate is not None):
+              _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+        target.append(address)
+      for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
+        rX = load_vector(mX, Int64(token) * self.dim + column, self.width)
+        for k in cutlass.range_constexpr(self.top_k):
+          if target[k] != 0:
+            _put_vector(rX, target[k] + column * const_expr(self.dtype.width // 8))
+
+
+class Receive:
+  """A warp per row: a copy, or zeros where nothing arrived; the buffer's origin is reset."""
+
+  def __init__(self, dtype: type, width: int, dim: int):
+    self.dtype, self.width, self.dim = dtype, width, dim
+
+  @cute.jit
+  def __call__(self, mRow, mGate, mOrigin, mOutRow, mOutGate, mOutOrigin, stream):
+    blocks = cutlass.min(COPY_BLOCKS, cute.ceil_div(mOutRow.shape[0], WARPS))
+    self.kernel(mRow, mGate, mOrigin, mOutRow, mOutGate, mOutOrigin).launch(
+      grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(self, mRow, mGate, mOrigin, mOutRow, mOutGate, mOutOrigin):
+    lane = cute.arch.lane_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    for row in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mOutRow.shape[0], blocks * WARPS):
+      origin = mOrigin[row]
+      cute.arch.sync_warp()
+      if lane == 0:
+        mOutOrigin[row] = origin
+        mOutGate[row] = mGate[row]
+        mOrigin[row] = Int32(-1)
+      for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
+        rX = load_vector(mRow, Int64(row) * self.dim + column, self.width)
+        if origin < 0:
+          rX.fill(self.dtype(0.0))
+        bytes_per = const_expr(self.dtype.width // 8)
+        out = mOutRow.iterator.toint() + (Int64(row) * self.dim + column) * bytes_per
+        _put_vector(rX, out)
+
+
+class Reply:
+  """A warp per row: stored at t·K + k of the rank that it came from, with its gate gradient."""
+
+  def __init__(self, dtype: type, width: int, dim: int, gates: bool):
+    self.dtype, self.width, self.dim, self.gates = dtype, width, dim, gates
+
+  @cute.jit
+  def __call__(
+    self, mRow: cute.Tensor, mGate, mOrigin: cute.Tensor, mTable: cute.Tensor, items: Int32, stream
+  ):
+    blocks = cutlass.min(BLOCKS, cute.ceil_div(mRow.shape[0], WARPS))
+    self.kernel(mRow, mGate, mOrigin, mTable, items).launch(
+      grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(
+    self, mRow: cute.Tensor, mGate, mOrigin: cute.Tensor, mTable: cute.Tensor, items: Int32
+  ):
+    lane = cute.arch.lane_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    bytes_per = const_expr(self.dtype.width // 8)
+    for row in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mRow.shape[0], blocks * WARPS):
+      origin = mOrigin[row]
+      if origin >= 0:
+        source, item = origin // items, Int64(origin % items)
+        if const_expr(self.gates):
+          if lane == 0:
+            _put(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
+        back = mTable[BACK, source] + item * const_expr(self.dim * bytes_per)
+        for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
+          rX = load_vector(mRow, Int64(row) * self.dim + column, self.width)
+          _put_vector(rX, back + column * bytes_per)
+
+
+def _table():
+  return fake(Int64, len(Buffers._fields), None, align=8)
+
+
+@cached
+def compile_signal():
+  return compile_kernel(Signal(), _table(), Int32(0), Int32(0), Int64(0))
+
+
+@cached
+def compile_post_counts():
+  return compile_kernel(PostCounts(), fake(Int32, None, align=4), _table(), Int32(0), Int64(0))
+
+
+@cached
+def compile_wait():
+  signal, record = fake(Int64, 3, None, SIGNAL_STRIDE, align=8), fake(Int64, 1, align=8)
+  return compile_kernel(Wait(), signal, record, Int32(0), Int64(0), Int64(0))
+
+
+@cached
+def compile_send(dtype, dim: int, top_k: int, gates: bool):
+  x = fake(DTYPES[dtype], None, dim)
+  gate = fake(Float32, None, align=4) if gates else None
+  expert, row, offset = (fake(Int32, None, align=4) for _ in range(3))
+  base = fake(Int64, None, align=8)
+  kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k)
+  scalars = (Int64(0), Int64(0), Int32(0))
+  return compile_kernel(kernel, x, gate, expert, row, offset, base, _table(), *scalars)
+
+
+@cached
+def compile_receive(dtype, dim: int):
+  row, out = fake(DTYPES[dtype], None, dim), fake(DTYPES[dtype], None, dim)
+  gate, out_gate = fake(Float32, None, align=4), fake(Float32, None, align=4)
+  origin, out_origin = fake(Int32, None, align=4), fake(Int32, None, align=4)
+  kernel = Receive(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim)
+  return compile_kernel(kernel, row, gate, origin, out, out_gate, out_origin)
+
+
+@cached
+def compile_reply(dtype, dim: int, gates: bool):
+  row = fake(DTYPES[dtype], None, dim)
+  gate = fake(Float32, None, align=4) if gates else None
+  kernel = Reply(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim, gates)
+  return compile_kernel(kernel, row, gate, fake(Int32, None, align=4), _table(), Int32(0))
+
+
+class Exchange:
+  """The movers of one rank; see kernels.reference.exchange.Exchange, whose methods these are.
+
+  After a trap every call raises CUDA's error; `late` then says which wait it was.
+  """
+
+  def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
+    self.peers, self.rank, self.deadline_ns = peers, rank, round(deadline_s * 1e9)
+    self.mine = peers[rank]
+    self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
+    self.dtype, self.dim = self.mine.row_CD.dtype, self.mine.row_CD.shape[1]
+    device = self.mine.row_CD.device
+    check_device(device)
+    check(len(peers) <= THREADS, f"{len(peers)} ranks; at most {THREADS} are supported")
+    addresses = [[t.data_ptr() for t in field] for field in zip(*peers, strict=True)]
+    self.table = torch.tensor(addresses, dtype=torch.int64).to(device)
+    pinned = device.type == "cuda"
+    self.record = torch.zeros(2 + len(peers), dtype=torch.int64, pin_memory=pinned)
+    self.record_address = torch.tensor([self.record.data_ptr()]).to(device)
+    self.mine.origin_C.fill_(-1)
+    self.stream = torch.cuda.Stream(device) if pinned else None
+
+  def post_counts(self, trip: int, count_E: Tensor) -> None:
+    compile_post_counts()(count_E, self.table, self.rank, trip)
+
+  def send(
+    self,
+    trip: int,
+    x_TD: Tensor,
+    gate_TK: Tensor | None,
+    expert_TK: Tensor,
+    layout: Layout,
+    base_E: Tensor,
+    low: int,
+  ) -> None:
+    check(
+      x_TD.dtype == self.dtype and x_TD.shape[1] == self.dim,
+      f"send: x is {x_TD.dtype} {tuple(x_TD.shape)}; the buffer has {self.dtype} rows of {self.dim}",
+    )
+    contiguous(x=x_TD)
+    if expert_TK.numel():
+      gate = None if gate_TK is None else gate_TK.flatten()
+      compile_send(x_TD.dtype, self.dim, expert_TK.shape[1], gate is not None)(
+        x_TD,
+        gate,
+        expert_TK.flatten(),
+        layout.row_TK.flatten(),
+        layout.offset_E1,
+        base_E,
+        self.table,
+        low,
+        self.capacity,
+        self.rank * self.rows,
+      )
+    compile_signal()(self.table, DISPATCH, self.rank, trip)
+
+  def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    mine = self.mine
+    row = mine.row_CD.new_empty(num_rows, self.dim)
+    gate, origin = mine.gate_C.new_empty(num_rows), mine.origin_C.new_empty(num_rows)
+    if num_rows:
+      run = compile_receive(self.dtype, self.dim)
+      run(mine.row_CD, mine.gate_C, mine.origin_C, row, gate, origin)
+    return row, gate, origin
+
+  def reply(
+    self, trip: int, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None
+  ) -> None:
+    if row_CD is not None and row_CD.shape[0]:
+      contiguous(rows=row_CD)
+      run = compile_reply(self.dtype, self.dim, gate_C is not None)
+      run(row_CD, gate_C, origin_C, self.table, self.rows)
+    compile_signal()(self.table, RETURN, self.rank, trip)
+
+  def wait(self, kind: int, trip: int) -> list[int]:
+    """Queue the wait; always []: a missed deadline traps on the device, see `late`."""
+    compile_wait()(self.mine.signal_KRS, self.record_address, kind, trip, self.deadline_ns)
+    return []
+
+  def late(self) -> tuple[int, int, list[int]] | None:
+    """(kind, trip, late ranks) of the wait that missed its deadline, if one did."""
+    kind, trip, *ranks = self.record.tolist()
+    found = [rank for rank, late in enumerate(ranks) if late]
+    return (kind, trip, found) if found else None
+
+  @contextmanager
+  def beside(self) -> Iterator[None]:
+    """What is queued inside runs on the exchange's own stream, after what is queued so far."""
+    if self.stream is None:
+      yield
+      return
+    self.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(self.stream):
+      yield
+
+  def join(self) -> None:
+    """What is queued from now on runs after all that was queued `beside`."""
+    if self.stream is not None:
+      torch.cuda.current_stream().wait_stream(self.stream)
+
+  def fetch(self, x: Tensor) -> Callable[[], list]:
+    """x as a list on the host; the copy is queued now, the call waits for it and no more."""
+    if self.stream is None:
+      return x.tolist
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def value() -> list:
+      ready.synchronize()
+      return host.tolist()
+
+    return value
