@@ -17,6 +17,9 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,8 @@ def save(
       beside.mkdir(parents=True)
     if not single:
       dist.barrier()
-    dcp.save(named, checkpoint_id=beside, no_dist=single)
+    with _alone():
+      dcp.save(named, checkpoint_id=beside, no_dist=single)
     if first:
       _seal(beside, {"format": FORMAT, "step": step, **meta})
       shutil.rmtree(final, ignore_errors=True)
@@ -89,8 +93,7 @@ def save(
     raise CheckpointError(
       f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} "
       "GiB free); "
-      "earlier checkpoints are intact: free space or set run.root to another disk, then run "
-      "again to resume"
+      "earlier checkpoints are intact: free space, then run again to continue"
     ) from error
   return final
 
@@ -102,9 +105,10 @@ def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -
   path = folder / f"step_{step:08d}"
   verify(path)
   try:
-    dcp.load(
-      split_experts(state, first_expert), checkpoint_id=path, no_dist=not dist.is_initialized()
-    )
+    with _alone():
+      dcp.load(
+        split_experts(state, first_expert), checkpoint_id=path, no_dist=not dist.is_initialized()
+      )
   except (OSError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
     raise CheckpointError(f"{path} does not hold this run's state: {_cause(error)}") from error
 
@@ -116,7 +120,8 @@ def read(path: Path) -> dict[str, Tensor]:
   state = {
     name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()
   }
-  dcp.load(state, checkpoint_id=path, no_dist=True)
+  with _alone():
+    dcp.load(state, checkpoint_id=path, no_dist=True)
   return state
 
 
@@ -158,6 +163,14 @@ def prune(folder: Path, keep: int) -> None:
     shutil.rmtree(folder / f"step_{step:08d}")
   for partial in folder.glob("step_*.partial"):
     shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+  """Without DCP's warning, at every call, that one process saves or loads by itself."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    yield
 
 
 def _seal(path: Path, meta: dict[str, Any]) -> None:

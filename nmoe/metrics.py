@@ -69,6 +69,11 @@ class Metrics:
       with _opened(self.path) as db:
         db.execute("DELETE FROM metrics WHERE step > ?", [step])
 
+  def read(self) -> dict[str, Series]:
+    """Flush, and everything logged so far, also before the run was interrupted."""
+    self.flush()
+    return _series(self.path, None)
+
 
 def read(
   root: str | Path, run_id: str, tags: Iterable[str] | None = None, rank: int = 0
@@ -77,7 +82,10 @@ def read(
 
   `tags` None: all. Tags that were never logged are absent; a run that flushed nothing gives {}.
   """
-  path = _path(root, run_id, rank)
+  return _series(_path(root, run_id, rank), tags)
+
+
+def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
   if not path.exists():
     return {}
   wanted = "" if tags is None else "WHERE tag IN (SELECT unnest(?))"

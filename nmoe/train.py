@@ -24,6 +24,7 @@ from nmoe.data import Loader, Prefetcher, PreparedData, Validation, open_data, u
 from nmoe.errors import CheckpointError, ConfigError, DivergedError, NmoeError
 from nmoe.evals import evaluate
 from nmoe.experiments import Experiments, Run
+from nmoe.flight import FlightRecorder
 from nmoe.metrics import Metrics
 from nmoe.model import Model, update_router_bias
 from nmoe.optim import Optimizer
@@ -66,7 +67,7 @@ class Session:
 
 
 def train(session: Session, state: TrainState) -> dict[str, Any] | None:
-  """Run the remaining steps and the final evaluation. Returns the results, or None if told to
+  """Run the remaining steps, the last of which evaluates. Returns the results, or None if told to
   stop.
   """
   c, target, ranks = session.config, session.target, session.parallel
@@ -84,16 +85,18 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     device=target.device,
   )
   validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
-  watch = Watch(session, total)
-  clock = watch.clock
+  watch = Watch(session, state.step, total)
+  clock, flight = watch.clock, FlightRecorder(state.model, c.train.flight_every)
   while state.step < total and not ranks.any(session.stop):
     clock.start("load")
     tokens, targets = next(batches)
     state.model.set_forward_bf16(finishing(c, state.step))
+    flight.start(state.step + 1)
     loss = torch.zeros((), device=target.device)
     counts = 0
-    for x, y in zip(tokens.chunk(micros), targets.chunk(micros), strict=True):
+    for micro, (x, y) in enumerate(zip(tokens.chunk(micros), targets.chunk(micros), strict=True)):
       clock.start("forward")
+      state.model.set_draw(state.step, micro, ranks.rank)
       out = state.model(x, y)
       mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
       clock.start("backward")
@@ -111,9 +114,10 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     update_router_bias(state.model, counts, c.moe.bias_update_rate)
     state.step += 1
     clock.start("log")
+    watch.add(state.step, flight.stop())
     if state.step % c.train.log_every == 0 or state.step == total:
       watch.log(state, factor, loss, norms, counts, out.loss_T, y, batches.wait_s())
-    if due(state.step, c.train.eval_every) and state.step < total:
+    if due(state.step, c.train.eval_every) or state.step == total:
       clock.start("eval")
       watch.add(state.step, evaluate(session, state.model, validation))
     if due(state.step, c.train.checkpoint_every) or state.step == total:
@@ -123,7 +127,6 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   if state.step < total:
     save(session, state, watch)
     return None
-  watch.add(state.step, evaluate(session, state.model, validation))
   return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
 
 
@@ -169,20 +172,18 @@ def resume(session: Session, state: TrainState) -> None:
 
 def check_identity(written: Config, wanted: Config, folder: Path) -> None:
   """CheckpointError listing the identity keys that differ from those of the checkpoint, if any
-  does.
+  does; other keys that differ are said to be in the log.
   """
-  changed = configs.diff(written, wanted)
-  lines = [
-    f"{k}: checkpoint {a!r}, now {b!r}"
-    for k, (a, b) in changed.items()
-    if configs.kind(k) == "identity"
-  ]
-  if lines:
+  lines: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
+  for key, (before, now) in configs.diff(written, wanted).items():
+    lines[configs.kind(key)].append(f"{key}: checkpoint {before!r}, now {now!r}")
+  if lines["identity"]:
     raise CheckpointError(
-      f"{folder} holds another model: "
-      + "; ".join(lines)
-      + "; restore these keys or start a new run"
+      f"{folder} holds another model: {'; '.join(lines['identity'])}; restore these keys or start "
+      "a new run"
     )
+  for line in lines["schedule"] + lines["free"]:
+    sys.stderr.write(f"resumed under {line}\n")
 
 
 def check_vocabulary(config: Config, data: PreparedData) -> None:
@@ -219,7 +220,7 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   root, config = options.root, configs.loads(run.toml, f"run {run.id}")
   target = select(config, options.rank)
   ranks = parallel.init(config, target, options.rank, options.rendezvous)
-  data = open_data(root / "data" / run.data_digest)
+  data = open_data(root / "data" / run.data_digest, verify=options.rank == 0)
   check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(
@@ -235,8 +236,10 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)
   resume(session, state)
-  results = train(session, state)
-  session.metrics.flush()
+  try:
+    results = train(session, state)
+  finally:
+    session.metrics.flush()
   if experiments is None:
     return 0 if results is not None else INTERRUPTED
   if results is None:
@@ -244,6 +247,21 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
     return INTERRUPTED
   experiments.update_run(run.id, status="completed", results=results)
   return 0
+
+
+def attempt(options: argparse.Namespace) -> int:
+  """Execute the run and, on rank 0, own its record meanwhile: whatever fails is written there."""
+  records = Experiments(options.root)
+  if options.rank > 0:
+    return execute(options, records.run(options.run), None)
+  run = records.claim(options.run)
+  try:
+    return execute(options, run, records)
+  except BaseException as error:
+    results = {"diverged": 1} if isinstance(error, DivergedError) else {}
+    name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
+    records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
+    raise
 
 
 def main() -> int:
@@ -255,21 +273,11 @@ def main() -> int:
   parser.add_argument(
     "--trace", type=Path, help="profile a few steps of this rank into this folder"
   )
-  options = parser.parse_args()
-  records = Experiments(options.root)
-  run = records.claim(options.run) if options.rank == 0 else records.run(options.run)
   try:
-    return execute(options, run, records if options.rank == 0 else None)
+    return attempt(parser.parse_args())
   except NmoeError as error:
-    if options.rank == 0:
-      results = {"diverged": 1} if isinstance(error, DivergedError) else {}
-      records.update_run(run.id, status="failed", results=results, error=str(error))
     sys.stderr.write(f"error: {error}\n")
     return 1
-  except BaseException as error:
-    if options.rank == 0:
-      records.update_run(run.id, status="failed", error=f"{type(error).__name__}: {error}")
-    raise
 
 
 if __name__ == "__main__":

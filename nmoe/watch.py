@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
-import sys
-import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,25 +21,21 @@ from nmoe.errors import DivergedError
 from nmoe.model import Model
 from nmoe.optim import clip_factor
 
+PROGRESS_FD = 1  # standard output, which the launcher reads
+
 
 class Watch:
-  """`session` is a nmoe.train.Session; total: the run's steps."""
+  """`session` is a nmoe.train.Session; start, total: the run's first step and their number."""
 
-  def __init__(self, session: Any, total: int):
-    self.session, self.config, self.target, self.total = (
-      session,
-      session.config,
-      session.target,
-      total,
-    )
+  def __init__(self, session: Any, start: int, total: int):
+    self.session, self.total = session, total
+    self.config, self.target = session.config, session.target
     device = session.target.device
     self.token_bytes_V = torch.from_numpy(session.data.tokenizer.token_bytes()).to(device)
     self.flops_per_token = plan.plan(session.config).flops_per_token
     self.clock = Clock(device)
     self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-    self.begun = self.since = time.perf_counter()
-    self.since_step = -1
-    self.last: dict[str, float] = {}
+    self.logged_step = start
 
   def guard(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
     """The clip factor as a 0-d tensor; NaN from the first step whose loss or gradient is not
@@ -61,9 +57,8 @@ class Watch:
     if bad_step >= 0:
       raise DivergedError(
         f"step {bad_step + 1}: the loss or a gradient is not finite; the optimizer did not step. "
-        "Resume from "
-        "the last checkpoint with a lower learning rate or clip norm (optim.*), or look at the "
-        "batch's data"
+        "Lower the learning rates or the clip norm (optim.*), or lengthen the warm-up "
+        "(schedule.warmup_tokens)"
       )
 
   def log(
@@ -100,37 +95,45 @@ class Watch:
     }
     values |= {f"grad_norm/{k}": v for k, v in zip(norms, scalars[4:], strict=True)}
     values |= load_values(count_LE.cpu(), bias_ranges(state.model))
-    values |= {f"time/{name}_s": s for name, s in self.clock.read().items()}
-    if self.since_step >= 0:
-      values |= self._speed(state.step)
-    self.since, self.since_step = time.perf_counter(), state.step
+    phases = self.clock.read()
+    values |= {f"time/{name}_s": s for name, s in phases.items()}
+    values |= self._speed(state.step - self.logged_step, phases)
+    self.logged_step = state.step
     self.add(state.step, values)
     if self.session.parallel.rank == 0:
       self._progress(state.step, values)
 
   def add(self, step: int, values: dict[str, float]) -> None:
-    self.last |= values
     self.session.metrics.add(step, step * self.config.schedule.batch_tokens, values)
 
   def results(self, step: int) -> dict[str, Any]:
-    """The run's outcome: the last value of every scalar that arms are compared by."""
-    keep = ("val/loss", "val/bpb", "train/loss", "train/bpb", "train/tokens_per_s", "train/mfu")
-    kept = {k: self.last[k] for k in keep if k in self.last}
-    loads = [v for k, v in self.last.items() if k.endswith("/load_max_over_mean")]
-    dead = [v for k, v in self.last.items() if k.endswith("/dead")]
-    return kept | {
-      "memory/peak_bytes": float(self._peak()),
+    """The run's outcome from what all its attempts logged: what arms are compared by.
+
+    Losses and loads are the last ones, speeds the median; wall_s is the time spent in the loop.
+    """
+    logged = {tag: values for tag, (_, _, values) in self.session.metrics.read().items()}
+    last = {tag: float(values[-1]) for tag, values in logged.items()}
+    losses = {k: last[k] for k in ("val/loss", "val/bpb", "train/loss", "train/bpb")}
+    rates = ("train/tokens_per_s", "train/mfu")
+    speeds = {k: float(np.median(logged[k])) for k in rates if k in logged}
+    loads = [v for k, v in last.items() if k.endswith("/load_max_over_mean")]
+    seconds = sum(float(v.sum()) for k, v in logged.items() if k.startswith("time/"))
+    return {
+      **losses,
+      **speeds,
+      "memory/peak_bytes": float(logged["memory/peak_bytes"].max()),
       "load/max_over_mean": max(loads, default=math.nan),
-      "load/dead": sum(dead),
+      "load/dead": sum(v for k, v in last.items() if k.endswith("/dead")),
       "device": self.target.name,
       "steps": step,
       "tokens": step * self.config.schedule.batch_tokens,
-      "wall_s": time.perf_counter() - self.begun,
+      "wall_s": seconds + sum(self.clock.read().values()),
     }
 
-  def _speed(self, step: int) -> dict[str, float]:
-    tokens = (step - self.since_step) * self.config.schedule.batch_tokens
-    rate = tokens / (time.perf_counter() - self.since)
+  def _speed(self, steps: int, phases: dict[str, float]) -> dict[str, float]:
+    """Of the steps themselves: evaluations and checkpoints are not in it."""
+    seconds = sum(s for name, s in phases.items() if name not in ("eval", "checkpoint"))
+    rate = steps * self.config.schedule.batch_tokens / seconds
     speed = {"train/tokens_per_s": rate, "train/flops_per_token": self.flops_per_token}
     if self.target.peak_flops:
       peak = self.target.peak_flops * self.config.launch.ranks
@@ -144,10 +147,9 @@ class Watch:
 
   def _progress(self, step: int, values: dict[str, float]) -> None:
     line = {"step": step, "total": self.total, "loss": values["train/loss"]}
-    line["tokens_per_s"] = values.get("train/tokens_per_s", 0.0)
-    try:
-      sys.stdout.write(json.dumps(line) + "\n")
-      sys.stdout.flush()
+    line["tokens_per_s"] = values["train/tokens_per_s"]
+    try:  # unbuffered: the interpreter would fail at its end on a line that it could not flush
+      os.write(PROGRESS_FD, (json.dumps(line) + "\n").encode())
     except BrokenPipeError:
       self.session.stop = True
 
