@@ -1,4 +1,5 @@
-"""GPU architectures and the environment that their compilers read. Imports no CUDA package.
+"""GPU architectures and the environment that their compilers read. Imports neither torch nor a
+CUDA package.
 
 CuTeDSL and QuACK read their settings once, when they are imported. So a launcher puts
 `environment(...)` into the environment of the process that will import `kernels.cuda`; no other
@@ -9,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from kernels.ops import KernelError
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,13 @@ ARCHS = {
 }
 
 
-def arch_info(arch: str) -> Arch:
-  """The facts of a GPU architecture; KernelError names the known ones."""
-  if arch not in ARCHS:
-    raise KernelError(f"arch {arch!r} is not a GPU architecture of nmoe; use {' or '.join(ARCHS)}")
-  return ARCHS[arch]
-
-
 def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
-  """The variables a process needs before it imports `kernels.cuda` for `arch`.
+  """The variables a process needs before it imports `kernels.cuda` for `arch`, one of ARCHS.
 
   The compiled kernels are kept in `cache_root/arch`: one folder per architecture, because the names
   of QuACK's cached objects do not all say which architecture they were compiled for.
   """
-  major, minor = arch_info(arch).capability
+  major, minor = ARCHS[arch].capability
   return {
     "CUTE_DSL_ARCH": arch,
     "QUACK_ARCH": f"{major}{minor}",

@@ -108,6 +108,11 @@ class Run:
   created: str
   updated: str
 
+  @property
+  def finished(self) -> bool:
+    """Whether it has an outcome: it completed or diverged."""
+    return self.status == "completed" or "diverged" in self.results
+
 
 @dataclass(frozen=True)
 class Link:
@@ -180,7 +185,7 @@ class Experiments:
     return _experiment(rows[0])
 
   def set_status(
-    self, experiment_id: str, status: Literal["planned", "running", "completed", "failed"]
+    self, experiment_id: str, status: Literal["running", "interrupted", "failed"]
   ) -> None:
     """Change an experiment's status."""
     assert status in STATUSES
@@ -254,17 +259,19 @@ class Experiments:
       raise RecordError(f"{self.path}: no run {run_id!r}; see `nmoe experiments list`")
     return _run(rows[0])
 
-  def find_completed(
+  def find_finished(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
   ) -> Run | None:
-    """The newest completed run of the same computation, or None."""
-    return self._same(fingerprint, data_digest, seed, code_version, ("completed", "completed"))
+    """The newest finished run of the same computation, or None."""
+    same = self._same(fingerprint, data_digest, seed, code_version)
+    return next((run for run in same if run.finished), None)
 
   def find_unfinished(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
   ) -> Run | None:
-    """The newest run of the same computation that is interrupted or running, or None."""
-    return self._same(fingerprint, data_digest, seed, code_version, ("interrupted", "running"))
+    """The newest run of the same computation that can go on: interrupted, running or failed."""
+    same = self._same(fingerprint, data_digest, seed, code_version)
+    return next((run for run in same if not run.finished), None)
 
   def claim(self, run_id: str) -> Run:
     """Become the owner of a run to resume it: status "running", the error cleared. Atomic.
@@ -289,6 +296,7 @@ class Experiments:
     self,
     run_id: str,
     *,
+    toml: str | None = None,
     status: Literal["running", "completed", "failed", "interrupted"] | None = None,
     results: dict[str, Any] | None = None,
     error: str | None = None,
@@ -296,6 +304,7 @@ class Experiments:
     """Store what is given; `results` replaces. A status other than "running" gives up the run."""
     assert status is None or status in STATUSES
     values = {
+      "toml": toml,
       "status": status,
       "results": None if results is None else json.dumps(results),
       "error": error,
@@ -349,21 +358,15 @@ class Experiments:
   def _version(self) -> int:
     return self._db.execute("PRAGMA user_version").fetchone()[0]
 
-  def _same(
-    self,
-    fingerprint: str,
-    data_digest: str,
-    seed: int,
-    code_version: str,
-    statuses: tuple[str, str],
-  ) -> Run | None:
+  def _same(self, *key: str | int) -> list[Run]:
+    """The runs of one computation, newest first."""
     rows = self._read(
       _RUN_SQL
       + "WHERE r.fingerprint = ? AND r.data_digest = ? AND r.seed = ? AND r.code_version = ? "
-      "AND r.status IN (?, ?) ORDER BY r.rowid DESC, m.rowid LIMIT 1",
-      *(fingerprint, data_digest, seed, code_version, *statuses),
+      "ORDER BY r.rowid DESC, m.rowid",
+      *key,
     )
-    return _run(rows[0]) if rows else None
+    return [_run(row) for row in rows]
 
   def _read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
     with self._explained():

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from nmoe import config as configs
 from nmoe import plan
+from nmoe.config import Config
 from nmoe.data import Loader, open_data
 from nmoe.errors import ConfigError
+from nmoe.experiments import Run
 from nmoe.metrics import read
 from stages.runs import Workbench, progress_display
 
@@ -73,7 +75,7 @@ def step(
   with progress_display(console) as progress:
     run = bench.repeat(experiment, arm, config.train.seed, progress, trace)
   bench.check(experiment, [run])
-  found = _measure(bench, run, config, arm.data, every)
+  found = _measure(bench, run, config, arm.data)
   bench.experiments.conclude(experiment.id, "measured", asdict(found))
   _show(found, console)
   if against is not None:
@@ -83,23 +85,23 @@ def step(
   return found
 
 
-def _measure(bench: Workbench, run, config: configs.Config, data: Path, every: int) -> StepBench:
+def _measure(bench: Workbench, run: Run, config: Config, data: Path) -> StepBench:
   series = read(bench.root, run.id)
+  logged = series["train/loss"][0]
   phases = {
-    tag.removeprefix("time/").removesuffix("_s"): (1e3 * values[1:] / every).tolist()
+    tag.removeprefix("time/").removesuffix("_s"): (1e3 * values[1:] / np.diff(logged)).tolist()
     for tag, (_, _, values) in series.items()
     if tag.startswith("time/")
   }
-  loop = {name: v for name, v in phases.items() if name not in ("eval", "checkpoint")}
-  ms = np.sum([v for v in loop.values()], axis=0).tolist()
+  ms = np.sum(list(phases.values()), axis=0).tolist()
   rate = config.schedule.batch_tokens / float(np.median(ms)) * 1e3
   mfu = series["train/mfu"][2] if "train/mfu" in series else None
   return StepBench(
     device=run.results["device"],
     commit=run.commit,
-    steps=len(ms) * every,
+    steps=int(logged[-1] - logged[0]),
     ms=ms,
-    phases_ms=loop,
+    phases_ms=phases,
     tokens_per_s=rate,
     loader_tokens_per_s=loader_rate(config, data),
     flops_terms={term.name: term.value for term in plan.plan(config).flops},
@@ -108,7 +110,7 @@ def _measure(bench: Workbench, run, config: configs.Config, data: Path, every: i
   )
 
 
-def loader_rate(config: configs.Config, data: Path, seconds: float = 1.0) -> float:
+def loader_rate(config: Config, data: Path, seconds: float = 1.0) -> float:
   """Tokens per second of the loader alone, from a warm page cache."""
   loader = Loader(open_data(data), seq_len=config.data.seq_len, seed=config.train.seed)
   size = max(1, (1 << 20) // config.data.seq_len)

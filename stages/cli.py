@@ -78,10 +78,10 @@ def prep_mixture(
   root: Root = ROOT,
 ) -> None:
   """Tokenize a mixture into shards; an unchanged mixture is found, not made again."""
-  from nmoe.prepare import load_mixture, prepare
-  from nmoe.tokenizer import get
+  from stages.runs import prepared
 
-  _console().print(prepare(load_mixture(mixture), get(tokenizer), root.resolve()))
+  console = _console()
+  console.print(prepared(mixture, tokenizer, root.resolve(), console), soft_wrap=True)
 
 
 @app.command()

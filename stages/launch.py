@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kernels.arch import environment
 from nmoe.config import Config
 
-GRACE_S = 30.0  # a rank may take this long to leave after the first one did or after SIGTERM
+GRACE_S = 30.0  # a rank may live this long after another one failed, and then after SIGTERM
+SAVE_S = 900.0  # a run that is told to stop may take this long to save its state
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
   resumable.
   """
-  logs = root / "logs" / run_id
+  logs = folder(root, run_id)
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
   more = [] if trace is None else ["--trace", str(trace)]
@@ -49,26 +50,27 @@ def run(
   ]
   previous = signal.signal(signal.SIGTERM, _raise_interrupt)
   try:
-    for line in children[0].stdout:
-      entry = json.loads(line)
+    for entry in _entries(children[0].stdout, logs / "rank_0.txt"):
       progress(entry)
       if kill_at is not None and entry["step"] >= kill_at:
         for child in children:
           child.kill()
     return _join(children)
-  except KeyboardInterrupt:
-    _terminate(children)
-    raise
   finally:
+    _terminate(children, SAVE_S)
     signal.signal(signal.SIGTERM, previous)
-    _terminate(children)
     rendezvous.unlink(missing_ok=True)
+
+
+def folder(root: Path, run_id: str) -> Path:
+  """Where the ranks of a run leave their logs."""
+  return root / "logs" / run_id
 
 
 def tail(root: Path, run_id: str, lines: int = 15) -> str:
   """The last lines that the ranks of a run left in their logs, for an error message."""
   parts = []
-  for log in sorted((root / "logs" / run_id).glob("rank_*.txt")):
+  for log in sorted(folder(root, run_id).glob("rank_*.txt")):
     with log.open(errors="replace") as stream:
       last = "".join(deque(stream, maxlen=lines))
     if last.strip():
@@ -105,6 +107,16 @@ def _spawn(
     )
 
 
+def _entries(lines: Iterable[str], log: Path) -> Iterator[dict]:
+  """The lines of progress; what a library prints between them goes to the log."""
+  for line in lines:
+    if line.startswith("{"):
+      yield json.loads(line)
+    else:
+      with log.open("a") as stream:
+        stream.write(line)
+
+
 def _join(children: list[subprocess.Popen]) -> int:
   """The first non-zero exit status, or 0; ranks that outlive a failed one by GRACE_S are
   terminated.
@@ -118,16 +130,16 @@ def _join(children: list[subprocess.Popen]) -> int:
     if failed and deadline is None:
       deadline = time.monotonic() + GRACE_S
     if deadline is not None and time.monotonic() > deadline:
-      _terminate(children)
+      _terminate(children, GRACE_S)
     time.sleep(0.02)
 
 
-def _terminate(children: list[subprocess.Popen]) -> None:
-  """SIGTERM to all that live, then SIGKILL after GRACE_S."""
+def _terminate(children: list[subprocess.Popen], grace_s: float) -> None:
+  """SIGTERM to all that live, then SIGKILL to those that outlive it by grace_s."""
   for child in children:
     if child.poll() is None:
       child.send_signal(signal.SIGTERM)
-  deadline = time.monotonic() + GRACE_S
+  deadline = time.monotonic() + grace_s
   for child in children:
     try:
       child.wait(max(0.0, deadline - time.monotonic()))

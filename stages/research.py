@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,10 @@ def run(path: Path, seeds: int | None, console: Console) -> Path:
     runs = [bench.run(experiment, arm, seed, progress) for seed in seeds_of(config)]
   bench.check(experiment, runs)
   asked = config.experiment
-  unigram = runs[0].results.get("unigram_bpb") if asked.metric == "val/bpb" else None
+  unigram = None
+  if asked.metric == "val/bpb":
+    known = (run.results["unigram_bpb"] for run in runs if run.status == "completed")
+    unigram = next(known, math.nan)
   judged = single(
     [value(run, asked.metric) for run in runs],
     reference=unigram,
@@ -46,10 +50,12 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
   """Execute a recorded run once more and compare: same configuration and seed, same code, same
   data.
 
-  RunError if the code has changed since, naming both versions.
+  RunError if it has not completed, or if the code has changed since, naming both versions.
   """
   bench = Workbench.open(str(root), console)
   old = bench.experiments.run(run_id)
+  if old.status != "completed":
+    raise RunError(f"run {run_id} is {old.status}; only a completed run can be repeated")
   if old.code_version != bench.code_version:
     raise RunError(
       f"run {run_id} was made by code {old.code_version} (commit {old.commit[:10]}), this is "

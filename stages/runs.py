@@ -91,30 +91,33 @@ class Workbench:
 
   def arm(self, name: str, config: Config) -> Arm:
     """Prepare the arm's data (or find it prepared)."""
-    mixture = load_mixture(Path(config.data.mixture))
-    with self.console.status(f"preparing data {Path(config.data.mixture).name}"):
-      data = prepare(mixture, get_tokenizer(config.data.tokenizer), self.root)
-    return Arm(name, config, data)
+    mixture = Path(config.data.mixture)
+    return Arm(name, config, prepared(mixture, config.data.tokenizer, self.root, self.console))
 
   def run(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> Run:
-    """The run of an arm at a seed: found completed, continued, or executed from its start.
+    """The run of an arm at a seed: found finished, continued, or executed from its start.
 
-    Only a run of the same fingerprint, data and code is found. The one returned is completed or
-    failed; RunError if it was stopped before either.
+    Only a run of the same fingerprint, data and code is found; a continued one takes over what the
+    configuration now says of free keys. The one returned is completed or failed; RunError if it was
+    stopped before either, RecordError if another process is at it.
     """
-    config = arm.at_seed(seed)
+    config, label = arm.at_seed(seed), f"{arm.name} seed {seed}"
     key = (configs.fingerprint(config, arm.data.name), arm.data.name, seed, self.code_version)
-    done = self.experiments.find_completed(*key)
+    done = self.experiments.find_finished(*key)
     if done is not None:
       self.experiments.attach(experiment.id, done.id, arm.name)
-      progress.console.print(f"{arm.name} seed {seed}: completed before as run {done.id}, reused")
+      outcome = "completed" if done.status == "completed" else "diverged"
+      progress.console.print(f"{label}: {outcome} before as run {done.id}, reused")
       return done
     run = self.experiments.find_unfinished(*key)
     if run is None:
       return self.repeat(experiment, arm, seed, progress)
+    self.experiments.claim(run.id)
+    self.experiments.update_run(run.id, toml=configs.to_toml(config))
+    self.experiments.release(run.id)
     self.experiments.attach(experiment.id, run.id, arm.name)
-    progress.console.print(f"{arm.name} seed {seed}: interrupted before as run {run.id}, continued")
-    return self._execute(run, config, f"{arm.name} seed {seed}", progress)
+    progress.console.print(f"{label}: {run.status} before as run {run.id}, continued")
+    return self._execute(experiment, run, config, label, progress)
 
   def repeat(
     self,
@@ -125,20 +128,18 @@ class Workbench:
     trace: Path | None = None,
   ) -> Run:
     """Execute a new run of an arm at a seed, whatever the records hold; trace: profile it there."""
-    config = arm.at_seed(seed)
-    run = self._start(experiment, arm, seed, config)
-    self.experiments.release(run.id)
-    return self._execute(run, config, f"{arm.name} seed {seed}", progress, trace)
+    run = self.start(experiment, arm, seed)
+    label = f"{arm.name} seed {seed}"
+    return self._execute(experiment, run, arm.at_seed(seed), label, progress, trace)
 
   def check(self, experiment: Experiment, runs: list[Run]) -> None:
-    """RunError if a run failed for another reason than divergence: then there is nothing to judge.
-    """
-    failed = [run for run in runs if run.status == "failed" and "diverged" not in run.results]
+    """RunError if a run failed for another reason than divergence: there is nothing to judge."""
+    failed = [run for run in runs if not run.finished]
     if failed:
       self.experiments.set_status(experiment.id, "failed")
       raise RunError(
-        f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command repeats them:\n"
-        + "\n".join(f"{r.id} ({r.arm} seed {r.seed}): {r.error}" for r in failed)
+        f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command continues them:\n"
+        + self._listed(failed)
       )
 
   def close(self, experiment: Experiment, verdict: str, outcome: dict, runs: list[Run]) -> Path:
@@ -149,12 +150,13 @@ class Workbench:
     self.console.print(f"report: {path}", soft_wrap=True)
     diverged = [run for run in runs if run.status == "failed"]
     if diverged:
-      lines = [f"{r.id} ({r.arm} seed {r.seed}): {r.error}" for r in diverged]
-      raise RunError(f"{len(diverged)} of {len(runs)} runs diverged:\n" + "\n".join(lines))
+      raise RunError(f"{len(diverged)} of {len(runs)} runs diverged:\n" + self._listed(diverged))
     return path
 
-  def _start(self, experiment: Experiment, arm: Arm, seed: int, config: Config) -> Run:
-    return self.experiments.start_run(
+  def start(self, experiment: Experiment, arm: Arm, seed: int) -> Run:
+    """Record a new run of an arm at a seed, to be executed by launch.run."""
+    config = arm.at_seed(seed)
+    run = self.experiments.start_run(
       experiment.id,
       arm.name,
       seed,
@@ -167,9 +169,24 @@ class Workbench:
       environment=environment(),
       target=config.target.arch,
     )
+    self.experiments.release(run.id)
+    return run
+
+  def _listed(self, runs: list[Run]) -> str:
+    """A line a run: what it is, its error, its log."""
+    return "\n".join(
+      f"{r.id} ({r.arm} seed {r.seed}): {r.error}; log: {launch.folder(self.root, r.id)}"
+      for r in runs
+    )
 
   def _execute(
-    self, run: Run, config: Config, label: str, progress: Progress, trace: Path | None = None
+    self,
+    experiment: Experiment,
+    run: Run,
+    config: Config,
+    label: str,
+    progress: Progress,
+    trace: Path | None = None,
   ) -> Run:
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
@@ -178,16 +195,36 @@ class Workbench:
       note = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
       progress.update(task, completed=line["step"], note=note)
 
-    launch.run(self.root, run.id, config, show, trace=trace)
+    self.experiments.set_status(experiment.id, "running")
+    try:
+      status = launch.run(self.root, run.id, config, show, trace=trace)
+    except KeyboardInterrupt:
+      raise self._stopped(experiment, run, label, "it was told to") from None
     found = self.experiments.run(run.id)
     if found.status not in ("completed", "failed"):
-      self.experiments.mark_interrupted()
-      raise RunError(
-        f"run {run.id} ({label}) stopped before its end; the same command continues it\n"
-        f"{launch.tail(self.root, run.id)}"
-      )
+      how = f"exit status {status}\n{launch.tail(self.root, run.id)}"
+      raise self._stopped(experiment, run, label, how)
     progress.update(task, note=found.status if found.status == "completed" else "[red]failed")
     return found
+
+  def _stopped(self, experiment: Experiment, run: Run, label: str, how: str) -> RunError:
+    self.experiments.mark_interrupted()
+    self.experiments.set_status(experiment.id, "interrupted")
+    return RunError(
+      f"run {run.id} ({label}) stopped before its end, the same command continues it: {how}"
+    )
+
+
+def prepared(mixture: Path, tokenizer: str, root: Path, console: Console) -> Path:
+  """The folder of a mixture's prepared data, made now if it is not there, with a progress line."""
+  with console.status(f"preparing {mixture.name}") as status:
+
+    def show(source: str, documents: int, num_bytes: int) -> None:
+      status.update(
+        f"preparing {mixture.name}: {source}, {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
+      )
+
+    return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show)
 
 
 def value(run: Run, metric: str) -> float:

@@ -124,11 +124,11 @@ def test_reuse_needs_the_same_computation(tmp_path):
   experiment = db.create("muon", **HYPOTHESIS)
   run = start(db, experiment.id, seed=1)
   key = (run.fingerprint, run.data_digest, 1, run.code_version)
-  assert db.find_completed(*key) is None and db.find_unfinished(*key).id == run.id
+  assert db.find_finished(*key) is None and db.find_unfinished(*key).id == run.id
   db.update_run(run.id, status="completed", results={"val/bpb": 1.0})
-  assert db.find_completed(*key).id == run.id and db.find_unfinished(*key) is None
+  assert db.find_finished(*key).id == run.id and db.find_unfinished(*key) is None
   for i, other in enumerate(("0" * 16, "other", 2, "w")):
-    assert db.find_completed(*(*key[:i], other, *key[i + 1 :])) is None
+    assert db.find_finished(*(*key[:i], other, *key[i + 1 :])) is None
 
 
 def test_a_run_counts_in_several_experiments(tmp_path):
