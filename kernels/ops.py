@@ -15,8 +15,9 @@ i, row 2i+1 the up projection's row i. So swiglu(h)[..., i] = silu(h[..., 2i]) Â
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +37,17 @@ class RouterSpec:
   topk_groups: int = 1  # groups a token may choose from
   normalize: bool = True  # divide the K gates by their sum (+1e-20)
   scale: float = 1.0  # factor on the gates, after normalisation
+
+
+class Operand(NamedTuple):
+  """A quantized operand as a recipe's observer sees it, during forward or backward."""
+
+  leg: str  # "fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x" or "wgrad_dy"
+  salt: int  # the product within the operation: 0 is a linear's or w13's, 1 is w2's
+  x: Tensor  # before quantization: sorted rows [N', C] or weights [E, R, C]
+  quantized: Any  # its BlockScaled (kernels.reference.blockscale)
+  offset_E1: Sequence[int] | Tensor | None  # the experts' rows in x; None for weights
+  hadamard: int | None  # the seed of the rotation that came before quantization
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Recipe:
   forward_only_bf16: bool = False
   seed: int = 0  # of the Hadamard signs: one for the whole run
   draw: int = 0  # of stochastic rounding, with `seed`: another one for each layer and step
+  observe: Callable[[Operand], None] | None = field(default=None, compare=False)  # sees operands
 
 
 class Routing(NamedTuple):

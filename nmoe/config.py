@@ -185,6 +185,7 @@ class TrainConfig:
   micro_batch: int = schedule()  # sequences of one forward pass on one rank
   loss_chunk: int = free(4096)  # tokens whose logits live at a time
   log_every: int = free(10)
+  flight_every: int = free(0)  # steps; 0: never measure what quantization loses (nmoe.flight)
   eval_every: int = free(0)  # steps; 0: only at the end
   checkpoint_every: int = free(0)  # steps; 0: only at the end
   keep_checkpoints: int = free(2)  # 0: none is written, and a stopped run starts anew
@@ -515,7 +516,7 @@ _NOT_NEGATIVE = (
   "optim.dense_lr optim.router_lr optim.expert_lr optim.dense_weight_decay "
   "optim.router_weight_decay "
   "optim.expert_weight_decay schedule.warmup_tokens schedule.decay_tokens schedule.final_ratio "
-  "train.seed "
+  "train.seed train.flight_every "
   "train.eval_every train.checkpoint_every train.keep_checkpoints launch.threads "
   "precision.bf16_first_layers "
   "precision.bf16_last_layers precision.finish_tokens experiment.min_effect"

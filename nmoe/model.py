@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.ops import Recipe
+from kernels.reference.blockscale import derive
 from nmoe.config import Config, ModelConfig, YarnConfig
 from nmoe.errors import ConfigError
 from nmoe.init import NormalInit
@@ -196,6 +197,7 @@ class Model(nn.Module):
     self.embed = nn.Module()
     self.embed.weight = nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
     self.layers = nn.ModuleList(Block(config, i, ops, rdep) for i in range(m.num_layers))
+    self.quantized = _quantized(self.layers)
     self.norm = Norm(m.dim, m.norm_eps, dtype, ops)
     if not m.tie_embeddings:
       self.head = nn.Module()
@@ -252,9 +254,17 @@ class Model(nn.Module):
 
   def set_forward_bf16(self, on: bool) -> None:
     """Whether quantized products run forward in bf16 (precision.finish_tokens)."""
-    for module in self.modules():
-      if isinstance(module, (Linear, Mlp, Experts)):
-        module.recipe = replace(module.recipe, forward_only_bf16=on)
+    for module in self.quantized.values():
+      module.recipe = replace(module.recipe, forward_only_bf16=on)
+
+  def set_draw(self, *place: int) -> None:
+    """Draw stochastic rounding anew for the forward and backward pass that comes.
+
+    The noise is a function of train.seed, of these integers (step, micro-batch, rank) and of the
+    product, so a resumed run repeats it.
+    """
+    for i, module in enumerate(self.quantized.values()):
+      module.recipe = replace(module.recipe, draw=derive(*place, i))
 
   @torch.no_grad()
   def init_weights(self, seed: int) -> None:
@@ -279,6 +289,16 @@ class Model(nn.Module):
     cos, sin = rope_tables(m, self.config.yarn, self.config.data.seq_len)
     self.cos.copy_(cos)
     self.sin.copy_(sin)
+
+
+def _quantized(layers: nn.ModuleList) -> dict[tuple[int, str], Linear | Mlp | Experts]:
+  """The block-scaled modules by layer and product: the module's own name, "dense" for a block's."""
+  return {
+    (layer, "dense" if name == "mlp" else name.rpartition(".")[2]): module
+    for layer, block in enumerate(layers)
+    for name, module in block.named_modules()
+    if isinstance(module, (Linear, Mlp, Experts)) and module.recipe.format != "bf16"
+  }
 
 
 def update_router_bias(model: Model, count_LE: Tensor, rate: float) -> None:

@@ -56,14 +56,6 @@ E2M1 = Minifloat(1, 0, 6.0)
 BLOCK = {"fp8": 32, "nvfp4": 16}
 
 
-class Flight(NamedTuple):
-  """How well a tensor survives quantization."""
-
-  sqnr_db: float  # 10 log10(Σ x² / Σ (x - dequantized)²); inf when nothing is lost
-  saturated: float  # fraction of elements that exceed their block's largest value (by 2^-16 of it)
-  underflow: float  # fraction of blocks with non-zero elements whose scale fell below its format
-
-
 @dataclass(frozen=True)
 class BlockScaled:
   """A quantized tensor [..., R, C]. Scales are row-major, in no tensor core's layout."""
@@ -82,7 +74,7 @@ class BlockScaled:
     else:
       codes = unpack(self.data, self.axis)
       data, scale = decode(codes, E2M1), decode(self.scale.view(torch.uint8), E4M3)
-    return (data * _spread(scale, self.block, data.shape)).to(dtype)
+    return (data * spread(scale, self.block, data.shape)).to(dtype)
 
   def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values that the data stand for (of the rotated tensor, if it was rotated)."""
@@ -112,39 +104,19 @@ def quantize(
   x = x.float()
   if hadamard is not None:
     x = rotate(x, hadamard, axis)
-  amax, block = _block_amax(x, format, axis, square)
+  block = _block(format, axis, square)
+  amax = block_amax(x, block)
   if format == "fp8":
     scale = scale_e8m0(amax)
     factor = _power_of_two(127 - _finite(scale, 0xFF, 127))
-    data = encode(x * _spread(factor, block, x.shape), E4M3)
+    data = encode(x * spread(factor, block, x.shape), E4M3)
     data, scale = data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
     return BlockScaled(format, data, scale, None, axis, block)
   tensor_scale, factor, scale = _scale_nvfp4(amax, tensor_amax)
-  scaled = x * _spread(factor, block, x.shape)
+  scaled = x * spread(factor, block, x.shape)
   data = encode(scaled, E2M1, None if seed is None else random_bits(seed, x.shape, x.device))
   scale = scale.view(torch.float8_e4m3fn)
   return BlockScaled(format, pack(data, axis), scale, tensor_scale, axis, block)
-
-
-def flight(x: Tensor, format: str, *, axis: int = -1) -> Flight:
-  """The quantization error of x [..., R, C]. Synchronises with the host: a sampled diagnostic."""
-  quantized = quantize(x, format, axis=axis)
-  x = x.float()
-  restored = quantized.dequantize()
-  noise = (x.double() - restored.double()).square().sum()
-  sqnr = 10 * torch.log10(x.double().square().sum() / noise)
-  amax, block = _block_amax(x, format, axis, False)
-  if format == "fp8":
-    limit = E4M3.largest * decode_e8m0(quantized.scale)
-    below = _divide(amax, E4M3.largest) < 2.0**-127
-  else:
-    step = decode(quantized.scale.view(torch.uint8), E4M3)
-    limit, below = E2M1.largest * step * quantized.tensor_scale, step == 0
-  limit = _spread(torch.where(limit > 0, limit * (1 + 2.0**-16), torch.inf), block, x.shape)
-  lost = (below & (amax > 0)).float().mean()
-  return Flight(
-    float(sqnr) if noise > 0 else torch.inf, float((x.abs() > limit).float().mean()), float(lost)
-  )
 
 
 def _check(
@@ -249,18 +221,22 @@ def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
   return a.div(torch.full_like(a, b))
 
 
-def _block_amax(x: Tensor, format: str, axis: int, square: bool) -> tuple[Tensor, tuple[int, int]]:
-  """The largest magnitude of each block (NaN if it holds one) and the block's rows and columns."""
+def _block(format: str, axis: int, square: bool) -> tuple[int, int]:
+  """Rows and columns under one scale."""
   size = BLOCK[format]
-  block = (size, size) if square else (1, size) if axis == -1 else (size, 1)
+  return (size, size) if square else (1, size) if axis == -1 else (size, 1)
+
+
+def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
+  """The largest magnitude of each block of x [..., R, C]; NaN if it holds one."""
   rows, columns = (-n % b for n, b in zip(x.shape[-2:], block, strict=True))
   x = F.pad(x, (0, columns, 0, rows))
   grid = x.unflatten(-1, (x.shape[-1] // block[1], block[1]))
   grid = grid.unflatten(-3, (x.shape[-2] // block[0], block[0]))
-  return grid.abs().amax((-3, -1)), block
+  return grid.abs().amax((-3, -1))
 
 
-def _spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+def spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
   """One value per block -> one per element of a tensor of this shape."""
   for dim, size in zip((-2, -1), block, strict=True):
     if size > 1:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.ops import Recipe, check
+from kernels.ops import Operand, Recipe, check
 from kernels.reference.blockscale import BLOCK, BlockScaled, derive, quantize
 from kernels.reference.dtypes import wide
 
@@ -57,8 +58,9 @@ class _Product(torch.autograd.Function):
     if recipe.forward_only_bf16:
       return _rows_by_weight(x, w.mT, offsets, x.dtype)
     dtype, square = wide(x, w), recipe.format == "nvfp4"
-    x_values, x_scale = _operand(quantize(x[: offsets[-1]], recipe.format), dtype)
-    w_values, w_scale = _operand(quantize(w, recipe.format, square=square), dtype)
+    x_q = _quantized("fprop_x", x[: offsets[-1]], offsets, recipe, salt)
+    w_q = _quantized("fprop_w", w, None, recipe, salt, square=square)
+    (x_values, x_scale), (w_values, w_scale) = _operand(x_q, dtype), _operand(w_q, dtype)
     y = _rows_by_weight(x_values, w_values.mT, offsets, dtype)
     return _padded(y.mul_(x_scale).mul_(w_scale), x.shape[0]).to(x.dtype)
 
@@ -77,10 +79,12 @@ class _Product(torch.autograd.Function):
 def _input_gradient(dy: Tensor, w: Tensor, offsets: list[int], recipe: Recipe, salt: int) -> Tensor:
   dtype = wide(dy, w)
   if recipe.format == "fp8":
-    dy_q, w_q = quantize(dy, "fp8"), quantize(w, "fp8", axis=-2)
+    dy_q = _quantized("dgrad_dy", dy, offsets, recipe, salt)
+    w_q = _quantized("dgrad_w", w, None, recipe, salt, axis=-2)
   else:
     seed = derive(recipe.seed, recipe.draw, salt, 0)
-    dy_q, w_q = quantize(dy, "nvfp4", seed=seed), quantize(w, "nvfp4", square=True)
+    dy_q = _quantized("dgrad_dy", dy, offsets, recipe, salt, seed=seed)
+    w_q = _quantized("dgrad_w", w, None, recipe, salt, square=True)
   dy_values, dy_scale = _operand(dy_q, dtype)
   w_values, w_scale = _operand(w_q, dtype)
   return _rows_by_weight(dy_values, w_values, offsets, dtype).mul_(dy_scale).mul_(w_scale)
@@ -93,18 +97,28 @@ def _weight_gradient(
   dtype = wide(dy, x)
   padded = pad_offsets(offsets, BLOCK[recipe.format])
   x, dy = pad_rows(x, offsets, padded), pad_rows(dy, offsets, padded)
-  if recipe.format == "fp8":
-    x_q, dy_q = quantize(x, "fp8", axis=-2), quantize(dy, "fp8", axis=-2)
-  else:
-    seed = derive(recipe.seed, recipe.draw, salt, 1)
-    x_q = quantize(x, "nvfp4", axis=-2, hadamard=recipe.seed)
-    dy_q = quantize(dy, "nvfp4", axis=-2, hadamard=recipe.seed, seed=seed)
+  rotation = seed = None
+  if recipe.format == "nvfp4":
+    rotation, seed = recipe.seed, derive(recipe.seed, recipe.draw, salt, 1)
+  how = {"axis": -2, "hadamard": rotation}
+  x_q = _quantized("wgrad_x", x, padded, recipe, salt, **how)
+  dy_q = _quantized("wgrad_dy", dy, padded, recipe, salt, seed=seed, **how)
   x_values, x_scale = _operand(x_q, dtype)
   dy_values, dy_scale = _operand(dy_q, dtype)
   dw = x_values.new_zeros(len(offsets) - 1, dy.shape[1], x.shape[1])
   for e, rows in spans(padded):
     torch.mm(dy_values[rows].T, x_values[rows], out=dw[e])
   return dw.mul_(x_scale).mul_(dy_scale)
+
+
+def _quantized(
+  leg: str, x: Tensor, offsets: list[int] | None, recipe: Recipe, salt: int, **how: Any
+) -> BlockScaled:
+  """x quantized as `how` says, and shown to the recipe's observer."""
+  q = quantize(x, recipe.format, **how)
+  if recipe.observe is not None:
+    recipe.observe(Operand(leg, salt, x, q, offsets, how.get("hadamard")))
+  return q
 
 
 def pad_offsets(offsets: list[int], multiple: int) -> list[int]:
