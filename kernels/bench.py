@@ -1,8 +1,8 @@
-"""Speed and memory of the cuda kernels: python -m kernels.bench [moe | loss | attention | norm | rope | dense] ...
+"""Speed of the cuda kernels: python -m kernels.bench [moe | loss | attention | norm | rope] ...
 
-Run it in a process that has the environment of kernels.arch.environment. Every number is a median of interleaved
-runs with CUDA events after a warm-up, on inputs that rotate past the L2, beside the dense peak (an 8192³ bf16
-product) measured in the same run. One JSON line per row.
+The process needs the environment of kernels.arch.environment. Every number is a median of
+interleaved runs with CUDA events after a warm-up, on inputs that rotate past the L2, beside the
+dense peak (an 8192³ bf16 product) or a device copy measured in the same run. One JSON line per row.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from kernels.cuda.router import route
 from kernels.ops import Recipe, RouterSpec
 
 WARMUP, REPEATS, SETS = 5, 20, 3
+BURST = 15.0  # ms
 PEAK = 8192
 BF16 = Recipe()
 
 
 @dataclass(frozen=True)
 class Row:
-  """One measured variant. Times in ms; `rate` in TFLOP/s or GB/s; `share` of the dense peak or of the copy rate."""
+  """One measured variant: ms, rate in TFLOP/s or GB/s, share of the dense peak or copy rate."""
 
   what: str
   shape: dict
@@ -74,18 +75,32 @@ def normal(*shape: int, scale: float = 1.0, grad: bool = False, dtype=torch.bflo
   return (torch.randn(*shape, device="cuda") * scale).to(dtype).requires_grad_(grad)
 
 
+def elapsed(variant: Callable[[int], object], calls: int, first: int) -> float:
+  """Mean milliseconds of `calls` calls in a row, on input sets first, first + 1, ..."""
+  start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+  start.record()
+  for call in range(calls):
+    variant((first + call) % SETS)
+  end.record()
+  end.synchronize()
+  return start.elapsed_time(end) / calls
+
+
 def interleaved(variants: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
-  """Milliseconds of each variant's runs, sorted; variant(i) works on input set i % SETS."""
+  """Milliseconds per call of each variant's runs, sorted; a run lasts about BURST or one call.
+
+  variant(i) works on input set i. Runs of several calls keep the GPU's queue full.
+  """
+  calls = {}
+  for name, variant in variants.items():
+    elapsed(variant, SETS, 0)
+    calls[name] = max(1, round(BURST / elapsed(variant, SETS, 0)))
   times: dict[str, list[float]] = {name: [] for name in variants}
   for run in range(WARMUP + REPEATS):
     for name, variant in variants.items():
-      start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-      start.record()
-      variant(run % SETS)
-      end.record()
-      end.synchronize()
+      ms = elapsed(variant, calls[name], run)
       if run >= WARMUP:
-        times[name].append(start.elapsed_time(end))
+        times[name].append(ms)
   return {name: sorted(values) for name, values in times.items()}
 
 

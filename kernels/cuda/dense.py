@@ -1,8 +1,10 @@
 """Dense products: a linear layer and a SwiGLU block.
 
-linear   y = x · weightᵀ                                      cuBLAS through torch; FLOPs 6 · T · I · O with backward
-mlp      y = w2 · swiglu(w13 · x)                             SwiGLU in the first GEMM's epilogue
-         backward: swiglu' in the epilogue of dy · w2; kept are x and preact [T, 2F]; FLOPs 18 · T · D · F
+  linear  y = x · weightᵀ                 cuBLAS through torch; FLOPs 6 · T · I · O with backward
+  mlp     y = w2 · swiglu(w13 · x)        SwiGLU in the first GEMM's epilogue, its gradient in that
+          of dy · w2; kept are x and preact [T, 2F]; FLOPs 18 · T · D · F
+
+fp8 and nvfp4 are kernels.cuda.products with one expert.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cuda import gemms
+from kernels.cuda.experts import grouped_mlp
 from kernels.cuda.jit import check_device
+from kernels.cuda.products import block_scaled_product
 from kernels.ops import Recipe, check, check_same_device
 
 
@@ -24,8 +28,16 @@ def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     x.shape[-1] == weight.shape[1],
     f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in their last dimension",
   )
-  check(recipe.format == "bf16", f"linear: format {recipe.format!r} is not available")
-  return F.linear(x, weight)
+  if recipe.format == "bf16":
+    return F.linear(x, weight)
+  rows = x.flatten(0, -2)
+  y = block_scaled_product(rows, weight[None], _all_rows(rows), recipe, 0)
+  return y.unflatten(0, x.shape[:-1])
+
+
+def _all_rows(rows: Tensor) -> Tensor:
+  """The offsets of one expert that owns all rows, made on the device."""
+  return torch.arange(2, device=rows.device, dtype=torch.int32) * rows.shape[0]
 
 
 class _Mlp(torch.autograd.Function):
@@ -50,12 +62,13 @@ def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
   dim, width = w2.shape
   check(
     w13.shape == (2 * width, dim) and x.shape[-1] == dim,
-    f"mlp: x {tuple(x.shape)}, w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} must be [..., D], [2F, D] "
-    "and [D, F]",
+    f"mlp: x {tuple(x.shape)}, w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} must be [..., D], "
+    "[2F, D] and [D, F]",
   )
-  check(recipe.format == "bf16", f"mlp: format {recipe.format!r} is not available")
   if x.numel() == 0:
     return x * 1
   rows = x.reshape(-1, dim)
+  if recipe.format != "bf16":
+    return grouped_mlp(rows, _all_rows(rows), w13[None], w2[None], recipe).view(x.shape)
   y = _Mlp.apply(rows, w13.contiguous(), w2.contiguous(), torch.is_grad_enabled())
   return y.view(x.shape)

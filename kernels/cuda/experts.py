@@ -1,13 +1,17 @@
 """The routed experts of one GPU, forward and backward, without a gathered copy of the input.
 
 Forward, for row n = (t, k) of expert e (kernels.ops.Layout gives the order):
-  preact[n] = w13[e] · x[t],   act[n] = swiglu(preact[n]),   out[n] = w2[e] · act[n],   y[t] = Σ_k gate[t, k] · out[row[t, k]]
-The gather is inside the first GEMM and SwiGLU in its epilogue. Kept for backward: x, preact, gate and the layout;
-neither act nor out. Backward, from dy [T, D], with da[n] = w2[e]ᵀ · dy[t] (four GEMMs, two of them gathering):
-  dgate[n] = act[n] · da[n],   dpreact[n] = swiglu'(preact[n]) · gate[n] · da[n]       in one epilogue
-  dw2[e] = Σ_n dy[t] (gate[n] · act[n])ᵀ,   dw13[e] = Σ_n dpreact[n] x[t]ᵀ,   dx[t] = Σ_k w13[e]ᵀ · dpreact[row[t, k]]
-
+  preact[n] = w13[e] · x[t],   act[n] = swiglu(preact[n]),   out[n] = w2[e] · act[n],
+  y[t] = Σ_k gate[t, k] · out[row[t, k]]
+The gather is inside the first GEMM and SwiGLU in its epilogue. Kept for backward: x, preact, gate
+and the layout; neither act nor out. Backward, from dy [T, D] and da[n] = w2[e]ᵀ · dy[t], four
+GEMMs, of which three gather:
+  dgate[n] = act[n] · da[n],   dpreact[n] = swiglu'(preact[n]) · gate[n] · da[n]   (one epilogue)
+  dw2[e] = Σ_n dy[t] (gate[n] · act[n])ᵀ,   dw13[e] = Σ_n dpreact[n] x[t]ᵀ,
+  dx[t] = Σ_k w13[e]ᵀ · dpreact[row[t, k]]
 FLOPs: 18 · N · D · F. Every sum has a fixed order: results are bit-identical from run to run.
+
+fp8 and nvfp4 (kernels.cuda.products) gather the rows first, and SwiGLU is an operation of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cuda import gemms
-from kernels.cuda.combine import sum_rows
+from kernels.cuda.combine import sum_rows, sum_rows_backward
+from kernels.cuda.products import block_scaled_product
 from kernels.cuda.tail import zero_tail
 from kernels.ops import Layout, Recipe, check
+from kernels.reference.swiglu import swiglu
 
 
-def _check(x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> None:
+def _check(x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor) -> None:
   gemms.check_operands(x=x, w13=w13, w2=w2)
   num_experts, dim, width = w2.shape
   check(
@@ -37,7 +43,6 @@ def _check(x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -
     f"experts: offset is {offset.dtype} {tuple(offset.shape)} on {offset.device}; need int32 "
     f"({num_experts + 1},) on {x.device}",
   )
-  check(recipe.format == "bf16", f"experts: format {recipe.format!r} is not available")
 
 
 def _dw13(x: Tensor, dpreact: Tensor, w13: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
@@ -88,11 +93,41 @@ class _Experts(torch.autograd.Function):
     return dx, dgate_N.index_select(0, row.flatten()).view_as(gate), None, dw13, dw2, None
 
 
+class _Gather(torch.autograd.Function):
+  """x [T, D] -> the sorted rows [N, D]; the gradient sums a token's rows with k ascending."""
+
+  @staticmethod
+  def forward(ctx, x: Tensor, layout: Layout) -> Tensor:
+    ctx.save_for_backward(layout.row_TK)
+    return x.index_select(0, layout.source_N // layout.row_TK.shape[1])
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dx_ND: Tensor):
+    return sum_rows(dx_ND.contiguous(), *ctx.saved_tensors), None
+
+
+class _SumRows(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, y_ND: Tensor, row_TK: Tensor, gate_TK: Tensor) -> Tensor:
+    ctx.save_for_backward(y_ND, row_TK, gate_TK)
+    return sum_rows(y_ND, row_TK, gate_TK)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy_TD: Tensor):
+    dy_ND, dgate_TK = sum_rows_backward(dy_TD, *ctx.saved_tensors)
+    return dy_ND, None, dgate_TK
+
+
 def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
   """See kernels.ops.Ops.grouped_mlp. bf16; D and F are multiples of 8."""
-  _check(x_ND, offset_E1, w13, w2, recipe)
+  _check(x_ND, offset_E1, w13, w2)
   if x_ND.shape[0] == 0:
     return x_ND * 1
+  if recipe.format != "bf16":
+    preact = block_scaled_product(x_ND, w13, offset_E1, recipe, 0)
+    return block_scaled_product(swiglu(preact), w2, offset_E1, recipe, 1)
   keep = torch.is_grad_enabled()
   return _GroupedMlp.apply(x_ND.contiguous(), offset_E1, w13.contiguous(), w2.contiguous(), keep)
 
@@ -101,18 +136,23 @@ def experts(
   x_TD: Tensor, gate_TK: Tensor, layout: Layout, w13: Tensor, w2: Tensor, recipe: Recipe
 ) -> Tensor:
   """See kernels.ops.Ops.experts. bf16 with fp32 gates; D and F are multiples of 8."""
-  _check(x_TD, layout.offset_E1, w13, w2, recipe)
+  _check(x_TD, layout.offset_E1, w13, w2)
   tokens, top_k = gate_TK.shape
   check(
     gate_TK.dtype == torch.float32
     and tokens == x_TD.shape[0]
     and layout.row_TK.shape == gate_TK.shape
     and layout.source_N.shape == (tokens * top_k,),
-    f"experts: gate is {gate_TK.dtype} {tuple(gate_TK.shape)}, row {tuple(layout.row_TK.shape)}, source "
-    f"{tuple(layout.source_N.shape)} for {x_TD.shape[0]} tokens; need fp32 [T, K], [T, K] and [T·K]",
+    f"experts: gate is {gate_TK.dtype} {tuple(gate_TK.shape)}, row {tuple(layout.row_TK.shape)}, "
+    f"source {tuple(layout.source_N.shape)} for {x_TD.shape[0]} tokens; need fp32 [T, K], [T, K] "
+    "and [T·K]",
   )
   if tokens * top_k == 0:
     return x_TD * 0
+  if recipe.format != "bf16":
+    x_ND = _Gather.apply(x_TD, layout)
+    y_ND = grouped_mlp(x_ND, layout.offset_E1, w13, w2, recipe)
+    return _SumRows.apply(y_ND, layout.row_TK, gate_TK.contiguous())
   keep = torch.is_grad_enabled()
   return _Experts.apply(
     x_TD.contiguous(), gate_TK.contiguous(), layout, w13.contiguous(), w2.contiguous(), keep

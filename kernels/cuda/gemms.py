@@ -1,65 +1,119 @@
 """The matrix products of this package, on QuACK's kernels, with every tile chosen by rule.
 
-Grouped products run over expert-sorted rows: expert e owns rows offset[e] : offset[e + 1]; experts may be empty.
-`index` gathers the rows of the first operand inside the kernel, so a gathered copy never exists. All products
-accumulate in fp32 and are bit-identical from run to run: no split-K, no atomics.
+Grouped products run over expert-sorted rows: expert e owns rows offset[e] : offset[e + 1]; experts
+may be empty. `index` gathers the rows of the first operand inside the kernel, so a gathered copy
+never exists. All accumulate in fp32 and are bit-identical from run to run: no split-K, no atomics.
 
-  gated         preact = a[index] · w13[e]ᵀ,  act = swiglu(preact)              both rounded once
-  dgated        dact = dy[index] · w2[e];  act' = scale · swiglu(preact),  dpreact = swiglu'(preact) · scale · dact,
-                dscale = Σ_F swiglu(preact) · dact, in fp32, in a fixed order
-  rows          a · w[e]ᵀ
-  weight_grad   a[index]ᵀ · b over the rows of each expert
+  gated        preact = a[index] · w13[e]ᵀ,  act = swiglu(preact), each rounded once
+  dgated       dact = dy[index] · w2[e],  act' = scale · swiglu(preact),
+               dpreact = swiglu'(preact) · scale · dact,
+               dscale = Σ_F swiglu(preact) · dact, in fp32, in a fixed order
+  rows         a · w[e]ᵀ
+  weight_grad  a[index]ᵀ · b over the rows of each expert
+  accumulate   aᵀ · b, or added to an fp32 tensor
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
+from quack.blockscaled import BlockScaledFormat
 from quack.gemm import gemm
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_dgated, gemm_gated
 from torch import Tensor
 
+from kernels.cuda.blockscale import ATOM_ROWS, Operand
 from kernels.cuda.jit import ARCH, check_device
 from kernels.ops import check, check_same_device
 
 ALIGNMENT = 8  # bf16 elements in the 16 bytes that TMA strides are multiples of
 
 
+class Choice(NamedTuple):
+  """A tile and its measured time per multiply-add of whole tiles, relative to the kind's best."""
+
+  config: GemmConfig
+  cost: float
+
+
 def _sm90(
-  tile_m: int, tile_n: int, pingpong: bool, cluster: tuple[int, int] = (2, 1)
-) -> GemmConfig:
-  return GemmConfig(
+  tile_m: int, tile_n: int, schedule: str, cost: float = 1.0, cluster: tuple[int, int] = (2, 1)
+) -> Choice:
+  config = GemmConfig(
     tile_m=tile_m,
     tile_n=tile_n,
-    pingpong=pingpong,
+    pingpong=schedule == "pingpong",
     cluster_m=cluster[0],
     cluster_n=cluster[1],
     is_dynamic_persistent=False,
     device_capacity=9,
   )
+  return Choice(config, cost)
 
 
-SM100 = GemmConfig(
-  tile_m=256, tile_n=256, pingpong=False, cluster_m=2, cluster_n=1, device_capacity=10
-)
-CONFIGS = {
-  "sm_90a": {
-    "gated": _sm90(128, 192, True),
-    "gated_gather": _sm90(128, 192, True),
-    "dgated": _sm90(128, 128, True),
-    "rows": _sm90(128, 256, False),
-    "weight_grad": _sm90(128, 256, False),
-    "dense": _sm90(128, 256, False),
-  },
-  "sm_100a": dict.fromkeys(
-    ("gated", "gated_gather", "dgated", "rows", "weight_grad", "dense"), SM100
+# Costs on sm_90a: one H200, bf16, T 32768, D 2048, F 1408, E 64, K 6; the 9 to 22 tiles of QuACK's
+# search that are valid for each kind, the best and those that win at other widths.
+SM90 = {
+  "gated": (
+    _sm90(128, 192, "pingpong"),
+    _sm90(128, 256, "cooperative", 1.065),
+    _sm90(128, 160, "pingpong", 1.053),
   ),
+  "dgated": (_sm90(128, 128, "pingpong"),),  # 128 x 160 and wider spill registers: 1.1 to 1.7
+  "rows": (
+    _sm90(192, 128, "pingpong", 1.002, (1, 2)),
+    _sm90(128, 208, "pingpong", 1.0, (1, 2)),
+    _sm90(128, 128, "pingpong", 1.028, (1, 2)),
+  ),
+  "rows, weight transposed": (  # here 128 x 208 costs 1.39
+    _sm90(192, 128, "pingpong", 1.0, (1, 2)),
+    _sm90(256, 128, "cooperative", 1.022, (1, 2)),
+    _sm90(128, 128, "pingpong", 1.046, (1, 2)),
+  ),
+  "weight": (
+    _sm90(256, 192, "cooperative"),
+    _sm90(256, 160, "cooperative", 1.010),
+    _sm90(128, 256, "cooperative", 1.023),
+    _sm90(256, 128, "cooperative", 1.075),
+  ),
+  "logits": (_sm90(128, 256, "cooperative"),),
+  "dense": (_sm90(128, 256, "cooperative"),),
 }
+SM100 = (
+  Choice(
+    GemmConfig(
+      tile_m=256, tile_n=256, pingpong=False, cluster_m=2, cluster_n=1, device_capacity=10
+    ),
+    1.0,
+  ),
+)
+CHOICES = {"sm_90a": SM90, "sm_100a": dict.fromkeys([*SM90, "block_scaled"], SM100)}
 
 
-def config(kind: str) -> GemmConfig:
-  """The tile of a kind of product on this process's architecture."""
-  return CONFIGS[ARCH.name][kind]
+@lru_cache
+def config(kind: str, m: int = 1, n: int = 1, ragged: bool = False) -> GemmConfig:
+  """The tile of least predicted time for a kind of product of m rows by n columns.
+
+  The prediction is cost · (m and n rounded up to whole tiles); if `ragged`, m is an expert's mean
+  and its last tile half empty on average.
+  """
+
+  def time(choice: Choice) -> float:
+    tile_m, tile_n = choice.config.tile_m, choice.config.tile_n
+    rows = m + tile_m / 2 if ragged else -(-m // tile_m) * tile_m
+    return choice.cost * rows * (-(-n // tile_n) * tile_n)
+
+  return min(CHOICES[ARCH.name][kind], key=time).config
+
+
+def _rows_config(kind: str, num_rows: int, n: int, offset: Tensor | None) -> GemmConfig:
+  """`config` for rows that `offset` splits among experts; dense without it."""
+  if offset is None:
+    return config(kind, num_rows, n)
+  return config(kind, num_rows // (offset.shape[0] - 1), n, True)
 
 
 def check_operands(**tensors: Tensor) -> None:
@@ -72,7 +126,7 @@ def check_operands(**tensors: Tensor) -> None:
     )
     check(
       t.shape[-1] % ALIGNMENT == 0,
-      f"{name} has rows of {t.shape[-1]} bf16 elements; make them a multiple of {ALIGNMENT} (16 bytes)",
+      f"{name} has rows of {t.shape[-1]} bf16 elements; make them a multiple of {ALIGNMENT}",
     )
 
 
@@ -84,8 +138,12 @@ def gated(
   index: Tensor | None = None,
   keep: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
-  """(preact [N, 2F] or None when not `keep`, act [N, F]). a [*, D]; w13 [E, 2F, D], or [2F, D] without offset."""
-  tile = config("gated" if index is None else "gated_gather")
+  """(preact [N, 2F], None unless `keep`, and act [N, F]). a [*, D], w13 [E, 2F, D].
+
+  Without offset it is one dense product, w13 [2F, D].
+  """
+  num_rows = (a if index is None else index).shape[0]
+  tile = _rows_config("gated", num_rows, w13.shape[-2], offset)
   return gemm_gated(
     a, w13.mT, activation="swiglu", cu_seqlens_m=offset, A_idx=index, store_preact=keep, config=tile
   )
@@ -100,8 +158,11 @@ def dgated(
   index: Tensor | None = None,
   scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-  """(dpreact [N, 2F], act' [N, F], dscale fp32 [N] or None without `scale`). w2 [E, D, F], or [D, F]."""
-  tile = config("dgated")
+  """(dpreact [N, 2F], act' [N, F], dscale fp32 [N], None without `scale`). w2 [E, D, F].
+
+  Without offset it is one dense product, w2 [D, F].
+  """
+  tile = _rows_config("dgated", preact.shape[0], w2.shape[-1], offset)
   out = gemm_dgated(
     dy,
     w2,
@@ -117,8 +178,7 @@ def dgated(
   return out if scale is not None else (*out, None)
 
 
-def _gemm(kind: str, a: Tensor, b: Tensor, out: Tensor, **varlen: Tensor | None) -> Tensor:
-  tile = config(kind)
+def _gemm(tile: GemmConfig, a: Tensor, b: Tensor, out: Tensor, **more) -> Tensor:
   gemm(
     a,
     b,
@@ -132,37 +192,84 @@ def _gemm(kind: str, a: Tensor, b: Tensor, out: Tensor, **varlen: Tensor | None)
     pingpong=tile.pingpong,
     is_dynamic_persistent=tile.is_dynamic_persistent,
     max_swizzle_size=tile.max_swizzle_size,
-    **varlen,
+    **more,
   )
   return out
 
 
-def rows(a: Tensor, w: Tensor, offset: Tensor) -> Tensor:
-  """a [N, I] · w[e]ᵀ -> [N, O], w [E, O, I] (a transposed view serves). Rows beyond offset[-1] stay unwritten."""
-  return _gemm("rows", a, w, a.new_empty(a.shape[0], w.shape[1]), cu_seqlens_m=offset)
+def rows(a: Tensor, w: Tensor, offset: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
+  """alpha · a [N, I] · w[e]ᵀ -> [N, O], w [E, O, I] (a transposed view serves).
+
+  Rows beyond offset[-1] stay unwritten. alpha is a float or an fp32 tensor of one element.
+  """
+  out = a.new_empty(a.shape[0], w.shape[1])
+  kind = "rows" if w.stride(-1) == 1 else "rows, weight transposed"
+  tile = _rows_config(kind, a.shape[0], w.shape[1], offset)
+  return _gemm(tile, a, w, out, cu_seqlens_m=offset, alpha=alpha)
 
 
 def weight_grad(
-  a: Tensor, b: Tensor, offset: Tensor, out: Tensor, index: Tensor | None = None
+  a: Tensor,
+  b: Tensor,
+  offset: Tensor,
+  out: Tensor,
+  index: Tensor | None = None,
+  alpha: Tensor | float = 1.0,
 ) -> Tensor:
-  """out[e] = a[index]ᵀ · b over expert e's rows: a [*, I], b [N, O], out [E, I, O] (a transposed view serves)."""
-  return _gemm("weight_grad", a.mT, b.mT, out, cu_seqlens_k=offset, A_idx=index)
+  """out[e] = alpha · a[index]ᵀ · b over expert e's rows: a [*, I], b [N, O], out [E, I, O].
+
+  A transposed view serves as out; index int32 [N] gathers the rows of a.
+  """
+  tile = config("weight", a.shape[1], b.shape[1])
+  return _gemm(tile, a.mT, b.mT, out, cu_seqlens_k=offset, A_idx=index, alpha=alpha)
 
 
-def accumulate(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+def accumulate(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
   """out = aᵀ · b, or out += aᵀ · b: a [T, I] and b [T, O] bf16, out fp32 [I, O] in place."""
-  tile = config("dense")
-  gemm(
-    a.mT,
-    b.mT,
+  tile = config("weight", a.shape[1], b.shape[1])
+  return _gemm(tile, a.mT, b.mT, out, add_to_output=add)
+
+
+def rows_block_scaled(
+  fmt: BlockScaledFormat, a: Operand, w: Operand, offset: Tensor, alpha: Tensor | float
+) -> Tensor:
+  """`rows` of quantized operands on sm_100a's block-scaled tensor cores -> bf16 [N, O].
+
+  a is quantized with expert offsets along I, w [E, O, I] along I.
+  """
+  out = a.data.new_empty(a.data.shape[0], w.data.shape[1], dtype=torch.bfloat16)
+  return _block_scaled(fmt, a, w, out, cu_seqlens_m=offset, alpha=alpha)
+
+
+def weight_grad_block_scaled(
+  fmt: BlockScaledFormat, a: Operand, b: Operand, offset: Tensor, out: Tensor
+) -> Tensor:
+  """out[e] = aᵀ · b on sm_100a's block-scaled tensor cores: a [N, I], b [N, O], along their rows.
+
+  MXFP8 only. Each expert's rows begin at a multiple of 128. The kernel reads expert e's scales from
+  e row tiles further than its rows, so the scales are moved apart.
+  """
+  tile = torch.arange(a.data.shape[0] // ATOM_ROWS, device=offset.device, dtype=torch.int32)
+  place = tile + torch.searchsorted(offset[1:], tile * ATOM_ROWS, right=True)
+
+  def spread(operand: Operand) -> Operand:
+    codes = operand.scale.view(torch.uint8)
+    apart = codes.new_zeros(*codes.shape[:2], len(tile) + offset.shape[0] - 1, *codes.shape[3:])
+    apart.index_copy_(2, place, codes)
+    return Operand(operand.data.mT, apart.view(operand.scale.dtype), None)
+
+  return _block_scaled(fmt, spread(a), spread(b), out, cu_seqlens_k=offset)
+
+
+def _block_scaled(fmt: BlockScaledFormat, a: Operand, b: Operand, out: Tensor, **more) -> Tensor:
+  return _gemm(
+    config("block_scaled"),
+    a.data.view(fmt.qdata_dtype),
+    b.data.view(fmt.qdata_dtype),
     out,
-    None,
-    None,
-    tile.tile_m,
-    tile.tile_n,
-    tile.cluster_m,
-    tile.cluster_n,
-    pingpong=tile.pingpong,
-    is_dynamic_persistent=tile.is_dynamic_persistent,
-    add_to_output=add,
+    SFA=a.scale,
+    SFB=b.scale,
+    bs_format_a=fmt.name,
+    bs_format_b=fmt.name,
+    **more,
   )

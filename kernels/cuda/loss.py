@@ -1,11 +1,11 @@
 """The head and its cross-entropy, in chunks of tokens, with the gradients made on the way forward.
 
 For each chunk (three GEMMs, one pass over the logits, nothing of [T, V] size):
-  z = x · weightᵀ            one GEMM; its epilogue keeps each row's max and Σ exp and the target's logit in fp32, and
-                             stores z in bf16
-  loss = logsumexp(z) - z[target]                  from those fp32 values, never from the rounded logits
-  dz = softmax(z) - onehot(target)                 in place, from the stored z, fp32, rounded once
-  dx = dz · weight,   dweight += dzᵀ · x           dweight accumulates over chunks in fp32
+  z = x · weightᵀ       one GEMM; its epilogue keeps each row's max and Σ exp and the target's logit
+                        in fp32, and stores z in bf16
+  loss = logsumexp(z) - z[target]       from those fp32 values, never from the rounded logits
+  dz = softmax(z) - onehot(target)      in place, from the stored z, fp32, rounded once
+  dx = dz · weight,   dweight += dzᵀ · x            dweight accumulates over chunks in fp32
 Backward multiplies dx and dweight by the incoming scalar. FLOPs: 6 · T · D · V.
 Extra memory: chunk · V logits in bf16, V · D fp32 and, in backward, V · D in the weight's dtype.
 """
@@ -33,7 +33,7 @@ def _logits(x: Tensor, weight: Tensor, target: Tensor, out: Tensor | None) -> Te
     store_d=out is not None,
     out=None if out is None else {"D": out},
     target=target,
-    config=config("dense"),
+    config=config("logits"),
   )
   return torch.where(target >= 0, res["lse"] - res["target_logit"], 0.0)
 

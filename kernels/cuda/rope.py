@@ -1,10 +1,10 @@
 """MLA's split of the projections fused with RoPE: q, k and v ready for attention in one pass.
 
-Forward, for token s and head h (arXiv 2412.19437 Eq 1-9), pairs (2j, 2j+1) rotated by angle θ[s, j]:
+Forward, for token s and head h (arXiv 2412.19437 Eq 1-9), R rotates pairs (2j, 2j+1) by θ[s, j]:
   q[h] = (q[h, :nope], R q[h, nope:]),   k[h] = (kv[h, :nope], R k_rope),   v[h] = kv[h, nope:]
 Backward applies Rᵀ; k_rope's gradient is the fp32 sum over heads in ascending order, rounded once.
 
-One block owns one token; every access is 16 bytes. Bytes moved per token, in elements: forward reads
+One block owns one token; every access is 16 bytes. Elements moved per token: forward reads
 H · (2 · nope + rope + v) + rope and writes H · (2 · (nope + rope) + v); backward the reverse.
 """
 
@@ -206,15 +206,16 @@ class _MlaQkv(torch.autograd.Function):
 
 def _check(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, rope: int) -> None:
   check_device(check_same_device(q, kv, k_rope, cos, sin))
-  (batch, seq, heads, qk), nope = q.shape, q.shape[-1] - rope
+  batch, seq, nope = *q.shape[:2], q.shape[-1] - rope
   check(
     kv.shape[:3] == q.shape[:3] and k_rope.shape == (batch, seq, rope) and 0 <= nope < kv.shape[-1],
-    f"mla_qkv: q, kv, k_rope have shapes {tuple(q.shape)}, {tuple(kv.shape)}, {tuple(k_rope.shape)}; "
-    f"need [B, S, H, nope + {rope}], [B, S, H, nope + v] and [B, S, {rope}]",
+    f"mla_qkv: q, kv, k_rope have shapes {tuple(q.shape)}, {tuple(kv.shape)}, "
+    f"{tuple(k_rope.shape)}; need [B, S, H, nope + {rope}], [B, S, H, nope + v] and [B, S, {rope}]",
   )
   check(
     cos.shape == sin.shape == (seq, rope // 2) and cos.dtype == sin.dtype == torch.float32,
-    f"mla_qkv: cos and sin are {cos.dtype} {tuple(cos.shape)}, {tuple(sin.shape)}; need fp32 {(seq, rope // 2)}",
+    f"mla_qkv: cos and sin are {cos.dtype} {tuple(cos.shape)}, {tuple(sin.shape)}; need fp32 "
+    f"{(seq, rope // 2)}",
   )
   for what, width in (("q's unrotated part", nope), ("k_rope", rope), ("v", kv.shape[-1] - nope)):
     vector_width(q.dtype, width, f"mla_qkv: {what}")

@@ -58,7 +58,7 @@ def compile_zero_tail(dtype, dim: int):
 
 
 def zero_tail(x_ND: Tensor, offset_E1: Tensor) -> Tensor:
-  """x itself, its rows from offset[-1] on set to zero in place. x bf16 or fp32 contiguous, offset int32."""
+  """x, its rows from offset[-1] on set to zero in place. bf16 or fp32, contiguous; offset int32."""
   check_device(check_same_device(x_ND, offset_E1))
   check(offset_E1.dtype == torch.int32, f"offset is {offset_E1.dtype}; need torch.int32")
   contiguous(x=x_ND)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from gpu.oracle import TWO, assert_repeats, compare, normal, roundings
 from kernels import reference
 from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.ops import KernelError
-from gpu.oracle import assert_repeats, compare, normal, roundings
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-6
@@ -21,7 +21,9 @@ def case(shape, weight_dtype):
 def test_rms_norm_equals_the_float64_reference(shape, weight_dtype):
   torch.manual_seed(0)
   inputs, dys = case(shape, weight_dtype)
-  compare(lambda x, w: rms_norm(x, w, EPS), lambda x, w: reference.rms_norm(x, w, EPS), inputs, dys)
+  compare(
+    lambda x, w: rms_norm(x, w, EPS), lambda x, w: reference.rms_norm(x, w, EPS), inputs, dys, TWO
+  )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -34,6 +36,7 @@ def test_add_rms_norm_equals_the_float64_reference(shape):
     lambda x, r, w: reference.add_rms_norm(x, r, w, EPS),
     inputs,
     dys,
+    TWO,
   )
   total = add_rms_norm(*inputs, EPS)[1]
   assert torch.equal(total, x + inputs[1])

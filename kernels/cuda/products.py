@@ -1,0 +1,171 @@
+"""Products of expert-sorted rows with block-scaled operands (`Recipe` in kernels/ops.py).
+
+  y  = x · wᵀ   x per block along I; w along I (fp8) or in squares (nvfp4)
+  dx = dy · w   dy along O, stochastically rounded (nvfp4); w along O (fp8) or the same squares
+  dw = dyᵀ · x  both along the rows of each expert, from the unquantized tensors; rotated (nvfp4)
+
+Quantization is kernels.cuda.blockscale; the tensors' scales multiply the fp32 sums, which are
+rounded once. With `emulate` the operands' values, exact in bf16, are multiplied by the bf16 kernels
+of `gemms`. Without it (sm_100a only) QuACK's block-scaled kernels read data and scales. Those read
+a sum over ragged rows in MXFP8 alone, so NVFP4's dw multiplies the same values in bf16.
+
+What is block-scaled on sm_100a is compiled, not run: no such GPU was at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quack.blockscaled import MXFP8_E4M3, NVFP4
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.cuda import gemms
+from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
+from kernels.cuda.jit import ARCH
+from kernels.cuda.tail import zero_tail
+from kernels.ops import Operand, Recipe, check
+from kernels.reference.blockscale import BLOCK, BlockScaled, derive
+
+ALIGNMENT = 32  # of D and F: whole blocks along every summed dimension
+FORMATS = {"fp8": MXFP8_E4M3, "nvfp4": NVFP4}
+
+
+def block_scaled_product(
+  x: Tensor, w: Tensor, offset_E1: Tensor, recipe: Recipe, salt: int
+) -> Tensor:
+  """x [N', I] · w[e]ᵀ for each expert's rows -> [N', O] in bf16, zero beyond offset[-1].
+
+  salt tells the products of one call apart in stochastic rounding. I and O are multiples of 32.
+  """
+  check(
+    recipe.format in FORMATS,
+    f'format {recipe.format!r} is unknown; use "bf16", "fp8" or "nvfp4"',
+  )
+  check(
+    recipe.emulate or ARCH.block_scaled,
+    f"format {recipe.format!r} needs the block-scaled tensor cores of sm_100a and this is "
+    f"{ARCH.name}; set target.emulate_blockscale = true (Recipe.emulate)",
+  )
+  gemms.check_operands(x=x, w=w)
+  check(
+    w.shape[1] % ALIGNMENT == 0 and w.shape[2] % ALIGNMENT == 0,
+    f"format {recipe.format!r}: a weight of {tuple(w.shape[1:])}; make both multiples of "
+    f"{ALIGNMENT}",
+  )
+  return _Product.apply(x.contiguous(), w.contiguous(), offset_E1, recipe, salt)
+
+
+class _Product(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, salt: int) -> Tensor:
+    ctx.save_for_backward(x, w, offset)
+    ctx.recipe, ctx.salt = recipe, salt
+    if recipe.forward_only_bf16:
+      return zero_tail(gemms.rows(x, w, offset), offset)
+    x = _without_tail(x, offset)
+    _show(recipe, "fprop_x", salt, x, offset)
+    _show(recipe, "fprop_w", salt, w, None, square=recipe.format == "nvfp4")
+    return _rows(x, w, offset, recipe)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, w, offset = ctx.saved_tensors
+    recipe, salt = ctx.recipe, ctx.salt
+    x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
+    seed = derive(recipe.seed, recipe.draw, salt, 0) if recipe.format == "nvfp4" else None
+    w = w.mT.contiguous()
+    _show(recipe, "dgrad_dy", salt, dy, offset, seed=seed)
+    _show(recipe, "dgrad_w", salt, w, None, square=recipe.format == "nvfp4")
+    dx = _rows(dy, w, offset, recipe, seed)
+    return dx, _weight_gradient(dy, x, offset, recipe, salt), None, None, None
+
+
+def _without_tail(x: Tensor, offset: Tensor) -> Tensor:
+  """x with zeros in the rows that no expert owns, so that they do not reach a tensor's scale."""
+  row = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+  return torch.where((row < offset[-1])[:, None], x, 0)
+
+
+def _rows(x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, seed: int | None = None) -> Tensor:
+  """x [N', K] · w[e]ᵀ over K, both quantized along it; w [E, M, K] in squares if nvfp4."""
+  name, square = recipe.format, recipe.format == "nvfp4"
+  if recipe.emulate:
+    x_q, w_q = quantize(x, name, seed=seed), quantize(w, name, square=square)
+    scale = alpha(x_q.tensor_scale, w_q.tensor_scale)
+    return zero_tail(gemms.rows(values(x_q), values(w_q), offset, scale), offset)
+  x_q = quantize_operand(x, name, seed=seed, offset_E1=offset)
+  w_q = quantize_operand(w, name, square=square)
+  scale = alpha(x_q.tensor_scale, w_q.tensor_scale)
+  return zero_tail(gemms.rows_block_scaled(FORMATS[name], x_q, w_q, offset, scale), offset)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, offset: Tensor, recipe: Recipe, salt: int) -> Tensor:
+  """[E, O, I]. Each expert's rows are padded to whole blocks with zeros, which add nothing."""
+  block_scaled = recipe.format == "fp8" and not recipe.emulate
+  padded, place, size = pad_places(
+    offset, x.shape[0], ATOM_ROWS if block_scaled else BLOCK[recipe.format]
+  )
+  x, dy = (t.new_zeros(size, t.shape[1]).index_copy_(0, place, t) for t in (x, dy))
+  dw = dy.new_empty(offset.shape[0] - 1, dy.shape[1], x.shape[1])
+  rotation = seed = None
+  if recipe.format == "nvfp4":
+    rotation, seed = recipe.seed, derive(recipe.seed, recipe.draw, salt, 1)
+  _show(recipe, "wgrad_x", salt, x, padded, axis=-2, hadamard=rotation)
+  _show(recipe, "wgrad_dy", salt, dy, padded, axis=-2, hadamard=rotation, seed=seed)
+  if block_scaled:
+    x_q, dy_q = (quantize_operand(t, "fp8", axis=-2) for t in (x, dy))
+    return gemms.weight_grad_block_scaled(MXFP8_E4M3, dy_q, x_q, padded, dw)
+  x_q = quantize(x, recipe.format, axis=-2, hadamard=rotation)
+  dy_q = quantize(dy, recipe.format, axis=-2, hadamard=rotation, seed=seed)
+  scale = alpha(x_q.tensor_scale, dy_q.tensor_scale)
+  return gemms.weight_grad(values(dy_q), values(x_q), padded, dw, alpha=scale)
+
+
+def _show(
+  recipe: Recipe, leg: str, salt: int, x: Tensor, offset_E1: Tensor | None, **how: Any
+) -> None:
+  """Let the recipe's observer, if any, see an operand, quantized row-major as `how` says."""
+  if recipe.observe is not None:
+    q = quantize(x, recipe.format, **how)
+    recipe.observe(Operand(leg, salt, x, q, offset_E1, how.get("hadamard")))
+
+
+def pad_places(offset_E1: Tensor, num_rows: int, multiple: int) -> tuple[Tensor, Tensor, int]:
+  """Experts padded to a multiple: (offsets int32 [E + 1], each row's place int64 [N'], total rows).
+
+  Rows beyond offset[-1] get the places after the last expert's. The total is a bound that depends
+  on shapes alone.
+  """
+  num_experts = offset_E1.shape[0] - 1
+  padded = torch.zeros_like(offset_E1)
+  blocks = (offset_E1.diff() + multiple - 1) // multiple
+  torch.cumsum(blocks * multiple, 0, dtype=torch.int32, out=padded[1:])
+  row = torch.arange(num_rows, device=offset_E1.device, dtype=torch.int32)
+  expert = torch.searchsorted(offset_E1[1:], row, right=True)
+  total = num_rows + num_experts * (multiple - 1)
+  return padded, (row + (padded - offset_E1)[expert]).long(), total + -total % multiple
+
+
+def alpha(*tensor_scales: Tensor | None) -> Tensor | float:
+  """The product of two tensors' scales, fp32 [1]; 1.0 for formats without one."""
+  a, b = tensor_scales
+  return 1.0 if a is None or b is None else (a * b).reshape(1)
+
+
+def values(q: BlockScaled) -> Tensor:
+  """q.values(torch.bfloat16), exact, by table and cast; block sizes must divide the shape."""
+  data = q.data.to(torch.bfloat16) if q.format == "fp8" else _nibbles(q.data, q.axis)
+  rows, columns = q.block
+  blocks = data.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+  return (blocks * q.scale.to(torch.bfloat16)[..., :, None, :, None]).view(data.shape)
+
+
+def _nibbles(data: Tensor, axis: int) -> Tensor:
+  """uint8 pairs of E2M1 along axis -> bf16."""
+  half = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=data.device)
+  table = torch.cat([half, -half]).bfloat16()
+  low, high = table[(data & 0xF).int()], table[(data >> 4).int()]
+  return torch.stack([low, high], axis).flatten(axis - 1, axis)
