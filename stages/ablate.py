@@ -7,11 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from nmoe import config as configs
 from nmoe.config import Config
 from nmoe.errors import ConfigError
-from stages.runs import Workbench, progress_display, seeds_of, value
+from stages.runs import Arm, Workbench, progress_display, seeds_of, value
 from stages.statistics import paired
 
 
@@ -25,10 +26,11 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
   base, other = configs.load(baseline), configs.load(variant)
   if seeds:
     other = other.with_values(**{"experiment.seeds": seeds})
-  differences(base, other, baseline, variant, console)
+  differences(base, other, console)
   asked = other.experiment
   bench = Workbench.open(other.run.root, console)
   arms = [bench.arm("baseline", base), bench.arm("variant", other)]
+  check_different(*arms)
   experiment = bench.experiment("ablate", other, arms)
   runs = {arm.name: [] for arm in arms}
   with progress_display(console) as progress:
@@ -46,20 +48,29 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
   return bench.close(experiment, judged.verdict, judged.as_dict(), everything)
 
 
-def differences(
-  base: Config, variant: Config, base_path: Path, variant_path: Path, console: Console
-) -> None:
-  """Print the leaves that differ, [experiment] aside. ConfigError if none does."""
-  found = {k: v for k, v in configs.diff(base, variant).items() if not k.startswith("experiment.")}
-  if all(configs.kind(key) == "free" for key in found):
-    raise ConfigError(
-      f"{variant_path} computes the same as {base_path}: no identity or schedule key differs; an "
-      "ablation "
-      "needs one. For the noise between seeds alone, use nmoe research run"
-    )
+def differences(base: Config, variant: Config, console: Console) -> None:
+  """Print the leaves that differ, [experiment] and the seed aside, and whether they are too many
+  for one cause.
+  """
+  aside = ("experiment.", "train.seed")
+  found = {k: v for k, v in configs.diff(base, variant).items() if not k.startswith(aside)}
   for key, (before, after) in found.items():
-    console.print(f"  {key}: {before!r} → [bold]{after!r}[/bold]")
-  if len(found) > 1:
+    console.print(f"  {key}: {escape(repr(before))} → [bold]{escape(repr(after))}[/bold]")
+  causes = [key for key in found if configs.kind(key) != "free" or key == "data.mixture"]
+  if len(causes) > 1:
     console.print(
-      f"[yellow]{len(found)} keys differ: the outcome cannot be attributed to one of them[/yellow]"
+      f"[yellow]{len(causes)} keys differ: the outcome cannot be attributed to one of them[/yellow]"
+    )
+
+
+def check_different(baseline: Arm, variant: Arm) -> None:
+  """ConfigError if the arms compute the same from the same data."""
+  one, other = (
+    configs.fingerprint(arm.at_seed(baseline.config.train.seed), arm.data.name)
+    for arm in (baseline, variant)
+  )
+  if one == other:
+    raise ConfigError(
+      "the variant computes the same as the baseline: no identity or schedule key and no data "
+      "differ; an ablation needs one. For the noise between seeds alone, use nmoe research run"
     )

@@ -35,10 +35,12 @@ research_app = typer.Typer(
 experiments_app = typer.Typer(help="The experiment database.", no_args_is_help=True)
 config_app = typer.Typer(help="Resolved configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measurements of the step.", no_args_is_help=True)
+check_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True)
 app.add_typer(research_app, name="research")
 app.add_typer(experiments_app, name="experiments")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
+app.add_typer(check_app, name="check")
 
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
@@ -153,6 +155,17 @@ def bench_step(
   from stages import bench
 
   bench.step(config, steps, _console(), against, out, trace)
+
+
+@check_app.command("resume")
+def check_resume(
+  config: File,
+  steps: Annotated[int, typer.Option(min=8, help="Steps of the shortened run.")] = 12,
+) -> None:
+  """Kill a short run of this configuration twice and compare what comes out, bit by bit."""
+  from stages import check
+
+  check.resume(config, steps, _console())
 
 
 def _console():

@@ -117,7 +117,7 @@ class Workbench:
     self.experiments.release(run.id)
     self.experiments.attach(experiment.id, run.id, arm.name)
     progress.console.print(f"{label}: {run.status} before as run {run.id}, continued")
-    return self._execute(experiment, run, config, label, progress)
+    return self.execute(experiment, run, config, label, progress)
 
   def repeat(
     self,
@@ -130,7 +130,7 @@ class Workbench:
     """Execute a new run of an arm at a seed, whatever the records hold; trace: profile it there."""
     run = self.start(experiment, arm, seed)
     label = f"{arm.name} seed {seed}"
-    return self._execute(experiment, run, arm.at_seed(seed), label, progress, trace)
+    return self.execute(experiment, run, arm.at_seed(seed), label, progress, trace)
 
   def check(self, experiment: Experiment, runs: list[Run]) -> None:
     """RunError if a run failed for another reason than divergence: there is nothing to judge."""
@@ -179,7 +179,7 @@ class Workbench:
       for r in runs
     )
 
-  def _execute(
+  def execute(
     self,
     experiment: Experiment,
     run: Run,
@@ -188,6 +188,7 @@ class Workbench:
     progress: Progress,
     trace: Path | None = None,
   ) -> Run:
+    """Train a recorded run and return it, completed or failed; RunError if it stopped before."""
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
 
