@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.ops import check
+from kernels.ops import Layout, check
 
 ALIGNMENT = 256  # bytes: of every buffer's start; whole cache lines and vector stores on any device
 SIGNAL_STRIDE = (
@@ -35,6 +35,15 @@ class Buffers(NamedTuple):
   signal_KRS: (
     Tensor  # int64 [3, R, SIGNAL_STRIDE]: the last trip of which rank r's writes are complete
   )
+
+
+class Route(NamedTuple):
+  """Where the rows of one layer's pass go, forward and backward."""
+
+  expert_TK: Tensor  # int32, global ids
+  layout: Layout  # of this rank's rows over all experts
+  count_RE: Tensor  # int64: tokens that rank r sends to expert e
+  base_RE: Tensor  # int64: place of rank r's first row for expert e in the owner's sorted rows
 
 
 @dataclass(frozen=True)

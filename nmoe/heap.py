@@ -1,7 +1,7 @@
 """The symmetric heap: every rank's buffers, mapped on every rank that can reach them.
 
-What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (`allocate`
-and `release` of its kernels' exchange: POSIX shared memory on the cpu, NVSHMEM on GPUs).
+What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (the module
+`symmetric` of its kernels: POSIX shared memory on the cpu, NVSHMEM on GPUs).
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ class Heap:
   Collective over `group` (gloo). An Rdep owns it. Raises CommError if the memory cannot be had.
   """
 
-  def __init__(self, layout: BufferLayout, exchange: ModuleType, group: dist.ProcessGroup):
-    self._release = exchange.release
+  def __init__(self, layout: BufferLayout, symmetric: ModuleType, group: dist.ProcessGroup):
+    self._release = symmetric.release
     try:
-      blocks = exchange.allocate(layout.nbytes, group)
+      blocks = symmetric.allocate(layout.nbytes, group)
     except KernelError as error:
       raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
+    self._mine = blocks[group.rank()]
     self.peers: list[Buffers] = [layout.views(block) for block in blocks]
     self.mine = self.peers[group.rank()]
 
   def close(self) -> None:
     """Give the memory back; the buffers may not be used after. Collective."""
     del self.peers, self.mine
-    self._release()
+    self._release(self._mine)

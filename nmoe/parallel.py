@@ -97,7 +97,7 @@ def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> 
     device_id=target.device if alone else None,
   )
   control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
-  rdep = Rdep(config, target.ops, control, target.exchange)
+  rdep = Rdep(config, target.ops, control, target.symmetric)
   return Parallel(rank, ranks, rdep, rdep.first, control)
 
 

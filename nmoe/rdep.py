@@ -45,7 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN
+from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
 from kernels.ops import Recipe
 from nmoe.config import Config
 from nmoe.errors import CommError
@@ -85,8 +85,8 @@ class _Trip(NamedTuple):
 class Rdep:
   """The communication of all MoE layers of one process; owns the symmetric heap.
 
-  `ops` and `exchange` are of the target's kernels: the contract's operations, and the row movers
-  with their shared memory. group: the ranks, a gloo group; None for one rank, which needs only ops.
+  `ops` and `symmetric` are of the target's kernels: the contract's operations, and the shared
+  memory with its row movers. group: the ranks, a gloo group; None for one rank, needing only ops.
   Collective. `rounds[layer]` is the number of rounds of the layer's last forward pass.
   """
 
@@ -95,7 +95,7 @@ class Rdep:
     config: Config,
     ops: ModuleType,
     group: dist.ProcessGroup | None = None,
-    exchange: ModuleType | None = None,
+    symmetric: ModuleType | None = None,
   ):
     self.config, self.ops = config, ops
     self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
@@ -106,8 +106,8 @@ class Rdep:
     self.done = 0  # the last trip whose replies have all come
     self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, None)], maxlen=1024)
     if self.num_ranks > 1:
-      self.heap = Heap(buffer_layout(config), exchange, group)
-      self.exchange = exchange.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
+      self.heap = Heap(buffer_layout(config), symmetric, group)
+      self.exchange = symmetric.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
 
   def experts(
     self,
@@ -243,18 +243,17 @@ class _Call:
   def start(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> None:
     """Counts and the first dispatch, beside what follows."""
     self.x_TD, self.gate_TK = x_TD.detach(), gate_TK.detach()
-    self.expert_TK = expert_TK
-    self._check()
+    self._check(expert_TK)
     self._next(0)
     with self.exchange.beside():
-      self.layout = self.rdep.ops.layout(expert_TK, self.rdep.num_experts)
-      self.exchange.post_counts(self.trip, self.layout.offset_E1.diff())
+      layout = self.rdep.ops.layout(expert_TK, self.rdep.num_experts)
+      self.exchange.post_counts(self.trip, layout.offset_E1.diff())
       self._wait(COUNTS)
-      count_RE = self.rdep.heap.mine.count_RE.clone()
+      count_RE = self.rdep.heap.mine.count_RE.long()
       self.places = places(count_RE, self.rdep.config.rdep.alignment)
-      fetched = self.exchange.fetch(count_RE)
+      self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
+      self.fetched = self.exchange.fetch(count_RE)
       self._send(self.x_TD, None)
-    self.fetched = fetched
 
   def forward(self, w13: Tensor, w2: Tensor) -> Tensor:
     """[T, D] combined; called after `start`."""
@@ -266,13 +265,13 @@ class _Call:
         self._send(self.x_TD, None)
       x_CD, _, origin_C = self._receive()
       kept = self._run(x_CD, origin_C, w13, w2, self.keep and number == 0)
-      self.exchange.reply(self.trip, origin_C, kept.y_CD.detach(), None)
+      self._reply(origin_C, kept.y_CD.detach(), None)
       self._wait(RETURN)
       if self.keep and number == 0:
         self.kept = kept
     if self.rounds == 1:
       self.x_TD = None
-    return self.rdep.ops.combine(self._back(), self.gate_TK)
+    return self.rdep.ops.combine(self.exchange.collect(self.route)[0], self.gate_TK)
 
   def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """The experts' gradients; leaves the last trip's replies under way for `finish_backward`."""
@@ -292,9 +291,9 @@ class _Call:
     self.exchange.join()
     self.under_way = ()
     self._wait(RETURN)
-    dx_TD = self.rdep.ops.combine(self._back(), torch.ones_like(self.gate_TK))
-    dgate_N = self.rdep.heap.mine.back_gate_N[: self.gate_TK.numel()]
-    return dx_TD, dgate_N.view_as(self.gate_TK).to(self.gate_TK.dtype, copy=True)
+    dx_TKD, dgate_TK = self.exchange.collect(self.route)
+    dx_TD = self.rdep.ops.combine(dx_TKD, torch.ones_like(self.gate_TK))
+    return dx_TD, dgate_TK.to(self.gate_TK.dtype, copy=True)
 
   def _plan(self) -> None:
     """The sizes of what follows; waits for the counts, the layer's one host synchronisation."""
@@ -315,7 +314,7 @@ class _Call:
     scaled_CD = (gate_C[:, None] * dy_CD.float()).to(dy_CD.dtype)
     dx_CD, dw13, dw2 = torch.autograd.grad(kept.y_CD, (kept.x_CD, *kept.weights), scaled_CD)
     with self.exchange.beside():
-      self.exchange.reply(self.trip, kept.origin_C, dx_CD, dgate_C)
+      self._reply(kept.origin_C, dx_CD, dgate_C)
     self.under_way = (dx_CD, dgate_C, kept.origin_C)  # read beside, so not to be freed before join
     return dw13, dw2
 
@@ -324,16 +323,16 @@ class _Call:
     self._next(number)
     self._send(self.x_TD, None)
     x_CD, _, origin_C = self._receive()
-    self.exchange.reply(self.trip, origin_C, None, None)
+    self._reply(origin_C, None, None)
     self._wait(RETURN)
     return self._run(x_CD, origin_C, w13, w2, True)
 
   def _run(self, x_CD: Tensor, origin_C: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> _Kept:
     """The grouped experts over this round's rows."""
-    rdep, low = self.rdep, self.round * self.exchange.capacity
+    rdep = self.rdep
     start_L = self.places.start_E[rdep.first : rdep.first + rdep.num_local]
     end_1 = self.places.end_R[rdep.rank : rdep.rank + 1]
-    offset_L1 = (torch.cat([start_L, end_1]) - low).clamp(0, x_CD.shape[0]).int()
+    offset_L1 = (torch.cat([start_L, end_1]) - self._low()).clamp(0, x_CD.shape[0]).int()
     if keep:
       x_CD = x_CD.requires_grad_()
       w13, w2 = w13.detach().requires_grad_(), w2.detach().requires_grad_()
@@ -351,13 +350,18 @@ class _Call:
     trips.append(_Trip(self.trip, self.layer, self.phase, number, self.host_count_RE))
 
   def _send(self, x_TD: Tensor, gate_TK: Tensor | None) -> None:
-    base_E, low = self.places.base_RE[self.rdep.rank], self.round * self.exchange.capacity
-    self.exchange.send(self.trip, x_TD, gate_TK, self.expert_TK, self.layout, base_E, low)
+    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low())
+
+  def _reply(self, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None) -> None:
+    self.exchange.reply(self.trip, origin_C, row_CD, gate_C, self.route, self._low())
 
   def _receive(self) -> tuple[Tensor, Tensor, Tensor]:
     self._wait(DISPATCH)
-    capacity = self.exchange.capacity
-    return self.exchange.receive(min(max(self.end - self.round * capacity, 0), capacity))
+    return self.exchange.receive(min(max(self.end - self._low(), 0), self.exchange.capacity))
+
+  def _low(self) -> int:
+    """The first place of this round."""
+    return self.round * self.exchange.capacity
 
   def _wait(self, kind: int) -> None:
     late = self.exchange.wait(kind, self.trip)
@@ -366,13 +370,8 @@ class _Call:
     if kind == RETURN:
       self.rdep.done = self.trip
 
-  def _back(self) -> Tensor:
-    """What came back, [T, K, D], in the symmetric buffer itself."""
-    num_tokens, top_k = self.gate_TK.shape
-    return self.rdep.heap.mine.back_ND[: num_tokens * top_k].unflatten(0, (num_tokens, top_k))
-
-  def _check(self) -> None:
-    (num_tokens, top_k), rows = self.expert_TK.shape, self.exchange.rows
+  def _check(self, expert_TK: Tensor) -> None:
+    (num_tokens, top_k), rows = expert_TK.shape, self.exchange.rows
     if num_tokens * top_k > rows:
       raise CommError(
         f"rank {self.rdep.rank}, layer {self.layer}: {num_tokens} tokens of {top_k} experts do not "

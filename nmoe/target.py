@@ -35,7 +35,7 @@ class Target:
   peak_flops: (
     float | None
   )  # dense FLOP/s of the run's arithmetic; None on a CPU, which publishes none
-  exchange: ModuleType | None = None  # RDEP's row movers; None with one rank
+  symmetric: ModuleType | None = None  # RDEP's memory and row movers; None with one rank
 
 
 def select(config: Config, rank: int = 0) -> Target:
@@ -48,7 +48,7 @@ def select(config: Config, rank: int = 0) -> Target:
   name = examine(t.arch, config.launch.ranks)
   package = "kernels.reference" if t.arch == "cpu" else "kernels.cuda"
   ops = _import(package)
-  exchange = _import(f"{package}.exchange") if config.launch.ranks > 1 else None
+  symmetric = _import(f"{package}.symmetric") if config.launch.ranks > 1 else None
   device = torch.device("cpu")
   if t.arch != "cpu":
     device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -57,7 +57,7 @@ def select(config: Config, rank: int = 0) -> Target:
   torch.utils.deterministic.fill_uninitialized_memory = False
   cores = len(os.sched_getaffinity(0))
   torch.set_num_threads(config.launch.threads or max(1, cores // config.launch.ranks))
-  return Target(t.arch, name, device, ops, peak_flops(config), exchange)
+  return Target(t.arch, name, device, ops, peak_flops(config), symmetric)
 
 
 def examine(arch: str, ranks: int = 1) -> str:

@@ -29,7 +29,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 from torch import Tensor
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN, SIGNAL_STRIDE, Buffers
+from kernels.buffers import COUNTS, DISPATCH, RETURN, SIGNAL_STRIDE, Buffers, Route
 from kernels.cuda.jit import (
   DTYPES,
   cached,
@@ -40,10 +40,7 @@ from kernels.cuda.jit import (
   load_vector,
   vector_width,
 )
-from kernels.cuda.symmetric import allocate, release
-from kernels.ops import Layout, check
-
-__all__ = ["Exchange", "allocate", "release"]
+from kernels.ops import check
 
 THREADS = 512
 WARPS = THREADS // 32
@@ -180,10 +177,14 @@ class Wait:
 
 
 class Send:
-  """A warp per token: one read of the row, K stores to the owners, with origin and gate."""
+  """A warp per token: one read of the row, K stores to the owners, with origin and gate.
 
-  def __init__(self, dtype: type, width: int, dim: int, top_k: int):
+  `packed` stores them in this rank's own back buffer instead, in the layout's order.
+  """
+
+  def __init__(self, dtype: type, width: int, dim: int, top_k: int, packed: bool):
     self.dtype, self.width, self.dim, self.top_k = dtype, width, dim, top_k
+    self.packed = packed
 
   @cute.jit
   def __call__(
@@ -197,13 +198,14 @@ class Send:
     mTable: cute.Tensor,
     low: Int64,
     capacity: Int64,
-    first_origin: Int32,
+    rank: Int32,
+    rows: Int32,
     stream,
   ):
     blocks = cutlass.min(BLOCKS, cute.ceil_div(mX.shape[0], WARPS))
-    self.kernel(
-      mX, mGate, mExpert, mRow, mOffset, mBase, mTable, low, capacity, first_origin
-    ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
+    self.kernel(mX, mGate, mExpert, mRow, mOffset, mBase, mTable, low, capacity, rank, rows).launch(
+      grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
 
   @cute.kernel
   def kernel(
@@ -217,7 +219,8 @@ class Send:
     mTable: cute.Tensor,
     low: Int64,
     capacity: Int64,
-    first_origin: Int32,
+    rank: Int32,
+    rows: Int32,
   ):
     lane = cute.arch.lane_idx()
     bidx, _, _ = cute.arch.block_idx()
@@ -232,12 +235,19 @@ class Send:
         place = mBase[expert] + mRow[item] - mOffset[expert] - low
         address = Int64(0)
         if place >= 0 and place < capacity:
-          owner = expert // held
-          address = mTable[ROW, owner] + place * bytes_per_row
-          if lane == 0:
-            _put(Int32, mTable[ORIGIN, owner] + place * 4, first_origin + Int32(item))
+          if const_expr(self.packed):
+            row = Int64(mRow[item])
+            address = mTable[BACK, rank] + row * bytes_per_row
             if const_expr(mGate is not None):
-              _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+              if lane == 0:
+                _put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
+          else:
+            owner = expert // held
+            address = mTable[ROW, owner] + place * bytes_per_row
+            if lane == 0:
+              _put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
+              if const_expr(mGate is not None):
+                _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
         target.append(address)
       for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
         rX = load_vector(mX, Int64(token) * self.dim + column, self.width)
@@ -337,13 +347,13 @@ def compile_wait():
 
 
 @cached
-def compile_send(dtype, dim: int, top_k: int, gates: bool):
+def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool):
   x = fake(DTYPES[dtype], None, dim)
   gate = fake(Float32, None, align=4) if gates else None
   expert, row, offset = (fake(Int32, None, align=4) for _ in range(3))
   base = fake(Int64, None, align=8)
-  kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k)
-  scalars = (Int64(0), Int64(0), Int32(0))
+  kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k, packed)
+  scalars = (Int64(0), Int64(0), Int32(0), Int32(0))
   return compile_kernel(kernel, x, gate, expert, row, offset, base, _table(), *scalars)
 
 
@@ -394,31 +404,35 @@ class Exchange:
     trip: int,
     x_TD: Tensor,
     gate_TK: Tensor | None,
-    expert_TK: Tensor,
-    layout: Layout,
-    base_E: Tensor,
+    route: Route,
     low: int,
+  ) -> None:
+    self._launch_send(x_TD, gate_TK, route, low, packed=False)
+    compile_signal()(self.table, DISPATCH, self.rank, trip)
+
+  def _launch_send(
+    self, x_TD: Tensor, gate_TK: Tensor | None, route: Route, low: int, packed: bool
   ) -> None:
     check(
       x_TD.dtype == self.dtype and x_TD.shape[1] == self.dim,
-      f"send: x is {x_TD.dtype} {tuple(x_TD.shape)}; the buffer has {self.dtype} rows of {self.dim}",
+      f"send: x is {x_TD.dtype} {tuple(x_TD.shape)}; need {self.dtype} rows of {self.dim}",
     )
     contiguous(x=x_TD)
-    if expert_TK.numel():
+    if route.expert_TK.numel():
       gate = None if gate_TK is None else gate_TK.flatten()
-      compile_send(x_TD.dtype, self.dim, expert_TK.shape[1], gate is not None)(
+      compile_send(x_TD.dtype, self.dim, route.expert_TK.shape[1], gate is not None, packed)(
         x_TD,
         gate,
-        expert_TK.flatten(),
-        layout.row_TK.flatten(),
-        layout.offset_E1,
-        base_E,
+        route.expert_TK.flatten(),
+        route.layout.row_TK.flatten(),
+        route.layout.offset_E1,
+        route.base_RE[self.rank],
         self.table,
         low,
         self.capacity,
-        self.rank * self.rows,
+        self.rank,
+        self.rows,
       )
-    compile_signal()(self.table, DISPATCH, self.rank, trip)
 
   def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     mine = self.mine
@@ -430,13 +444,25 @@ class Exchange:
     return row, gate, origin
 
   def reply(
-    self, trip: int, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None
+    self,
+    trip: int,
+    origin_C: Tensor,
+    row_CD: Tensor | None,
+    gate_C: Tensor | None,
+    route: Route,
+    low: int,
   ) -> None:
     if row_CD is not None and row_CD.shape[0]:
       contiguous(rows=row_CD)
       run = compile_reply(self.dtype, self.dim, gate_C is not None)
       run(row_CD, gate_C, origin_C, self.table, self.rows)
     compile_signal()(self.table, RETURN, self.rank, trip)
+
+  def collect(self, route: Route) -> tuple[Tensor, Tensor]:
+    shape = route.expert_TK.shape
+    items = shape.numel()
+    back_TKD = self.mine.back_ND[:items].unflatten(0, shape)
+    return back_TKD, self.mine.back_gate_N[:items].view(shape)
 
   def wait(self, kind: int, trip: int) -> list[int]:
     """Queue the wait; always []: a missed deadline traps on the device, see `late`."""

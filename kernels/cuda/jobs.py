@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from kernels.buffers import COUNTS, BufferLayout, Buffers, Route
 from kernels.build import Shapes
 from kernels.cuda.combine import combine
+from kernels.cuda.dense import linear, mlp
+from kernels.cuda.exchange import Exchange
+from kernels.cuda.experts import experts, grouped_mlp
 from kernels.cuda.layout import layout
+from kernels.cuda.loss import linear_cross_entropy
+from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.cuda.optim import adamw, newton_schulz
+from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
-from kernels.ops import RouterSpec
+from kernels.ops import Recipe, RouterSpec
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -48,6 +56,74 @@ def _combine(s: Shapes) -> None:
   backward(combine(meta(tokens, s.top_k, s.dim), meta(tokens, s.top_k, dtype=FP32)))
 
 
+def _exchange(s: Shapes) -> None:
+  rows = s.batch * s.seq_len * s.top_k
+  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16)
+  block = Buffers(*(meta(*shape, dtype=t, grad=False) for shape, t in sizes.fields.values()))
+  mover = Exchange([block] * s.ranks, 0, 1.0)
+  expert_TK = meta(s.batch * s.seq_len, s.top_k, dtype=torch.int32)
+  gate_TK, x_TD = torch.empty_like(expert_TK, dtype=FP32), meta(*expert_TK.shape[:1], s.dim)
+  base_RE = meta(s.ranks, s.num_experts, dtype=torch.int64)
+  route = Route(expert_TK, layout(expert_TK, s.num_experts), base_RE, base_RE)
+  mover.post_counts(1, meta(s.num_experts, dtype=torch.int32))
+  for gate in (None, gate_TK):
+    mover.send(1, x_TD, gate, route, 0)
+    row_CD, gate_C, origin_C = mover.receive(rows)
+    mover.reply(1, origin_C, row_CD, None if gate is None else gate_C, route, 0)
+  mover.wait(COUNTS, 1)
+
+
+def _norms(s: Shapes) -> None:
+  for width in {s.dim, s.kv_lora_rank, s.q_lora_rank} - {0}:
+    x, weight = meta(s.batch, s.seq_len, width), meta(width)
+    backward(rms_norm(x, weight, 1e-6))
+  x, residual = (meta(s.batch, s.seq_len, s.dim) for _ in range(2))
+  backward(add_rms_norm(x, residual, meta(s.dim), 1e-6))
+
+
+def _mla_qkv(s: Shapes) -> None:
+  heads, nope, rope, v = s.num_heads, s.qk_nope_dim, s.qk_rope_dim, s.v_dim
+  q = meta(s.batch, s.seq_len, heads, nope + rope)
+  kv, k_rope = meta(s.batch, s.seq_len, heads, nope + v), meta(s.batch, s.seq_len, rope)
+  angles = (meta(s.seq_len, rope // 2, dtype=FP32, grad=False) for _ in range(2))
+  backward(mla_qkv(q, kv, k_rope, *angles, rope))
+
+
+def _recipes(s: Shapes) -> list[Recipe]:
+  """The run's recipes: some layers of a quantized run, and its finish, are bf16."""
+  if s.dtype == "bf16":
+    return [Recipe()]
+  quantized = Recipe(s.dtype, s.emulate_blockscale)
+  return [Recipe(), quantized, replace(quantized, forward_only_bf16=True)]
+
+
+def _mlp(s: Shapes) -> None:
+  for recipe in _recipes(s):
+    for width in {s.dense_dim, s.num_shared * s.expert_dim} - {0}:
+      x, w13, w2 = meta(s.batch, s.seq_len, s.dim), meta(2 * width, s.dim), meta(s.dim, width)
+      backward(mlp(x, w13, w2, recipe))
+    backward(linear(meta(s.batch, s.seq_len, s.dim), meta(s.dim, s.dim), recipe))
+
+
+def _experts(s: Shapes) -> None:
+  tokens, local = s.batch * s.seq_len, s.num_experts // s.ranks
+  weights = meta(local, 2 * s.expert_dim, s.dim), meta(local, s.dim, s.expert_dim)
+  order = layout(meta(tokens, s.top_k, dtype=torch.int32), local)
+  for recipe in _recipes(s):
+    if s.ranks == 1:
+      gate = meta(tokens, s.top_k, dtype=FP32)
+      backward(experts(meta(tokens, s.dim), gate, order, *weights, recipe))
+    else:
+      backward(grouped_mlp(meta(tokens * s.top_k, s.dim), order.offset_E1, *weights, recipe))
+
+
+def _loss(s: Shapes) -> None:
+  tokens = s.batch * s.seq_len
+  x, weight = meta(tokens, s.dim), meta(s.vocab_size, s.dim)
+  target = meta(tokens, dtype=torch.int64)
+  backward(linear_cross_entropy(x, weight, target, s.loss_chunk)[0])
+
+
 def _adamw(s: Shapes) -> None:
   moment = BF16 if s.moments == "bf16" else FP32
   for param, grad in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
@@ -66,8 +142,15 @@ def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
     ("route", _route),
     ("layout", _layout),
     ("combine", _combine),
+    ("experts", _experts),
+    ("mlp", _mlp),
+    ("norms", _norms),
+    ("mla_qkv", _mla_qkv),
+    ("loss", _loss),
     ("adamw", _adamw),
   ):
     yield name, partial(job, shapes)
+  if shapes.ranks > 1:
+    yield "exchange", partial(_exchange, shapes)
   if shapes.muon:
     yield "newton_schulz", partial(_newton_schulz, shapes)

@@ -12,32 +12,47 @@ import torch.distributed as dist
 from cuda.core import Device
 from torch import Tensor
 
+from kernels.cuda.exchange import Exchange
 from kernels.ops import KernelError, check
 
-LIBRARY = "3.8.0"  # the NVSHMEM that the kernels were compiled against
+__all__ = ["Exchange", "allocate", "release"]
+
+LIBRARY = "3.8.0"  # the NVSHMEM of the [cuda] extra
 
 
 def allocate(nbytes: int, group: dist.ProcessGroup) -> list[Tensor]:
   """Zeroed uint8 [nbytes] of every rank of the group, by rank, all mapped here. Collective.
 
-  torch's current CUDA device is bound to this process. Raises KernelError where a rank's memory
-  cannot be mapped, or the library is another version.
+  The first call joins the ranks and binds torch's current CUDA device to this process. Raises
+  KernelError where a rank's memory cannot be mapped, or the library is another version.
   """
-  found = nvshmem.get_version().libnvshmem_version
+  found = nvshmem.get_version().libnvshmem_version  # loads the library
   check(found == LIBRARY, f"NVSHMEM {found} is loaded, {LIBRARY} is needed; reinstall nmoe[cuda]")
+  if nvshmem.init_status() < nvshmem.InitStatus.STATUS_IS_INITIALIZED:
+    _join(group)
+  mine = nvshmem.tensor((nbytes,), dtype=torch.uint8)
+  mine.zero_()
+  torch.cuda.synchronize()
+  dist.barrier(group)
   rank, ranks = group.rank(), group.size()
+  return [mine if peer == rank else _mapped(mine, rank, peer) for peer in range(ranks)]
+
+
+def release(mine: Tensor) -> None:
+  """Free this rank's block of `allocate`. Collective; no block may be used after."""
+  torch.cuda.synchronize()
+  nvshmem.free_tensor(mine)
+
+
+def _join(group: dist.ProcessGroup) -> None:
+  rank = group.rank()
   device = Device(torch.cuda.current_device())
   device.set_current()
   uid = nvshmem.get_unique_id(empty=rank != 0)
   told = [uid._data.tobytes()]
   dist.broadcast_object_list(told, group_src=0, group=group)
-  uid._data.view(np.uint8).reshape(-1)[:] = np.frombuffer(told[0], np.uint8)
-  nvshmem.init(device=device, uid=uid, rank=rank, nranks=ranks, initializer_method="uid")
-  mine = nvshmem.tensor((nbytes,), dtype=torch.uint8)
-  mine.zero_()
-  torch.cuda.synchronize()
-  dist.barrier(group)
-  return [mine if peer == rank else _mapped(mine, rank, peer) for peer in range(ranks)]
+  uid._data.view(np.uint8)[:] = np.frombuffer(told[0], np.uint8)
+  nvshmem.init(device=device, uid=uid, rank=rank, nranks=group.size(), initializer_method="uid")
 
 
 def _mapped(mine: Tensor, rank: int, peer: int) -> Tensor:
@@ -48,9 +63,3 @@ def _mapped(mine: Tensor, rank: int, peer: int) -> Tensor:
       f"rank {rank} cannot map the memory of rank {peer} ({error}); ranks must be on one NVLink or "
       "PCIe domain"
     ) from error
-
-
-def release() -> None:
-  """Free the blocks and leave NVSHMEM. Collective; no tensor of `allocate` may be used after."""
-  torch.cuda.synchronize()
-  nvshmem.finalize()

@@ -14,11 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers
-from kernels.ops import Layout
-from kernels.reference.symmetric import allocate, release
-
-__all__ = ["Exchange", "allocate", "release"]
+from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
 PAUSE_S = 1e-4
@@ -44,26 +40,23 @@ class Exchange:
     trip: int,
     x_TD: Tensor,
     gate_TK: Tensor | None,
-    expert_TK: Tensor,
-    layout: Layout,
-    base_E: Tensor,
+    route: Route,
     low: int,
   ) -> None:
     """Write row (t, k) of x to its place in its owner's buffer, if that is in low : low + C.
 
-    base int64 [E] is the place of this rank's first row for each expert; the rows of an expert
-    follow in the layout's order. Gates go along if given. Every rank is signalled, with or without
-    rows.
+    The rows of an expert follow its base in the layout's order. Gates go along if given. Every rank
+    is signalled, with or without rows.
     """
-    expert_N = expert_TK.flatten().long()
+    expert_N, base_E = route.expert_TK.flatten().long(), route.base_RE[self.rank]
     owner_N = expert_N // (base_E.shape[0] // len(self.peers))
-    within_N = layout.row_TK.flatten() - layout.offset_E1[expert_N]
+    within_N = route.layout.row_TK.flatten() - route.layout.offset_E1[expert_N]
     place_N = base_E[expert_N] + within_N - low
     inside_N = (place_N >= 0) & (place_N < self.capacity)
     for rank, peer in enumerate(self.peers):
       item = (inside_N & (owner_N == rank)).nonzero().flatten()
       place = place_N[item]
-      peer.row_CD.index_copy_(0, place, x_TD[item // expert_TK.shape[1]])
+      peer.row_CD.index_copy_(0, place, x_TD[item // route.expert_TK.shape[1]])
       if gate_TK is not None:
         peer.gate_C.index_copy_(0, place, gate_TK.flatten()[item])
       peer.origin_C.index_copy_(0, place, (item + self.rank * self.rows).int())
@@ -81,9 +74,18 @@ class Exchange:
     return row, self.mine.gate_C[:num_rows].clone(), origin
 
   def reply(
-    self, trip: int, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None
+    self,
+    trip: int,
+    origin_C: Tensor,
+    row_CD: Tensor | None,
+    gate_C: Tensor | None,
+    route: Route,
+    low: int,
   ) -> None:
-    """Write each row, and gate gradient, back to its origin; None is an answer without rows."""
+    """Write each row, and gate gradient, back to its origin; None is an answer without rows.
+
+    route and low are those of the rows' dispatch.
+    """
     if row_CD is not None:
       source_C = torch.where(origin_C < 0, -1, origin_C // self.rows)
       for rank, peer in enumerate(self.peers):
@@ -93,6 +95,13 @@ class Exchange:
         if gate_C is not None:
           peer.back_gate_N.index_copy_(0, item, gate_C[row])
     self._signal(RETURN, trip)
+
+  def collect(self, route: Route) -> tuple[Tensor, Tensor]:
+    """What came back: rows [T, K, D] and gate gradients [T, K], valid until the next trip."""
+    shape = route.expert_TK.shape
+    items = shape.numel()
+    back_TKD = self.mine.back_ND[:items].unflatten(0, shape)
+    return back_TKD, self.mine.back_gate_N[:items].view(shape)
 
   def wait(self, kind: int, trip: int) -> list[int]:
     """Block until all ranks' signals of this kind reach `trip`; returns who missed the deadline."""

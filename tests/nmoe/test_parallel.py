@@ -15,7 +15,7 @@ from model_configs import tiny
 from torch import nn
 
 import kernels.reference as ops
-from kernels.reference import exchange
+from kernels.reference import symmetric
 from nmoe import parallel
 from nmoe.checkpoint import split_experts
 from nmoe.config import Config
@@ -54,7 +54,7 @@ def train(group, num_ranks: int, capacity: float) -> Trace:
   config = settings(num_ranks, capacity)
   together = Parallel()
   if num_ranks > 1:
-    rdep = Rdep(config, ops, group, exchange)
+    rdep = Rdep(config, ops, group, symmetric)
     together = Parallel(group.rank(), num_ranks, rdep, rdep.first, group)
   model = Model(config, ops, together.rdep)
   model.init_weights(0)

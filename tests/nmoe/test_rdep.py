@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.reference as ops
-from kernels.buffers import COUNTS, DISPATCH, RETURN, BufferLayout
+from kernels.buffers import COUNTS, DISPATCH, RETURN, BufferLayout, Route
 from kernels.ops import Recipe
-from kernels.reference import exchange
+from kernels.reference import exchange, symmetric
 from nmoe.config import Config, loads
 from nmoe.errors import CommError
 from nmoe.rdep import Rdep, places
@@ -181,7 +181,7 @@ def run_cases(group, names: list[str]) -> dict[str, tuple[list, list[int]]]:
   found = {}
   for name in names:
     case = CASES[name]
-    rdep = Rdep(config(group.size(), case), ops, group, exchange)
+    rdep = Rdep(config(group.size(), case), ops, group, symmetric)
     steps = [
       step(rdep, share(case, make(case, i % 3), group.rank(), group.size()), layer=i % 2)
       for i in range(ITERATIONS)
@@ -271,7 +271,7 @@ def test_rounds_follow_from_the_counts(num_ranks: int) -> None:
 def one_rank_keeps_gradients_apart(group) -> list:
   """A pass without gradients, with x that needs none, and two graphs open at once."""
   case = CASES["overflow"]
-  rdep = Rdep(config(group.size(), case), ops, group, exchange)
+  rdep = Rdep(config(group.size(), case), ops, group, symmetric)
   data = make(case, 0)
   a, b = (share(case, data, group.rank(), group.size()) for _ in range(2))
 
@@ -299,7 +299,7 @@ def test_graphs_do_not_disturb_each_other(num_ranks: int) -> None:
 
 def delayed(group, late_rank: int) -> list:
   case = CASES["uneven tokens"]
-  rdep = Rdep(config(group.size(), case), ops, group, exchange)
+  rdep = Rdep(config(group.size(), case), ops, group, symmetric)
   if group.rank() == late_rank:
     time.sleep(0.5)
   return step(rdep, share(case, make(case, 0), group.rank(), group.size()), layer=0)
@@ -330,7 +330,7 @@ def dying(group, victim: int, method: str, trip: int) -> None:
   """Three steps, of which each has two trips; the victim dies in one of them."""
   case = CASES["uniform"]
   settings = config(group.size(), case, **{"rdep.deadline_s": DEADLINE_S})
-  rdep = Rdep(settings, ops, group, exchange)
+  rdep = Rdep(settings, ops, group, symmetric)
   if group.rank() == victim:
     Dying.method, Dying.trip = method, trip
     rdep.exchange = Dying(rdep.heap.peers, rdep.rank, DEADLINE_S)
@@ -409,7 +409,7 @@ def expected_rows(case: Case, data: Data, rank: int, victim: int, what: str) -> 
 
 def too_many(group) -> str:
   case = Case("uniform", tokens=(41, 1, 1, 1))
-  rdep = Rdep(config(group.size(), case), ops, group, exchange)
+  rdep = Rdep(config(group.size(), case), ops, group, symmetric)
   if group.rank() > 0:
     return ""
   with pytest.raises(CommError) as caught:
@@ -477,14 +477,19 @@ def test_rows_are_conserved(data: st.DataObject) -> None:
   count_RE = blocks[0].count_RE
   assert all(torch.equal(block.count_RE, count_RE) for block in blocks)
   where = places(count_RE, 1)
+  routes = [
+    Route(expert_TK, order, count_RE.long(), where.base_RE)
+    for expert_TK, order in zip(routing, orders, strict=True)
+  ]
   received_RE = torch.zeros(num_ranks, num_experts, dtype=torch.int32)
   for block in blocks:
     block.back_ND.fill_(torch.nan)
   for number in range(max(math.ceil(int(where.end_R.max()) / capacity), 1)):
     low = number * capacity
-    for r, (mover, expert_TK, order) in enumerate(zip(movers, routing, orders, strict=True)):
-      x_TD = torch.stack([torch.full((len(expert_TK),), r), torch.arange(len(expert_TK))], 1)
-      mover.send(number + 1, x_TD.float(), None, expert_TK, order, where.base_RE[r], low)
+    for r, mover in enumerate(movers):
+      token_T = torch.arange(len(routing[r]))
+      x_TD = torch.stack([torch.full_like(token_T, r), token_T], 1).float()
+      mover.send(number + 1, x_TD, None, routes[r], low)
     for owner, mover in enumerate(movers):
       num_rows = min(max(int(where.end_R[owner]) - low, 0), capacity)
       row_CD, _, origin_C = mover.receive(num_rows)
@@ -496,7 +501,7 @@ def test_rows_are_conserved(data: st.DataObject) -> None:
         place = int(where.base_RE[source, expert] + received_RE[source, expert])
         assert place == low + row
         received_RE[source, expert] += 1
-      mover.reply(number + 1, origin_C, row_CD * 10, None)
+      mover.reply(number + 1, origin_C, row_CD * 10, None, routes[owner], low)
   assert torch.equal(received_RE, count_RE)
   for r, block in enumerate(blocks):
     items = routing[r].numel()
