@@ -19,9 +19,30 @@ from kernels.cuda.jit import check_device
 from kernels.ops import KernelError, check, check_same_device
 
 
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+  """torch.use_deterministic_algorithms(on) inside, without its filling of new memory.
+
+  Off, torch offers cuDNN's forward, which it withholds when on although it repeats bit for bit.
+  """
+  settings = torch.utils.deterministic
+  before = (
+    torch.are_deterministic_algorithms_enabled(),
+    torch.is_deterministic_algorithms_warn_only_enabled(),
+    settings.fill_uninitialized_memory,
+  )
+  torch.use_deterministic_algorithms(on)
+  settings.fill_uninitialized_memory = False
+  try:
+    yield
+  finally:
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    settings.fill_uninitialized_memory = before[2]
+
+
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
   try:
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+    with _deterministic(False), sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
       y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
       )
@@ -32,24 +53,6 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
       "torch with cuDNN 9.5 or newer"
     ) from error
   return y.transpose(1, 2)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-  """torch.use_deterministic_algorithms inside, without its filling of new memory."""
-  settings = torch.utils.deterministic
-  before = (
-    torch.are_deterministic_algorithms_enabled(),
-    torch.is_deterministic_algorithms_warn_only_enabled(),
-    settings.fill_uninitialized_memory,
-  )
-  torch.use_deterministic_algorithms(True)
-  settings.fill_uninitialized_memory = False
-  try:
-    yield
-  finally:
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    settings.fill_uninitialized_memory = before[2]
 
 
 class _Attention(torch.autograd.Function):
@@ -65,7 +68,7 @@ class _Attention(torch.autograd.Function):
   @staticmethod
   @once_differentiable
   def backward(ctx, dy: Tensor):
-    with _deterministic():
+    with _deterministic(True):
       grads = torch.autograd.grad(ctx.output, ctx.inputs, dy)
     return *grads, None
 
