@@ -38,5 +38,7 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
     "QUACK_ARCH": f"{major}{minor}",
     "QUACK_CACHE_ENABLED": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
+    "NVSHMEM_DISABLE_NVLS": "1",  # RDEP needs no multicast, and some hosts fail to set it up
+    "NCCL_NVLS_ENABLE": "0",
     "QUACK_CACHE_DIR": str(Path(cache_root).absolute() / arch),
   }

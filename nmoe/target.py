@@ -47,8 +47,9 @@ def select(config: Config, rank: int = 0) -> Target:
   t = config.target
   name = examine(t.arch, config.launch.ranks)
   package = "kernels.reference" if t.arch == "cpu" else "kernels.cuda"
+  memory = "symmetric" if config.rdep.peer_access else "puts"
   ops = _import(package)
-  symmetric = _import(f"{package}.symmetric") if config.launch.ranks > 1 else None
+  symmetric = _import(f"{package}.{memory}") if config.launch.ranks > 1 else None
   device = torch.device("cpu")
   if t.arch != "cpu":
     device = torch.device("cuda", rank % torch.cuda.device_count())

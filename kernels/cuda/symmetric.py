@@ -23,8 +23,16 @@ LIBRARY = "3.8.0"  # the NVSHMEM of the [cuda] extra
 def allocate(nbytes: int, group: dist.ProcessGroup) -> list[Tensor]:
   """Zeroed uint8 [nbytes] of every rank of the group, by rank, all mapped here. Collective.
 
-  The first call joins the ranks and binds torch's current CUDA device to this process. Raises
-  KernelError where a rank's memory cannot be mapped, or the library is another version.
+  Raises KernelError where a rank's memory cannot be mapped, or the library is another version.
+  """
+  mine, rank = own_block(nbytes, group), group.rank()
+  return [mine if peer == rank else _mapped(mine, rank, peer) for peer in range(group.size())]
+
+
+def own_block(nbytes: int, group: dist.ProcessGroup) -> Tensor:
+  """Zeroed uint8 [nbytes] at the same symmetric address on every rank. Collective.
+
+  The first call joins the ranks and binds torch's current CUDA device to this process.
   """
   found = nvshmem.get_version().libnvshmem_version  # loads the library
   check(found == LIBRARY, f"NVSHMEM {found} is loaded, {LIBRARY} is needed; reinstall nmoe[cuda]")
@@ -34,8 +42,7 @@ def allocate(nbytes: int, group: dist.ProcessGroup) -> list[Tensor]:
   mine.zero_()
   torch.cuda.synchronize()
   dist.barrier(group)
-  rank, ranks = group.rank(), group.size()
-  return [mine if peer == rank else _mapped(mine, rank, peer) for peer in range(ranks)]
+  return mine
 
 
 def release(mine: Tensor) -> None:
@@ -60,6 +67,6 @@ def _mapped(mine: Tensor, rank: int, peer: int) -> Tensor:
     return nvshmem.get_peer_tensor(mine, peer)
   except (nvshmem.NvshmemError, nvshmem.NvshmemInvalid) as error:
     raise KernelError(
-      f"rank {rank} cannot map the memory of rank {peer} ({error}); ranks must be on one NVLink or "
-      "PCIe domain"
+      f"rank {rank} cannot map the memory of rank {peer} ({error}); put the ranks on one NVLink or "
+      "PCIe domain, or set rdep.peer_access = false"
     ) from error

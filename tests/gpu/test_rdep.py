@@ -35,9 +35,9 @@ def start(num_ranks: int, what: str) -> list[dict]:
   return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_compute_what_one_rank_computes(num_ranks: int) -> None:
-  assert len(start(num_ranks, "cases")) == num_ranks
+@pytest.mark.parametrize(("num_ranks", "what"), [(2, "stores"), (4, "stores"), (2, "puts")])
+def test_ranks_compute_what_one_rank_computes(num_ranks: int, what: str) -> None:
+  assert len(start(num_ranks, what)) == num_ranks
 
 
 def test_a_missing_rank_stops_the_others_with_a_post_mortem() -> None:
@@ -47,7 +47,8 @@ def test_a_missing_rank_stops_the_others_with_a_post_mortem() -> None:
 
 if __name__ == "__main__":
   for ranks in map(int, sys.argv[1:] or ("2",)):
-    for report in start(ranks, "cases"):
-      sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    for what in ("stores", "puts"):
+      for report in start(ranks, what):
+        sys.stdout.write(json.dumps({"path": what, **report}, indent=1) + "\n")
   for report in start(2, "missing"):
     sys.stdout.write(json.dumps(report) + "\n")
