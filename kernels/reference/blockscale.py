@@ -74,7 +74,7 @@ class BlockScaled:
     else:
       codes = unpack(self.data, self.axis)
       data, scale = decode(codes, E2M1), decode(self.scale.view(torch.uint8), E4M3)
-    return (data * spread(scale, self.block, data.shape)).to(dtype)
+    return data.mul_(spread(scale, self.block, data.shape)).to(dtype)
 
   def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values that the data stand for (of the rotated tensor, if it was rotated)."""
@@ -144,32 +144,30 @@ def _check(
 
 
 def encode(x: Tensor, kind: Minifloat, random: Tensor | None = None) -> Tensor:
-  """fp32 -> uint8 codes, to nearest even or, with uint32 `random` bits (int64), stochastically."""
+  """fp32 -> uint8 codes, to nearest even or (E2M1), with uint32 `random` bits, stochastically."""
+  if kind is E4M3:
+    return x.clamp(-kind.largest, kind.largest).to(torch.float8_e4m3fn).view(torch.uint8)
+  x = x.nan_to_num(nan=kind.largest).clamp_(-kind.largest, kind.largest)
   bits = x.view(torch.int32)
-  magnitude = x.abs().clamp(max=kind.largest).nan_to_num(nan=kind.largest)
-  exponent = (magnitude.view(torch.int32) >> 23).sub_(127).clamp_(min=kind.exponent)
-  q = magnitude * _power_of_two(kind.mantissa - exponent)
+  octave = ((bits >> 23) & 0xFF).sub_(127).clamp_(min=kind.exponent)
+  q = (x * _power_of_two(kind.mantissa - octave)).abs_()
+  code = octave.sub_(kind.exponent) << kind.mantissa
   if random is None:
-    q = q.round()
+    code += q.round_().int()
   else:
     floor = q.floor()
-    q = floor + ((random >> 8).float() * 2.0**-24 < q - floor)
-  code = ((exponent - kind.exponent) << kind.mantissa) + q.int()
-  if kind is E4M3:
-    code = torch.where(x.isnan(), 0x7F, code)
-  negative = (bits < 0) & ~x.isnan() if kind is E2M1 else bits < 0
-  return (code | (negative * kind.sign)).to(torch.uint8)
+    code += floor.int()
+    code += ((random >> 8).float().mul_(2.0**-24) < q.sub_(floor)).int()
+  return (code | ((bits >> 28) & kind.sign)).to(torch.uint8)
 
 
 def decode(code: Tensor, kind: Minifloat) -> Tensor:
   """uint8 codes -> fp32, exact."""
-  magnitude = (code & (kind.sign - 1)).int()
-  field = magnitude >> kind.mantissa
-  q = (magnitude & ((1 << kind.mantissa) - 1)) + ((field > 0).int() << kind.mantissa)
-  value = q * _power_of_two(field.clamp(min=1) - 1 + (kind.exponent - kind.mantissa))
   if kind is E4M3:
-    value = torch.where(magnitude == 0x7F, torch.nan, value)
-  return torch.where((code & kind.sign) != 0, -value, value)
+    return code.view(torch.float8_e4m3fn).float()
+  half = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+  table = torch.tensor([*half, *(-value for value in half)], device=code.device)
+  return table.index_select(0, code.flatten().int()).view(code.shape)
 
 
 def pack(code: Tensor, axis: int) -> Tensor:
@@ -253,11 +251,23 @@ def _finite(code: Tensor, nan: int, other: int) -> Tensor:
   return torch.where(code == nan, other, code.int())
 
 
-def mix(h):
-  """A bijection of uint32 (xor-shift, multiply, twice), for ints and int64 tensors."""
+def mix(h: int) -> int:
+  """A bijection of uint32: xor-shift, multiply, twice."""
   h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
   h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK
   return h ^ (h >> 16)
+
+
+def _mix(h: Tensor) -> Tensor:
+  """`mix` in place on the bits of an int32 tensor, whose products wrap."""
+  h.bitwise_xor_((h >> 16) & 0xFFFF).mul_(0x7FEB352D)
+  h.bitwise_xor_((h >> 15) & 0x1FFFF).mul_(_signed(0x846CA68B))
+  return h.bitwise_xor_((h >> 16) & 0xFFFF)
+
+
+def _signed(bits: int) -> int:
+  """uint32 -> the int32 of the same bits."""
+  return bits - ((bits >> 31) << 32)
 
 
 def derive(*parts: int) -> int:
@@ -273,8 +283,9 @@ def random_bits(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
 
   k0 = derive(seed), k1 = derive(seed, 1): 32-bit integer arithmetic on (seed, i) alone.
   """
-  index = torch.arange(shape.numel(), dtype=torch.int64, device=device)
-  return mix((mix(index ^ derive(seed)) + derive(seed, 1)) & MASK).view(shape)
+  index = torch.arange(shape.numel(), dtype=torch.int64, device=device).int()
+  index.bitwise_xor_(_signed(derive(seed)))
+  return (_mix(_mix(index).add_(_signed(derive(seed, 1)))).long() & MASK).view(shape)
 
 
 def signs(seed: int) -> list[float]:
