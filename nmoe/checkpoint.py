@@ -202,6 +202,12 @@ def _existing(path: Path) -> Path:
 
 
 def _cause(error: BaseException) -> str:
-  """The last line of an error, which for DCP is the rank's own."""
-  lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+  """The rank's own error below DCP's, or the OSError that torch's writer turned into another."""
+  if isinstance(error, dcp.api.CheckpointException):
+    error = next(iter(error.failures.values()))[0]
+  below = error
+  while below is not None and not isinstance(below, OSError):
+    below = below.__context__
+  below = below or error
+  lines = str(below).strip().splitlines()
+  return f"{type(below).__name__}: {lines[-1] if lines else ''}"

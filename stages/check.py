@@ -88,7 +88,7 @@ def shortened(config: Config, name: str, steps: int) -> Config:
       "train.checkpoint_every": max(1, steps // 4 - 1),
       "train.keep_checkpoints": 2,
       "experiment.name": f"check-resume-{name}-{time.strftime('%H%M%S')}",
-      "experiment.statement": "A run that is killed and resumed equals one that is not, bit by bit.",
+      "experiment.statement": "A run that is killed and resumed is bit-equal to one that is not.",
       "experiment.direction": "none",
       "experiment.min_effect": 0.0,
       "experiment.seeds": 1,

@@ -1,12 +1,15 @@
-"""For all tests: hypothesis without a deadline, since cores are shared; the browser, if any.
+"""For all tests: hypothesis without a deadline, since cores are shared; the browser, if any; a lab.
 
 Tests marked `browser` need Chromium or Chrome; without one they are deselected and counted.
 """
 
 import shutil
+import signal
 
 import pytest
+import torch
 from hypothesis import settings
+from labs import Lab
 
 settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
@@ -29,3 +32,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def browser():
   return BROWSER
+
+
+@pytest.fixture
+def lab(tmp_path):
+  """A root for runs in this process, which keeps its own threads, determinism and signals."""
+  threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+  handler = signal.getsignal(signal.SIGTERM)
+  made = Lab(tmp_path)
+  yield made
+  made.records.close()
+  signal.signal(signal.SIGTERM, handler)
+  torch.set_num_threads(threads)
+  torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,175 @@
+"""Runs that take a second: a small model, a few kilobytes of made-up text, the real records."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmoe import checkpoint, metrics, train
+from nmoe import config as configs
+from nmoe.config import Config
+from nmoe.errors import NmoeError
+from nmoe.experiments import Experiments, Run
+from nmoe.prepare import load_mixture, prepare
+from nmoe.tokenizer import get
+
+TINY = """
+[experiment]
+name = "tiny"
+statement = "It learns."
+direction = "lower"
+seeds = 2
+[run]
+root = "{root}"
+[target]
+arch = "cpu"
+dtype = "fp32"
+[model]
+vocab_size = 257
+dim = 32
+num_layers = 2
+dense_dim = 64
+num_heads = 2
+kv_lora_rank = 16
+qk_nope_dim = 16
+qk_rope_dim = 16
+v_dim = 16
+init_std = 0.05
+[moe]
+num_experts = 4
+top_k = 2
+expert_dim = 32
+bias_update_rate = 0.01
+[data]
+mixture = "mixture.toml"
+tokenizer = "byte"
+seq_len = 64
+val_tokens = 2048
+[optim]
+dense_lr = 1e-2
+router_lr = 1e-2
+expert_lr = 1e-2
+[schedule]
+batch_tokens = 512
+total_tokens = 6144
+warmup_tokens = 1024
+decay_tokens = 2048
+[train]
+micro_batch = 8
+log_every = 1
+checkpoint_every = 3
+[launch]
+threads = 1
+"""
+STEPS = 12
+MIXTURE = """
+[mixture]
+holdout = 0.1
+[[source]]
+name = "text"
+kind = "files"
+paths = ["text.jsonl"]
+format = "jsonl"
+"""
+
+
+def write_files(folder: Path) -> Path:
+  """tiny.toml in the folder, its root `folder/root`, with a mixture of 200 documents beside it."""
+  chance = random.Random(0)
+  words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(50)]
+  lines = (" ".join(chance.choices(words, k=60)) for _ in range(200))
+  (folder / "text.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+  (folder / "mixture.toml").write_text(MIXTURE)
+  (folder / "tiny.toml").write_text(TINY.format(root=folder / "root"))
+  return folder / "tiny.toml"
+
+
+def write_variant(path: Path, name: str, body: str) -> Path:
+  """A configuration beside `path` that extends it."""
+  variant = path.with_name(f"{name}.toml")
+  variant.write_text(f'extends = "{path.name}"\n{body}')
+  return variant
+
+
+class Lab:
+  """A root with prepared data, and runs in it that this process executes."""
+
+  def __init__(self, folder: Path):
+    self.file = write_files(folder)
+    self.config = configs.load(self.file, env={})
+    self.root = Path(self.config.run.root)
+    self.data = prepare(load_mixture(folder / "mixture.toml"), get("byte"), self.root)
+    self.records = Experiments(self.root)
+    self.experiment = self.records.create("tiny", "test", "It learns.", "val/bpb", "lower", 0.0)
+
+  def record(self, **values: Any) -> str:
+    """A new run of the configuration with keys replaced, "." written "__"; its id."""
+    config = self.config.with_values(**{k.replace("__", "."): v for k, v in values.items()})
+    run = self.records.start_run(
+      self.experiment.id,
+      "arm",
+      config.train.seed,
+      toml=configs.to_toml(config),
+      fingerprint=configs.fingerprint(config, self.data.name),
+      data_digest=self.data.name,
+      code_version="code",
+      commit="",
+      diff="",
+      environment={},
+      target=config.target.arch,
+    )
+    self.records.release(run.id)
+    return run.id
+
+  def attempt(self, run_id: str) -> int:
+    """Execute a recorded run in this process as a child of the launcher would."""
+    return train.attempt(options(self.root, run_id))
+
+  def run(self, run_id: str) -> Run:
+    return self.records.run(run_id)
+
+  def checkpoints(self, run_id: str) -> Path:
+    return checkpoint.directory(self.root, run_id)
+
+  def state(self, run_id: str, step: int = STEPS) -> dict[str, Tensor]:
+    return checkpoint.read(self.checkpoints(run_id) / f"step_{step:08d}")
+
+  def logged(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """tag -> (step, value), without what the clock, the loader's thread and memory say."""
+    series = metrics.read(self.root, run_id)
+    noise = ("time/", "data/wait_s", "memory/", "train/tokens_per_s")
+    return {
+      tag: list(zip(steps.tolist(), values.tolist(), strict=True))
+      for tag, (steps, _, values) in series.items()
+      if not tag.startswith(noise)
+    }
+
+
+def options(root: Path, run_id: str) -> argparse.Namespace:
+  return argparse.Namespace(root=root, run=run_id, rank=0, rendezvous=None, trace=None)
+
+
+def launched_here(
+  root: Path, run_id: str, config: Config, progress, kill_at=None, trace=None
+) -> int:
+  """Stands in for stages.launch.run: the same outcome without a child process."""
+  try:
+    return train.attempt(options(root, run_id))
+  except NmoeError:
+    return 1
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+  """Whether two states hold the same tensors, NaNs and signs of zeros included."""
+  return a.keys() == b.keys() and all(
+    a[k].dtype == b[k].dtype and torch.equal(_bytes(a[k]), _bytes(b[k])) for k in a
+  )
+
+
+def _bytes(x: Tensor) -> Tensor:
+  return x.contiguous().reshape(-1).view(torch.uint8)

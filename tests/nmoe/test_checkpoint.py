@@ -1,0 +1,207 @@
+"""Checkpoints: what is stored, what is verified, and that nothing half written is ever believed."""
+
+import json
+import resource
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from labs import same_bits
+from torch import Tensor
+
+from nmoe import checkpoint
+from nmoe.errors import CheckpointError
+
+META = {"config": "[model]", "run": "r"}
+
+
+def a_state(seed: int = 0, experts: int = 4) -> dict[str, Tensor]:
+  """Every dtype that a run stores, among them values that == would not tell apart."""
+  random = torch.Generator().manual_seed(seed)
+  w13 = torch.randn(experts, 6, 4, generator=random)
+  return {
+    "embed.weight": torch.randn(7, 4, generator=random).bfloat16(),
+    "layers.1.moe.experts.w13": w13,
+    "layers.1.moe.experts.w13.exp_avg": w13 * 0.1,
+    "layers.1.moe.experts.w2": torch.randn(experts, 4, 3, generator=random),
+    "layers.1.moe.router.bias": torch.tensor([-0.0, 0.0, 1e-40, -1.0]),
+    "optimizer.steps": torch.tensor(7 + seed),
+  }
+
+
+def empty(state: dict[str, Tensor]) -> dict[str, Tensor]:
+  return {name: torch.full_like(x, 99) for name, x in state.items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A folder with checkpoints of steps 10 and 20."""
+  for step in (10, 20):
+    checkpoint.save(tmp_path, step, a_state(step), 0, META)
+  return tmp_path
+
+
+def check_intact(folder: Path, step: int) -> None:
+  state = empty(a_state())
+  checkpoint.load(folder, step, state, 0)
+  assert same_bits(state, a_state(step))
+
+
+def test_round_trip_is_exact(saved):
+  check_intact(saved, 10)
+  check_intact(saved, 20)
+  assert checkpoint.steps(saved) == [10, 20]
+  assert checkpoint.manifest(saved / "step_00000020")["step"] == 20
+  assert checkpoint.manifest(saved / "step_00000020")["config"] == "[model]"
+
+
+def test_experts_are_stored_by_global_id(tmp_path):
+  """What rank 1 of two wrote is found under its experts' names, one by one."""
+  state = a_state(experts=2)
+  checkpoint.save(tmp_path, 1, state, 2, META)
+  stored = checkpoint.read(tmp_path / "step_00000001")
+  assert {name for name in stored if ".experts." in name} == {
+    f"layers.1.moe.experts.{e}.{part}" for e in (2, 3) for part in ("w13", "w13.exp_avg", "w2")
+  }
+  assert torch.equal(stored["layers.1.moe.experts.3.w2"], state["layers.1.moe.experts.w2"][1])
+  assert torch.equal(stored["layers.1.moe.router.bias"], state["layers.1.moe.router.bias"])
+  with pytest.raises(CheckpointError, match=r"does not hold this run's state"):
+    checkpoint.load(tmp_path, 1, empty(state), 0)
+
+
+def test_another_number_of_ranks_reads_it(saved):
+  """Four experts of one rank, read as the last two of a second rank."""
+  whole, part = a_state(20), empty(a_state(experts=2))
+  checkpoint.load(saved, 20, part, 2)
+  assert torch.equal(part["layers.1.moe.experts.w13"], whole["layers.1.moe.experts.w13"][2:])
+  assert torch.equal(part["embed.weight"], whole["embed.weight"])
+
+
+def test_nothing_is_said_of_torch_distributed(tmp_path):
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    checkpoint.save(tmp_path, 1, a_state(), 0, META)
+    checkpoint.load(tmp_path, 1, empty(a_state()), 0)
+    checkpoint.read(tmp_path / "step_00000001")
+
+
+def flip(file: Path) -> None:
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+  file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+  ("damage", "said"), [(flip, "is corrupt: sha256"), (truncate, "is corrupt: size")]
+)
+@pytest.mark.parametrize("pattern", [".metadata", "*.distcp"])
+def test_a_damaged_file_is_named(saved, damage, said, pattern):
+  newest = saved / "step_00000020"
+  file = next(newest.glob(pattern))
+  damage(file)
+  state = empty(a_state())
+  with pytest.raises(CheckpointError) as caught:
+    checkpoint.load(saved, 20, state, 0)
+  message = str(caught.value)
+  assert message.startswith(f"{file} {said}")
+  assert f"delete {newest} to resume from an earlier step" in message
+  assert same_bits(state, empty(a_state()))  # verified before anything is filled
+  with pytest.raises(CheckpointError):
+    checkpoint.read(newest)
+  check_intact(saved, 10)
+
+
+def test_a_missing_file_is_named(saved):
+  file = next((saved / "step_00000020").glob("*.distcp"))
+  file.unlink()
+  with pytest.raises(CheckpointError, match=f"{file} is missing; delete"):
+    checkpoint.load(saved, 20, empty(a_state()), 0)
+  check_intact(saved, 10)
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, lambda file: file.write_text("")])
+def test_a_damaged_manifest_is_named(saved, damage):
+  file = saved / "step_00000020" / "manifest.json"
+  damage(file)
+  with pytest.raises(CheckpointError, match=f"{file} cannot be read .* delete the directory"):
+    checkpoint.load(saved, 20, empty(a_state()), 0)
+
+
+def test_another_format_is_refused(saved):
+  file = saved / "step_00000020" / "manifest.json"
+  file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
+  with pytest.raises(CheckpointError, match="has format 2, this version reads 1"):
+    checkpoint.load(saved, 20, empty(a_state()), 0)
+
+
+def test_a_state_of_another_model_is_refused(saved):
+  for change in ({"head.weight": torch.zeros(3)}, {"embed.weight": torch.zeros(7, 5)}):
+    with pytest.raises(CheckpointError, match="step_00000010 does not hold this run's state"):
+      checkpoint.load(saved, 10, empty(a_state()) | change, 0)
+
+
+def test_a_full_disk_leaves_the_earlier_ones(saved):
+  """The file size limit stands in for it: writing fails half way through the first file."""
+  state = a_state(30) | {"embed.weight": torch.ones(1 << 16)}
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+  try:
+    with pytest.raises(CheckpointError) as caught:
+      checkpoint.save(saved, 30, state, 0, META)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  message = str(caught.value)
+  assert f"checkpoint step 30 was not written to {saved} (" in message
+  assert "File too large" in message
+  assert "GiB free); earlier checkpoints are intact" in message
+  assert sorted(p.name for p in saved.iterdir()) == ["step_00000010", "step_00000020"]
+  check_intact(saved, 20)
+  checkpoint.save(saved, 30, a_state(30), 0, META)
+  check_intact(saved, 30)
+
+
+def test_a_disk_that_fills_up_at_the_manifest(saved, monkeypatch):
+  def full(path, text):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+      checkpoint.save(saved, 30, a_state(30), 0, META)
+  assert checkpoint.steps(saved) == [10, 20]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(CheckpointError, match="NotADirectoryError|FileExistsError"):
+    checkpoint.save(tmp_path / "file" / "run", 1, a_state(), 0, META)
+
+
+def test_a_half_written_one_is_never_read(saved):
+  """What a kill while saving leaves: the next save clears it."""
+  half = saved / "step_00000030.partial"
+  shutil.copytree(saved / "step_00000020", half)
+  (half / "manifest.json").unlink()
+  assert checkpoint.steps(saved) == [10, 20]
+  checkpoint.save(saved, 30, a_state(30), 0, META)
+  check_intact(saved, 30)
+  assert not half.exists()
+
+
+def test_prune_keeps_the_newest(saved):
+  for step in (30, 40):
+    checkpoint.save(saved, step, a_state(step), 0, META)
+  (saved / "step_00000050.partial").mkdir()
+  checkpoint.prune(saved, 2)
+  assert sorted(p.name for p in saved.iterdir()) == ["step_00000030", "step_00000040"]
+  check_intact(saved, 30)
+
+
+def test_a_run_without_checkpoints(tmp_path):
+  assert checkpoint.steps(tmp_path / "none") == []

@@ -1,0 +1,90 @@
+"""Evaluation against the definition in float64: every held-out window once, however it is cut."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nmoe import train
+from nmoe.data import Validation, open_data
+from nmoe.evals import evaluate
+
+
+@pytest.fixture
+def trained(lab):
+  """A model, its data and its configuration."""
+  config = lab.config
+  state = train.build(config, train.select(config), train.Parallel())
+  return state.model, open_data(lab.data), config
+
+
+class Ranks:
+  """One of several ranks, whose sums are collected and added up by the test."""
+
+  def __init__(self, rank: int, ranks: int, sums: list):
+    self.rank, self.ranks, self.sums = rank, ranks, sums
+
+  def sum(self, x):
+    self.sums.append(x)
+    return x
+
+
+def measure(trained, micro_batch: int, ranks: int = 1) -> dict[str, float]:
+  model, data, config = trained
+  batch = {"train.micro_batch": micro_batch, "schedule.batch_tokens": 64 * micro_batch}
+  config = config.with_values(**batch)
+  validation = Validation(data, seq_len=64, tokens=2048)
+  sums: list = []
+  for rank in range(ranks):
+    session = SimpleNamespace(
+      parallel=Ranks(rank, ranks, sums),
+      config=config,
+      target=SimpleNamespace(device=torch.device("cpu")),
+    )
+    found = evaluate(session, model, validation)
+  nats, targets, counted, num_bytes = sum(sums).tolist()
+  whole = {"val/loss": nats / targets, "val/bpb": counted / (math.log(2) * num_bytes)}
+  assert ranks > 1 or found == whole
+  return whole
+
+
+def oracle(trained) -> dict[str, float]:
+  """From the whole logits in float64, window by window, in plain Python."""
+  model, data, _ = trained
+  separator = data.tokenizer.eot
+  losses, counted = [], []
+  for tokens, targets, _ in Validation(data, seq_len=64, tokens=2048).batches(1):
+    with torch.no_grad():
+      logits = model.logits(tokens)[0].double()
+    chosen = logits.log_softmax(-1).gather(1, targets[0][:, None])[:, 0]
+    losses += (-chosen).tolist()
+    counted += [
+      -x for x, t in zip(chosen.tolist(), targets[0].tolist(), strict=True) if t != separator
+    ]
+  assert 0 < len(losses) - len(counted) < len(losses)  # separators are there
+  return {
+    "val/loss": float(np.mean(losses)),
+    "val/bpb": sum(counted) / math.log(2) / len(counted),  # a byte a token
+  }
+
+
+@pytest.mark.parametrize(("micro_batch", "ranks"), [(1, 1), (5, 1), (8, 1), (3, 2), (1, 4)])
+def test_evaluation_is_the_mean_over_all_windows(trained, micro_batch, ranks):
+  """Also where the last batches are padding."""
+  assert measure(trained, micro_batch, ranks) == pytest.approx(oracle(trained), rel=1e-5)
+
+
+def test_an_untrained_model_knows_the_number_of_ids(trained):
+  found = measure(trained, 8)
+  assert found["val/loss"] == pytest.approx(math.log(257), rel=0.02)
+
+
+def test_evaluation_leaves_no_trace(trained):
+  """No gradient, no change of a router's bias."""
+  model = trained[0]
+  before = {name: x.clone() for name, x in model.state_dict().items()}
+  assert measure(trained, 8) == measure(trained, 8)
+  assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+  assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,400 @@
+"""The step loop: exact resume, stopping, failing, and what is logged."""
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from labs import STEPS, Lab, options, same_bits
+from torch import Tensor
+
+from nmoe import checkpoint, metrics, train, watch
+from nmoe import config as configs
+from nmoe.data import Prefetcher
+from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError, RecordError
+from nmoe.experiments import Experiments
+from nmoe.model import Model
+
+SHORT = {
+  "schedule__total_tokens": 1024,
+  "schedule__warmup_tokens": 0,
+  "schedule__decay_tokens": 0,
+}
+PHASES = ("load", "forward", "backward", "clip", "step", "log")
+MOE = ("load_max_over_mean", "load_p05", "load_p50", "load_p95", "dead", "entropy", "bias_range")
+TAGS = {
+  *("train/loss", "train/bpb", "train/tokens_per_s", "train/flops_per_token", "data/wait_s"),
+  *("lr/dense", "lr/router", "lr/expert", "memory/peak_bytes", "val/loss", "val/bpb"),
+  *(f"grad_norm/{group}" for group in ("all", "dense", "router", "expert")),
+  *(f"time/{phase}_s" for phase in PHASES),
+  *(f"moe/0/{name}" for name in MOE),
+}
+
+
+class Killed(BaseException):
+  """What SIGKILL would do, as far as one process can."""
+
+
+class Feed:
+  """The batches of every attempt: their hashes by step, and something done before a step."""
+
+  def __init__(self, monkeypatch):
+    self.hashes: dict[int, list[str]] = {}
+    self.before: dict[int, object] = {}  # step, from 1 -> a function called once
+    feed = self
+
+    class Recording(Prefetcher):
+      def __init__(self, *args, start, **kwargs):
+        super().__init__(*args, start=start, **kwargs)
+        self.step = start
+
+      def __next__(self):
+        tokens, targets = super().__next__()
+        self.step += 1
+        feed.before.pop(self.step, lambda: None)()
+        digest = hashlib.sha256(tokens.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
+        feed.hashes.setdefault(self.step, []).append(digest)
+        return tokens, targets
+
+    monkeypatch.setattr(train, "Prefetcher", Recording)
+
+
+@pytest.fixture
+def feed(monkeypatch):
+  return Feed(monkeypatch)
+
+
+def kill():
+  raise Killed
+
+
+def killed_at(lab: Lab, feed: Feed, run_id: str, step: int) -> None:
+  feed.before[step] = kill
+  with pytest.raises(Killed):
+    lab.attempt(run_id)
+
+
+RECIPES = {
+  "adamw": {},
+  "muon": {"optim__matrices": "muon", "optim__experts": "muon"},
+  "micro-batches": {"train__micro_batch": 2},
+  "bf16": {"target__dtype": "bf16", "train__micro_batch": 4, "optim__moments": "bf16"},
+  "nvfp4": {
+    "target__dtype": "nvfp4",
+    "target__emulate_blockscale": True,
+    "precision__finish_tokens": 3584,
+  },
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resume_is_exact(lab, feed, recipe):
+  """Killed in step 5 and again in step 8, with checkpoints at 3, 6, 9 and 12."""
+  whole, killed = (lab.record(**RECIPES[recipe]) for _ in range(2))
+  assert lab.attempt(whole) == 0
+  once, feed.hashes = feed.hashes, {}
+  killed_at(lab, feed, killed, 5)
+  killed_at(lab, feed, killed, 8)
+  assert lab.attempt(killed) == 0
+
+  assert checkpoint.steps(lab.checkpoints(killed)) == [9, 12]
+  state = lab.state(killed)
+  assert same_bits(lab.state(whole), state)
+  assert int(state["optimizer.steps"]) == STEPS
+  assert any(name.endswith("router.bias") and bool(x.any()) for name, x in state.items())
+  assert lab.logged(killed) == lab.logged(whole)
+  assert [step for step, _ in lab.logged(killed)["train/loss"]] == list(range(1, STEPS + 1))
+  assert len({h for seen in once.values() for h in seen}) == STEPS  # no batch twice
+  assert all(set(feed.hashes[step]) == set(once[step]) for step in range(1, STEPS + 1))
+  assert len(feed.hashes[4]) == 2  # step 4 ran before and after the first kill
+  losses = ("val/loss", "val/bpb", "train/loss", "load/max_over_mean", "steps", "tokens")
+  a, b = lab.run(whole).results, lab.run(killed).results
+  assert {k: a[k] for k in losses} == {k: b[k] for k in losses}
+
+
+def test_dtypes_of_a_bf16_state(lab):
+  run = lab.record(target__dtype="bf16", optim__moments="bf16", **SHORT)
+  assert lab.attempt(run) == 0
+  dtypes = {name: x.dtype for name, x in lab.state(run, 2).items()}
+  assert dtypes["embed.weight"] == torch.bfloat16
+  assert dtypes["embed.weight.master"] == torch.float32
+  assert dtypes["embed.weight.exp_avg"] == torch.bfloat16
+  assert dtypes["layers.1.moe.experts.3.w13"] == torch.bfloat16
+  assert dtypes["layers.1.moe.router.bias"] == torch.float32
+
+
+def retoml(lab: Lab, run_id: str, **values) -> str:
+  return configs.to_toml(configs.loads(lab.run(run_id).toml).with_values(**values))
+
+
+def test_killed_between_the_last_checkpoint_and_the_record(lab, monkeypatch):
+  whole, killed = lab.record(), lab.record()
+  assert lab.attempt(whole) == 0
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "unigram_bpb", lambda data: kill())
+    with pytest.raises(Killed):
+      lab.attempt(killed)
+  assert lab.attempt(killed) == 0
+  a, b = lab.run(whole).results, lab.run(killed).results
+  assert a.keys() == b.keys()
+  assert all(a[k] == b[k] for k in ("val/bpb", "train/loss", "train/bpb", "load/dead"))
+  assert lab.logged(killed) == lab.logged(whole)
+
+
+def test_every_tag_is_logged(lab):
+  run = lab.record(train__eval_every=2)
+  assert lab.attempt(run) == 0
+  series = metrics.read(lab.root, run)
+  assert series.keys() == TAGS | {"time/eval_s", "time/checkpoint_s"}
+  steps, tokens, loss = series["train/loss"]
+  assert tokens.tolist() == [step * 512 for step in steps]
+  assert series["val/loss"][0].tolist() == [2, 4, 6, 8, 10, 12]
+  assert loss[-1] < loss[0] - 0.5
+  assert series["lr/dense"][2].max() == pytest.approx(1e-2)
+
+
+def test_phases_add_up(lab, monkeypatch):
+  """Between two logs, the phases' times sum to the wall clock's."""
+  marks, log = [], watch.Watch.log
+
+  def timed(self, *args):
+    log(self, *args)
+    marks.append(time.perf_counter())
+
+  monkeypatch.setattr(watch.Watch, "log", timed)
+  run = lab.record(train__eval_every=4, train__log_every=2)
+  assert lab.attempt(run) == 0
+  series = metrics.read(lab.root, run)
+  told = dict.fromkeys(series["train/loss"][0].tolist(), 0.0)
+  for tag, (steps, _, values) in series.items():
+    if tag.startswith("time/"):
+      for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        told[step] += value
+  walls = [after - before for before, after in pairwise(marks)]
+  assert list(told.values())[1:] == pytest.approx(walls, abs=5e-3)
+  assert lab.run(run).results["wall_s"] == pytest.approx(sum(told.values()), rel=0.5)
+
+
+def test_speed_leaves_evaluations_out(lab):
+  run = lab.record(train__eval_every=1, train__checkpoint_every=1)
+  assert lab.attempt(run) == 0
+  series = {tag: values for tag, (_, _, values) in metrics.read(lab.root, run).items()}
+  seconds = sum(series[f"time/{phase}_s"] for phase in PHASES)
+  assert series["train/tokens_per_s"] == pytest.approx(512 / seconds)
+  median = float(np.median(series["train/tokens_per_s"]))
+  assert lab.run(run).results["train/tokens_per_s"] == median
+
+
+def interrupt(run: str, lab: Lab) -> None:
+  assert lab.attempt(run) == train.INTERRUPTED
+  assert lab.run(run).status == "interrupted"
+  assert checkpoint.steps(lab.checkpoints(run)) == [3, 5]
+
+
+def finish(run: str, lab: Lab) -> None:
+  whole = lab.record()
+  assert lab.attempt(run) == lab.attempt(whole) == 0
+  assert same_bits(lab.state(run), lab.state(whole))
+  assert lab.run(run).status == "completed"
+
+
+def test_sigterm_saves_and_leaves(lab, feed):
+  run = lab.record()
+  feed.before[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+  interrupt(run, lab)
+  finish(run, lab)
+
+
+def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, monkeypatch):
+  run = lab.record()
+  reader, writer = os.pipe()
+  with monkeypatch.context() as patch:
+    patch.setattr(watch, "PROGRESS_FD", writer)
+    feed.before[5] = lambda: os.close(reader)
+    interrupt(run, lab)
+  os.close(writer)
+  finish(run, lab)
+
+
+def bad_loss(out):
+  return out._replace(loss_sum=out.loss_sum * torch.nan)
+
+
+def bad_gradient(out):
+  out.loss_sum.register_hook(lambda grad: grad * torch.inf)
+  return out
+
+
+@pytest.mark.parametrize("spoil", [bad_loss, bad_gradient])
+def test_divergence_stops_before_the_optimizer(lab, monkeypatch, spoil):
+  """In step 6, of which no checkpoint exists; the state stays that of step 5."""
+  states, forward = [], Model.forward
+  build = train.build
+
+  def spoiled(self, x, y):
+    out = forward(self, x, y)
+    return spoil(out) if states[0].step == 5 and torch.is_grad_enabled() else out
+
+  monkeypatch.setattr(train, "build", lambda *args: states.append(build(*args)) or states[0])
+  monkeypatch.setattr(Model, "forward", spoiled)
+  run = lab.record(train__checkpoint_every=5)
+  with pytest.raises(DivergedError, match="step 6: the loss or a gradient is not finite"):
+    lab.attempt(run)
+  found = lab.run(run)
+  assert (found.status, found.results) == ("failed", {"diverged": 1})
+  assert "step 6" in found.error
+  assert checkpoint.steps(lab.checkpoints(run)) == [5]
+  live = checkpoint.split_experts(states[0].tensors(), 0)
+  assert same_bits(lab.state(run, 5), live)
+  assert [step for step, _ in lab.logged(run)["train/loss"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_is_not_finite_is_never_saved(lab, monkeypatch):
+  """Where the host does not look at every step, saving looks."""
+  run = lab.record()
+  monkeypatch.setattr(watch.Watch, "guard", blind_guard)
+  with pytest.raises(DivergedError, match="step 3"):
+    lab.attempt(run)
+  assert checkpoint.steps(lab.checkpoints(run)) == []
+
+
+def blind_guard(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+  if step == 2:
+    self.bad_step = torch.tensor(step)
+  return torch.ones(())
+
+
+def test_other_failures_have_no_outcome_and_can_go_on(lab, feed, capsys, monkeypatch):
+  run, whole = lab.record(), lab.record()
+
+  def unreadable():
+    raise DataError("shard 7 is gone; restore it")
+
+  feed.before[5] = unreadable
+  words = ["train", "--root", str(lab.root), "--run", run]
+  monkeypatch.setattr(sys, "argv", words)
+  assert train.main() == 1
+  assert "error: shard 7 is gone; restore it" in capsys.readouterr().err
+  found = lab.run(run)
+  assert (found.status, found.results, found.error) == ("failed", {}, "shard 7 is gone; restore it")
+  assert not found.finished
+
+  feed.before[8] = lambda: 1 / 0
+  with pytest.raises(ZeroDivisionError):
+    train.main()
+  assert lab.run(run).error == "ZeroDivisionError: division by zero"
+  assert train.main() == lab.attempt(whole) == 0
+  assert same_bits(lab.state(run), lab.state(whole))
+  assert lab.run(run).error == ""
+
+
+def test_two_processes_on_one_run(lab):
+  run, other = lab.record(), Experiments(lab.root)
+  other.claim(run)
+  with pytest.raises(RecordError, match=f"belongs to process {os.getpid()} on host"):
+    lab.attempt(run)
+  assert lab.run(run).status == "running"
+  other.update_run(run, status="interrupted")
+  other.close()
+  assert lab.attempt(run) == 0
+
+
+def test_a_checkpoint_of_another_identity_is_refused(lab, feed):
+  run = lab.record()
+  killed_at(lab, feed, run, 5)
+  lab.records.update_run(run, toml=retoml(lab, run, **{"optim.beta1": 0.8, "moe.top_k": 1}))
+  with pytest.raises(CheckpointError) as caught:
+    lab.attempt(run)
+  message = str(caught.value)
+  assert "optim.beta1: checkpoint 0.9, now 0.8" in message
+  assert "moe.top_k: checkpoint 2, now 1" in message
+  assert "restore these keys or start a new run" in message
+
+
+def test_another_schedule_is_taken_up_and_said(lab, feed, capsys):
+  run = lab.record()
+  killed_at(lab, feed, run, 5)
+  lab.records.update_run(run, toml=retoml(lab, run, **{"optim.dense_lr": 5e-3}))
+  assert lab.attempt(run) == 0
+  assert "resumed under optim.dense_lr: checkpoint 0.01, now 0.005" in capsys.readouterr().err
+  rates = dict(lab.logged(run)["lr/dense"])
+  assert (rates[3], rates[4]) == (pytest.approx(1e-2), pytest.approx(5e-3))
+
+
+def test_a_corrupt_newest_checkpoint_says_what_to_delete(lab, feed):
+  run, whole = lab.record(), lab.record()
+  killed_at(lab, feed, run, 8)
+  newest = lab.checkpoints(run) / "step_00000006"
+  shard = next(newest.glob("*.distcp"))
+  shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+  with pytest.raises(CheckpointError) as caught:
+    lab.attempt(run)
+  assert str(shard) in str(caught.value)
+  assert f"delete {newest} to resume from an earlier step" in str(caught.value)
+  for file in newest.iterdir():
+    file.unlink()
+  newest.rmdir()
+  assert lab.attempt(run) == lab.attempt(whole) == 0
+  assert same_bits(lab.state(run), lab.state(whole))
+  assert lab.logged(run) == lab.logged(whole)
+
+
+def test_without_checkpoints_a_stopped_run_starts_anew(lab, feed):
+  run, whole = lab.record(train__keep_checkpoints=0), lab.record()
+  killed_at(lab, feed, run, 8)
+  assert lab.attempt(run) == lab.attempt(whole) == 0
+  assert not lab.checkpoints(run).exists()
+  assert lab.logged(run) == lab.logged(whole)
+
+
+def test_a_vocabulary_too_small_for_the_data(lab):
+  run = lab.record(model__vocab_size=256)
+  with pytest.raises(ConfigError, match=r"model\.vocab_size = 256 is less than the 257 ids"):
+    lab.attempt(run)
+
+
+def test_arms_share_initial_weights_and_batches(lab, feed):
+  """Where shapes agree: a variant with another expert width and another optimizer."""
+  base = train.build(*machine(lab))
+  other = train.build(*machine(lab, **{"moe.expert_dim": 64, "optim.matrices": "muon"}))
+  a, b = base.model.state_dict(), other.model.state_dict()
+  assert a.keys() == b.keys()
+  shared = [name for name in a if a[name].shape == b[name].shape]
+  apart = {name.rpartition(".")[0] for name in a.keys() - set(shared)}
+  assert apart == {"layers.1.moe.experts", "layers.1.moe.shared"}
+  assert all(torch.equal(a[name], b[name]) for name in shared)
+
+  runs = [lab.record(), lab.record(optim__matrices="muon"), lab.record(train__seed=1)]
+  seen = []
+  for run in runs:
+    feed.hashes = {}
+    assert lab.attempt(run) == 0
+    seen.append(feed.hashes)
+  assert seen[0] == seen[1]
+  assert not {h for hs in seen[0].values() for h in hs} & {h for hs in seen[2].values() for h in hs}
+
+
+def machine(lab: Lab, **values):
+  config = lab.config.with_values(**values)
+  return config, train.select(config), train.Parallel()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_hashes_the_data(lab, monkeypatch, rank):
+  asked = []
+
+  def opened(folder, verify):
+    asked.append(verify)
+    raise DataError("seen")
+
+  monkeypatch.setattr(train, "open_data", opened)
+  told = options(lab.root, lab.record())
+  told.rank = rank
+  with pytest.raises(DataError, match="seen"):
+    train.attempt(told)
+  assert asked == [rank == 0]
