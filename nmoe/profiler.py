@@ -8,23 +8,22 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule, supported_activities
 
-SKIP, STEPS = 12, 3  # steps before the profile, steps in it
+SKIP, STEPS = 12, 3  # steps before the profile (fewer in a short run), steps in it
 
 
 class Profiler:
-  """Does nothing without a folder; else writes trace.json and kernels.json there after SKIP +
-  STEPS.
+  """Does nothing without a folder; else writes trace.json and kernels.json there.
 
   kernels.json: device kernel name -> [milliseconds, launches] of one step.
   """
 
-  def __init__(self, folder: Path | None):
+  def __init__(self, folder: Path | None, total: int):
     self._profile, self._folder = None, folder
     if folder is not None:
       folder.mkdir(parents=True, exist_ok=True)
       self._profile = profile(
         activities=supported_activities(),
-        schedule=schedule(wait=SKIP - 1, warmup=1, active=STEPS, repeat=1),
+        schedule=schedule(wait=min(SKIP, total - STEPS) - 1, warmup=1, active=STEPS, repeat=1),
         on_trace_ready=self._write,
       )
       self._profile.start()
@@ -37,7 +36,7 @@ class Profiler:
     done.export_chrome_trace(str(self._folder / "trace.json"))
     kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in done.events():
-      if event.device_type.name == "CUDA":
+      if event.device_type.name == "CUDA" and not event.name.startswith("ProfilerStep"):
         kernels[event.name][0] += event.device_time_total / 1e3 / STEPS
         kernels[event.name][1] += 1 / STEPS
     table = dict(sorted(kernels.items(), key=lambda item: -item[1][0]))

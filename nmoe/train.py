@@ -231,7 +231,7 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
     Metrics(root, run.id, ranks.rank),
     checkpoint.directory(root, run.id),
     meta,
-    Profiler(options.trace),
+    Profiler(options.trace, config.schedule.total_tokens // config.schedule.batch_tokens),
   )
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)

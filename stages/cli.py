@@ -168,6 +168,20 @@ def check_resume(
   check.resume(config, steps, _console())
 
 
+@check_app.command("ep")
+def check_ep(
+  config: File,
+  ranks: Annotated[
+    str, typer.Option(help="Numbers of ranks; the first is the yardstick.")
+  ] = "1,2,4",
+  steps: Annotated[int, typer.Option(min=3)] = 6,
+) -> None:
+  """Train a few steps at several numbers of ranks: is it the same model, bit-repeatable?"""
+  from stages import parity
+
+  parity.ep(config, [int(r) for r in ranks.split(",")], steps, _console())
+
+
 def _console():
   from rich.console import Console
 
