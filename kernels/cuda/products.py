@@ -21,8 +21,9 @@ from quack.blockscaled import MXFP8_E4M3, NVFP4
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.cuda import gemms
+from kernels.cuda import blockscaled_gemm, gemms
 from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
+from kernels.cuda.blockscale import Operand as Quantized
 from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
 from kernels.ops import Operand, Recipe, check
@@ -39,6 +40,11 @@ def block_scaled_product(
 
   salt tells the products of one call apart in stochastic rounding. I and O are multiples of 32.
   """
+  _check(x, recipe, w)
+  return _Product.apply(x.contiguous(), w.contiguous(), offset_E1, recipe, salt)
+
+
+def _check(x: Tensor, recipe: Recipe, *weights: Tensor) -> None:
   check(
     recipe.format in FORMATS,
     f'format {recipe.format!r} is unknown; use "bf16", "fp8" or "nvfp4"',
@@ -48,13 +54,13 @@ def block_scaled_product(
     f"format {recipe.format!r} needs the block-scaled tensor cores of sm_100a and this is "
     f"{ARCH.name}; set target.emulate_blockscale = true (Recipe.emulate)",
   )
-  gemms.check_operands(x=x, w=w)
-  check(
-    w.shape[1] % ALIGNMENT == 0 and w.shape[2] % ALIGNMENT == 0,
-    f"format {recipe.format!r}: a weight of {tuple(w.shape[1:])}; make both multiples of "
-    f"{ALIGNMENT}",
-  )
-  return _Product.apply(x.contiguous(), w.contiguous(), offset_E1, recipe, salt)
+  for w in weights:
+    gemms.check_operands(x=x, w=w)
+    check(
+      w.shape[1] % ALIGNMENT == 0 and w.shape[2] % ALIGNMENT == 0,
+      f"format {recipe.format!r}: a weight of {tuple(w.shape[1:])}; make both multiples of "
+      f"{ALIGNMENT}",
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -65,8 +71,7 @@ class _Product(torch.autograd.Function):
     if recipe.forward_only_bf16:
       return zero_tail(gemms.rows(x, w, offset), offset)
     x = _without_tail(x, offset)
-    _show(recipe, "fprop_x", salt, x, offset)
-    _show(recipe, "fprop_w", salt, w, None, square=recipe.format == "nvfp4")
+    _show_forward(recipe, salt, x, w, offset)
     return _rows(x, w, offset, recipe)
 
   @staticmethod
@@ -75,12 +80,70 @@ class _Product(torch.autograd.Function):
     x, w, offset = ctx.saved_tensors
     recipe, salt = ctx.recipe, ctx.salt
     x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
-    seed = derive(recipe.seed, recipe.draw, salt, 0) if recipe.format == "nvfp4" else None
     w = w.mT.contiguous()
-    _show(recipe, "dgrad_dy", salt, dy, offset, seed=seed)
-    _show(recipe, "dgrad_w", salt, w, None, square=recipe.format == "nvfp4")
-    dx = _rows(dy, w, offset, recipe, seed)
+    _show_backward(recipe, salt, dy, w, offset)
+    dx = _rows(dy, w, offset, recipe, _seed(recipe, salt))
     return dx, _weight_gradient(dy, x, offset, recipe, salt), None, None, None
+
+
+def block_scaled_mlp(
+  x: Tensor, w13: Tensor, w2: Tensor, offset_E1: Tensor, recipe: Recipe
+) -> Tensor:
+  """SwiGLU experts over sorted rows on sm_100a's block-scaled tensor cores -> bf16 [N', D].
+
+  The products of `block_scaled_product`, SwiGLU and its gradient in their epilogues: computed from
+  the fp32 sums, not from the rounded pre-activation. Kept are x and the pre-activation.
+  """
+  _check(x, recipe, w13, w2)
+  return _BlockScaledMlp.apply(x.contiguous(), w13.contiguous(), w2.contiguous(), offset_E1, recipe)
+
+
+class _BlockScaledMlp(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, offset: Tensor, recipe: Recipe) -> Tensor:
+    ctx.recipe = recipe
+    if recipe.forward_only_bf16:
+      preact, act = gemms.gated(x, w13, offset=offset)
+      ctx.save_for_backward(x, preact, w13, w2, offset)
+      return zero_tail(gemms.rows(act, w2, offset), offset)
+    rows = _without_tail(x, offset)
+    _show_forward(recipe, 0, rows, w13, offset)
+    operands = _quantized(rows, w13, offset, recipe)
+    preact, act = blockscaled_gemm.gated(FORMATS[recipe.format], *operands)
+    ctx.save_for_backward(x, preact, w13, w2, offset)
+    _show_forward(recipe, 1, zero_tail(act, offset), w2, offset)
+    return _rows(act, w2, offset, recipe)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, preact, w13, w2, offset = ctx.saved_tensors
+    recipe = ctx.recipe
+    x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
+    w2_EFD, w13_EDF = w2.mT.contiguous(), w13.mT.contiguous()
+    _show_backward(recipe, 1, dy, w2_EFD, offset)
+    dy_q, w2_q, *rest = _quantized(dy, w2_EFD, offset, recipe, _seed(recipe, 1))
+    fmt = FORMATS[recipe.format]
+    dpreact, act = blockscaled_gemm.dgated(fmt, dy_q, w2_q, preact, *rest)
+    dpreact, act = zero_tail(dpreact, offset), zero_tail(act, offset)
+    _show_backward(recipe, 0, dpreact, w13_EDF, offset)
+    dx = _rows(dpreact, w13_EDF, offset, recipe, _seed(recipe, 0))
+    dw13 = _weight_gradient(dpreact, x, offset, recipe, 0)
+    return dx, dw13, _weight_gradient(dy, act, offset, recipe, 1), None, None
+
+
+def _seed(recipe: Recipe, salt: int) -> int | None:
+  """Of an input gradient's stochastic rounding."""
+  return derive(recipe.seed, recipe.draw, salt, 0) if recipe.format == "nvfp4" else None
+
+
+def _quantized(
+  x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, seed: int | None = None
+) -> tuple[Quantized, Quantized, Tensor, Tensor | float]:
+  """(x, w, offset, scale): operands for the tensor cores, and what multiplies their product."""
+  x_q = quantize_operand(x, recipe.format, seed=seed, offset_E1=offset)
+  w_q = quantize_operand(w, recipe.format, square=recipe.format == "nvfp4")
+  return x_q, w_q, offset, alpha(x_q.tensor_scale, w_q.tensor_scale)
 
 
 def _without_tail(x: Tensor, offset: Tensor) -> Tensor:
@@ -96,10 +159,8 @@ def _rows(x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, seed: int | None
     x_q, w_q = quantize(x, name, seed=seed), quantize(w, name, square=square)
     scale = alpha(x_q.tensor_scale, w_q.tensor_scale)
     return zero_tail(gemms.rows(values(x_q), values(w_q), offset, scale), offset)
-  x_q = quantize_operand(x, name, seed=seed, offset_E1=offset)
-  w_q = quantize_operand(w, name, square=square)
-  scale = alpha(x_q.tensor_scale, w_q.tensor_scale)
-  return zero_tail(gemms.rows_block_scaled(FORMATS[name], x_q, w_q, offset, scale), offset)
+  operands = _quantized(x, w, offset, recipe, seed)
+  return zero_tail(gemms.rows_block_scaled(FORMATS[name], *operands), offset)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, offset: Tensor, recipe: Recipe, salt: int) -> Tensor:
@@ -122,6 +183,16 @@ def _weight_gradient(dy: Tensor, x: Tensor, offset: Tensor, recipe: Recipe, salt
   dy_q = quantize(dy, recipe.format, axis=-2, hadamard=rotation, seed=seed)
   scale = alpha(x_q.tensor_scale, dy_q.tensor_scale)
   return gemms.weight_grad(values(dy_q), values(x_q), padded, dw, alpha=scale)
+
+
+def _show_forward(recipe: Recipe, salt: int, x: Tensor, w: Tensor, offset: Tensor) -> None:
+  _show(recipe, "fprop_x", salt, x, offset)
+  _show(recipe, "fprop_w", salt, w, None, square=recipe.format == "nvfp4")
+
+
+def _show_backward(recipe: Recipe, salt: int, dy: Tensor, w: Tensor, offset: Tensor) -> None:
+  _show(recipe, "dgrad_dy", salt, dy, offset, seed=_seed(recipe, salt))
+  _show(recipe, "dgrad_w", salt, w, None, square=recipe.format == "nvfp4")
 
 
 def _show(
