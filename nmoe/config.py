@@ -533,16 +533,6 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   for key in ("optim.beta1", "optim.beta2", "optim.muon_momentum"):
     yield key, not 0 <= flat[key] < 1, "must be in [0, 1)"
   yield "yarn.factor", c.yarn.factor < 1, "must be at least 1 (1: plain RoPE)"
-  yield (
-    "rdep.peer_access",
-    not c.rdep.peer_access and c.target.arch == "cpu",
-    ('must be true with arch = "cpu": its ranks share one memory'),
-  )
-  yield (
-    "rdep.peer_access",
-    not c.rdep.peer_access and c.rdep.alignment > 1,
-    (f"needs rdep.alignment = 1, which is {c.rdep.alignment}: rows are put without padding"),
-  )
   yield "rdep.capacity", c.rdep.capacity < 0.1, "must be at least 0.1 of the balanced load"
   yield from _model_invariants(c)
   yield from _schedule_invariants(c)

@@ -21,7 +21,7 @@ import torch
 
 from kernels.arch import ARCHS
 from nmoe.config import Config
-from nmoe.errors import TargetError
+from nmoe.errors import ConfigError, TargetError
 from nmoe.plan import peak_flops
 from nmoe.versions import installed, pip_line, requirements
 
@@ -47,9 +47,8 @@ def select(config: Config, rank: int = 0) -> Target:
   t = config.target
   name = examine(t.arch, config.launch.ranks)
   package = "kernels.reference" if t.arch == "cpu" else "kernels.cuda"
-  memory = "symmetric" if config.rdep.peer_access else "puts"
   ops = _import(package)
-  symmetric = _import(f"{package}.{memory}") if config.launch.ranks > 1 else None
+  symmetric = _import(f"{package}.{_memory(config)}") if config.launch.ranks > 1 else None
   device = torch.device("cpu")
   if t.arch != "cpu":
     device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -105,6 +104,20 @@ def _import(package: str) -> ModuleType:
     raise TargetError(
       f"{package} cannot be imported: {error}. Run `nmoe doctor CONFIG` for what is missing"
     ) from error
+
+
+def _memory(config: Config) -> str:
+  """The module of RDEP's memory: direct stores, or puts without peer access."""
+  if config.rdep.peer_access:
+    return "symmetric"
+  if config.target.arch == "cpu":
+    raise ConfigError('rdep.peer_access = false is for GPUs; with arch = "cpu" set it to true')
+  if config.rdep.alignment > 1:
+    raise ConfigError(
+      "rdep.peer_access = false puts rows without padding, but rdep.alignment is "
+      f"{config.rdep.alignment}; set it to 1"
+    )
+  return "puts"
 
 
 def _cpu_name() -> str:

@@ -19,6 +19,7 @@ from kernels.reference import symmetric
 from nmoe import parallel
 from nmoe.checkpoint import split_experts
 from nmoe.config import Config
+from nmoe.errors import ConfigError
 from nmoe.model import Model, update_router_bias
 from nmoe.optim import Optimizer, clip_factor
 from nmoe.parallel import Parallel
@@ -171,5 +172,8 @@ def join(group, meet: Path) -> tuple[int, int, int, bool]:
 
 def test_init_joins_the_ranks(tmp_path: Path) -> None:
   assert ranks.run(join, 2, tmp_path / "meet") == [(0, 2, 0, True), (1, 2, 4, True)]
+  apart = settings(2, 2.0).with_values(**{"rdep.peer_access": False})
+  with pytest.raises(ConfigError, match="set it to true"):
+    select(apart)
   alone = settings(1, 2.0)
   assert parallel.init(alone, select(alone), 0, None) == Parallel()
