@@ -27,6 +27,16 @@ PHASE_COLORS = (
   "#6fb39b",
   "#b08fd0",
 )
+PRODUCTS = ("q", "q_a", "q_b", "kv_a", "kv_b", "o", "dense", "shared", "experts")
+LEGS = {
+  "fprop_x": "x, forward",
+  "fprop_w": "w, forward",
+  "dgrad_dy": "dy, for dx",
+  "dgrad_w": "w, for dx",
+  "wgrad_x": "x, for dw",
+  "wgrad_dy": "dy, for dw",
+}
+FLIGHT_SCALE = ((0.0, "#a32626"), (0.35, "#e6b97a"), (0.6, "#f4f6f9"), (1.0, "#1f5fbf"))
 MAX_POINTS = 1200
 FONT = 'ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif'
 
@@ -59,6 +69,21 @@ class Arm:
         total += float(logged[tag][2].sum())
         steps += max(int(series[0][-1]) for series in logged.values())
     return total / steps if steps else 0.0
+
+  def flight(self, kind: str) -> dict[tuple[int, str, str], float]:
+    """The last value of `flight/{layer}/{product}/{leg}/{kind}`, its mean over the runs that have
+    it: (layer, product with its matrix, leg) -> value, in the model's order.
+    """
+    found: dict[tuple[int, str, str], list[float]] = {}
+    for logged in self.logged:
+      for tag, series in logged.items():
+        parts = tag.split("/")
+        if parts[0] == "flight" and parts[4:] == [kind]:
+          *matrix, leg = parts[3].split(".")
+          place = (int(parts[1]), " ".join([parts[2], *matrix]), leg)
+          found.setdefault(place, []).append(float(series[2][-1]))
+    order = sorted(found, key=lambda p: (p[0], PRODUCTS.index(p[1].split()[0]), p[1]))
+    return {place: sum(found[place]) / len(found[place]) for place in order}
 
   def layers(self) -> list[int]:
     """The MoE layers that logged their load."""
@@ -194,6 +219,30 @@ def load_heatmap(arms: Sequence[Arm]) -> go.Figure | None:
 
 def _load_tag(layer: int) -> str:
   return f"moe/{layer}/load_max_over_mean"
+
+
+def flight_heatmap(arms: Sequence[Arm]) -> go.Figure | None:
+  """Signal over quantization noise by product and leg, at the last measured step."""
+  shown = [(arm, arm.flight("sqnr_db")) for arm in arms if arm.flight("sqnr_db")]
+  if not shown:
+    return None
+  names = [arm.name for arm, _ in shown]
+  figure = make_subplots(1, len(shown), subplot_titles=names, horizontal_spacing=0.16)
+  for column, (_, values) in enumerate(shown, start=1):
+    places = list(dict.fromkeys(place[:2] for place in values))
+    rows = [[values.get((*place, leg), math.nan) for leg in LEGS] for place in places]
+    cells = [[v if math.isfinite(v) else None for v in row] for row in rows]
+    labels = [f"layer {layer} {product}" for layer, product in places]
+    tip = "%{y}<br>%{x}<br>%{z:.1f} dB<extra></extra>"
+    style = {"coloraxis": "coloraxis", "hovertemplate": tip, "texttemplate": "%{z:.1f}"}
+    heat = go.Heatmap(x=list(LEGS.values()), y=labels, z=cells, xgap=2, ygap=1, **style)
+    figure.add_trace(heat, row=1, col=column)
+  bar = {"title": "dB", "thickness": 10, "outlinewidth": 0, "len": 0.9}
+  figure.update_layout(coloraxis={"colorscale": FLIGHT_SCALE, "colorbar": bar})
+  figure.update_yaxes(autorange="reversed", showgrid=False)
+  figure.update_xaxes(showgrid=False)
+  most = max(len({place[:2] for place in values}) for _, values in shown)
+  return _finish(figure, 130 + 22 * most)
 
 
 def phases(arms: Sequence[Arm]) -> go.Figure | None:

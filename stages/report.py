@@ -154,6 +154,7 @@ def render(found: Findings, folder: Path) -> str:
     _results(found),
     _curves(found),
     _routing(found),
+    _flight(found),
     _cost(found),
     _configuration(found),
     _runs(found),
@@ -262,6 +263,40 @@ def _routing(found: Findings) -> str:
     "logged step, mean over seeds; percentiles are of the load over its mean, dead is below 1 % "
     "of it, entropy is 1 when balanced.",
   )
+
+
+def _flight(found: Findings) -> str:
+  head = ("arm", "operand", "where its SQNR is lowest", "SQNR, dB", "of one expert, dB")
+  head += ("saturated, %", "scales lost, %")
+  rows = [row for arm in found.arms for row in _flight_rows(arm)]
+  return section(
+    "Quantization",
+    _figure("flight", figures.flight_heatmap(found.arms)),
+    table(head, rows, left=3) if rows else "",
+    note="Signal over quantization noise of every operand of the block-scaled products at the last "
+    "measured step, mean over seeds. The table has the worst place of each operand: its lowest "
+    "ratio, the lowest of a single expert in any layer, the largest share of elements beyond "
+    "their block's largest value, and of blocks whose scale fell below its format.",
+  )
+
+
+def _flight_rows(arm: Arm) -> list[list[str]]:
+  """One line per kind of operand."""
+  kinds = ("sqnr_db", "sqnr_db_min", "saturated", "underflow")
+  logged = [arm.flight(kind) for kind in kinds]
+  rows = []
+  for leg, label in figures.LEGS.items():
+    ratio, expert, saturated, lost = (
+      {place: v for place, v in values.items() if place[2] == leg and math.isfinite(v)}
+      for values in logged
+    )
+    if ratio:
+      layer, product, _ = worst = min(ratio, key=ratio.get)
+      least = f"{min(expert.values()):.1f}" if expert else "—"
+      shares = [f"{100 * max(share.values()):.3g}" for share in (saturated, lost)]
+      where = f"layer {layer} {product}"
+      rows.append([escape(arm.name), label, escape(where), f"{ratio[worst]:.1f}", least, *shares])
+  return rows
 
 
 def _cost(found: Findings) -> str:

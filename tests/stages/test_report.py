@@ -173,6 +173,32 @@ def test_what_lies_beside_the_page_repeats_the_experiment(ablation):
   assert "-a &lt; b" in html
 
 
+def test_the_flight_recorder_is_drawn_with_the_worst_of_each_operand(ablation, tmp_path):
+  assert 'id="flight"' not in ablation[2].read_text()
+  name, _ = make(tmp_path, seeds=2)
+  shares = {"saturated": 0.0123, "underflow": 0.0}
+  for i, run in enumerate(r for r in Experiments(tmp_path).runs(name) if r.arm == "variant"):
+    writer = Metrics(tmp_path, run.id)
+    for step, late in ((100, 0), (200, 1)):
+      values = {
+        "flight/1/q/fprop_x/sqnr_db": 22.0,
+        "flight/2/experts/w2.fprop_x/sqnr_db": 20.0 - late + i,
+        "flight/2/experts/w2.fprop_x/sqnr_db_min": 17.0 - late - i,
+        "flight/2/experts/w2.fprop_x/7/sqnr_db": 3.0,
+        "flight/1/q/dgrad_dy/sqnr_db": math.inf,
+      }
+      values |= {f"flight/1/q/fprop_x/{kind}": v for kind, v in shares.items()}
+      writer.add(step, step * BATCH, values)
+    writer.flush()
+  html = write_report(tmp_path, name).read_text()
+  row = ["x, forward", "layer 2 experts w2", "19.5", "15.5", "1.23", "0"]
+  at = html.index("<h2>Quantization")
+  assert cells(html[at:], "variant") == row
+  assert html.count('id="flight"') == 1 and "layer 1 q" in html
+  found = gather(tmp_path, name).arms[1].flight("sqnr_db")
+  assert [place[:2] for place in found] == [(1, "q"), (1, "q"), (2, "experts w2")]
+
+
 def test_text_of_the_records_is_not_markup(tmp_path):
   hostile = "<script>alert('x')</script> & [bold]π[/bold]"
   name, _ = make(tmp_path, seeds=2, statement=hostile, arms=("a<b>&", "b"))
