@@ -1,0 +1,113 @@
+"""`nmoe check ep` on real ranks, what it must notice, and checkpoints that change hands."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from labs import same_bits, write_files, write_variant
+from rich.console import Console
+
+from kernels import reference
+from nmoe import checkpoint
+from nmoe import config as configs
+from nmoe.errors import ConfigError, RunError
+from nmoe.experiments import Experiments
+from nmoe.metrics import read
+from nmoe.model import Model
+from nmoe.optim import Optimizer
+from stages import launch, parity
+from stages.runs import Workbench
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+  path = write_files(tmp_path_factory.mktemp("parity"))
+  body = '[model]\nnum_layers = 3\n[moe]\nnum_experts = 8\n[optim]\nmatrices = "muon"\n'
+  return write_variant(path, "ranks", body)
+
+
+def test_the_certificate_holds_on_1_and_4_ranks(file):
+  claims = parity.ep(file, [1, 4], 4, Console(quiet=True))
+  assert all(claim.holds for claim in claims)
+  assert any("collective" in claim.what for claim in claims)
+  records = Experiments(configs.load(file, env={}).run.root)
+  found = records.list()[0]
+  assert (found.stage, found.verdict) == ("check", "confirmed")
+  assert len(found.conclusion["rows"]) == len(claims)
+
+
+def test_ranks_that_do_not_fit_are_refused_with_those_that_do(file):
+  with pytest.raises(ConfigError, match="choose from 1, 2, 4, 8"):
+    parity.at_ranks(configs.load(file, env={}), 3, 4, "ranks")
+
+
+def test_a_deviation_is_found_and_named():
+  a = {"w": torch.ones(4), "v": torch.zeros(2)}
+  assert parity._largest(2, "gradient", a, {**a}, 0.0).holds
+  b = {"w": torch.tensor([1.0, 1, 1, 1.1]), "v": torch.zeros(2)}
+  claim = parity._largest(2, "gradient", a, b, 1e-3)
+  assert not claim.holds
+  assert claim.where == "w"
+  assert claim.found == pytest.approx(0.05)
+  assert not parity._largest(2, "gradient", a, {**a, "v": torch.ones(2)}, 1e9).holds
+
+
+def test_a_collective_inside_a_moe_layer_is_found():
+  def event(name, begin, duration, tid=1):
+    return {"name": name, "ts": begin, "dur": duration, "tid": tid}
+
+  layer = [event("_Send", 0, 10), event("_ReceiveBackward", 100, 10)]
+  outside = [event("c10d::allreduce_", 50, 5), event("ncclKernel", 105, 1, tid=2)]
+  assert parity.collective_calls(layer + outside) == []
+  inside = event("gloo:all_reduce", 104, 2)
+  assert parity.collective_calls([*layer, *outside, inside]) == ["gloo:all_reduce"]
+  with pytest.raises(RunError, match="nothing was checked"):
+    parity.collective_calls(outside)
+
+
+def hand_over(group, toml: str, source: str, target: str, step: int) -> None:
+  """Load a checkpoint with this group's ranks and save it again."""
+  config = configs.loads(toml, env={})
+  place = SimpleNamespace(rank=group.rank(), num_ranks=group.size())
+  model = Model(config, reference, place)
+  optimizer = Optimizer(model, config, reference)
+  state = {**model.state_dict(), **optimizer.state_dict()}
+  first = place.rank * config.moe.num_experts // place.num_ranks
+  checkpoint.load(Path(source), step, state, first)
+  checkpoint.save(Path(target), step, state, first, {})
+
+
+def test_a_checkpoint_changes_hands_1_2_4_1_bit_for_bit(lab, tmp_path):
+  run_id = lab.record(moe__num_experts=8, optim__experts="muon", schedule__total_tokens=4096)
+  assert lab.attempt(run_id) == 0
+  toml, step, folder = lab.run(run_id).toml, 8, lab.checkpoints(run_id)
+  written = lab.state(run_id, step)
+  assert {f"layers.1.moe.experts.{e}.w2.momentum" for e in range(8)} <= written.keys()
+  for hop, num_ranks in enumerate((2, 4, 1)):
+    target = tmp_path / f"hop{hop}"
+    ranks.run(hand_over, num_ranks, toml, str(folder), str(target), step)
+    folder = target
+    assert same_bits(checkpoint.read(folder / f"step_{step:08d}"), written)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(file):
+  """Weights, moments, biases and data position are those of the checkpoint: the losses agree."""
+  config = configs.load(file, env={}).with_values(**{"train.eval_every": 0})
+  bench = Workbench.open(config.run.root, Console(quiet=True))
+  arm = bench.arm("ranks", config)
+  experiment = bench.experiments.create("hop", "test", "It goes on.", "val/bpb", "none", 0.0)
+  whole, hopped = (bench.start(experiment, arm, 0) for _ in range(2))
+  assert launch.run(bench.root, whole.id, config, lambda _: None) == 0
+  launch.run(bench.root, hopped.id, config, lambda _: None, kill_at=5)
+  two = config.with_values(**{"launch.ranks": 2, "train.micro_batch": 4})
+  bench.experiments.mark_interrupted()
+  bench.experiments.claim(hopped.id)
+  bench.experiments.update_run(hopped.id, toml=configs.to_toml(two))
+  bench.experiments.release(hopped.id)
+  assert launch.run(bench.root, hopped.id, two, lambda _: None) == 0
+  a, b = (read(bench.root, r.id, ["train/loss"])["train/loss"] for r in (whole, hopped))
+  assert a[0].tolist() == b[0].tolist()
+  np.testing.assert_allclose(b[2], a[2], rtol=1e-4)
