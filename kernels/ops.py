@@ -22,9 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-
-class KernelError(RuntimeError):
-  """An operation cannot run as asked: an unsupported shape, dtype, layout or device."""
+from kernels.errors import KernelError as KernelError
 
 
 @dataclass(frozen=True)

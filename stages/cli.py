@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kernels.errors import KernelError
 from nmoe.errors import NmoeError
 
 
@@ -18,7 +19,7 @@ class App(typer.Typer):
   def __call__(self, *args: object, **kwargs: object) -> object:
     try:
       return super().__call__(*args, **kwargs)
-    except NmoeError as error:
+    except (NmoeError, KernelError) as error:
       typer.secho(f"error: {error}", err=True, fg="red")
       raise SystemExit(1) from error
 
@@ -35,12 +36,14 @@ research_app = typer.Typer(
 experiments_app = typer.Typer(help="The experiment database.", no_args_is_help=True)
 config_app = typer.Typer(help="Resolved configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measurements of the step.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Device code, ahead of time.", no_args_is_help=True)
 check_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True)
 app.add_typer(research_app, name="research")
 app.add_typer(experiments_app, name="experiments")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 app.add_typer(check_app, name="check")
+app.add_typer(kernels_app, name="kernels")
 
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
@@ -166,6 +169,17 @@ def check_resume(
   from stages import check
 
   check.resume(config, steps, _console())
+
+
+@kernels_app.command("build")
+def kernels_build(
+  config: File,
+  arch: Annotated[str | None, typer.Option(help="Default: the target's.")] = None,
+) -> None:
+  """Compile a configuration's kernels into its root's cache; needs no GPU."""
+  from stages import show
+
+  show.kernels_built(config, arch, _console())
 
 
 @check_app.command("ep")

@@ -62,6 +62,11 @@ def run(
     rendezvous.unlink(missing_ok=True)
 
 
+def parent_environment() -> dict[str, str]:
+  """A copy of this process's environment, for a child's."""
+  return dict(os.environ)
+
+
 def folder(root: Path, run_id: str) -> Path:
   """Where the ranks of a run leave their logs."""
   return root / "logs" / run_id
@@ -93,7 +98,7 @@ def _spawn(
 ) -> subprocess.Popen:
   command = [sys.executable, "-m", "nmoe.train", "--root", str(root), "--run", run_id]
   command += ["--rank", str(rank), "--rendezvous", str(rendezvous), *more]
-  env = dict(os.environ)
+  env = parent_environment()
   if config.target.arch != "cpu":
     env |= environment(config.target.arch, root / "kernel_cache")
   with (logs / f"rank_{rank}.txt").open("a") as log:

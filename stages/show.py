@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kernels.build import Shapes, build
 from nmoe import config as configs
 from nmoe import plan as plans
 from nmoe.config import Config
 from nmoe.doctor import examine
 from nmoe.experiments import Experiments
+from stages import launch
 from stages.report import terminal_summary
 
 
@@ -90,3 +92,14 @@ def experiment(root: Path, name: str, console: Console) -> None:
   console.print(table)
   for link in records.links(found.id):
     console.print(f"{link.from_id} {link.relation} {link.to_id}: {link.note}")
+
+
+def kernels_built(path: Path, arch: str | None, console: Console) -> None:
+  """Compile a configuration's kernels and say what was compiled; cached ones are left alone."""
+  config = configs.load(path)
+  arch = arch or config.target.arch
+  cache = Path(config.run.root).resolve() / "kernel_cache"
+  with console.status(f"compiling the kernels of {path.name} for {arch}"):
+    records = build([Shapes.of(config)], arch, cache, launch.parent_environment())
+  seconds = sum(record["seconds"] for record in records)
+  console.print(f"{len(records)} kernels compiled in {seconds:.1f} s into {cache / arch}")
