@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from gpu.oracle import ONE, normal, roundings
+from kernels.cuda import gemms
+from kernels.cuda.jit import ARCH
+from kernels.cuda.tail import zero_tail
+
+pytestmark = pytest.mark.gpu
+COUNTS = [200, 0, 37, 300]
+
+
+def offsets(counts):
+  return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32).cuda()
+
+
+def by_expert(counts):
+  ends = torch.tensor(counts).cumsum(0).tolist()
+  return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_multiply_each_experts_rows_by_its_weight(transposed):
+  torch.manual_seed(0)
+  a, w = normal(sum(COUNTS), 96, grad=False), normal(4, 200, 96, grad=False)
+  given = w.mT.contiguous().mT if transposed else w
+  y = gemms.rows(a, given, offsets(COUNTS), torch.tensor([0.5], device="cuda"))
+  exact = torch.cat([a[s].double() @ w[e].double().T for e, s in enumerate(by_expert(COUNTS))])
+  assert roundings(y, 0.5 * exact) <= ONE
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_grad_gathers_and_sums_over_each_experts_rows(transposed):
+  torch.manual_seed(1)
+  a, b = normal(50, 96, grad=False), normal(sum(COUNTS), 200, grad=False)
+  index = torch.randint(0, 50, (sum(COUNTS),), device="cuda", dtype=torch.int32)
+  out = normal(4, 200, 96, grad=False).mT if transposed else normal(4, 96, 200, grad=False)
+  gemms.weight_grad(a, b, offsets(COUNTS), out, index)
+  gathered = a[index].double()
+  exact = torch.stack([gathered[s].T @ b[s].double() for s in by_expert(COUNTS)])
+  assert roundings(out, exact) <= ONE
+
+
+def test_accumulate_adds_in_fp32():
+  torch.manual_seed(2)
+  a, b = normal(264, 128, grad=False), normal(264, 96, grad=False)
+  out = torch.empty(128, 96, device="cuda")
+  gemms.accumulate(a, b, out, add=False)
+  gemms.accumulate(a, b, out, add=True)
+  exact = 2 * a.double().T @ b.double()
+  assert float((out.double() - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_no_tile_of_the_gradient_spills_and_transposed_weights_have_their_own():
+  if ARCH.name == "sm_90a":
+    assert gemms.config("dgated", 3072, 1408, True).tile_n == 128
+    assert gemms.config("rows, weight transposed", 1024, 2048, True).tile_n != 208
+  assert gemms.config("weight", 2048, 1408) is gemms.config("weight", 2048, 1408)
+
+
+@pytest.mark.parametrize("filled", [0, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_zero_tail_clears_the_rows_that_no_expert_owns(filled, dtype):
+  x = torch.full((9, 64), float("nan"), device="cuda", dtype=dtype)
+  x[:filled] = 1
+  zero_tail(x, offsets([filled, 0]))
+  assert bool((x[:filled] == 1).all()) and not x[filled:].any()
