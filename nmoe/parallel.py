@@ -9,6 +9,7 @@ everything here is a no-op.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nmoe.config import Config
+from nmoe.errors import CommError
 from nmoe.model import parameter_group
 from nmoe.rdep import Rdep
 from nmoe.target import Target
@@ -69,6 +71,20 @@ class Parallel:
       parts = flat.split([grad.numel() for grad in grads])
       for grad, part in zip(grads, parts, strict=True):
         grad.copy_(part.view_as(grad))
+
+  @contextmanager
+  def explained(self) -> Iterator[None]:
+    """Around the step loop: errors of lost or late ranks become a CommError that says so."""
+    try:
+      with nullcontext() if self.rdep is None else self.rdep.explained():
+        yield
+    except RuntimeError as error:
+      if self.ranks == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        raise
+      raise CommError(
+        f"rank {self.rank} of {self.ranks}: a collective failed ({str(error).splitlines()[0]}); "
+        "another rank stopped or was late: see its log"
+      ) from error
 
   def close(self) -> None:
     """Leave the run: the counterpart of `init`."""

@@ -237,9 +237,11 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   state = build(config, target, ranks)
   resume(session, state)
   try:
-    results = train(session, state)
+    with ranks.explained():
+      results = train(session, state)
   finally:
     session.metrics.flush()
+  ranks.close()
   if experiments is None:
     return 0 if results is not None else INTERRUPTED
   if results is None:

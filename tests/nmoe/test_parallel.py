@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -156,6 +158,21 @@ def test_one_rank_needs_no_group() -> None:
   x = torch.ones(3)
   assert together.sum(x) is x and together.sum_squares(x) is x and x.tolist() == [1, 1, 1]
   assert together.any(True) and not together.any(False)
+
+
+def lose(group) -> None:
+  together = Parallel(group.rank(), group.size(), None, 0, group)
+  together.sum(torch.ones(3))
+  if group.rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  with together.explained():
+    together.sum(torch.ones(3))
+
+
+def test_a_lost_rank_is_named_by_the_collectives_too() -> None:
+  alive, lost = ranks.outcomes(lose, 2, timeout_s=20)
+  assert lost.exitcode == -signal.SIGKILL and alive.exitcode == 1
+  assert "CommError: rank 0 of 2: a collective failed" in alive.error
 
 
 def join(group, meet: Path) -> tuple[int, int, int, bool]:
