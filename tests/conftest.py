@@ -9,7 +9,9 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
-from labs import Lab
+from labs import Lab, Launches
+
+from stages import launch, runs
 
 settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
@@ -45,3 +47,12 @@ def lab(tmp_path):
   signal.signal(signal.SIGTERM, handler)
   torch.set_num_threads(threads)
   torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def launches(lab, monkeypatch):
+  """Stage runners whose runs this process executes, whatever becomes of the code meanwhile."""
+  made = Launches()
+  monkeypatch.setattr(launch, "run", made)
+  monkeypatch.setattr(runs, "provenance", lambda repo: ("0123456789abcdef", "", "code"))
+  return made

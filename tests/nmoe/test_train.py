@@ -16,7 +16,7 @@ from torch import Tensor
 from nmoe import checkpoint, metrics, train, watch
 from nmoe import config as configs
 from nmoe.data import Prefetcher
-from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError, RecordError
+from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
 from nmoe.experiments import Experiments
 from nmoe.model import Model
 
@@ -293,12 +293,15 @@ def test_other_failures_have_no_outcome_and_can_go_on(lab, feed, capsys, monkeyp
   assert lab.run(run).error == ""
 
 
-def test_two_processes_on_one_run(lab):
+def test_two_processes_on_one_run(lab, monkeypatch, capsys):
+  """The second says who owns the run, and leaves its record alone."""
   run, other = lab.record(), Experiments(lab.root)
   other.claim(run)
-  with pytest.raises(RecordError, match=f"belongs to process {os.getpid()} on host"):
-    lab.attempt(run)
-  assert lab.run(run).status == "running"
+  monkeypatch.setattr(sys, "argv", ["train", "--root", str(lab.root), "--run", run])
+  assert train.main() == 1
+  said = capsys.readouterr().err
+  assert said.startswith(f"error: run {run} belongs to process {os.getpid()} on host")
+  assert (lab.run(run).status, lab.run(run).error) == ("running", "")
   other.update_run(run, status="interrupted")
   other.close()
   assert lab.attempt(run) == 0

@@ -1,0 +1,308 @@
+"""A paired ablation from its two files to its verdict, and every way in which it can stop."""
+
+import io
+import math
+import os
+
+import pytest
+from labs import Lab, write_files, write_variant
+from rich.console import Console
+
+from nmoe import train
+from nmoe.data import Prefetcher
+from nmoe.errors import ConfigError, DataError, RecordError, RunError
+from nmoe.experiments import Experiments
+from nmoe.model import Model
+from stages import ablate, runs
+
+MUON = """
+[experiment]
+name = "tiny-muon"
+statement = "Muon is better."
+direction = "lower"
+min_effect = 0.05
+[optim]
+matrices = "muon"
+"""
+
+
+REPORT = runs.write_report
+
+
+@pytest.fixture(autouse=True)
+def quick(lab, monkeypatch):
+  """Runs of four steps, and a report that costs nothing where it is not looked at."""
+  text = lab.file.read_text().replace("total_tokens = 6144", "total_tokens = 2048")
+  text = text.replace("warmup_tokens = 1024", "warmup_tokens = 512")
+  text = text.replace("checkpoint_every = 3", "checkpoint_every = 0")
+  lab.file.write_text(text.replace("decay_tokens = 2048", "decay_tokens = 512"))
+  page = lab.root / "reports" / "index.html"
+  monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
+
+
+@pytest.fixture
+def variant(lab):
+  return write_variant(lab.file, "muon", MUON)
+
+
+def call(lab: Lab, variant, seeds: int | None = None) -> str:
+  """The ablation's output, also where it ends in an error."""
+  out = io.StringIO()
+  try:
+    ablate.run(lab.file, variant, seeds, Console(file=out, width=200))
+  finally:
+    lab.said = out.getvalue()
+  return lab.said
+
+
+def newest(lab: Lab):
+  return lab.records.list()[0]
+
+
+def members(lab: Lab) -> list[tuple[str, int, str]]:
+  return [(r.arm, r.seed, r.status) for r in lab.records.runs(newest(lab).id)]
+
+
+def test_from_two_files_to_a_verdict(lab, variant, launches, monkeypatch):
+  """The hypothesis is on record before the first step; a second call executes nothing."""
+  seen = []
+
+  def look(_):
+    e = newest(lab)
+    seen.append((e.statement, e.metric, e.direction, e.min_effect, e.verdict, e.status))
+
+  launches.before = {0: look}
+  monkeypatch.setattr(runs, "write_report", REPORT)
+  said = call(lab, variant)
+  assert seen == [("Muon is better.", "val/bpb", "lower", 0.05, "", "running")]
+  assert "optim.matrices: 'adamw' → 'muon'" in said
+  assert "keys differ" not in said
+  turns = [("baseline", 0), ("variant", 0), ("baseline", 1), ("variant", 1)]
+  assert members(lab) == [(arm, seed, "completed") for arm, seed in turns]
+
+  found = newest(lab)
+  done = lab.records.runs(found.id)
+  bpb = {(r.arm, r.seed): r.results["val/bpb"] for r in done}
+  differences = [bpb["variant", s] - bpb["baseline", s] for s in (0, 1)]
+  assert found.conclusion["differences"] == differences
+  half = 12.706 * abs(differences[0] - differences[1]) / 2  # t(0.975, 1) · sd / √2
+  mean = sum(differences) / 2
+  assert found.conclusion["low"] == pytest.approx(mean - half, rel=1e-3)
+  assert found.verdict == found.conclusion["verdict"] and found.verdict in said.replace("\n", " ")
+  page = lab.root / "reports" / found.id / "index.html"
+  assert f"report: {page}" in said and page.is_file()
+  assert done[0].fingerprint != done[1].fingerprint
+
+  executed = list(launches.ids)
+  again = call(lab, variant)
+  assert launches.ids == executed
+  assert [r.id for r in done] == [r.id for r in lab.records.runs(found.id)]
+  for run in done:
+    assert f"{run.arm} seed {run.seed}: completed before as run {run.id}, reused" in again
+  assert len(lab.records.list()) == 2  # the lab's own and this one
+
+
+def test_arms_read_the_same_batches(lab, variant, launches):
+  """And begin with the same weights: the first loss before any step is the same."""
+  call(lab, variant, seeds=1)
+  base, other = (lab.logged(run.id) for run in lab.records.runs(newest(lab).id))
+  assert base["train/loss"][0] == other["train/loss"][0]
+  assert base["grad_norm/all"][0] == other["grad_norm/all"][0]
+  assert base["train/loss"][-1] != other["train/loss"][-1]
+
+
+def test_more_seeds_add_runs(lab, variant, launches):
+  """To the same experiment, whose first seed stays."""
+  call(lab, variant, seeds=1)
+  first = newest(lab)
+  assert first.verdict == "inconclusive" and first.conclusion["n"] == 1
+  call(lab, variant, seeds=2)
+  assert len(launches.ids) == 4
+  assert newest(lab).id == first.id and newest(lab).conclusion["n"] == 2
+
+
+def test_runs_are_shared_between_experiments(lab, variant, launches):
+  """Another hypothesis about the same two arms is another experiment of the same runs."""
+  call(lab, variant, seeds=1)
+  other = write_variant(
+    lab.file, "again", MUON.replace("better", "worse").replace("lower", "higher")
+  )
+  call(lab, other, seeds=1)
+  assert len(launches.ids) == 2
+  assert newest(lab).statement == "Muon is worse."
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
+
+
+def test_no_difference_is_an_error(lab, launches):
+  """Nor is a seed, a name or how often it logs."""
+  body = "[train]\nlog_every = 5\nseed = 3\n[experiment]\nname = 'other'\n"
+  with pytest.raises(ConfigError, match="the variant computes the same as the baseline"):
+    call(lab, write_variant(lab.file, "same", body))
+  assert launches.ids == []
+  assert len(lab.records.list()) == 1
+
+
+def test_more_than_one_difference_is_said(lab, launches):
+  body = MUON + "dense_lr = 5e-3\n[train]\nlog_every = 4\n"
+  said = call(lab, write_variant(lab.file, "both", body), seeds=1)
+  assert "2 keys differ: the outcome cannot be attributed to one of them" in said
+  assert "train.log_every: 1 → 4" in said
+
+
+def test_another_mixture_is_a_difference(lab, launches):
+  """Its path is a free key, its content is not."""
+  other = lab.file.with_name("half.toml")
+  text = lab.file.with_name("mixture.toml").read_text()
+  other.write_text(text + "max_documents = 100\n")
+  call(lab, write_variant(lab.file, "data", '[data]\nmixture = "half.toml"\n'), seeds=1)
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
+  copy = lab.file.with_name("copy.toml")
+  copy.write_text(text)
+  with pytest.raises(ConfigError, match="computes the same"):
+    call(lab, write_variant(lab.file, "same", '[data]\nmixture = "copy.toml"\n'))
+
+
+def test_an_interrupted_ablation_continues(lab, variant, launches, monkeypatch):
+  """Ctrl-C during the second run: the first is reused, the second goes on, the rest is run."""
+
+  def stop(_):
+    raise KeyboardInterrupt
+
+  launches.before = {1: stop}
+  with pytest.raises(RunError, match=r"variant seed 0\) stopped before its end, the same command"):
+    call(lab, variant)
+  assert newest(lab).status == "interrupted"
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "interrupted")]
+  said = call(lab, variant)
+  assert f"variant seed 0: interrupted before as run {launches.ids[1]}, continued" in said
+  assert launches.ids[1] == launches.ids[2] and len(launches.ids) == 5
+  assert newest(lab).status == "completed"
+  assert len(members(lab)) == 4
+
+
+def test_a_continued_run_takes_free_keys_from_the_configuration(lab, variant, launches):
+  def stop(_):
+    raise KeyboardInterrupt
+
+  launches.before = {0: stop}
+  with pytest.raises(RunError):
+    call(lab, variant, seeds=1)
+  lab.file.write_text(lab.file.read_text().replace("log_every = 1", "log_every = 2"))
+  call(lab, variant, seeds=1)
+  run = lab.records.runs(newest(lab).id)[0]
+  assert run.id == launches.ids[0]
+  assert "log_every = 2" in run.toml
+  assert [step for step, _ in lab.logged(run.id)["train/loss"]] == [2, 4]
+
+
+def test_a_child_that_dies_without_a_word(lab, variant, launches, monkeypatch):
+  """Killed from outside: the error has its exit status and the end of its log."""
+  log = lab.root / "logs"
+
+  def die(root, run_id, *_, **__):
+    (log / run_id).mkdir(parents=True)
+    (log / run_id / "rank_0.txt").write_text("the last words\n")
+    return -9
+
+  monkeypatch.setattr("stages.launch.run", die)
+  with pytest.raises(RunError, match="exit status -9") as caught:
+    call(lab, variant)
+  assert "the same command continues it" in str(caught.value)
+  assert "the last words" in str(caught.value)
+  assert newest(lab).status == "interrupted"
+
+
+def test_a_run_of_another_process(lab, variant, launches):
+  """It is waited for by nobody: the error names its owner, and nothing is executed."""
+  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
+  with pytest.raises(RunError):
+    call(lab, variant)
+  other = Experiments(lab.root)
+  other.claim(launches.ids[0])
+  with pytest.raises(RecordError, match=f"belongs to process {os.getpid()} on host"):
+    call(lab, variant)
+  assert len(launches.ids) == 1
+  other.close()
+
+
+def spoiled_by_muon(monkeypatch):
+  """From its third step on a model under Muon has losses that are not finite."""
+  forward, build = Model.forward, train.build
+  states = []
+
+  def keep(*args):
+    states[:] = [build(*args)]
+    return states[0]
+
+  def spoiled(self, x, y):
+    out = forward(self, x, y)
+    bad = self.config.optim.matrices == "muon" and states[0].step >= 2
+    return out._replace(loss_sum=out.loss_sum * math.nan) if bad else out
+
+  monkeypatch.setattr(train, "build", keep)
+  monkeypatch.setattr(Model, "forward", spoiled)
+
+
+def test_a_variant_that_diverges_is_refuted(lab, variant, launches, monkeypatch):
+  """An outcome, with a verdict and a report; the command fails all the same, also when reused."""
+  spoiled_by_muon(monkeypatch)
+  with pytest.raises(RunError, match="2 of 4 runs diverged") as caught:
+    call(lab, variant)
+  assert "variant seed 0): step 3: the loss or a gradient is not finite" in str(caught.value)
+  assert str(lab.root / "logs") in str(caught.value)
+  found = newest(lab)
+  assert (found.status, found.verdict) == ("completed", "refuted")
+  assert "diverged at 2 of 2 seeds" in found.conclusion["reason"]
+  assert "report: " in lab.said
+  assert [s for *_, s in members(lab)] == ["completed", "failed", "completed", "failed"]
+  with pytest.raises(RunError, match="2 of 4 runs diverged"):
+    call(lab, variant)
+  assert len(launches.ids) == 4
+  assert f"variant seed 1: diverged before as run {launches.ids[3]}, reused" in lab.said
+
+
+def test_other_failures_withhold_the_verdict(lab, variant, launches, monkeypatch):
+  """The other runs are finished; the failed one goes on when its cause is gone."""
+
+  class Failing(Prefetcher):
+    calls = 0
+
+    def __next__(self):
+      Failing.calls += 1
+      if Failing.calls == 4 + 3:  # the variant's third step
+        raise DataError("shard 7 is gone; restore it")
+      return super().__next__()
+
+  monkeypatch.setattr(train, "Prefetcher", Failing)
+  with pytest.raises(RunError, match="1 of 4 runs failed, no verdict; the same command") as caught:
+    call(lab, variant)
+  run = launches.ids[1]
+  assert f"{run} (variant seed 0): shard 7 is gone; restore it; log: " in str(caught.value)
+  assert str(lab.root / "logs" / run) in str(caught.value)
+  assert (newest(lab).status, newest(lab).verdict) == ("failed", "")
+  assert "report: " not in lab.said
+  said = call(lab, variant)
+  assert f"variant seed 0: failed before as run {run}, continued" in said
+  assert launches.ids[4:] == [run]
+  assert newest(lab).status == "completed"
+  assert [step for step, _ in lab.logged(run)["train/loss"]] == [1, 2, 3, 4]
+
+
+def test_a_changed_code_runs_again(lab, variant, launches, monkeypatch):
+  call(lab, variant, seeds=1)
+  monkeypatch.setattr("stages.runs.provenance", lambda repo: ("", "", "other"))
+  call(lab, variant, seeds=1)
+  assert len(launches.ids) == 4
+  assert len({r.code_version for r in lab.records.runs(newest(lab).id)}) == 1
+
+
+def test_bad_files(lab, tmp_path_factory, launches):
+  with pytest.raises(ConfigError, match="none.toml: cannot be read"):
+    call(lab, lab.file.with_name("none.toml"))
+  folder = tmp_path_factory.mktemp("empty")
+  base = write_files(folder)
+  (folder / "text.jsonl").unlink()
+  variant = write_variant(base, "muon", MUON)
+  with pytest.raises(DataError, match="text.jsonl"):
+    ablate.run(base, variant, 1, Console(file=io.StringIO()))
+  assert launches.ids == []
