@@ -8,6 +8,9 @@ Without `row` the rows are y_TKD's own, t·K + k; without `gate` the weights are
 gather). No atomics: results are bit-identical from run to run. Every row crosses memory once, in
 16-byte accesses: forward reads N·D and writes T·D elements, backward reads N·D + T·D and writes N·D
 (N = T·K).
+
+Measured on one H200 (T 32768, K 6, D 2048, median of 30, a device copy in the same run moves 4174
+GB/s): forward 214 us, 4393 GB/s, gathered or not; backward 428 us, 4082 GB/s.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from kernels.cuda.jit import ARCH
 
 FINITE = 0x7F800000  # magnitudes below it are finite
 E4M3_NAN = 0x7F
-ONE = 0x3F800000  # the bits of 1.0
-ANCHOR_ONE = 2 * (127 + 22)  # what the anchor of 1.0 holds, shifted
+TWO_23 = 8388608.0
 
 
 def _binary(op: str, a: Float32, b: Float32, rounding: str = "rn") -> Float32:
@@ -48,40 +47,6 @@ def magnitude_bits(value: Float32) -> Int32:
   return value.bitcast(Int32) & 0x7FFFFFFF
 
 
-def larger_halves(a: Uint32, b: Uint32) -> Uint32:
-  """The larger of the low and of the high 16 bits, as unsigned integers."""
-  ptx = "max.u16x2 {$w0}, {$r0}, {$r1};"
-  return cute.arch.inline_ptx(ptx, write_only_types=[Uint32], read_only_args=[a, b])
-
-
-@cute.jit
-def amax_bits(
-  rX: cute.Tensor,
-  start: cutlass.Constexpr[int],
-  count: cutlass.Constexpr[int],
-  step: cutlass.Constexpr[int],
-) -> Int32:
-  """magnitude_bits of the largest of rX[start + i · step], i below count."""
-  largest = magnitude_bits(rX[start].to(Float32))
-  for i in cutlass.range_constexpr(1, count):
-    largest = cutlass.max(largest, magnitude_bits(rX[start + i * step].to(Float32)))
-  return largest
-
-
-@cute.jit
-def amax_bits_bf16(
-  rWords: cute.Tensor,
-  start: cutlass.Constexpr[int],
-  count: cutlass.Constexpr[int],
-  step: cutlass.Constexpr[int],
-) -> Uint32:
-  """The largest magnitudes, as 16 bits, of the low and the high bf16 of words start + i · step."""
-  largest = rWords[start] & 0x7FFF7FFF
-  for i in cutlass.range_constexpr(1, count):
-    largest = larger_halves(largest, rWords[start + i * step] & 0x7FFF7FFF)
-  return largest
-
-
 def e4m3_pair(low: Float32, high: Float32) -> Uint32:
   """The E4M3 codes of two numbers in the low 16 bits: nearest even, saturating, NaN 0x7F."""
   ptx = "cvt.rn.satfinite.e4m3x2.f32 {$w0}, {$r0}, {$r1};"
@@ -91,27 +56,21 @@ def e4m3_pair(low: Float32, high: Float32) -> Uint32:
 
 @cute.jit
 def e4m3_value(code: Uint32) -> Float32:
-  """The value of a positive E4M3 code that is a number."""
-  field, q = Int32(code >> 3), Int32(code & 7)
+  """The value of a non-negative E4M3 code; NaN of 0x7F."""
+  field = Int32(code >> 3)
+  q = Int32(code & 7)
   if field > 0:
     q += 8
   exponent = field - 10 if field > 0 else Int32(-9)
-  return multiply(Float32(q), ((exponent + 127) << 23).bitcast(Float32))
+  value = multiply(Float32(q), ((exponent + 127) << 23).bitcast(Float32))
+  return Float32(float("nan")) if code == E4M3_NAN else value
 
 
 @cute.jit
 def e8m0_code(amax_bits: Int32) -> Int32:
-  """2^ceil(log2(amax / 448)) as an E8M0 code, of amax / 448 rounded; 255 where it is not finite.
-
-  448 is 1.75 · 2^8, so a normal quotient is above its power of two exactly when the significand of
-  amax is above 1.75. Only quotients around the least normal number are divided.
-  """
-  code = (amax_bits >> 23) - 8
-  if (amax_bits & 0x7FFFFF) > 0x600000:
-    code += 1
-  if amax_bits >= FINITE:
-    code = Int32(0xFF)
-  elif code < 2:
+  """2^ceil(log2(amax / 448)) as an E8M0 code; 255 where amax is not finite."""
+  code = Int32(0xFF)
+  if amax_bits < FINITE:
     bits = divide(amax_bits.bitcast(Float32), 448.0).bitcast(Int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     exact = mantissa <= 0x400000 if exponent == 0 else mantissa == 0
@@ -135,24 +94,17 @@ def nvfp4_encode(tensor_amax: Float32) -> Float32:
 
 
 @cute.jit
-def nvfp4_code(amax_bits: Int32, encode: Float32) -> Uint32:
-  """The E4M3 code of a block's scale."""
-  code = Uint32(E4M3_NAN)
+def nvfp4_scale(amax_bits: Int32, encode: Float32, tensor_scale: Float32):
+  """(E4M3 code of a block's scale, what its elements are multiplied by)."""
+  code, factor = Uint32(E4M3_NAN), Float32(1.0)
   if amax_bits < FINITE:
     scale = multiply(divide(amax_bits.bitcast(Float32), 6.0), encode)
     code = e4m3_pair(scale, Float32(0.0)) & 0xFF
-  return code
-
-
-@cute.jit
-def nvfp4_factor(code: Uint32, tensor_scale: Float32) -> Float32:
-  """What the elements of a block with this scale code are multiplied by."""
-  factor = Float32(1.0)
-  if code == 0:
+    step = e4m3_value(code)
     factor = Float32(0.0)
-  elif code < E4M3_NAN:
-    factor = divide(1.0, multiply(e4m3_value(code), tensor_scale))
-  return factor
+    if code > 0:
+      factor = divide(1.0, multiply(step, tensor_scale))
+  return code, factor
 
 
 def e4m3_codes(low: Float32, high: Float32, low_factor: Float32, high_factor: Float32) -> Uint32:
@@ -166,39 +118,37 @@ def e4m3_codes(low: Float32, high: Float32, low_factor: Float32, high_factor: Fl
   return (e4m3_pair(*magnitudes) & 0x7F7F) | sign_low | sign_high
 
 
-def _e2m1_anchor(value: Float32):
-  """(|value| up to 6, the power of two whose last place is that of the value's E2M1 binade).
-
-  In their sum the low bits of the significand are the code's, rounded as the sum is.
-  """
-  magnitude = cute.arch.fmin(magnitude_bits(value).bitcast(Float32), Float32(6.0))
-  binade = cutlass.max(magnitude.bitcast(Int32) & FINITE, Int32(ONE))
-  return magnitude, binade + (22 << 23)
-
-
-def _e2m1_join(value: Float32, anchor: Int32, total: Float32) -> Int32:
-  """The code from the sum: twice the binade, the rounded places and the sign (NaN has none)."""
-  sign = Int32(value.bitcast(Uint32) >> 28) & 8
-  return (total.bitcast(Int32) - anchor + (anchor >> 22) - ANCHOR_ONE) | sign
-
-
+@cute.jit
 def _e2m1_nearest(value: Float32) -> Uint32:
-  """The E2M1 code of a number, to nearest even."""
-  magnitude, anchor = _e2m1_anchor(value)
-  return Uint32(_e2m1_join(value, anchor, add(magnitude, anchor.bitcast(Float32))))
+  """The E2M1 code of a number, to nearest even: adding 2^23 leaves an integer in the low bits."""
+  exponent, q = _e2m1_scaled(value)
+  rounded = add(q, Float32(TWO_23)).bitcast(Uint32) & 7
+  return _e2m1_signed(value, ((exponent - 127) << 1) + rounded)
 
 
 @cute.jit
 def e2m1_stochastic(value: Float32, random: Uint32) -> Uint32:
   """The E2M1 code of a number, rounded up if the 24 high random bits fall below its fraction."""
-  magnitude, anchor = _e2m1_anchor(value)
-  total = _binary("add", magnitude, anchor.bitcast(Float32), "rm")
-  rest = subtract(magnitude, subtract(total, anchor.bitcast(Float32)))
-  place = (anchor - (47 << 23)).bitcast(Float32)  # the last place, times 2^-24
-  code = _e2m1_join(value, anchor, total)
-  if multiply(Float32(Int32(random >> 8)), place) < rest:
-    code += 1
-  return Uint32(code)
+  exponent, q = _e2m1_scaled(value)
+  shifted = _binary("add", q, Float32(TWO_23), "rm")
+  rounded = shifted.bitcast(Uint32) & 7
+  fraction = subtract(q, subtract(shifted, Float32(TWO_23)))
+  if Float32(Int32(random >> 8)) < multiply(fraction, Float32(2.0**24)):
+    rounded += 1
+  return _e2m1_signed(value, ((exponent - 127) << 1) + rounded)
+
+
+def _e2m1_scaled(value: Float32):
+  """(biased exponent of the code's binade, magnitude in units of the code's last place)."""
+  magnitude = cute.arch.fmin(magnitude_bits(value).bitcast(Float32), Float32(6.0))
+  exponent = cutlass.max(magnitude.bitcast(Int32) >> 23, Int32(127))
+  return Uint32(exponent), multiply(magnitude, ((255 - exponent) << 23).bitcast(Float32))
+
+
+@cute.jit
+def _e2m1_signed(value: Float32, code: Uint32) -> Uint32:
+  bits = value.bitcast(Uint32)
+  return code if (bits & 0x7FFFFFFF) > FINITE else code | ((bits >> 28) & 8)
 
 
 def e2m1_pair(low: Float32, high: Float32) -> Uint32:

@@ -11,6 +11,10 @@ everything as it is, decided on the device.
 Newton-Schulz (arXiv 2502.16982 Eq 3-4): G = X Xᵀ and P = b G + c G² are symmetric, so each is
 computed as half its tiles; X = a X + P X. Batched over the leading dimensions, in bf16 with fp32
 accumulation.
+
+Measured on one H200: AdamW of 369 M elements at 3951 GB/s, with bf16 moments 4096 (a device copy:
+4174; torch's fused AdamW 3467). Newton-Schulz, 5 steps, counting whole products: [64, 1408, 2048]
+in 10.2 ms, 682 TFLOP/s, [4, 2048, 2048] 690 (torch 457 and 488; an 8192 cubed product 779).
 """
 
 from __future__ import annotations

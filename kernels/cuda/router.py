@@ -16,6 +16,9 @@ that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
 are bf16 products as well, of operands with a relative error of 2^-16. dw is summed over slices of T
 that each fill the GPU, in a fixed order.
+
+Measured on one H200, T 32768, D 2048: E 64, K 6 forward 75 us (its product 52), backward 133; E
+256, K 8 in groups forward 222 (156), backward 302. T 4096, E 64: 30 and 82.
 """
 
 from __future__ import annotations
