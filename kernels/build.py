@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kernels.arch import environment
-from kernels.ops import KernelError
+from kernels.errors import KernelError
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def build(
   """
   with tempfile.TemporaryDirectory() as folder:
     given, out = Path(folder, "shapes.json"), Path(folder, "records.json")
-    given.write_text(json.dumps(asdict(shapes)))
+    given.write_text(json.dumps([asdict(one) for one in shapes]))
     child = {**env, **environment(arch, cache_root)}
     if inspect:
       child |= {"QUACK_CACHE_ENABLED": "0", "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": folder}

@@ -10,11 +10,13 @@ kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is in
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +76,8 @@ class _Compile:
 def _substitutes(compiled: list) -> Iterator[tuple[object, str, object]]:
   """(owner, attribute, value) of all that would ask the driver, launch or refuse meta tensors."""
   num_sms = jit.ARCH.num_sms
-  properties = SimpleNamespace(multi_processor_count=num_sms)
+  major, minor = jit.ARCH.capability
+  properties = SimpleNamespace(multi_processor_count=num_sms, major=major, minor=minor)
   load = cute.runtime.load_module
   yield cute, "compile", _Compile(cute.compile, compiled)
   yield cute.runtime, "load_module", lambda *args, **kwargs: _Module(load(*args, **kwargs))
@@ -87,8 +90,9 @@ def _substitutes(compiled: list) -> Iterator[tuple[object, str, object]]:
     for name, value in list(vars(module).items()):
       if name in answers:
         yield module, name, answers[name]
-      elif isinstance(value, CustomOpDef):
+      elif isinstance(value, CustomOpDef) and value._namespace == "quack":
         yield module, name, value._init_fn
+        yield torch.ops.quack, value._name, value._init_fn
 
 
 @contextmanager
@@ -105,9 +109,8 @@ def compile_only() -> Iterator[list]:
     yield compiled
 
 
-def build(shapes: Shapes) -> list[Inspection]:
-  """Compile all kernels of a run of these shapes for the process's architecture, into its cache
-  folder.
+def build(shapes: Iterable[Shapes]) -> list[Inspection]:
+  """Compile all kernels of runs of these shapes for the process's architecture, into its cache.
 
   Returns one record per kernel that wasn't cached, with the machine code's figures where cubins are
   kept.
@@ -115,7 +118,7 @@ def build(shapes: Shapes) -> list[Inspection]:
   async_compile._install_gpu_blind_device_attrs()
   records = []
   with compile_only() as compiled:
-    for name, job in jobs(shapes):
+    for name, job in itertools.chain.from_iterable(map(jobs, shapes)):
       compiled.clear()
       job()
       records += [inspect(name, function, seconds) for function, seconds in compiled]
@@ -123,10 +126,10 @@ def build(shapes: Shapes) -> list[Inspection]:
 
 
 def main(arguments: list[str]) -> None:
-  """SHAPES.json OUT.json: build the shapes, write the records."""
-  shapes, out = (Path(argument) for argument in arguments)
-  records = build(Shapes(**json.loads(shapes.read_text())))
-  out.write_text(json.dumps([record.as_dict() for record in records]))
+  """SHAPES.json OUT.json: build the list of shapes, write the records."""
+  given, out = (Path(argument) for argument in arguments)
+  records = build([Shapes(**one) for one in json.loads(given.read_text())])
+  out.write_text(json.dumps([asdict(record) for record in records]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,13 +21,15 @@ MMA = re.compile(r"UTC\w*MMA|[HQI]GMMA|[HQ]MMA")
 OPCODE = re.compile(
   r"^\s+/\*[0-9a-f]+\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
 )
-USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-DYNAMIC_SHARED = re.compile(r"(\d+)")
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+# The host code stores the dynamic shared memory into the third field of cudaLaunchConfig_t.
+LAUNCH = r"struct<\(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32\)>"
+LAUNCH_SHARED = re.compile(rf"(%\w+) = llvm\.getelementptr %\w+\[0, 2\].*{LAUNCH}")
 
 
 @dataclass(frozen=True)
 class Inspection:
-  """One kernel. Without a cubin only job, seconds are known."""
+  """One kernel. Without a cubin only job and seconds are known."""
 
   job: str
   seconds: float  # of compilation
@@ -36,11 +38,9 @@ class Inspection:
   stack: int = 0  # bytes of local memory per thread
   stores: int = 0  # STL instructions: spills, or arrays in local memory
   loads: int = 0  # LDL
+  shared: int = 0  # bytes per thread block
   instructions: int = 0
   mma: dict[str, int] = field(default_factory=dict)  # tensor-core opcodes with their modifiers
-
-  def as_dict(self) -> dict:
-    return asdict(self)
 
 
 def tool(name: str) -> str:
@@ -67,8 +67,20 @@ def opcodes(cubin: Path) -> Counter:
 
 
 def short_name(symbol: str) -> str:
-  """The part of a CuTeDSL symbol that names the kernel: everything before its argument types."""
-  return re.split(r"_object_at|_tensor|_TiledMMA|_Gemm", symbol.removeprefix("kernel_cutlass_"))[0]
+  """The part of a CuTeDSL symbol that names the kernel's class: no hashes, no argument types."""
+  name = symbol.removeprefix("kernel_cutlass_").removeprefix("kernel_")
+  return re.sub(r"_[0-9a-f]{16}", "", re.split(r"_object_at_", name)[0])
+
+
+def dynamic_shared(host_code: str) -> int:
+  """Bytes of dynamic shared memory that a compiled function's host code (LLVM dialect) asks for."""
+  sizes = [0]
+  for function in host_code.split("llvm.func"):
+    for slot in LAUNCH_SHARED.findall(function):
+      [stored] = re.findall(rf"llvm\.store (%\w+), {slot} : i64", function)
+      [size] = re.findall(rf"{stored} = llvm\.mlir\.constant\((\d+) : i64\)", function)
+      sizes.append(int(size))
+  return max(sizes)
 
 
 def inspect(job: str, function, seconds: float) -> Inspection:
@@ -79,7 +91,7 @@ def inspect(job: str, function, seconds: float) -> Inspection:
   with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(cubin)
     file.flush()
-    symbol, registers, stack, _, _ = USAGE.search(
+    symbol, registers, stack, shared = USAGE.search(
       _run("cuobjdump", "-res-usage", file.name)
     ).groups()
     ops = opcodes(Path(file.name))
@@ -89,11 +101,12 @@ def inspect(job: str, function, seconds: float) -> Inspection:
   return Inspection(
     job=job,
     seconds=seconds,
-    kernel=symbol,
+    kernel=short_name(symbol),
     registers=int(registers),
     stack=int(stack),
     stores=base["STL"],
     loads=base["LDL"],
+    shared=int(shared) + dynamic_shared(str(function.ir_module)),
     instructions=ops.total(),
     mma={name: count for name, count in sorted(ops.items()) if MMA.match(name)},
   )

@@ -1,0 +1,91 @@
+"""The table of all kernels: `python tests/compile/table.py` writes tests/compile/kernels.csv."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from kernels.build import Shapes, build
+
+TABLE = Path(__file__).parent / "kernels.csv"
+COLUMNS = "arch job kernel registers shared stores loads mma".split()
+
+MOONLET = Shapes(
+  batch=8,
+  seq_len=4096,
+  dim=2048,
+  vocab_size=201088,
+  num_heads=16,
+  qk_nope_dim=128,
+  qk_rope_dim=64,
+  v_dim=128,
+  kv_lora_rank=512,
+  q_lora_rank=0,
+  dense_dim=11264,
+  num_experts=64,
+  ranks=1,
+  expert_dim=1408,
+  num_shared=2,
+  top_k=6,
+  num_groups=1,
+  topk_groups=1,
+  score="sigmoid",
+  normalize=True,
+  route_scale=2.446,
+  loss_chunk=4096,
+  dtype="bf16",
+  emulate_blockscale=False,
+  moments="fp32",
+  muon=True,
+)
+GROUPED = replace(
+  MOONLET, num_experts=256, top_k=8, num_groups=8, topk_groups=4, ranks=8, moments="bf16"
+)
+
+
+def shapes(arch: str) -> list[Shapes]:
+  """One GPU, eight ranks with expert groups, and both block-scaled formats."""
+  scaled = replace(
+    MOONLET,
+    dense_dim=MOONLET.num_shared * MOONLET.expert_dim,
+    emulate_blockscale=arch != "sm_100a",
+  )
+  return [MOONLET, GROUPED, replace(scaled, dtype="fp8"), replace(scaled, dtype="nvfp4")]
+
+
+def rows(arch: str) -> list[dict[str, str]]:
+  """Compile everything for an architecture: one row per kernel, in the order of compilation."""
+  with tempfile.TemporaryDirectory() as cache:
+    records = build(shapes(arch), arch, cache, os.environ, inspect=True)
+  seen, table = Counter(), []
+  for record in records:
+    key = record["job"], record["kernel"]
+    seen[key] += 1
+    number = f" #{seen[key]}" if seen[key] > 1 else ""
+    mma = " ".join(sorted({name.split(".")[0] for name in record["mma"]}))
+    fixed = {"arch": arch, "kernel": record["kernel"] + number, "mma": mma}
+    table.append({name: str(fixed.get(name, record.get(name))) for name in COLUMNS})
+  return table
+
+
+def read() -> list[dict[str, str]]:
+  """The committed table."""
+  with TABLE.open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def main() -> None:
+  with TABLE.open("w", newline="") as file:
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for arch in ("sm_90a", "sm_100a"):
+      writer.writerows(rows(arch))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

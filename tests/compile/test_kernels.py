@@ -1,0 +1,84 @@
+"""Every kernel, compiled for both architectures without a GPU, against the committed table."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import table
+
+from kernels.arch import ARCHS, environment
+from kernels.build import build
+
+pytestmark = pytest.mark.compile
+
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that a thread block may have, on both
+SPILLS: dict[tuple[str, str, str], str] = {}  # (arch, job, kernel): why it may spill
+INSTRUCTIONS = {
+  "sm_90a": {"HGMMA"},
+  "sm_100a": {"UTCHMMA", "UTCQMMA", "UTCOMMA"},  # bf16, MXFP8, NVFP4
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """All rows as compiled now; the architectures compile side by side."""
+  with ThreadPoolExecutor() as pool:
+    return [row for part in pool.map(table.rows, ARCHS) for row in part]
+
+
+def test_table_is_current(rows):
+  now, committed = ([",".join(row.values()) for row in part] for part in (rows, table.read()))
+  changed = sorted(set(now) ^ set(committed))
+  assert not changed, "\n".join(
+    ["rows differ; if that is meant: python tests/compile/table.py", *changed]
+  )
+
+
+def test_nothing_spills(rows):
+  found = {
+    (row["arch"], row["job"], row["kernel"])
+    for row in rows
+    if (row["stores"], row["loads"]) != ("0", "0")
+  }
+  assert found == set(SPILLS)
+
+
+def test_shared_memory_fits(rows):
+  assert max(int(row["shared"]) for row in rows) <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_products_run_on_the_tensor_cores(rows, arch):
+  products = {row["mma"] for row in rows if row["arch"] == arch and "Gemm" in row["kernel"]}
+  others = {row["mma"] for row in rows if row["arch"] == arch and "Gemm" not in row["kernel"]}
+  assert products == INSTRUCTIONS[arch]
+  assert others == {""}
+
+
+def test_the_cache_is_filled_once(tmp_path):
+  first = build([table.MOONLET], "sm_90a", tmp_path, os.environ)
+  again = build([table.MOONLET], "sm_90a", tmp_path, os.environ)
+  objects = list((tmp_path / "sm_90a").rglob("*.o"))
+  assert len(first) == len(objects) > 30 and again == []
+
+
+def child(env):
+  """What importing kernels.cuda in a fresh process prints on stderr."""
+  command = [sys.executable, "-c", "import kernels.cuda"]
+  bare = {k: v for k, v in os.environ.items() if not k.startswith(("QUACK_", "CUTE_DSL_"))}
+  done = subprocess.run(command, cwd=ROOT, env=bare | env, capture_output=True, text=True)
+  assert done.returncode != 0
+  return done.stderr
+
+
+def test_a_process_without_the_environment_is_told():
+  assert "KernelError: kernels.cuda: QUACK_CACHE_DIR is None" in child({})
+
+
+def test_an_architecture_that_disagrees_with_its_folder_is_told(tmp_path):
+  env = environment("sm_90a", tmp_path) | {"CUTE_DSL_ARCH": "sm_100a"}
+  assert "say sm_100a (9, 0)" in child(env)
