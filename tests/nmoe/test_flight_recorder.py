@@ -9,16 +9,16 @@ from model_configs import tiny
 from kernels import reference
 from kernels.reference import quantize
 from nmoe import metrics, parallel
+from nmoe.config import to_toml
 from nmoe.data import open_data
 from nmoe.flight import FlightRecorder
 from nmoe.metrics import Metrics
 from nmoe.mixture import FilesSource, Mixture
 from nmoe.model import Model
 from nmoe.prepare import prepare
-from nmoe.profiler import Profiler
 from nmoe.target import select
 from nmoe.tokenizer import get
-from nmoe.train import Session, build, train
+from nmoe.train import Session, build, resume, train
 
 LINEARS = ("q", "kv_a", "kv_b", "o", "dense", "shared")
 LEGS = {"fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x", "wgrad_dy"}
@@ -176,27 +176,52 @@ def folder(tmp_path_factory):
   return root, prepare(Mixture(sources=(source,), holdout=0.1), get("byte"), root)
 
 
-def trained(folder, config, name):
-  """(the loss of every step, all tags) of a training run in this process."""
+class Steps:
+  """In the profiler's place: counts steps, and asks the run to stop after `stop` of them."""
+
+  def __init__(self, stop):
+    self.left, self.session = stop, None
+
+  def step(self):
+    self.left -= 1
+    self.session.stop = self.left == 0
+
+
+def trained(folder, config, name, stop=-1):
+  """(the loss of every step, all tags) of a run in this process, from its checkpoint if any."""
   root, data = folder
   target = select(config)
   ranks = parallel.init(config, target, 0, None)
-  writer, checkpoints = Metrics(root, name), root / "checkpoints" / name
-  session = Session(config, target, ranks, open_data(data), writer, checkpoints, {}, Profiler(None))
-  train(session, build(config, target, ranks))
+  checkpoints, meta = root / "checkpoints" / name, {"config": to_toml(config)}
+  steps, writer = Steps(stop), Metrics(root, name)
+  session = Session(config, target, ranks, open_data(data), writer, checkpoints, meta, steps)
+  state, steps.session = build(config, target, ranks), session
+  resume(session, state)
+  train(session, state)
   writer.flush()
   logged = metrics.read(root, name)
   return logged["train/loss"][2].tolist(), logged
 
 
+def six_steps(**values):
+  """A configuration of six steps of two micro-batches each, all logged."""
+  config = config_of("nvfp4", model__vocab_size=257, schedule__total_tokens=48 * 6, **values)
+  return config.with_values(**{"train.log_every": 1, "train.micro_batch": 1, "launch.threads": 1})
+
+
 def test_training_has_the_same_bits_with_and_without(folder):
-  config = config_of("nvfp4", model__vocab_size=257, schedule__total_tokens=48 * 6)
-  config = config.with_values(
-    **{"train.log_every": 1, "train.keep_checkpoints": 0, "train.micro_batch": 1}
-  )
+  config = six_steps(train__keep_checkpoints=0)
   plain, without = trained(folder, config, "without")
   config = config.with_values(**{"train.flight_every": 2})
   watched, logged = trained(folder, config, "with")
   assert plain == watched and len(plain) == 6
   tag = "flight/1/experts/w2.wgrad_dy/sqnr_db"
   assert logged[tag][0].tolist() == [2, 4, 6] and not any(t.startswith("flight") for t in without)
+
+
+def test_a_resumed_run_repeats_the_stochastic_rounding(folder):
+  config = six_steps()
+  whole, _ = trained(folder, config, "whole")
+  part, _ = trained(folder, config, "part", stop=3)
+  both, _ = trained(folder, config, "part")
+  assert part == whole[:3] and both == whole and len(whole) == 6
