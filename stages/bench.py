@@ -57,6 +57,7 @@ def step(
 ) -> StepBench:
   """Run `steps` training steps of a configuration as a child process and report what they cost."""
   config = configs.load(path)
+  before = None if against is None else _earlier(against)
   every = max(1, steps // INTERVALS)
   changed = {
     "schedule.total_tokens": steps * config.schedule.batch_tokens,
@@ -78,8 +79,8 @@ def step(
   found = _measure(bench, run, config, arm.data)
   bench.experiments.conclude(experiment.id, "measured", asdict(found))
   _show(found, console)
-  if against is not None:
-    _compare(found, against, console)
+  if before is not None:
+    _compare(np.array(found.ms), before, against.name, console)
   if out is not None:
     out.write_text(json.dumps(asdict(found), indent=1))
   return found
@@ -143,19 +144,19 @@ def _show(b: StepBench, console: Console) -> None:
   console.print(f"MFU {mfu}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
 
 
-def _compare(now: StepBench, path: Path, console: Console) -> None:
-  """The change of ms/step against an earlier measurement, with a 95 % interval (Welch, large
-  samples).
-  """
+def _earlier(path: Path) -> np.ndarray:
+  """Milliseconds a step of an earlier measurement."""
   try:
-    before = json.loads(path.read_text())["ms"]
-  except (OSError, ValueError, KeyError) as error:
+    return np.array(json.loads(path.read_text())["ms"], dtype=np.float64)
+  except (OSError, ValueError, TypeError, KeyError) as error:
     raise ConfigError(f"{path} is not a measurement of `nmoe bench step --out`: {error}") from error
-  a, b = np.array(before), np.array(now.ms)
+
+
+def _compare(b: np.ndarray, a: np.ndarray, name: str, console: Console) -> None:
+  """The change from a to b in ms/step, with a 95 % interval (Welch, large samples)."""
   delta = b.mean() - a.mean()
   half = 1.96 * math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
   console.print(
-    f"against {path.name}: {delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to "
-    f"{delta + half:+.3f}), "
-    f"{delta / a.mean():+.2%}"
+    f"against {name}: {delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to "
+    f"{delta + half:+.3f}), {delta / a.mean():+.2%}"
   )

@@ -1,0 +1,69 @@
+"""`nmoe bench step`: its numbers against the metrics that it read them from."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from labs import Lab
+from rich.console import Console
+
+from nmoe import metrics, plan
+from nmoe.errors import ConfigError
+from stages import bench
+
+
+def call(lab: Lab, **options) -> tuple[bench.StepBench, str]:
+  out = io.StringIO()
+  found = bench.step(lab.file, 40, Console(file=out, width=160), **options)
+  return found, " ".join(out.getvalue().split())
+
+
+def test_a_measurement(lab, launches):
+  found, said = call(lab)
+  run = lab.records.run(launches.ids[0])
+  series = {tag: values for tag, (_, _, values) in metrics.read(lab.root, run.id).items()}
+  assert found.steps == 38  # of 40, in stretches of two; the first is the warm-up
+  assert found.phases_ms.keys() == {"load", "forward", "backward", "clip", "step", "log"}
+  for phase, ms in found.phases_ms.items():
+    assert ms == pytest.approx(series[f"time/{phase}_s"][1:] * 500)
+  assert found.ms == pytest.approx(np.sum(list(found.phases_ms.values()), axis=0))
+  assert found.tokens_per_s == pytest.approx(512e3 / np.median(found.ms))
+  sums = {phase: sum(ms) for phase, ms in found.phases_ms.items()}
+  assert found.outside == pytest.approx((sums["load"] + sums["log"]) / sum(sums.values()))
+  assert f"outside forward, backward and optimizer: {found.outside:.2%} of a step" in said
+  assert sum(found.flops_terms.values()) == plan.plan(lab.config).flops_per_token
+  assert found.mfu is None and "MFU no published peak for this target" in said
+  assert found.peak_bytes > 1e8
+  assert not lab.checkpoints(run.id).exists()
+  assert (lab.records.list()[0].stage, lab.records.list()[0].verdict) == ("bench", "measured")
+
+
+def test_against_an_earlier_measurement(lab, launches):
+  """The interval is Welch's; a measurement against itself is no change."""
+  file = lab.root / "before.json"
+  before, _ = call(lab, out=file)
+  assert json.loads(file.read_text())["ms"] == before.ms
+  shifted = {"ms": [x + 10 for x in before.ms]}
+  file.write_text(json.dumps(shifted))
+  after, said = call(lab, against=file)
+  delta = np.mean(after.ms) - np.mean(before.ms) - 10
+  n = len(before.ms)
+  half = 1.96 * math.sqrt((np.var(after.ms, ddof=1) + np.var(before.ms, ddof=1)) / n)
+  want = f"{delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to {delta + half:+.3f})"
+  assert f"against before.json: {want}" in said
+  assert len(set(launches.ids)) == 2  # measured anew, never reused
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1, 2]"])
+def test_against_what_is_no_measurement(lab, launches, text):
+  file = lab.root / "before.json"
+  file.write_text(text)
+  with pytest.raises(ConfigError, match="before.json is not a measurement of `nmoe bench step"):
+    call(lab, against=file)
+  assert launches.ids == []
+
+
+def test_the_loader_alone(lab):
+  assert bench.loader_rate(lab.config, lab.data, seconds=0.1) > 1e6

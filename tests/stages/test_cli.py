@@ -1,0 +1,158 @@
+"""The command line as a user meets it: in processes of its own, and each command by name."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from labs import write_variant
+from typer.testing import CliRunner
+
+from nmoe import config as configs
+from stages import runs
+from stages.cli import app
+
+REPO = Path(__file__).parents[2]
+MUON = (
+  '[experiment]\nname = "tiny-muon"\nstatement = "Muon is better."\n[optim]\nmatrices = "muon"\n'
+)
+
+
+def shell(*words: str, python: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+  """`nmoe words…` in a process of its own."""
+  return subprocess.run(
+    [sys.executable, *python, "-m", "stages.cli", *map(str, words)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    cwd=REPO,
+    env={**os.environ, "COLUMNS": "160", **env},
+  )
+
+
+def nmoe(*words: str, code: int = 0) -> str:
+  """`nmoe words…` in this process: its output."""
+  done = CliRunner().invoke(app, [str(w) for w in words], env={"COLUMNS": "200"})
+  assert done.exit_code == code, (done.output, done.exception)
+  return done.output
+
+
+def test_help_is_instant():
+  """No torch and nothing else that is slow; half a second of processor time, start included."""
+  done = shell("--help", python=("-X", "importtime"))
+  assert done.returncode == 0
+  for word in ("ablate", "research", "experiments", "bench", "check", "prep-mixture", "doctor"):
+    assert word in done.stdout
+  imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+  assert "typer" in imported
+  assert not imported & {"torch", "numpy", "datasets", "duckdb", "plotly", "tiktoken"}
+  before = os.times()
+  assert shell("--help").returncode == 0
+  after = os.times()
+  spent = after.children_user + after.children_system
+  assert spent - before.children_user - before.children_system < 0.5
+
+
+def test_the_stages_start_without_torch():
+  """The parent of every run; only its children import torch."""
+  modules = "stages.ablate, stages.research, stages.runs, stages.report"
+  line = f"import sys, {modules}; print('torch' in sys.modules)"
+  done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=REPO)
+  assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_an_ablation_from_the_shell(lab):
+  """Two real children, the records and the report; a second call says what it reuses."""
+  variant = write_variant(lab.file, "muon", MUON)
+  done = shell("ablate", lab.file, variant, "--seeds", "1")
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ""
+  page = Path(re.search(r"report: (\S+)", done.stdout)[1])
+  assert page.is_file()
+  assert "inconclusive" in done.stdout  # one seed has no interval
+  runs_ = lab.records.runs("tiny-muon-1")
+  assert [(r.arm, r.status) for r in runs_] == [("baseline", "completed"), ("variant", "completed")]
+  assert lab.records.find("tiny-muon").status == "completed"
+  listed = nmoe("experiments", "list", "--root", lab.root)
+  assert "tiny-muon-1" in listed and "2/2" in listed and "Muon is better." in listed
+  shown = nmoe("experiments", "show", "tiny-muon", "--root", lab.root)
+  assert all(run.id in shown for run in runs_) and "inconclusive" in shown
+  page.unlink()
+  assert str(page) in nmoe("report", "tiny-muon-1", "--root", lab.root)
+  assert page.is_file()
+
+
+def test_errors_are_one_message_and_status_one(lab):
+  done = shell("ablate", lab.file, lab.file)
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: the variant computes the same as the baseline")
+  assert "Traceback" not in done.stderr
+  typo = write_variant(lab.file, "typo", "[moe]\ntop_kk = 3\n")
+  done = shell("config", "show", typo)
+  assert done.returncode == 1
+  assert "unknown key moe.top_kk = 3; did you mean 'top_k'?" in done.stderr
+  done = shell("config", "show", lab.file, NMOE_MOE__TOP_K="9")
+  assert "NMOE_MOE__TOP_K: moe.top_k = 9 exceeds num_experts 4" in done.stderr
+
+
+def test_config_show_and_diff(lab):
+  shown = nmoe("config", "show", lab.file)
+  assert configs.loads(shown) == lab.config
+  variant = write_variant(lab.file, "muon", MUON + "dense_lr = 1e-3\n[train]\nlog_every = 7\n")
+  assert nmoe("config", "diff", lab.file, variant).splitlines() == [
+    "optim.matrices (identity): 'adamw' -> 'muon'",
+    "optim.dense_lr (schedule): 0.01 -> 0.001",
+    "train.log_every (free): 1 -> 7",
+    "experiment.name (free): 'tiny' -> 'tiny-muon'",
+    "experiment.statement (free): 'It learns.' -> 'Muon is better.'",
+  ]
+  assert nmoe("config", "diff", lab.file, lab.file) == ""
+
+
+def test_plan(lab):
+  said = nmoe("plan", lab.file)
+  assert "FLOPs per token, forward and backward" in said
+  assert "Bytes of a rank at the step's peak" in said
+
+
+def test_doctor_finds_a_cpu(lab):
+  assert "cpu" in nmoe("doctor", lab.file)
+
+
+def test_prep_mixture(lab, tmp_path, monkeypatch):
+  """Prints the folder; says how far it is; finds what is there."""
+  said, prepare = [], runs.prepare
+
+  def counting(mixture, tokenizer, root, progress):
+    def told(*place):
+      said.append(place)
+      progress(*place)
+
+    return prepare(mixture, tokenizer, root, told)
+
+  monkeypatch.setattr(runs, "prepare", counting)
+  words = ("prep-mixture", lab.file.with_name("mixture.toml"), "--tokenizer", "byte")
+  folder = nmoe(*words, "--root", tmp_path / "other").strip()
+  assert Path(folder).name == lab.data.name and Path(folder).parent.parent == tmp_path / "other"
+  size = sum(len(line) - 12 for line in lab.file.with_name("text.jsonl").read_text().splitlines())
+  assert said == [("text", 200, size)]
+  assert nmoe(*words, "--root", tmp_path / "other").strip() == folder
+  assert len(said) == 1
+
+
+def test_missing_records(lab, tmp_path):
+  done = shell("experiments", "show", "nothing", "--root", tmp_path / "empty")
+  assert done.returncode == 1
+  assert "no experiment 'nothing'; the newest are: none yet" in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("research",), ("experiments",), ("config",), ("bench",)])
+def test_a_group_without_a_command_shows_its_help(words):
+  done = CliRunner().invoke(app, list(words))
+  assert "Commands" in done.output
+
+
+def test_seeds_must_be_positive(lab):
+  nmoe("research", "run", lab.file, "--seeds", "0", code=2)
