@@ -38,7 +38,7 @@ class Inspection:
   stack: int = 0  # bytes of local memory per thread
   stores: int = 0  # STL instructions: spills, or arrays in local memory
   loads: int = 0  # LDL
-  shared: int = 0  # bytes per thread block
+  shared: int = 0  # bytes per thread block, with the 1 KiB that the system takes of any
   instructions: int = 0
   mma: dict[str, int] = field(default_factory=dict)  # tensor-core opcodes with their modifiers
 
