@@ -32,7 +32,8 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
   The compiled kernels are kept in `cache_root/arch`: one folder per architecture, because the names
   of QuACK's cached objects do not all say which architecture they were compiled for.
   """
-  major, minor = ARCHS[arch].capability
+  info, cache = ARCHS[arch], str(Path(cache_root).absolute() / arch)
+  major, minor = info.capability
   return {
     "CUTE_DSL_ARCH": arch,
     "QUACK_ARCH": f"{major}{minor}",
@@ -40,5 +41,9 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
     "NVSHMEM_DISABLE_NVLS": "1",  # RDEP needs no multicast, and some hosts fail to set it up
     "NCCL_NVLS_ENABLE": "0",
-    "QUACK_CACHE_DIR": str(Path(cache_root).absolute() / arch),
+    "QUACK_CACHE_DIR": cache,
+    "FLASH_ATTENTION_ARCH": arch.removesuffix("a"),
+    "FLASH_ATTENTION_NUM_SMS": str(info.num_sms),
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(Path(cache, "flash_attention")),
   }

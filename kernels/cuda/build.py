@@ -82,6 +82,7 @@ def _substitutes(compiled: list) -> Iterator[tuple[object, str, object]]:
   yield cute, "compile", _Compile(cute.compile, compiled)
   yield cute.runtime, "load_module", lambda *args, **kwargs: _Module(load(*args, **kwargs))
   yield torch.cuda, "get_device_properties", lambda *args: properties
+  yield torch.cuda, "current_device", lambda: 0
   answers = {
     "get_max_active_clusters": lambda cluster_size, **_: num_sms // cluster_size,
     "get_device_multiprocessor_count": lambda *args: num_sms,

@@ -7,7 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.buffers import COUNTS, BufferLayout, Buffers, Route
 from kernels.build import Shapes
@@ -89,6 +91,17 @@ def _mla_qkv(s: Shapes) -> None:
   backward(mla_qkv(q, kv, k_rope, *angles, rope))
 
 
+def _attention(s: Shapes) -> None:
+  """Through FlashAttention-4's inner functions: it compiles for torch's fake tensors, not meta."""
+  with FakeTensorMode():
+    lead, qk = (s.batch, s.seq_len, s.num_heads), s.qk_nope_dim + s.qk_rope_dim
+    q, k, v, dy = (
+      torch.empty(*lead, width, dtype=BF16, device="cuda:0") for width in (qk, qk, s.v_dim, s.v_dim)
+    )
+    y, lse = _flash_attn_fwd(q, k, v, softmax_scale=0.1, causal=True, return_lse=True)[:2]
+    _flash_attn_bwd(q, k, v, y, dy, lse, softmax_scale=0.1, causal=True, deterministic=True)
+
+
 def _recipes(s: Shapes) -> list[Recipe]:
   """The run's recipes: some layers of a quantized run, and its finish, are bf16."""
   if s.dtype == "bf16":
@@ -146,6 +159,7 @@ def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
     ("mlp", _mlp),
     ("norms", _norms),
     ("mla_qkv", _mla_qkv),
+    ("attention", _attention),
     ("loss", _loss),
     ("adamw", _adamw),
   ):

@@ -44,11 +44,17 @@ def test_attention_repeats_bit_for_bit(seq):
     assert_repeats(lambda *a: attention(*a, 192**-0.5), inputs, dys)
 
 
-def test_attention_refuses_what_cudnn_cannot_run():
+def test_attention_refuses_what_it_cannot_run():
   (q, k, v), _ = case(1, 64, 2, 64, 64)
-  with pytest.raises(KernelError, match="cuDNN refuses"):
+  with pytest.raises(KernelError, match="pass bfloat16"):
     attention(q.float(), k.float(), v.float(), 0.125)
-  with pytest.raises(KernelError, match="cuDNN refuses"):
-    attention(q[:, :1], k[:, :1], v[:, :1], 0.125)
+  with pytest.raises(KernelError, match="multiples of 8"):
+    attention(q[..., :60], k[..., :60], v, 0.125)
   with pytest.raises(KernelError, match="shapes"):
     attention(q, k[:, :32], v, 0.125)
+
+
+def test_attention_of_one_token_and_of_none():
+  (q, k, v), _ = case(1, 1, 2, 64, 64)
+  assert torch.equal(attention(q, k, v, 0.125), v)
+  assert attention(q[:0], k[:0], v[:0], 0.125).shape == (0, 1, 2, 64)
