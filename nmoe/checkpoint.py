@@ -7,7 +7,7 @@
 Tensors are stored by parameter name, experts one by one under their global id
 (`layers.3.moe.experts.17.w13`), so a checkpoint does not know how many ranks wrote it: any number
 of ranks that divides the experts reads it. A directory without the final name is unfinished and is
-never read.
+never read. A run saves through `Writer`: its steps wait for a copy to host memory only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, CommError
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})")
@@ -62,32 +63,39 @@ def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tens
 
 
 def save(
-  folder: Path, step: int, state: dict[str, Tensor], first_expert: int, meta: dict[str, Any]
+  folder: Path,
+  step: int,
+  state: dict[str, Tensor],
+  first_expert: int,
+  meta: dict[str, Any],
+  group: dist.ProcessGroup | None = None,
 ) -> Path:
   """Write state as checkpoint `step`; every rank calls it. Returns the finished directory.
 
-  Raises CheckpointError, leaving earlier checkpoints untouched and no half of this one.
+  group: the ranks, by gloo; None is the default group, if there is one. Raises CheckpointError on
+  every rank, leaving earlier checkpoints untouched and no half of this one.
   """
   final, beside = folder / f"step_{step:08d}", folder / f"step_{step:08d}.partial"
   named, single = split_experts(state, first_expert), not dist.is_initialized()
-  first = single or dist.get_rank() == 0
+
+  def begin() -> None:
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+
+  def finish() -> None:
+    _seal(beside, {"format": FORMAT, "step": step, **meta})
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _sync(folder)
+
   try:
-    if first:
-      shutil.rmtree(beside, ignore_errors=True)
-      beside.mkdir(parents=True)
-    if not single:
-      dist.barrier()
+    _by_rank_0(begin, group)
     with _alone():
-      dcp.save(named, checkpoint_id=beside, no_dist=single)
-    if first:
-      _seal(beside, {"format": FORMAT, "step": step, **meta})
-      shutil.rmtree(final, ignore_errors=True)
-      beside.rename(final)
-      _sync(folder)
-    if not single:
-      dist.barrier()
+      storage = dcp.FileSystemWriter(beside, per_thread_copy_ahead=0)  # no CUDA from the thread
+      dcp.save(named, storage_writer=storage, process_group=group, no_dist=single)
+    _by_rank_0(finish, group)
   except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-    if first:
+    if single or dist.get_rank() == 0:
       shutil.rmtree(beside, ignore_errors=True)
     free = shutil.disk_usage(_existing(folder)).free
     raise CheckpointError(
@@ -96,6 +104,65 @@ def save(
       "earlier checkpoints are intact: free space, then run again to continue"
     ) from error
   return final
+
+
+class Writer:
+  """Writes a run's checkpoints in a thread, one at a time, and keeps the newest `keep`.
+
+  Every rank has one and calls it alike. group: all ranks, a gloo group that nothing else uses. The
+  host memory of one more state stays allocated. As a context it ends the write under way, and
+  raises its failure unless another error is on its way.
+  """
+
+  def __init__(
+    self, folder: Path, keep: int, first_expert: int = 0, group: dist.ProcessGroup | None = None
+  ):
+    self.folder, self.keep, self.first_expert, self.group = folder, keep, first_expert, group
+    self._host: dict[str, Tensor] = {}
+    self._thread = ThreadPoolExecutor(1, "checkpoint")
+    self._write: Future | None = None
+
+  @torch.no_grad()
+  def copy(self, state: dict[str, Tensor]) -> None:
+    """Copy the state to host memory; from then on it may change. Waits for the write before."""
+    self.wait()
+    for name, x in state.items():
+      if name not in self._host:
+        self._host[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+      self._host[name].copy_(x, non_blocking=True)
+    if any(x.is_cuda for x in state.values()):
+      torch.cuda.synchronize()
+
+  def start(self, step: int, meta: dict[str, Any]) -> None:
+    """Begin to write what was copied as checkpoint `step`."""
+    self._write = self._thread.submit(self._save, step, meta)
+
+  def check(self) -> None:
+    """Raise the CheckpointError of a write that has failed meanwhile; does not wait."""
+    if self._write is not None and self._write.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Return when the last write is a finished checkpoint. Raises its CheckpointError."""
+    write, self._write = self._write, None
+    if write is not None:
+      write.result()
+
+  def __enter__(self) -> Writer:
+    return self
+
+  def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+    lost = isinstance(error, CommError)  # without its ranks no write can end
+    self._thread.shutdown(wait=not lost)
+    if error is None:
+      self.wait()
+    elif not lost and self._write is not None and (failed := self._write.exception()):
+      error.add_note(str(failed))
+
+  def _save(self, step: int, meta: dict[str, Any]) -> None:
+    save(self.folder, step, self._host, self.first_expert, meta, self.group)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+      prune(self.folder, self.keep)
 
 
 def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -> None:
@@ -163,6 +230,23 @@ def prune(folder: Path, keep: int) -> None:
     shutil.rmtree(folder / f"step_{step:08d}")
   for partial in folder.glob("step_*.partial"):
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _by_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+  """Do it on rank 0; all ranks go on after it, or raise its OSError."""
+  failed = None
+  single = not dist.is_initialized()
+  if single or dist.get_rank() == 0:
+    try:
+      action()
+    except OSError as error:
+      failed = error
+  if not single:
+    told = [failed]
+    dist.broadcast_object_list(told, group_src=0, group=group)
+    failed = told[0]
+  if failed is not None:
+    raise failed
 
 
 @contextmanager

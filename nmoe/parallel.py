@@ -24,6 +24,7 @@ from nmoe.model import parameter_group
 from nmoe.rdep import Rdep
 from nmoe.target import Target
 
+SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
 BUCKET = 16 * 2**20  # gradient elements summed by one call: 64 MiB of fp32
 
 
@@ -36,6 +37,7 @@ class Parallel:
   rdep: Rdep | None = None  # None with one rank
   first_expert: int = 0  # global id of this rank's first routed expert
   control: dist.ProcessGroup | None = None  # gloo, for host values
+  saving: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
 
   def sum(self, x: Tensor) -> Tensor:
     """Σ over ranks, in place; the same bits on every rank."""
@@ -113,8 +115,9 @@ def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> 
     device_id=target.device if alone else None,
   )
   control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
+  saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
   rdep = Rdep(config, target.ops, control, target.symmetric)
-  return Parallel(rank, ranks, rdep, rdep.first, control)
+  return Parallel(rank, ranks, rdep, rdep.first, control, saving)
 
 
 def _buckets(model: nn.Module) -> Iterator[list[Tensor]]:

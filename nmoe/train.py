@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Session:
   parallel: Parallel
   data: PreparedData
   metrics: Metrics
-  folder: Path  # of the run's checkpoints
+  checkpoints: checkpoint.Writer
   meta: dict[str, Any]  # written into every checkpoint's manifest
   profiler: Profiler  # its `step` is called after every step
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
@@ -88,6 +89,7 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   watch = Watch(session, state.step, total)
   clock, flight = watch.clock, FlightRecorder(state.model, c.train.flight_every)
   while state.step < total and not ranks.any(session.stop):
+    session.checkpoints.check()
     clock.start("load")
     tokens, targets = next(batches)
     state.model.set_forward_bf16(finishing(c, state.step))
@@ -127,6 +129,7 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   if state.step < total:
     save(session, state, watch)
     return None
+  session.checkpoints.wait()
   return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
 
 
@@ -140,18 +143,21 @@ def finishing(config: Config, step: int) -> bool:
 
 
 def save(session: Session, state: TrainState, watch: Watch) -> None:
-  """A checkpoint of the state, after its metrics are on disk and every step so far is known to be
-  finite.
+  """Begin a checkpoint of the state, after every step so far is known to be finite.
+
+  The loop waits for the write before, if it is still under way, and for the copy; this stall is
+  logged. The metrics are on disk before the checkpoint is.
   """
   watch.check(int(watch.bad_step))
-  session.metrics.flush()
-  if session.config.train.keep_checkpoints == 0 or state.step in checkpoint.steps(session.folder):
+  begun, writer = time.perf_counter(), session.checkpoints
+  writer.wait()
+  if writer.keep == 0 or state.step in checkpoint.steps(writer.folder):
+    session.metrics.flush()
     return
-  checkpoint.save(
-    session.folder, state.step, state.tensors(), session.parallel.first_expert, session.meta
-  )
-  if session.parallel.rank == 0:
-    checkpoint.prune(session.folder, session.config.train.keep_checkpoints)
+  writer.copy(state.tensors())
+  watch.add(state.step, {"checkpoint/stall_s": time.perf_counter() - begun})
+  session.metrics.flush()
+  writer.start(state.step, session.meta)
 
 
 def resume(session: Session, state: TrainState) -> None:
@@ -159,13 +165,14 @@ def resume(session: Session, state: TrainState) -> None:
 
   Raises CheckpointError if it is of another identity.
   """
-  found = checkpoint.steps(session.folder)
+  folder = session.checkpoints.folder
+  found = checkpoint.steps(folder)
   if not found:
     session.metrics.rewind(0)
     return
-  written = checkpoint.manifest(session.folder / f"step_{found[-1]:08d}")
-  check_identity(configs.loads(written["config"]), session.config, session.folder)
-  checkpoint.load(session.folder, found[-1], state.tensors(), session.parallel.first_expert)
+  written = checkpoint.manifest(folder / f"step_{found[-1]:08d}")
+  check_identity(configs.loads(written["config"]), session.config, folder)
+  checkpoint.load(folder, found[-1], state.tensors(), session.parallel.first_expert)
   state.step = found[-1]
   session.metrics.rewind(state.step)
 
@@ -229,7 +236,12 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
     ranks,
     data,
     Metrics(root, run.id, ranks.rank),
-    checkpoint.directory(root, run.id),
+    checkpoint.Writer(
+      checkpoint.directory(root, run.id),
+      config.train.keep_checkpoints,
+      ranks.first_expert,
+      ranks.saving,
+    ),
     meta,
     Profiler(options.trace, config.schedule.total_tokens // config.schedule.batch_tokens),
   )
@@ -237,7 +249,7 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   state = build(config, target, ranks)
   resume(session, state)
   try:
-    with ranks.explained():
+    with session.checkpoints, ranks.explained():
       results = train(session, state)
   finally:
     session.metrics.flush()

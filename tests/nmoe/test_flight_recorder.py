@@ -9,6 +9,7 @@ from model_configs import tiny
 from kernels import reference
 from kernels.reference import quantize
 from nmoe import metrics, parallel
+from nmoe.checkpoint import Writer
 from nmoe.config import to_toml
 from nmoe.data import open_data
 from nmoe.flight import FlightRecorder
@@ -192,12 +193,14 @@ def trained(folder, config, name, stop=-1):
   root, data = folder
   target = select(config)
   ranks = parallel.init(config, target, 0, None)
-  checkpoints, meta = root / "checkpoints" / name, {"config": to_toml(config)}
+  checkpoints = Writer(root / "checkpoints" / name, config.train.keep_checkpoints)
+  meta = {"config": to_toml(config)}
   steps, writer = Steps(stop), Metrics(root, name)
   session = Session(config, target, ranks, open_data(data), writer, checkpoints, meta, steps)
   state, steps.session = build(config, target, ranks), session
   resume(session, state)
-  train(session, state)
+  with checkpoints:
+    train(session, state)
   writer.flush()
   logged = metrics.read(root, name)
   return logged["train/loss"][2].tolist(), logged

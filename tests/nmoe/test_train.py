@@ -150,7 +150,7 @@ def test_every_tag_is_logged(lab):
   run = lab.record(train__eval_every=2)
   assert lab.attempt(run) == 0
   series = metrics.read(lab.root, run)
-  assert series.keys() == TAGS | {"time/eval_s", "time/checkpoint_s"}
+  assert series.keys() == TAGS | {"time/eval_s", "time/checkpoint_s", "checkpoint/stall_s"}
   steps, tokens, loss = series["train/loss"]
   assert tokens.tolist() == [step * 512 for step in steps]
   assert series["val/loss"][0].tolist() == [2, 4, 6, 8, 10, 12]
