@@ -87,7 +87,8 @@ class Rdep:
 
   `ops` and `symmetric` are of the target's kernels: the contract's operations, and the shared
   memory with its row movers. group: the ranks, a gloo group; None for one rank, needing only ops.
-  Collective. `rounds[layer]` is the number of rounds of the layer's last forward pass.
+  Collective. Of each layer's last forward pass, `rounds[layer]` is the number of rounds and
+  `counts[layer]` the tokens [R, E] that each rank sent to each expert, on the host.
   """
 
   def __init__(
@@ -103,6 +104,7 @@ class Rdep:
     self.num_local = self.num_experts // self.num_ranks
     self.first = self.num_local * self.rank
     self.rounds: dict[int, int] = {}
+    self.counts: dict[int, Tensor] = {}
     self.done = 0  # the last trip whose replies have all come
     self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, None)], maxlen=1024)
     if self.num_ranks > 1:
@@ -141,6 +143,15 @@ class Rdep:
     beside_TD = None if shared is None else shared(x_TD)
     y_TD = _Receive.apply(call, sent, w13, w2)
     return y_TD if beside_TD is None else y_TD + beside_TD
+
+  def received(self) -> tuple[int, int]:
+    """Rows that came to this rank in each layer's last forward pass, summed over layers; and those
+    of them that came after the first round, which backward dispatches again.
+    """
+    trips = [_Trip(0, layer, "forward", 0, count_RE) for layer, count_RE in self.counts.items()]
+    mine = slice(self.first, self.first + self.num_local)
+    rows = sum(int(trip.count_RE[:, mine].sum()) for trip in trips)
+    return rows, rows - sum(sum(self._expected(DISPATCH, trip)) for trip in trips)
 
   @contextmanager
   def explained(self) -> Iterator[None]:
@@ -304,6 +315,7 @@ class _Call:
     end_R = places(self.host_count_RE, rdep.config.rdep.alignment).end_R.tolist()
     self.end, self.rounds = end_R[rdep.rank], max(-(-max(end_R) // self.exchange.capacity), 1)
     rdep.rounds[self.layer] = self.rounds
+    rdep.counts[self.layer] = self.host_count_RE
 
   def _round_backward(self, number: int, kept: _Kept, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
     """One trip: dy and gates come, dx rows and gate gradients go. Returns dw13 and dw2."""

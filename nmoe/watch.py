@@ -20,6 +20,7 @@ from nmoe.data import bits_per_byte
 from nmoe.errors import DivergedError
 from nmoe.model import Model
 from nmoe.optim import clip_factor
+from nmoe.rdep import Rdep
 
 PROGRESS_FD = 1  # standard output, which the launcher reads
 
@@ -95,6 +96,7 @@ class Watch:
     }
     values |= {f"grad_norm/{k}": v for k, v in zip(norms, scalars[4:], strict=True)}
     values |= load_values(count_LE.cpu(), bias_ranges(state.model))
+    values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
     values |= self._speed(state.step - self.logged_step, phases)
@@ -160,6 +162,17 @@ def bias_ranges(model: Model) -> list[float]:
     return []
   bias_LE = torch.stack([router.bias for router in model.routers])
   return (bias_LE.amax(1) - bias_LE.amin(1)).tolist()
+
+
+def rdep_values(rdep: Rdep | None) -> dict[str, float]:
+  """Of the last micro-batch on this rank: the most rounds of a layer, the rows received in all
+  layers, and those of them that backward dispatches again because of rounds. None with one rank.
+  """
+  if rdep is None:
+    return {}
+  rows, again = rdep.received()
+  rounds = max(rdep.rounds.values(), default=0)
+  return {"rdep/rounds": float(rounds), "rdep/rows": float(rows), "rdep/rows_again": float(again)}
 
 
 def load_values(count_LE: Tensor, bias_range: list[float]) -> dict[str, float]:

@@ -44,7 +44,7 @@ from kernels.ops import check
 
 THREADS = 512
 WARPS = THREADS // 32
-BLOCKS = 32  # of send and reply: the SMs that communication takes from the GEMMs beside it
+BLOCKS = 32  # of send and reply at most: the SMs that communication takes from GEMMs beside it
 COPY_BLOCKS = 528  # of receive, which runs alone
 
 COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
@@ -200,9 +200,10 @@ class Send:
     capacity: Int64,
     rank: Int32,
     rows: Int32,
+    most: Int32,
     stream,
   ):
-    blocks = cutlass.min(BLOCKS, cute.ceil_div(mX.shape[0], WARPS))
+    blocks = cutlass.min(most, cute.ceil_div(mX.shape[0], WARPS))
     self.kernel(mX, mGate, mExpert, mRow, mOffset, mBase, mTable, low, capacity, rank, rows).launch(
       grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
@@ -298,9 +299,16 @@ class Reply:
 
   @cute.jit
   def __call__(
-    self, mRow: cute.Tensor, mGate, mOrigin: cute.Tensor, mTable: cute.Tensor, items: Int32, stream
+    self,
+    mRow: cute.Tensor,
+    mGate,
+    mOrigin: cute.Tensor,
+    mTable: cute.Tensor,
+    items: Int32,
+    most: Int32,
+    stream,
   ):
-    blocks = cutlass.min(BLOCKS, cute.ceil_div(mRow.shape[0], WARPS))
+    blocks = cutlass.min(most, cute.ceil_div(mRow.shape[0], WARPS))
     self.kernel(mRow, mGate, mOrigin, mTable, items).launch(
       grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
@@ -353,7 +361,7 @@ def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool):
   expert, row, offset = (fake(Int32, None, align=4) for _ in range(3))
   base = fake(Int64, None, align=8)
   kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k, packed)
-  scalars = (Int64(0), Int64(0), Int32(0), Int32(0))
+  scalars = (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1))
   return compile_kernel(kernel, x, gate, expert, row, offset, base, _table(), *scalars)
 
 
@@ -371,13 +379,15 @@ def compile_reply(dtype, dim: int, gates: bool):
   row = fake(DTYPES[dtype], None, dim)
   gate = fake(Float32, None, align=4) if gates else None
   kernel = Reply(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim, gates)
-  return compile_kernel(kernel, row, gate, fake(Int32, None, align=4), _table(), Int32(0))
+  origin = fake(Int32, None, align=4)
+  return compile_kernel(kernel, row, gate, origin, _table(), Int32(0), Int32(1))
 
 
 class Exchange:
   """The movers of one rank; see kernels.reference.exchange.Exchange, whose methods these are.
 
-  After a trap every call raises CUDA's error; `late` then says which wait it was.
+  `blocks` is the number of SMs that send and reply may take. After a trap every call raises CUDA's
+  error; `late` then says which wait it was.
   """
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
@@ -395,6 +405,7 @@ class Exchange:
     self.record_address = torch.tensor([self.record.data_ptr()]).to(device)
     self.mine.origin_C.fill_(-1)
     self.stream = torch.cuda.Stream(device) if pinned else None
+    self.blocks: int | None = BLOCKS
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     compile_post_counts()(count_E, self.table, self.rank, trip)
@@ -432,6 +443,7 @@ class Exchange:
         self.capacity,
         self.rank,
         self.rows,
+        self.blocks,
       )
 
   def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -455,7 +467,7 @@ class Exchange:
     if row_CD is not None and row_CD.shape[0]:
       contiguous(rows=row_CD)
       run = compile_reply(self.dtype, self.dim, gate_C is not None)
-      run(row_CD, gate_C, origin_C, self.table, self.rows)
+      run(row_CD, gate_C, origin_C, self.table, self.rows, self.blocks)
     compile_signal()(self.table, RETURN, self.rank, trip)
 
   def collect(self, route: Route) -> tuple[Tensor, Tensor]:

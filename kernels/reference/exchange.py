@@ -21,13 +21,17 @@ PAUSE_S = 1e-4
 
 
 class Exchange:
-  """The movers of one rank. `peers` are the mapped blocks of all ranks, its own among them."""
+  """The movers of one rank. `peers` are the mapped blocks of all ranks, its own among them.
+
+  `blocks` is the number of SMs that moving rows takes; None where there are none.
+  """
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     self.peers, self.rank, self.deadline_s = peers, rank, deadline_s
     self.mine = peers[rank]
     self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
     self.mine.origin_C.fill_(-1)
+    self.blocks: int | None = None
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     """Write this rank's int32 [E] counts into every rank's count[rank]."""

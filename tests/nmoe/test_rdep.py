@@ -24,9 +24,11 @@ from kernels.reference import exchange, symmetric
 from nmoe.config import Config, loads
 from nmoe.errors import CommError
 from nmoe.rdep import Rdep, places
+from nmoe.watch import rdep_values
 
 E, K, D, F, TOKENS = 8, 2, 16, 8, 40  # TOKENS: the most that a rank may hold
 ITERATIONS = 6
+RDEP_TAGS = ("rdep/rounds", "rdep/rows", "rdep/rows_again")
 RECIPE = Recipe()
 
 BASE = """
@@ -266,6 +268,42 @@ def test_rounds_follow_from_the_counts(num_ranks: int) -> None:
       assert rounds[layer] == max(math.ceil(most / room), 1), name
     seen.update(rounds)
   assert max(seen) >= 3
+
+
+LOGGED = ["uneven tokens", "overflow", "aligned overflow"]
+
+
+def logged_values(group) -> list[dict[str, float]]:
+  """What a run logs of RDEP after one micro-batch of two layers, of each case in LOGGED."""
+  found = []
+  for case in map(CASES.get, LOGGED):
+    rdep = Rdep(config(group.size(), case), ops, group, symmetric)
+    for layer in (0, 1):
+      step(rdep, share(case, make(case, layer), group.rank(), group.size()), layer)
+    found.append(rdep_values(rdep))
+  return found
+
+
+def test_the_logged_rows_are_those_of_the_routing() -> None:
+  """Counted one by one, at the places that the sorted, padded order gives them."""
+  found = ranks.run(logged_values, 2)
+  for case, logged in zip(map(CASES.get, LOGGED), zip(*found, strict=True), strict=True):
+    sent = 2 * TOKENS * K
+    room = math.ceil(math.ceil(case.capacity * sent) / case.alignment) * case.alignment
+    rows, again, most = [0, 0], [0, 0], 0
+    for layer in (0, 1):
+      count_E = torch.bincount(make(case, layer).expert_TK.flatten(), minlength=E).tolist()
+      for rank in (0, 1):
+        place = 0
+        for count in count_E[rank * E // 2 : (rank + 1) * E // 2]:
+          rows[rank] += count
+          again[rank] += sum(place + i >= room for i in range(count))
+          place += -(-count // case.alignment) * case.alignment
+        most = max(most, place)
+    for rank in (0, 1):
+      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank])
+      assert logged[rank] == dict(zip(RDEP_TAGS, wanted, strict=True))
+  assert rdep_values(None) == {}
 
 
 def one_rank_keeps_gradients_apart(group) -> list:

@@ -111,3 +111,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(file):
   a, b = (read(bench.root, r.id, ["train/loss"])["train/loss"] for r in (whole, hopped))
   assert a[0].tolist() == b[0].tolist()
   np.testing.assert_allclose(b[2], a[2], rtol=1e-4)
+  logged = read(bench.root, hopped.id)
+  assert logged["rdep/rounds"][2].min() >= 1
+  assert logged["rdep/rows"][2].min() > 0
