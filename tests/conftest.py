@@ -4,12 +4,10 @@ Tests marked `browser` need Chromium or Chrome; without one they are deselected 
 """
 
 import shutil
-import signal
 
 import pytest
-import torch
 from hypothesis import settings
-from labs import Lab, Launches
+from labs import Launches, open_lab
 
 from stages import launch, runs
 
@@ -38,15 +36,9 @@ def browser():
 
 @pytest.fixture
 def lab(tmp_path):
-  """A root for runs in this process, which keeps its own threads, determinism and signals."""
-  threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-  handler = signal.getsignal(signal.SIGTERM)
-  made = Lab(tmp_path)
-  yield made
-  made.records.close()
-  signal.signal(signal.SIGTERM, handler)
-  torch.set_num_threads(threads)
-  torch.use_deterministic_algorithms(deterministic)
+  """A root for runs in this process."""
+  with open_lab(tmp_path) as made:
+    yield made
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,19 @@ class Lab:
       for tag, (steps, _, values) in series.items()
       if not tag.startswith(noise)
     }
+
+
+@contextmanager
+def open_lab(folder: Path) -> Iterator[Lab]:
+  """A lab, after which this process has its threads, determinism and signals again."""
+  threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+  handler = signal.getsignal(signal.SIGTERM)
+  lab = Lab(folder)
+  yield lab
+  lab.records.close()
+  signal.signal(signal.SIGTERM, handler)
+  torch.set_num_threads(threads)
+  torch.use_deterministic_algorithms(deterministic)
 
 
 def options(root: Path, run_id: str) -> argparse.Namespace:

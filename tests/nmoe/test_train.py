@@ -6,11 +6,12 @@ import signal
 import sys
 import time
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from labs import STEPS, Lab, options, same_bits
+from labs import STEPS, Lab, open_lab, options, same_bits
 from torch import Tensor
 
 from nmoe import checkpoint, metrics, train, watch
@@ -81,8 +82,7 @@ def killed_at(lab: Lab, feed: Feed, run_id: str, step: int) -> None:
 
 RECIPES = {
   "adamw": {},
-  "muon": {"optim__matrices": "muon", "optim__experts": "muon"},
-  "micro-batches": {"train__micro_batch": 2},
+  "muon": {"optim__matrices": "muon", "optim__experts": "muon", "train__micro_batch": 2},
   "bf16": {"target__dtype": "bf16", "train__micro_batch": 4, "optim__moments": "bf16"},
   "nvfp4": {
     "target__dtype": "nvfp4",
@@ -132,18 +132,33 @@ def retoml(lab: Lab, run_id: str, **values) -> str:
   return configs.to_toml(configs.loads(lab.run(run_id).toml).with_values(**values))
 
 
-def test_killed_between_the_last_checkpoint_and_the_record(lab, monkeypatch):
-  whole, killed = lab.record(), lab.record()
-  assert lab.attempt(whole) == 0
+class Whole(NamedTuple):
+  """An uninterrupted run of the lab's configuration."""
+
+  state: dict[str, Tensor]
+  logged: dict[str, list[tuple[int, float]]]
+  results: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  with open_lab(tmp_path_factory.mktemp("whole")) as lab:
+    run = lab.record()
+    assert lab.attempt(run) == 0
+    yield Whole(lab.state(run), lab.logged(run), lab.run(run).results)
+
+
+def test_killed_between_the_last_checkpoint_and_the_record(lab, whole, monkeypatch):
+  killed = lab.record()
   with monkeypatch.context() as patch:
     patch.setattr(train, "unigram_bpb", lambda data: kill())
     with pytest.raises(Killed):
       lab.attempt(killed)
   assert lab.attempt(killed) == 0
-  a, b = lab.run(whole).results, lab.run(killed).results
+  a, b = whole.results, lab.run(killed).results
   assert a.keys() == b.keys()
   assert all(a[k] == b[k] for k in ("val/bpb", "train/loss", "train/bpb", "load/dead"))
-  assert lab.logged(killed) == lab.logged(whole)
+  assert lab.logged(killed) == whole.logged
 
 
 def test_every_tag_is_logged(lab):
@@ -196,21 +211,20 @@ def interrupt(run: str, lab: Lab) -> None:
   assert checkpoint.steps(lab.checkpoints(run)) == [3, 5]
 
 
-def finish(run: str, lab: Lab) -> None:
-  whole = lab.record()
-  assert lab.attempt(run) == lab.attempt(whole) == 0
-  assert same_bits(lab.state(run), lab.state(whole))
+def finish(run: str, lab: Lab, whole: Whole) -> None:
+  assert lab.attempt(run) == 0
+  assert same_bits(lab.state(run), whole.state)
   assert lab.run(run).status == "completed"
 
 
-def test_sigterm_saves_and_leaves(lab, feed):
+def test_sigterm_saves_and_leaves(lab, feed, whole):
   run = lab.record()
   feed.before[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
   interrupt(run, lab)
-  finish(run, lab)
+  finish(run, lab, whole)
 
 
-def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, monkeypatch):
+def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, whole, monkeypatch):
   run = lab.record()
   reader, writer = os.pipe()
   with monkeypatch.context() as patch:
@@ -218,7 +232,7 @@ def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, monkeypatch)
     feed.before[5] = lambda: os.close(reader)
     interrupt(run, lab)
   os.close(writer)
-  finish(run, lab)
+  finish(run, lab, whole)
 
 
 def bad_loss(out):
@@ -269,8 +283,8 @@ def blind_guard(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
   return torch.ones(())
 
 
-def test_other_failures_have_no_outcome_and_can_go_on(lab, feed, capsys, monkeypatch):
-  run, whole = lab.record(), lab.record()
+def test_other_failures_have_no_outcome_and_can_go_on(lab, feed, whole, capsys, monkeypatch):
+  run = lab.record()
 
   def unreadable():
     raise DataError("shard 7 is gone; restore it")
@@ -288,8 +302,8 @@ def test_other_failures_have_no_outcome_and_can_go_on(lab, feed, capsys, monkeyp
   with pytest.raises(ZeroDivisionError):
     train.main()
   assert lab.run(run).error == "ZeroDivisionError: division by zero"
-  assert train.main() == lab.attempt(whole) == 0
-  assert same_bits(lab.state(run), lab.state(whole))
+  assert train.main() == 0
+  assert same_bits(lab.state(run), whole.state)
   assert lab.run(run).error == ""
 
 
@@ -329,8 +343,8 @@ def test_another_schedule_is_taken_up_and_said(lab, feed, capsys):
   assert (rates[3], rates[4]) == (pytest.approx(1e-2), pytest.approx(5e-3))
 
 
-def test_a_corrupt_newest_checkpoint_says_what_to_delete(lab, feed):
-  run, whole = lab.record(), lab.record()
+def test_a_corrupt_newest_checkpoint_says_what_to_delete(lab, feed, whole):
+  run = lab.record()
   killed_at(lab, feed, run, 8)
   newest = lab.checkpoints(run) / "step_00000006"
   shard = next(newest.glob("*.distcp"))
@@ -342,17 +356,17 @@ def test_a_corrupt_newest_checkpoint_says_what_to_delete(lab, feed):
   for file in newest.iterdir():
     file.unlink()
   newest.rmdir()
-  assert lab.attempt(run) == lab.attempt(whole) == 0
-  assert same_bits(lab.state(run), lab.state(whole))
-  assert lab.logged(run) == lab.logged(whole)
+  assert lab.attempt(run) == 0
+  assert same_bits(lab.state(run), whole.state)
+  assert lab.logged(run) == whole.logged
 
 
-def test_without_checkpoints_a_stopped_run_starts_anew(lab, feed):
-  run, whole = lab.record(train__keep_checkpoints=0), lab.record()
+def test_without_checkpoints_a_stopped_run_starts_anew(lab, feed, whole):
+  run = lab.record(train__keep_checkpoints=0)
   killed_at(lab, feed, run, 8)
-  assert lab.attempt(run) == lab.attempt(whole) == 0
+  assert lab.attempt(run) == 0
   assert not lab.checkpoints(run).exists()
-  assert lab.logged(run) == lab.logged(whole)
+  assert lab.logged(run) == whole.logged
 
 
 def test_a_vocabulary_too_small_for_the_data(lab):

@@ -20,7 +20,7 @@ def child(lab: Lab, run: str) -> list[str]:
 
 
 def test_interrupted_and_finished(lab):
-  """Ctrl-C while it trains: the child saves its state and leaves; the next call goes on from it."""
+  """Ctrl-C while it trains: the child saves its state and leaves; the next one goes on from it."""
   run, whole = lab.record(), lab.record()
   seen = []
 
@@ -32,11 +32,7 @@ def test_interrupted_and_finished(lab):
     launch.run(lab.root, run, lab.config, stop)
   assert seen == [1]
   assert lab.run(run).status == "interrupted"
-  at = max(int(p.name[5:]) for p in lab.checkpoints(run).iterdir())
-  assert launch.run(lab.root, run, lab.config, lambda line: seen.append(line["step"])) == 0
-  assert seen[1:] == list(range(at + 1, 13))
-  assert lab.run(run).status == "completed"
-  assert lab.attempt(whole) == 0
+  assert lab.attempt(run) == lab.attempt(whole) == 0
   assert same_bits(lab.state(run), lab.state(whole))
   assert (launch.folder(lab.root, run) / "rank_0.txt").read_text() == ""  # no warning, no noise
   assert signal.getsignal(signal.SIGTERM) is not launch._raise_interrupt
