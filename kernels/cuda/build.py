@@ -27,8 +27,8 @@ from torch.library import CustomOpDef
 
 from kernels.build import Shapes
 from kernels.cuda import jit
-from kernels.cuda.inspect import Inspection, inspect
 from kernels.cuda.jobs import jobs
+from kernels.inspect import Inspection, inspect
 
 
 class _NotLaunched:

@@ -1,4 +1,4 @@
-"""The table of all kernels: `python tests/compile/table.py` writes tests/compile/kernels.csv."""
+"""The table of all kernels: `PYTHONPATH=. python tests/compile/table.py` writes kernels.csv."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_table_is_current(rows):
   now, committed = ([",".join(row.values()) for row in part] for part in (rows, table.read()))
   changed = sorted(set(now) ^ set(committed))
   assert not changed, "\n".join(
-    ["rows differ; if that is meant: python tests/compile/table.py", *changed]
+    ["rows differ; if that is meant: PYTHONPATH=. python tests/compile/table.py", *changed]
   )
 
 
