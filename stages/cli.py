@@ -160,6 +160,22 @@ def bench_step(
   bench.step(config, steps, _console(), against, out, trace)
 
 
+@bench_app.command("rdep")
+def bench_rdep(
+  config: File,
+  ranks: Annotated[int | None, typer.Option(help="Default: launch.ranks.")] = None,
+  tokens: Annotated[int | None, typer.Option(min=1, help="Of a rank. Default: a batch.")] = None,
+  shape: Annotated[
+    str | None, typer.Option(help="moonlight or deepseek. Default: the configuration's.")
+  ] = None,
+  out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
+) -> None:
+  """Expert parallelism: rows against a peer copy, the MoE layer against all_to_all_single."""
+  from stages import bench_rdep as bench
+
+  bench.rdep(config, ranks, tokens, shape, _console(), out)
+
+
 @check_app.command("resume")
 def check_resume(
   config: File,

@@ -1,0 +1,144 @@
+"""`nmoe bench rdep`: RDEP's rows and its MoE layer, measured by child processes, one a rank.
+
+This parent never imports torch. What is measured, and how, is in nmoe.rdep_bench.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kernels.arch import environment
+from nmoe import config as configs
+from nmoe.config import Config
+from nmoe.errors import ConfigError, RunError
+from nmoe.experiments import provenance
+from stages.launch import parent_environment
+
+REPO = Path(__file__).resolve().parent.parent
+REPEATS = 20
+SHAPES = {  # D, K, E, F of an MoE layer
+  "moonlight": (2048, 6, 64, 1408),
+  "deepseek": (7168, 8, 256, 2048),
+}
+
+
+def rdep(
+  path: Path,
+  ranks: int | None,
+  tokens: int | None,
+  shape: str | None,
+  console: Console,
+  out: Path | None = None,
+  repeats: int = REPEATS,
+) -> dict[str, Any]:
+  """Measure the configuration's MoE layer over `ranks` ranks with `tokens` tokens each.
+
+  None stands for what the configuration says; shape is one of SHAPES. Prints a table and writes
+  the same numbers to `out`. ConfigError if it cannot be measured, RunError if a rank fails.
+  """
+  config = layer_config(configs.load(path), path, ranks, tokens, shape)
+  commit, patch, _ = provenance(REPO)
+  found = _measured(config, repeats)
+  mark = "+" if patch else ""
+  found |= {"commit": commit + mark, "config": path.name, "arch": config.target.arch}
+  if out is not None:
+    out.write_text(json.dumps(found, indent=1))
+  _show(found, console)
+  return found
+
+
+def layer_config(
+  config: Config, path: Path, ranks: int | None, tokens: int | None, shape: str | None
+) -> Config:
+  """The configuration with one batch of one sequence of `tokens` tokens a rank."""
+  ranks = ranks or config.launch.ranks
+  tokens = tokens or config.train.micro_batch * config.data.seq_len
+  if ranks < 2:
+    raise ConfigError(f"{path}: one rank sends nothing; measure 2 or more: --ranks 2")
+  if not config.rdep.peer_access:
+    raise ConfigError(f"{path}: the bench writes to peers; set rdep.peer_access = true")
+  if shape is not None and shape not in SHAPES:
+    raise ConfigError(f"--shape {shape} is unknown; choose from {', '.join(SHAPES)}")
+  values: dict[str, Any] = {
+    "launch.ranks": ranks,
+    "data.seq_len": tokens,
+    "train.micro_batch": 1,
+    "schedule.batch_tokens": tokens * ranks,
+    "schedule.total_tokens": tokens * ranks,
+    "schedule.warmup_tokens": 0,
+    "schedule.decay_tokens": 0,
+  }
+  if shape is not None:
+    keys = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim")
+    values |= dict(zip(keys, SHAPES[shape], strict=True))
+  return config.with_values(**values)
+
+
+def _measured(config: Config, repeats: int) -> dict[str, Any]:
+  """What rank 0 says; RunError with the ranks' last words if one of them fails."""
+  with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
+    folder = Path(name)
+    (folder / "config.toml").write_text(configs.to_toml(config))
+    children = [_spawn(config, rank, repeats, folder) for rank in range(config.launch.ranks)]
+    try:
+      while any(child.poll() is None for child in children):
+        if any(child.poll() for child in children):
+          time.sleep(2)  # for the others' own errors
+          break
+        time.sleep(0.05)
+    finally:
+      failed = [rank for rank, child in enumerate(children) if child.poll() != 0]
+      for child in children:
+        child.kill()
+        child.wait()
+    if failed:
+      said = "\n".join((folder / f"{rank}.err").read_text()[-2000:] for rank in failed)
+      raise RunError(f"ranks {failed} of the bench failed:\n{said}")
+    return json.loads((folder / "0.out").read_text().splitlines()[-1])
+
+
+def _spawn(config: Config, rank: int, repeats: int, folder: Path) -> subprocess.Popen:
+  command = [sys.executable, "-m", "nmoe.rdep_bench", str(folder / "config.toml")]
+  command += ["--rank", str(rank), "--rendezvous", str(folder / "rendezvous")]
+  command += ["--repeats", str(repeats)]
+  env = parent_environment()
+  if config.target.arch != "cpu":
+    env |= environment(config.target.arch, Path(config.run.root) / "kernel_cache")
+  with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+    return subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True)
+
+
+def _show(found: dict[str, Any], console: Console) -> None:
+  shape = ", ".join(f"{name} {size}" for name, size in found["shape"].items())
+  where = f"{found['ranks']} ranks on {found['devices']} x {found['device']}"
+  console.print(f"{where}, {found['dtype']}, torch {found['torch']}, commit {found['commit'][:12]}")
+  table = Table(title=f"each rank: {shape}")
+  for column in ("what", "tokens", "ms (median)", "spread (p10–p90)", "GB/s", "SMs"):
+    table.add_column(column, justify="left" if column == "what" else "right")
+  for row in found["rows"]:
+    rate = "" if row["gb_s"] is None else f"{row['gb_s']:.2f}"
+    sms = "" if row["sms"] is None else str(row["sms"])
+    spread = f"{row['ms_p10']:.3f}–{row['ms_p90']:.3f}"
+    table.add_row(row["what"], str(row["tokens"]), f"{row['ms']:.3f}", spread, rate, sms)
+  console.print(table)
+  console.print(
+    f"of a plain peer copy's bandwidth: dispatch {found['dispatch_of_copy']:.1%}, "
+    f"return {found['return_of_copy']:.1%}"
+  )
+  console.print(
+    f"layer, forward + backward: {found['speedup']:.2f} x all_to_all_single ({found['backend']}); "
+    f"{found['over_longer_part']:.2f} x the longer of communication and computation alone"
+  )
+  worst = max(found["deviation"], key=found["deviation"].get)
+  console.print(
+    f"RDEP and all_to_all_single differ by at most {found['deviation'][worst]:.1e} ({worst})"
+  )
