@@ -1,5 +1,4 @@
-"""Time per phase of a step, without stopping the device: CUDA events there, the wall clock on cpu.
-"""
+"""Time per phase of a step, without stopping the device: CUDA events there, a wall clock on cpu."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 
 import torch
@@ -32,9 +33,7 @@ class Target:
   name: str  # of the processor, e.g. "NVIDIA B200"
   device: torch.device
   ops: ModuleType  # satisfies kernels.ops.Ops
-  peak_flops: (
-    float | None
-  )  # dense FLOP/s of the run's arithmetic; None on a CPU, which publishes none
+  peak_flops: float  # dense FLOP/s of a rank: the data sheet's, on a CPU what a product reached
   symmetric: ModuleType | None = None  # RDEP's memory and row movers; None with one rank
 
 
@@ -57,7 +56,8 @@ def select(config: Config, rank: int = 0) -> Target:
   torch.utils.deterministic.fill_uninitialized_memory = False
   cores = len(os.sched_getaffinity(0))
   torch.set_num_threads(config.launch.threads or max(1, cores // config.launch.ranks))
-  return Target(t.arch, name, device, ops, peak_flops(config), symmetric)
+  peak = peak_flops(config) or _measured_peak()
+  return Target(t.arch, name, device, ops, peak, symmetric)
 
 
 def examine(arch: str, ranks: int = 1) -> str:
@@ -118,6 +118,18 @@ def _memory(config: Config) -> str:
       f"{config.rdep.alignment}; set it to 1"
     )
   return "puts"
+
+
+def _measured_peak(size: int = 768, tries: int = 5) -> float:
+  """FLOP/s of the best of a few fp32 products [size, size] on this rank's CPU threads."""
+  a = torch.ones(size, size)
+  a @ a
+  seconds = []
+  for _ in range(tries):
+    begin = perf_counter()
+    a @ a
+    seconds.append(perf_counter() - begin)
+  return 2 * size**3 / min(seconds)
 
 
 def _cpu_name() -> str:

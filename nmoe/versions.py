@@ -1,7 +1,7 @@
 """The versions that nmoe asks for, read from its own project file, and those that are installed.
 
-Clauses are the few that the project file uses (==, >=, <), compared by release number; a local part
-(2.13.0+cu130) does not count.
+Clauses are the few that the project file uses (==, >=, <), compared by release number, == by what
+follows it too (4.0.0b36); a local part (2.13.0+cu130) does not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import tomli
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-_COMPARE = {"==": operator.eq, ">=": operator.ge, "<": operator.lt}
+_COMPARE = {">=": operator.ge, "<": operator.lt}
 _CLAUSE = re.compile(r"(==|>=|<)\s*([\w.+]+)")
 
 
@@ -34,8 +34,11 @@ class Requirement:
 
 def satisfies(version: str, clauses: str) -> bool:
   """Whether the version meets every clause in the text."""
-  found = _release(version)
-  return all(_COMPARE[sign](found, _release(bound)) for sign, bound in _CLAUSE.findall(clauses))
+  found = _parts(version)
+  bounds = [(sign, _parts(bound)) for sign, bound in _CLAUSE.findall(clauses)]
+  return all(
+    found == bound if sign == "==" else _COMPARE[sign](found[0], bound[0]) for sign, bound in bounds
+  )
 
 
 def requirements() -> list[Requirement]:
@@ -76,9 +79,10 @@ def _requirement(line: str, extra: str) -> Requirement:
   return Requirement(re.match(r"[\w.-]+", line)[0], line, extra)
 
 
-def _release(version: str) -> tuple[int, ...]:
-  """(2, 13, 0) of "2.13.0+cu130"; trailing zeros dropped, so that 6 equals 6.0."""
-  numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+def _parts(version: str) -> tuple[tuple[int, ...], str]:
+  """((4,), "b36") of "4.0.0b36+cu13"; trailing zeros dropped, so that 6 equals 6.0."""
+  release, suffix = re.match(r"(\d+(?:\.\d+)*)([^+]*)", version).groups()
+  numbers = [int(n) for n in release.split(".")]
   while numbers and numbers[-1] == 0:
     numbers.pop()
-  return tuple(numbers)
+  return tuple(numbers), suffix

@@ -137,9 +137,8 @@ class Watch:
     seconds = sum(s for name, s in phases.items() if name not in ("eval", "checkpoint"))
     rate = steps * self.config.schedule.batch_tokens / seconds
     speed = {"train/tokens_per_s": rate, "train/flops_per_token": self.flops_per_token}
-    if self.target.peak_flops:
-      peak = self.target.peak_flops * self.config.launch.ranks
-      speed["train/mfu"] = rate * self.flops_per_token / peak
+    peak = self.target.peak_flops * self.config.launch.ranks
+    speed["train/mfu"] = rate * self.flops_per_token / peak
     return speed
 
   def _peak(self) -> int:
