@@ -70,7 +70,7 @@ def experiments(root: Path, console: Console) -> None:
   records = Experiments(root)
   table = Table()
   for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
-    table.add_column(column, overflow="fold")
+    table.add_column(column, overflow="fold", no_wrap=column == "experiment")
   for e in records.list():
     runs = records.runs(e.id)
     done = sum(run.status == "completed" for run in runs)
@@ -85,7 +85,7 @@ def experiment(root: Path, name: str, console: Console) -> None:
   console.print(terminal_summary(root, found.id))
   table = Table()
   for column in ("run", "arm", "seed", "status", "fingerprint", "commit", "error"):
-    table.add_column(column, overflow="fold")
+    table.add_column(column, overflow="fold", no_wrap=column == "run")
   for run in records.runs(found.id):
     row = (run.id, run.arm, str(run.seed), run.status, run.fingerprint, run.commit[:10], run.error)
     table.add_row(*row)
