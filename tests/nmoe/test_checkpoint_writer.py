@@ -140,8 +140,9 @@ def test_the_stall_is_shorter_than_the_write(tmp_path):
   shares = []
   with Writer(tmp_path, 1) as writer:
     for step in range(1, 5):
+      state = {"w": torch.full((1 << 24,), float(step))}
       begun = time.perf_counter()
-      writer.copy({"w": torch.full((1 << 24,), float(step))})
+      writer.copy(state)
       writer.start(step, {})
       stalled = time.perf_counter()
       writer.wait()
