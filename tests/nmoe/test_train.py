@@ -29,7 +29,8 @@ SHORT = {
 PHASES = ("load", "forward", "backward", "clip", "step", "log")
 MOE = ("load_max_over_mean", "load_p05", "load_p50", "load_p95", "dead", "entropy", "bias_range")
 TAGS = {
-  *("train/loss", "train/bpb", "train/tokens_per_s", "train/flops_per_token", "data/wait_s"),
+  *("train/loss", "train/bpb", "train/tokens_per_s", "train/flops_per_token", "train/mfu"),
+  "data/wait_s",
   *("lr/dense", "lr/router", "lr/expert", "memory/peak_bytes", "val/loss", "val/bpb"),
   *(f"grad_norm/{group}" for group in ("all", "dense", "router", "expert")),
   *(f"time/{phase}_s" for phase in PHASES),
@@ -181,6 +182,12 @@ def test_phases_add_up(lab, monkeypatch):
     log(self, *args)
     marks.append(time.perf_counter())
 
+  def written(writer, *args):
+    start(writer, *args)
+    writer.wait()
+
+  start = checkpoint.Writer.start
+  monkeypatch.setattr(checkpoint.Writer, "start", written)  # no thread beside the clock
   monkeypatch.setattr(watch.Watch, "log", timed)
   run = lab.record(train__eval_every=4, train__log_every=2)
   assert lab.attempt(run) == 0
