@@ -58,7 +58,7 @@ def test_a_measurement(file, tmp_path):
 
 def a_bench(group, toml: str) -> Bench:
   config = configs.loads(toml, env={})
-  target = Target("cpu", "cpu", torch.device("cpu"), reference, None, symmetric)
+  target = Target("cpu", "cpu", torch.device("cpu"), reference, 1.0, symmetric)
   rdep = Rdep(config, reference, group, symmetric)
   return Bench(config, target, Parallel(group.rank(), group.size(), rdep, rdep.first, group))
 
