@@ -53,6 +53,9 @@ class _Module:
   def __getitem__(self, name: str) -> _NotLaunched:
     return _NotLaunched(self._module[name])
 
+  def __getattr__(self, name: str) -> _NotLaunched:
+    return _NotLaunched(getattr(self._module, name))
+
 
 class _Compile:
   """cute.compile, keeping what it compiled."""
