@@ -45,10 +45,9 @@ class Inspection:
 
 def tool(name: str) -> str:
   """The path of an NVIDIA binary tool, or KernelError saying what to install."""
-  spec = find_spec("nvidia.cu13")
-  folders = [str(Path(place, "bin")) for place in spec.submodule_search_locations] if spec else []
-  for folder in folders:
-    found = shutil.which(name, path=folder)
+  spec = find_spec("nvidia")
+  for place in spec.submodule_search_locations if spec else ():
+    found = shutil.which(name, path=str(Path(place, "cu13", "bin")))
     if found:
       return found
   found = shutil.which(name)
