@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kernels.arch import ARCHS
 from kernels.build import Shapes, build
 from nmoe import config as configs
 from nmoe import plan as plans
 from nmoe.config import Config
 from nmoe.doctor import examine
+from nmoe.errors import ConfigError
 from nmoe.experiments import Experiments
 from stages import launch
 from stages.report import terminal_summary
@@ -98,6 +100,8 @@ def kernels_built(path: Path, arch: str | None, console: Console) -> None:
   """Compile a configuration's kernels and say what was compiled; cached ones are left alone."""
   config = configs.load(path)
   arch = arch or config.target.arch
+  if arch not in ARCHS:
+    raise ConfigError(f"{arch!r} has no device code to compile; pass --arch {' or '.join(ARCHS)}")
   cache = Path(config.run.root).resolve() / "kernel_cache"
   with console.status(f"compiling the kernels of {path.name} for {arch}"):
     records = build([Shapes.of(config)], arch, cache, launch.parent_environment())

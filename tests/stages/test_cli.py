@@ -11,6 +11,7 @@ from labs import write_variant
 from typer.testing import CliRunner
 
 from nmoe import config as configs
+from nmoe.errors import ConfigError
 from stages import runs
 from stages.cli import app
 
@@ -95,6 +96,12 @@ def test_errors_are_one_message_and_status_one(lab):
   assert "unknown key moe.top_kk = 3; did you mean 'top_k'?" in done.stderr
   done = shell("config", "show", lab.file, NMOE_MOE__TOP_K="9")
   assert "NMOE_MOE__TOP_K: moe.top_k = 9 exceeds num_experts 4" in done.stderr
+
+
+def test_a_cpu_has_no_kernels_to_build(lab):
+  done = CliRunner().invoke(app, ["kernels", "build", str(lab.file)])
+  assert isinstance(done.exception, ConfigError)
+  assert "pass --arch sm_90a or sm_100a" in str(done.exception)
 
 
 def test_config_show_and_diff(lab):
