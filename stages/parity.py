@@ -137,8 +137,7 @@ def _claims(
     last = [_state(root, run, steps) for run in (one, runs[r])]
     updates = [_updates(first, end) for first, end in zip((a, b), last, strict=True)]
     yield _largest(r, "update", *updates, bound["update"])
-    routed = _rows(root, one), _rows(root, runs[r])
-    yield Claim(r, "tokens per expert", abs(routed[1] - routed[0]), 0.0, "")
+    yield _loads(root, r, one, runs[r])
   x, y = _state(root, runs[most], steps), _state(root, again, steps)
   differ = [name for name in x if not torch.equal(x[name], y[name])]
   yield Claim(
@@ -190,13 +189,12 @@ def _series(root: Path, ranks: int, a: Run, b: Run, tag: str, rows: slice, bound
   return Claim(ranks, tag, float(deviation.max()), bound, where)
 
 
-def _rows(root: Path, run: Run) -> float:
-  """Σ over layers and steps of the fullest expert's load over the mean: equal routings, equal
-  sums.
-  """
-  series = read(root, run.id)
-  tags = [tag for tag in series if tag.endswith("/load_max_over_mean")]
-  return sum(float(series[tag][2].sum()) for tag in tags)
+def _loads(root: Path, ranks: int, a: Run, b: Run) -> Claim:
+  """The largest difference of anything logged of the experts' loads: equal routings, none."""
+  x, y = (read(root, run.id) for run in (a, b))
+  found = {tag: float(abs(y[tag][2] - x[tag][2]).max()) for tag in x if tag.startswith("moe/")}
+  where = max(found, key=found.get)
+  return Claim(ranks, f"expert loads, {len(found)} logged series", found[where], 0.0, where)
 
 
 def collective_calls(events: list[dict]) -> list[str]:
