@@ -20,7 +20,7 @@ def case(batch, seq, heads, qk, v):
 
 @pytest.mark.parametrize(
   "shape",
-  [(2, 256, 4, 192, 128), (1, 77, 2, 64, 32), (1, 1024, 2, 96, 64)],
+  [(2, 256, 4, 192, 128), (1, 77, 2, 64, 64), (1, 1024, 2, 96, 64)],
   ids=str,
 )
 def test_attention_equals_the_float64_reference(shape):
@@ -50,6 +50,8 @@ def test_attention_refuses_what_it_cannot_run():
     attention(q.float(), k.float(), v.float(), 0.125)
   with pytest.raises(KernelError, match="multiples of 8"):
     attention(q[..., :60], k[..., :60], v, 0.125)
+  with pytest.raises(KernelError, match="64/32"):
+    attention(q, k, v[..., :32], 0.125)
   with pytest.raises(KernelError, match="shapes"):
     attention(q, k[:, :32], v, 0.125)
 

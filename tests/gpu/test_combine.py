@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu.oracle import assert_repeats, compare, normal, relative
+from gpu.oracle import ONE, assert_repeats, compare, normal, relative
 from kernels import reference
 from kernels.cuda.combine import combine, sum_rows, sum_rows_backward
 from kernels.ops import KernelError
@@ -15,13 +15,13 @@ SHAPES = [(1000, 6, 2048), (257, 8, 7168), (64, 1, 8), (33, 16, 1032)]  # T, K, 
 def test_forward_and_gradients(shape):
   tokens, top_k, dim = shape
   y, gate = normal(*shape), torch.rand(tokens, top_k, device="cuda").requires_grad_()
-  compare(combine, reference.combine, [y, gate], [normal(tokens, dim)])
+  compare(combine, reference.combine, [y, gate], [normal(tokens, dim)], ONE)
   assert_repeats(combine, [y, gate], [normal(tokens, dim)])
 
 
 def test_fp32():
   y, gate = normal(100, 4, 512, dtype=torch.float32), torch.rand(100, 4, device="cuda")
-  compare(combine, reference.combine, [y, gate.requires_grad_()], [normal(100, 512)])
+  compare(combine, reference.combine, [y, gate.requires_grad_()], [normal(100, 512)], ONE)
 
 
 @pytest.mark.parametrize("weighted", [True, False])

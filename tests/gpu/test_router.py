@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu.oracle import compare, relative
+from gpu.oracle import ONE, compare, relative
 from kernels.cuda.router import logit_parts, padded, route
 from kernels.ops import KernelError, RouterSpec
 
@@ -69,8 +69,10 @@ def test_scores_and_gradients(case):
     return gate * spec.scale, score
 
   dys = [torch.randn(tokens, n, device="cuda") for n in (spec.top_k, experts)]
-  compare(lambda *args: route(*args, spec)[1:3], exact, [x, weight, bias], dys)
-  compare(lambda *a: route(*a, spec).gate_TK, lambda *a: exact(*a)[0], [x, weight, bias], dys[:1])
+  compare(lambda *args: route(*args, spec)[1:3], exact, [x, weight, bias], dys, ONE)
+  compare(
+    lambda *a: route(*a, spec).gate_TK, lambda *a: exact(*a)[0], [x, weight, bias], dys[:1], ONE
+  )
 
 
 def test_ties_go_to_the_lower_index():
