@@ -21,7 +21,7 @@ MLA_HEAD = (192, 128)  # the widths beyond 128 that both architectures have
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-  """See kernels.ops.Ops.attention. bf16; head widths are multiples of 8 from 64 to 128, or 192/128."""
+  """See kernels.ops.Ops.attention. bf16; head widths are 64, 72, … 128, or 192/128."""
   check_device(check_same_device(q, k, v))
   check(
     q.shape == k.shape and k.shape[:3] == v.shape[:3],
@@ -37,8 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
   fits = all(width % 8 == 0 and 64 <= width <= 128 for width in widths)
   check(
     fits or widths == MLA_HEAD,
-    f"attention: head widths {widths[0]}/{widths[1]}; they must be multiples of 8 from 64 to 128, or "
-    f"{MLA_HEAD[0]}/{MLA_HEAD[1]}",
+    f"attention: head widths {widths[0]}/{widths[1]}; they must be multiples of 8 from 64 to "
+    f"128, or {MLA_HEAD[0]}/{MLA_HEAD[1]}",
   )
   if q.numel() == 0:
     return v * 1
