@@ -11,11 +11,16 @@ first the best topk_groups groups (by the sum of their best two), then K rounds 
 lowest index). Gates from the unbiased s. Counts are integer sums. Each token's logits are read
 once, its scores, experts and gates written once.
 
-Backward. One warp per token turns dgate and dscore into dlogits, written as bf16 parts d0 + d1, so
-that
+Backward. One warp per token turns dgate and what reached the logits through the scores into
+dlogits, written as bf16 parts d0 + d1, so that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
 are bf16 products as well, of operands with a relative error of 2^-16. dw is summed over slices of T
 that each fill the GPU, in a fixed order.
+
+Kept for backward: x, the weight, the chosen experts and their scores, 8 · T·K bytes. All scores,
+4 · T·E bytes, are kept for softmax, whose gates move every logit, and where a loss uses score_TE.
+With kernels.cuda.experts (preact 4 · N·F bytes, gate, row and source 4 · N each) an expert layer
+keeps 4 · N · (F + 5) + 4 · (E + 1) bytes beside x: 1,111.2 MB at T 32768, F 1408, E 64, K 6.
 
 Measured on one H200, T 32768, D 2048: E 64, K 6 forward 75 us (its product 52), backward 133; E
 256, K 8 in groups forward 222 (156), backward 302. T 4096, E 64: 30 and 82.
@@ -30,6 +35,7 @@ from cutlass import BFloat16, Float32, Int32, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 from quack.gemm import gemm
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.cuda.jit import ARCH, cached, check_device, compile_kernel, fake
 from kernels.ops import RouterSpec, Routing, check, check_same_device
@@ -97,7 +103,9 @@ class SplitWeight:
 
 
 class Select:
-  """Logit parts [T, 3·P] -> scores [T, E], experts and gates [T, K], counts [E] added to mCount."""
+  """Logit parts [T, 3·P] -> scores [T, E], experts, their scores and gates [T, K], counts [E] added
+  to mCount.
+  """
 
   def __init__(self, num_experts: int, spec: RouterSpec):
     self.spec, self.num_experts = spec, num_experts
@@ -105,13 +113,15 @@ class Select:
     self.grouped = spec.topk_groups < spec.num_groups
 
   @cute.jit
-  def __call__(self, mLogits, mBias, mScore, mExpert, mGate, mCount, blocks: Int32, stream):
-    self.kernel(mLogits, mBias, mScore, mExpert, mGate, mCount).launch(
+  def __call__(
+    self, mLogits, mBias, mScore, mExpert, mChosen, mGate, mCount, blocks: Int32, stream
+  ):
+    self.kernel(mLogits, mBias, mScore, mExpert, mChosen, mGate, mCount).launch(
       grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
   @cute.kernel
-  def kernel(self, mLogits, mBias, mScore, mExpert, mGate, mCount):
+  def kernel(self, mLogits, mBias, mScore, mExpert, mChosen, mGate, mCount):
     tidx, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
@@ -151,6 +161,7 @@ class Select:
         gate = score / (cute.arch.warp_reduction_sum(score) + Float32(1e-20))
       if lane < self.spec.top_k:
         mExpert[token, lane] = expert
+        mChosen[token, lane] = score
         mGate[token, lane] = gate * self.spec.scale
         cute.arch.atomic_add(sCount.iterator + expert, Int32(1))
       cute.arch.sync_warp()
@@ -234,64 +245,69 @@ class Select:
 
 
 class SelectBackward:
-  """dgate [T, K] and dscore [T, E] (or none) -> the bf16 parts [d0 d1 d0] of dlogits, [T, 3·P]."""
+  """dgate [T, K] and dlogit [T, E] (through the scores, or none) -> the bf16 parts [d0 d1 d0] of
+  all dlogits, [T, 3·P]. mScore is given for softmax alone.
+  """
 
   def __init__(self, num_experts: int, spec: RouterSpec):
     self.spec, self.num_experts = spec, num_experts
     self.per_lane = -(-padded(num_experts) // 32)
 
   @cute.jit
-  def __call__(self, mScore, mExpert, mDgate, mDscore, mParts, stream):
-    self.kernel(mScore, mExpert, mDgate, mDscore, mParts).launch(
-      grid=[cute.ceil_div(mScore.shape[0], WARPS), 1, 1], block=[THREADS, 1, 1], stream=stream
+  def __call__(self, mChosen, mScore, mExpert, mDgate, mDlogit, mParts, stream):
+    self.kernel(mChosen, mScore, mExpert, mDgate, mDlogit, mParts).launch(
+      grid=[cute.ceil_div(mParts.shape[0], WARPS), 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
   @cute.kernel
-  def kernel(self, mScore, mExpert, mDgate, mDscore, mParts):
+  def kernel(self, mChosen, mScore, mExpert, mDgate, mDlogit, mParts):
     bidx, _, _ = cute.arch.block_idx()
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     rows = cute.make_layout((WARPS, self.per_lane * 32), stride=(self.per_lane * 32, 1))
-    sDscore = SmemAllocator().allocate_tensor(Float32, rows, 16)[warp, None]
+    sGrad = SmemAllocator().allocate_tensor(Float32, rows, 16)[warp, None]
     token = bidx * WARPS + warp
-    if token < mScore.shape[0]:
-      rScore = cute.make_rmem_tensor(self.per_lane, Float32)
+    if token < mParts.shape[0]:
       for j in cutlass.range_constexpr(self.per_lane):
         e = lane + 32 * j
-        rScore[j] = Float32(0.0)
-        dscore = Float32(0.0)
-        if e < self.num_experts:
-          rScore[j] = mScore[token, e]
-          if const_expr(mDscore is not None):
-            dscore = mDscore[token, e]
-        sDscore[e] = dscore
+        sGrad[e] = Float32(0.0)
+        if const_expr(mDlogit is not None):
+          if e < self.num_experts:
+            sGrad[e] = mDlogit[token, e]
       cute.arch.sync_warp()
-      self.add_gates(mScore, mExpert, mDgate, sDscore, token)
+      dlogit = self.gates(mChosen, mDgate, token)
+      if lane < self.spec.top_k:
+        expert = mExpert[token, lane]
+        sGrad[expert] = sGrad[expert] + dlogit
       cute.arch.sync_warp()
       rGrad = cute.make_rmem_tensor(self.per_lane, Float32)
       for j in cutlass.range_constexpr(self.per_lane):
-        rGrad[j] = sDscore[lane + 32 * j] * rScore[j]
-      if const_expr(self.spec.score == "sigmoid"):
-        rGrad.store(rGrad.load() * (Float32(1.0) - rScore.load()))
-      else:
-        total = rGrad.load().reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-        rGrad.store(rGrad.load() - rScore.load() * cute.arch.warp_reduction_sum(total))
+        rGrad[j] = sGrad[lane + 32 * j]
+      if const_expr(mScore is not None):
+        total = cute.arch.warp_reduction_sum(dlogit)
+        for j in cutlass.range_constexpr(self.per_lane):
+          e = lane + 32 * j
+          if e < self.num_experts:
+            rGrad[j] = rGrad[j] - mScore[token, e] * total
       self.write_parts(rGrad, mParts, token)
 
   @cute.jit
-  def add_gates(self, mScore, mExpert, mDgate, sDscore: cute.Tensor, token: Int32):
-    """Add the gates' gradient with respect to the chosen scores (K distinct experts)."""
+  def gates(self, mChosen, mDgate, token: Int32) -> Float32:
+    """Lane k gets what the gates' gradient adds to the k-th chosen logit by its own score; 0 beyond
+    K.
+    """
     lane = cute.arch.lane_idx()
-    expert, score, dgate = Int32(0), Float32(0.0), Float32(0.0)
+    score, dgate = Float32(0.0), Float32(0.0)
     if lane < self.spec.top_k:
-      expert = mExpert[token, lane]
-      score = mScore[token, expert]
+      score = mChosen[token, lane]
       dgate = mDgate[token, lane] * self.spec.scale
     if const_expr(self.spec.normalize):
       total = cute.arch.warp_reduction_sum(score) + Float32(1e-20)
       mean = cute.arch.warp_reduction_sum(dgate * score) / total
       dgate = (dgate - mean) / total
-    if lane < self.spec.top_k:
-      sDscore[expert] = sDscore[expert] + dgate
+    dlogit = dgate * score
+    if const_expr(self.spec.score == "sigmoid"):
+      dlogit = dlogit * (Float32(1.0) - score)
+    return dlogit
 
   @cute.jit
   def write_parts(self, rGrad: cute.Tensor, mParts: cute.Tensor, token: Int32):
@@ -316,19 +332,25 @@ def compile_select(num_experts: int, spec: RouterSpec):
   logits = fake(Float32, None, PARTS * padded(num_experts), align=4)
   bias, count = fake(Float32, num_experts, align=4), fake(Int32, num_experts, align=4)
   score = fake(Float32, None, num_experts, align=4)
-  expert, gate = (fake(dtype, None, spec.top_k, align=4) for dtype in (Int32, Float32))
+  expert, chosen, gate = (
+    fake(dtype, None, spec.top_k, align=4) for dtype in (Int32, Float32, Float32)
+  )
   kernel = Select(num_experts, spec)
-  return compile_kernel(kernel, logits, bias, score, expert, gate, count, Int32(1))
+  return compile_kernel(kernel, logits, bias, score, expert, chosen, gate, count, Int32(1))
 
 
 @cached
-def compile_select_backward(num_experts: int, spec: RouterSpec, with_dscore: bool):
-  score = fake(Float32, None, num_experts, align=4)
-  expert, dgate = (fake(dtype, None, spec.top_k, align=4) for dtype in (Int32, Float32))
-  dscore = fake(Float32, None, num_experts, align=4) if with_dscore else None
+def compile_select_backward(num_experts: int, spec: RouterSpec, with_dlogit: bool):
+  expert, chosen, dgate = (
+    fake(dtype, None, spec.top_k, align=4) for dtype in (Int32, Float32, Float32)
+  )
+  score, dlogit = (
+    fake(Float32, None, num_experts, align=4) if given else None
+    for given in (spec.score == "softmax", with_dlogit)
+  )
   parts = fake(BFloat16, None, PARTS * padded(num_experts), align=2)
   kernel = SelectBackward(num_experts, spec)
-  return compile_kernel(kernel, score, expert, dgate, dscore, parts)
+  return compile_kernel(kernel, chosen, score, expert, dgate, dlogit, parts)
 
 
 def split_weight(weight_ED: Tensor, parts: tuple[int, ...]) -> Tensor:
@@ -373,41 +395,63 @@ def input_grad(parts: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
+  """The scores' gradient that arrives here is that of the logits: see _Scores."""
+
   @staticmethod
   def forward(ctx, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, spec: RouterSpec):
     num_tokens, num_experts = x_TD.shape[0], weight_ED.shape[0]
     new = weight_ED.new_empty
     score_TE = new(num_tokens, num_experts)
     expert_TK = new(num_tokens, spec.top_k, dtype=torch.int32)
-    gate_TK = new(num_tokens, spec.top_k)
+    chosen_TK, gate_TK = (new(num_tokens, spec.top_k) for _ in range(2))
     count_E = weight_ED.new_zeros(num_experts, dtype=torch.int32)
     if num_tokens:
       logits = logit_parts(x_TD, weight_ED)
       blocks = min(-(-num_tokens // WARPS), 8 * ARCH.num_sms)
       run = compile_select(num_experts, spec)
-      run(logits, bias_E, score_TE, expert_TK, gate_TK, count_E, blocks)
+      run(logits, bias_E, score_TE, expert_TK, chosen_TK, gate_TK, count_E, blocks)
     ctx.spec = spec
-    ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
+    kept_TE = score_TE if spec.score == "softmax" else None
+    ctx.save_for_backward(x_TD, weight_ED, expert_TK, chosen_TK, kept_TE)
     ctx.mark_non_differentiable(expert_TK, count_E)
     ctx.set_materialize_grads(False)
     return expert_TK, gate_TK, score_TE, count_E
 
   @staticmethod
-  def backward(ctx, _expert, dgate_TK, dscore_TE, _count):
-    x_TD, weight_ED, score_TE, expert_TK = ctx.saved_tensors
-    num_tokens, num_experts = score_TE.shape
-    if num_tokens == 0 or (dgate_TK is None and dscore_TE is None):
+  @once_differentiable
+  def backward(ctx, _expert, dgate_TK, dlogit_TE, _count):
+    x_TD, weight_ED, expert_TK, chosen_TK, score_TE = ctx.saved_tensors
+    num_tokens, num_experts = x_TD.shape[0], weight_ED.shape[0]
+    if num_tokens == 0 or (dgate_TK is None and dlogit_TE is None):
       return torch.zeros_like(x_TD), torch.zeros_like(weight_ED), None, None
-    if dgate_TK is None:
-      dgate_TK = score_TE.new_zeros(expert_TK.shape)
-    if dscore_TE is not None:
-      dscore_TE = dscore_TE.contiguous()
+    dgate_TK = torch.zeros_like(chosen_TK) if dgate_TK is None else dgate_TK.contiguous()
     parts = x_TD.new_empty(num_tokens, PARTS * padded(num_experts))
-    run = compile_select_backward(num_experts, ctx.spec, dscore_TE is not None)
-    run(score_TE, expert_TK, dgate_TK.contiguous(), dscore_TE, parts)
+    run = compile_select_backward(num_experts, ctx.spec, dlogit_TE is not None)
+    run(chosen_TK, score_TE, expert_TK, dgate_TK, dlogit_TE, parts)
     dx = input_grad(parts, weight_ED) if ctx.needs_input_grad[0] else None
     dw = weight_grad(parts, x_TD, num_experts) if ctx.needs_input_grad[1] else None
     return dx, dw, None, None
+
+
+class _Scores(torch.autograd.Function):
+  """_Route's scores as they are; the gradient goes on to the logits. What this keeps lives only
+  where score_TE is used.
+  """
+
+  @staticmethod
+  def forward(ctx, score_TE: Tensor, score: str) -> Tensor:
+    ctx.save_for_backward(score_TE)
+    ctx.score = score
+    return score_TE.view_as(score_TE)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dscore_TE: Tensor):
+    (score_TE,) = ctx.saved_tensors
+    dscore_TE = dscore_TE.contiguous()
+    if ctx.score == "sigmoid":
+      return torch.ops.aten.sigmoid_backward(dscore_TE, score_TE), None
+    return torch.ops.aten._softmax_backward_data(dscore_TE, score_TE, 1, score_TE.dtype), None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> None:
@@ -439,4 +483,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> None:
 def route(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> Routing:
   """See kernels.ops.Ops.route. x bf16 [T, D]; E up to 512, K up to 32, up to 32 groups."""
   _check(x, weight, bias, spec)
-  return Routing(*_Route.apply(x.contiguous(), weight.contiguous(), bias.contiguous(), spec))
+  expert_TK, gate_TK, score_TE, count_E = _Route.apply(
+    x.contiguous(), weight.contiguous(), bias.contiguous(), spec
+  )
+  return Routing(expert_TK, gate_TK, _Scores.apply(score_TE, spec.score), count_E)

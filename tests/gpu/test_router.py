@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gpu.oracle import ONE, compare, relative
+from kernels.bench import Moe, MoeLayer, kept
 from kernels.cuda.router import logit_parts, padded, route
 from kernels.ops import KernelError, RouterSpec
 
@@ -69,10 +70,25 @@ def test_scores_and_gradients(case):
     return gate * spec.scale, score
 
   dys = [torch.randn(tokens, n, device="cuda") for n in (spec.top_k, experts)]
-  compare(lambda *args: route(*args, spec)[1:3], exact, [x, weight, bias], dys, ONE)
-  compare(
-    lambda *a: route(*a, spec).gate_TK, lambda *a: exact(*a)[0], [x, weight, bias], dys[:1], ONE
-  )
+  gates, scores = (lambda *a, i=i: route(*a, spec)[i] for i in (1, 2))
+  compare(lambda *a: route(*a, spec)[1:3], exact, [x, weight, bias], dys, ONE)
+  compare(gates, lambda *a: exact(*a)[0], [x, weight, bias], dys[:1], ONE)
+  compare(scores, lambda *a: exact(*a)[1], [x, weight, bias], dys[1:], ONE)
+
+
+def test_a_layer_keeps_what_the_docstring_says():
+  layer = MoeLayer(Moe(tokens=512, dim=256, width=64))  # tensors up to 1 MiB have exact blocks
+  layer.step(0)
+  assert kept(lambda: layer.forward(0)) == 4 * 512 * 6 * (64 + 5) + 512  # 512: the offsets
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_scores_are_kept_where_they_are_used(score):
+  x, weight, bias = inputs(512, 256, 64)
+  spec, rows, scores = RouterSpec(8, score), 4 * 512 * 8, 4 * 512 * 64
+  always = 2 * rows + (scores if score == "softmax" else 0)  # experts and their scores
+  assert kept(lambda: route(x, weight, bias, spec).gate_TK) == always
+  assert kept(lambda: route(x, weight, bias, spec).score_TE.sum(1)) == 2 * rows + scores
 
 
 def test_ties_go_to_the_lower_index():
