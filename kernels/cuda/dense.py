@@ -9,6 +9,8 @@ fp8 and nvfp4 are kernels.cuda.products with one expert.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,28 @@ from kernels.cuda import gemms
 from kernels.cuda.experts import grouped_mlp
 from kernels.cuda.jit import check_device
 from kernels.cuda.products import block_scaled_product
+from kernels.gradient import gradient
 from kernels.ops import Recipe, check, check_same_device
+
+
+def _gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+  """dyᵀ · x, `weight`'s gradient."""
+  return gradient(weight, partial(gemms.dense_grad, dy, x))
+
+
+class _Linear(torch.autograd.Function):
+  @staticmethod
+  def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    ctx.save_for_backward(x, weight)
+    return F.linear(x, weight)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx, dy: Tensor):
+    x, weight = ctx.saved_tensors
+    need_dx, need_dw = ctx.needs_input_grad
+    dw = _gradient(weight, dy, x) if need_dw else None
+    return dy @ weight if need_dx else None, dw
 
 
 def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
@@ -29,7 +52,8 @@ def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in their last dimension",
   )
   if recipe.format == "bf16":
-    return F.linear(x, weight)
+    y = _Linear.apply(x.reshape(-1, weight.shape[1]), weight)
+    return y.view(*x.shape[:-1], weight.shape[0])
   rows = x.flatten(0, -2)
   y = block_scaled_product(rows, weight[None], _all_rows(rows), recipe, 0)
   return y.unflatten(0, x.shape[:-1])
@@ -53,7 +77,8 @@ class _Mlp(torch.autograd.Function):
     x, preact, w13, w2 = ctx.saved_tensors
     dy = dy.contiguous()
     dpreact, act, _ = gemms.dgated(dy, w2, preact)
-    return dpreact @ w13, dpreact.T @ x, dy.T @ act, None
+    dw13, dw2 = _gradient(w13, dpreact, x), _gradient(w2, dy, act)
+    return dpreact @ w13, dw13, dw2, None
 
 
 def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:

@@ -30,6 +30,7 @@ from kernels.cuda import gemms
 from kernels.cuda.combine import sum_rows, sum_rows_backward
 from kernels.cuda.products import block_scaled_mlp, block_scaled_product
 from kernels.cuda.tail import zero_tail
+from kernels.gradient import gradient
 from kernels.ops import Layout, Recipe, check
 from kernels.reference.swiglu import swiglu
 
@@ -51,10 +52,22 @@ def _check(x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor) -> None:
   )
 
 
-def _dw13(x: Tensor, dpreact: Tensor, w13: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
-  dw13 = torch.empty_like(w13)
-  gemms.weight_grad(x, dpreact, offset, dw13.mT, index)
-  return dw13
+def _dw13(
+  x: Tensor, dpreact: Tensor, w13: Tensor, offset: Tensor, index: Tensor | None = None
+) -> Tensor | None:
+  def product(out: Tensor, add: bool) -> None:
+    gemms.weight_grad(x, dpreact, offset, out.mT, index, add=add)
+
+  return gradient(w13, product)
+
+
+def _dw2(
+  dy: Tensor, act: Tensor, w2: Tensor, offset: Tensor, index: Tensor | None = None
+) -> Tensor | None:
+  def product(out: Tensor, add: bool) -> None:
+    gemms.weight_grad(dy, act, offset, out, index, add=add)
+
+  return gradient(w2, product)
 
 
 class _GroupedMlp(torch.autograd.Function):
@@ -70,9 +83,9 @@ class _GroupedMlp(torch.autograd.Function):
     x, preact, offset, w13, w2 = ctx.saved_tensors
     dy = dy.contiguous()
     dpreact, act, _ = gemms.dgated(dy, w2, preact, offset=offset)
-    dw2 = gemms.weight_grad(dy, act, offset, torch.empty_like(w2))
+    dw2 = _dw2(dy, act, w2, offset)
     dx = zero_tail(gemms.rows(dpreact, w13.mT, offset), offset)
-    return dx, None, _dw13(x, dpreact, w13, offset, None), dw2, None
+    return dx, None, _dw13(x, dpreact, w13, offset), dw2, None
 
 
 class _Experts(torch.autograd.Function):
@@ -93,7 +106,7 @@ class _Experts(torch.autograd.Function):
     dy, token = dy.contiguous(), source // gate.shape[1]
     gate_N = gate.flatten().index_select(0, source)
     dpreact, act, dgate_N = gemms.dgated(dy, w2, preact, offset=offset, index=token, scale=gate_N)
-    dw2 = gemms.weight_grad(dy, act, offset, torch.empty_like(w2), token)
+    dw2 = _dw2(dy, act, w2, offset, token)
     dx = sum_rows(gemms.rows(dpreact, w13.mT, offset), row)
     dw13 = _dw13(x, dpreact, w13, offset, token)
     return dx, dgate_N.index_select(0, row.flatten()).view_as(gate), None, dw13, dw2, None

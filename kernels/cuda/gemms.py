@@ -9,8 +9,9 @@ never exists. All accumulate in fp32 and are bit-identical from run to run: no s
                dpreact = swiglu'(preact) · scale · dact,
                dscale = Σ_F swiglu(preact) · dact, in fp32, in a fixed order
   rows         a · w[e]ᵀ
-  weight_grad  a[index]ᵀ · b over the rows of each expert
+  weight_grad  a[index]ᵀ · b over the rows of each expert, or added to an fp32 tensor
   accumulate   aᵀ · b, or added to an fp32 tensor
+  dense_grad   aᵀ · b by cuBLAS, which splits the long sum of a small output among all SMs
 """
 
 from __future__ import annotations
@@ -215,19 +216,30 @@ def weight_grad(
   out: Tensor,
   index: Tensor | None = None,
   alpha: Tensor | float = 1.0,
+  add: bool = False,
 ) -> Tensor:
   """out[e] = alpha · a[index]ᵀ · b over expert e's rows: a [*, I], b [N, O], out [E, I, O].
 
-  A transposed view serves as out; index int32 [N] gathers the rows of a.
+  A transposed view serves as out; index int32 [N] gathers the rows of a. With `add` out is fp32 and
+  the product is added to it: one addition an element, 0 for an expert without rows.
   """
   tile = config("weight", a.shape[1], b.shape[1])
-  return _gemm(tile, a.mT, b.mT, out, cu_seqlens_k=offset, A_idx=index, alpha=alpha)
+  more = {"add_to_output": True} if add else {}
+  return _gemm(tile, a.mT, b.mT, out, cu_seqlens_k=offset, A_idx=index, alpha=alpha, **more)
 
 
 def accumulate(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
   """out = aᵀ · b, or out += aᵀ · b: a [T, I] and b [T, O] bf16, out fp32 [I, O] in place."""
   tile = config("weight", a.shape[1], b.shape[1])
   return _gemm(tile, a.mT, b.mT, out, add_to_output=add)
+
+
+def dense_grad(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
+  """out = aᵀ · b, or out += aᵀ · b if out is fp32: a [T, I], b [T, O], out [I, O] fp32 or as a."""
+  more = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+  if add:
+    return torch.addmm(out, a.T, b, out=out, **more)
+  return torch.mm(a.T, b, out=out, **more)
 
 
 def rows_block_scaled(

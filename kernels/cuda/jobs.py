@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -39,6 +39,15 @@ def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
   outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
   roots = [out for out in outputs if out.requires_grad]
   torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
+
+
+def all_gradients(run: Callable[[], object], weights: Sequence[Tensor]) -> None:
+  """Run forward and backward with the weights' gradients in bf16, then made in fp32, then added."""
+  run()
+  for weight in weights:
+    weight.grad, weight.grad_dtype = None, FP32
+  run()
+  run()
 
 
 def _route(s: Shapes) -> None:
@@ -122,12 +131,16 @@ def _experts(s: Shapes) -> None:
   tokens, local = s.batch * s.seq_len, s.num_experts // s.ranks
   weights = meta(local, 2 * s.expert_dim, s.dim), meta(local, s.dim, s.expert_dim)
   order = layout(meta(tokens, s.top_k, dtype=torch.int32), local)
-  for recipe in _recipes(s):
+
+  def run(recipe: Recipe) -> None:
     if s.ranks == 1:
       gate = meta(tokens, s.top_k, dtype=FP32)
       backward(experts(meta(tokens, s.dim), gate, order, *weights, recipe))
     else:
       backward(grouped_mlp(meta(tokens * s.top_k, s.dim), order.offset_E1, *weights, recipe))
+
+  for recipe in _recipes(s):
+    all_gradients(partial(run, recipe), weights)
 
 
 def _loss(s: Shapes) -> None:

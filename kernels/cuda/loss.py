@@ -7,7 +7,8 @@ For each chunk (three GEMMs, one pass over the logits, nothing of [T, V] size):
   dz = softmax(z) - onehot(target)      in place, from the stored z, fp32, rounded once
   dx = dz · weight,   dweight += dzᵀ · x            dweight accumulates over chunks in fp32
 Backward multiplies dx and dweight by the incoming scalar. FLOPs: 6 · T · D · V.
-Extra memory: chunk · V logits in bf16, V · D fp32 and, in backward, V · D in the weight's dtype.
+Extra memory: chunk · V logits in bf16, V · D fp32 and, in backward, V · D in the gradient's dtype;
+the latter not where an fp32 gradient is already there, to which backward adds in one pass.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cuda.gemms import accumulate, check_operands, config
+from kernels.gradient import gradient
 from kernels.ops import check
 
 VOCABULARY = 128  # V is a multiple of this
@@ -73,19 +75,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         torch.mm(z[: part.stop - start], weight, out=dx[part])
       if need_dw:
         accumulate(z, x_c, dw, add=start > 0)
-    ctx.save_for_backward(dx, dw)
-    ctx.dtype = weight.dtype
+    ctx.save_for_backward(dx, dw, weight)
     ctx.mark_non_differentiable(losses)
     return losses.sum(), losses
 
   @staticmethod
   @once_differentiable
   def backward(ctx, dsum: Tensor, _):
-    dx, dw = ctx.saved_tensors
+    dx, dw, weight = ctx.saved_tensors
+
+    def scale(out: Tensor, add: bool) -> None:
+      if add:
+        out.addcmul_(dw, dsum)
+      else:
+        torch.mul(dw, dsum, out=out)
+
     if dx is not None:
       dx = (dx * dsum).to(dx.dtype)
     if dw is not None:
-      dw = torch.mul(dw, dsum, out=dw.new_empty(dw.shape, dtype=ctx.dtype))
+      dw = gradient(weight, scale)
     return dx, dw, None, None, None
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.gradient import gradient
 from kernels.ops import check
 from kernels.reference.dtypes import wide
 
@@ -42,17 +43,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx[rows] = (dlogits @ weight_wide).to(x.dtype)
       if need_weight:
         dweight.addmm_(dlogits.T, x_rows)
-    ctx.save_for_backward(dx, dweight)
-    ctx.weight_dtype = weight.dtype
+    ctx.save_for_backward(dx, dweight, weight)
     ctx.mark_non_differentiable(losses)
     return losses.sum(), losses
 
   @staticmethod
   @once_differentiable
   def backward(ctx, dtotal: Tensor, _):
-    dx, dweight = ctx.saved_tensors
+    dx, dweight, weight = ctx.saved_tensors
+
+    def scale(out: Tensor, add: bool) -> None:
+      if add:
+        out.addcmul_(dweight, dtotal)
+      else:
+        torch.mul(dweight, dtotal, out=out)
+
     dx = None if dx is None else (dx * dtotal).to(dx.dtype)
-    dweight = None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype)
+    dweight = None if dweight is None else gradient(weight, scale)
     return dx, dweight, None, None, None
 
 
