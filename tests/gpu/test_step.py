@@ -1,0 +1,104 @@
+"""A small moonlet on the GPU: its gradients against float64, and its training steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import kernels.cuda
+import kernels.reference
+from gpu.oracle import relative
+from nmoe import config as configs
+from nmoe.config import Config
+from nmoe.metrics import read
+from nmoe.model import Model
+from stages.runs import Workbench, progress_display
+
+pytestmark = pytest.mark.gpu
+SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"
+ROUNDING = 2.0**-9  # of one value to bf16, at most
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+def small(steps: int, **values: object) -> Config:
+  """small.toml over bytes, without evaluation."""
+  config = configs.load(SMALL)
+  return config.with_values(
+    **{
+      "data.tokenizer": "byte",
+      "model.vocab_size": 384,
+      "schedule.total_tokens": steps * config.schedule.batch_tokens,
+      "schedule.warmup_tokens": 0,
+      "schedule.decay_tokens": 0,
+      "train.eval_every": 0,
+      **values,
+    }
+  )
+
+
+def gradients(model: Model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+  out = model(tokens, tokens.roll(-1, 1))
+  (out.loss_sum / tokens.numel() + out.balance_loss).backward()
+  return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("forced_balance", [True, False])
+def test_gradients_err_at_most_twice_as_much_as_the_reference_in_bf16(forced_balance: bool) -> None:
+  config = small(1, **{"moe.forced_balance": forced_balance})
+  tokens = torch.randint(0, 384, (2, 1024), generator=torch.Generator().manual_seed(0)).cuda()
+  found = {}
+  for name, ops, dtype in (
+    ("cuda", kernels.cuda, torch.bfloat16),
+    ("reference", kernels.reference, torch.bfloat16),
+    ("exact", kernels.reference, torch.float64),
+  ):
+    with torch.device("cuda"):
+      model = Model(config, ops)
+    model.init_weights(0)
+    found[name] = gradients(model.double() if dtype == torch.float64 else model, tokens)
+  worse = {}
+  for name, exact in found["exact"].items():
+    ours, plain = relative(found["cuda"][name], exact), relative(found["reference"][name], exact)
+    if ours > 2 * max(plain, ROUNDING):
+      worse[name] = (ours, plain)
+  assert not worse
+
+
+def test_the_host_waits_for_nothing_between_logs(tmp_path: Path) -> None:
+  config = small(20, **{"run.root": str(tmp_path), "train.log_every": 20})
+  bench = Workbench.open(str(tmp_path), Console())
+  arm = bench.arm("small", config)
+  experiment = bench.experiment("research", config, [arm])
+  with progress_display(bench.console) as progress:
+    run = bench.repeat(experiment, arm, 0, progress, tmp_path / "trace")
+  assert run.status == "completed"
+  events = json.loads((tmp_path / "trace" / "trace.json").read_text())["traceEvents"]
+  steps = [e for e in events if e.get("cat") == "user_annotation" and "ProfilerStep" in e["name"]]
+  assert len(steps) == 3
+  thread, begin = steps[0]["tid"], min(e["ts"] for e in steps)
+  end = max(e["ts"] + e["dur"] for e in steps)
+  calls = [
+    e["name"]
+    for e in events
+    if e.get("cat") == "cuda_runtime" and e["tid"] == thread and begin <= e["ts"] < end
+  ]
+  assert any("Launch" in name for name in calls)
+  assert not [name for name in calls if name in WAITS]
+
+
+def test_two_runs_are_equal_bit_for_bit(tmp_path: Path) -> None:
+  config = small(12, **{"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": 16})
+  bench = Workbench.open(str(tmp_path), Console())
+  arm = bench.arm("small", config)
+  experiment = bench.experiment("research", config, [arm])
+  with progress_display(bench.console) as progress:
+    runs = [bench.repeat(experiment, arm, 0, progress) for _ in range(2)]
+  first, second = (read(tmp_path, run.id) for run in runs)
+  for tag in ("train/loss", "grad_norm/all"):
+    assert len(first[tag][2]) == 12
+    assert np.array_equal(first[tag][2], second[tag][2])
