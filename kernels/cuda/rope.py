@@ -37,11 +37,17 @@ THREADS = 256
 
 
 class Qkv:
-  """What both directions share: the widths and the rotation of one vector of pairs."""
+  """What both directions share: the widths, the launch and the rotation of one vector of pairs."""
 
   def __init__(self, dtype: type, width: int, heads: int, nope: int, rope: int, v: int):
     self.dtype, self.width, self.heads = dtype, width, heads
     self.nope, self.rope, self.v = nope, rope, v
+
+  @cute.jit
+  def __call__(self, mX, mY, mZ, mCos, mSin, mXout, mYout, mZout, stream):
+    self.kernel(mX, mY, mZ, mCos, mSin, mXout, mYout, mZout).launch(
+      grid=[mX.shape[0], 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
 
   @cute.jit
   def copy(self, mSrc: cute.Tensor, src: Int64, mDst: cute.Tensor, dst: Int64):
@@ -67,12 +73,6 @@ class Qkv:
 
 
 class QkvForward(Qkv):
-  @cute.jit
-  def __call__(self, mQ, mKv, mKr, mCos, mSin, mQout, mKout, mVout, stream):
-    self.kernel(mQ, mKv, mKr, mCos, mSin, mQout, mKout, mVout).launch(
-      grid=[mQ.shape[0], 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
-
   @cute.kernel
   def kernel(self, mQ, mKv, mKr, mCos, mSin, mQout, mKout, mVout):
     tidx, _, _ = cute.arch.thread_idx()
@@ -98,12 +98,6 @@ class QkvForward(Qkv):
 
 
 class QkvBackward(Qkv):
-  @cute.jit
-  def __call__(self, mDq, mDk, mDv, mCos, mSin, mDqIn, mDkv, mDkr, stream):
-    self.kernel(mDq, mDk, mDv, mCos, mSin, mDqIn, mDkv, mDkr).launch(
-      grid=[mDq.shape[0], 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
-
   @cute.jit
   def inverse(self, mCos: cute.Tensor, mSin: cute.Tensor, position: Int64, column: Int64):
     rCos, rSin = self.angles(mCos, mSin, position, column)
@@ -140,70 +134,63 @@ class QkvBackward(Qkv):
       self.rotate(rSum, rCos, rSin, mDkr, token * self.rope + i * self.width)
 
 
-def _fakes(dtype: type, heads: int, nope: int, rope: int, v: int):
-  """Fake (q, kv, k, v) and (cos, sin), one row per token."""
-  widths = (heads * (nope + rope), heads * (nope + v), heads * (nope + rope), heads * v)
-  return [fake(dtype, None, w) for w in widths], [fake(Float32, None, rope // 2) for _ in range(2)]
-
-
 @cached
-def compile_forward(torch_dtype, heads: int, nope: int, rope: int, v: int):
+def compile_qkv(backward: bool, torch_dtype, heads: int, nope: int, rope: int, v: int):
   dtype, width = DTYPES[torch_dtype], VECTOR_BYTES // torch_dtype.itemsize
-  (q, kv, _, _), angles = _fakes(dtype, heads, nope, rope, v)
-  (q_out, _, k_out, v_out), _ = _fakes(dtype, heads, nope, rope, v)
+  q, kv, q_out, k_out, v_out = (
+    fake(dtype, None, heads * size) for size in (nope + rope, nope + v, nope + rope, nope + rope, v)
+  )
   k_rope = cute.runtime.make_fake_tensor(
     dtype,
     (cute.sym_int64(), rope),
     stride=(cute.sym_int64(divisibility=width), 1),
     assumed_align=VECTOR_BYTES,
   )
-  kernel = QkvForward(dtype, width, heads, nope, rope, v)
-  return compile_kernel(kernel, q, kv, k_rope, *angles, q_out, k_out, v_out)
-
-
-@cached
-def compile_backward(torch_dtype, heads: int, nope: int, rope: int, v: int):
-  dtype, width = DTYPES[torch_dtype], VECTOR_BYTES // torch_dtype.itemsize
-  (dq, _, dk, dv), angles = _fakes(dtype, heads, nope, rope, v)
-  (dq_in, dkv, _, _), _ = _fakes(dtype, heads, nope, rope, v)
-  kernel = QkvBackward(dtype, width, heads, nope, rope, v)
-  return compile_kernel(kernel, dq, dk, dv, *angles, dq_in, dkv, fake(dtype, None, rope))
+  sides = (q, kv, k_rope), (q_out, k_out, v_out)
+  sources, targets = sides[::-1] if backward else sides
+  angles = (fake(Float32, None, rope // 2) for _ in range(2))
+  kernel = (QkvBackward if backward else QkvForward)(dtype, width, heads, nope, rope, v)
+  return compile_kernel(kernel, *sources, *angles, *targets)
 
 
 def _rows(t: Tensor) -> Tensor:
-  """[B, S, ...] as one contiguous row per token."""
-  return t.contiguous().view(t.shape[0] * t.shape[1], -1)
+  """[B, S, ...] as one row per token, without a copy."""
+  return t.view(t.shape[0] * t.shape[1], -1)
+
+
+def _run(
+  backward: bool,
+  sources: tuple[Tensor, ...],
+  angles: tuple[Tensor, ...],
+  widths: tuple[int, int, int, int],
+) -> tuple[Tensor, ...]:
+  """(q, kv, k_rope) -> (q, k, v), or the latter's gradients -> the former's. widths: H, nope, rope,
+  v.
+  """
+  heads, nope, rope, v = widths
+  q, kv = (heads, nope + rope), (heads, nope + v)
+  shapes = (q, kv, (rope,)) if backward else (q, q, (heads, v))
+  first = sources[0]
+  targets = tuple(first.new_empty(*first.shape[:2], *shape) for shape in shapes)
+  if first.numel():
+    run = compile_qkv(backward, first.dtype, *widths)
+    run(*map(_rows, sources), *angles, *map(_rows, targets))
+  return targets
 
 
 class _MlaQkv(torch.autograd.Function):
   @staticmethod
   def forward(ctx, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor):
-    (batch, seq, heads, qk), rope = q.shape, k_rope.shape[-1]
-    v_dim = kv.shape[-1] - (qk - rope)
+    (heads, qk), rope = q.shape[2:], k_rope.shape[-1]
     ctx.save_for_backward(cos, sin)
-    ctx.static = (q.dtype, heads, qk - rope, rope, v_dim)
-    q_out, k_out = q.new_empty(q.shape), q.new_empty(q.shape)
-    v_out = q.new_empty(batch, seq, heads, v_dim)
-    if q.numel():
-      run = compile_forward(*ctx.static)
-      k_rope = k_rope.flatten(0, 1)
-      run(_rows(q), _rows(kv), k_rope, cos, sin, _rows(q_out), _rows(k_out), _rows(v_out))
-    return q_out, k_out, v_out
+    ctx.widths = heads, qk - rope, rope, kv.shape[-1] - (qk - rope)
+    return _run(False, (q, kv, k_rope), (cos, sin), ctx.widths)
 
   @staticmethod
   @once_differentiable
-  def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-    cos, sin = ctx.saved_tensors
-    dtype, heads, nope, rope, v_dim = ctx.static
-    batch, seq = dq.shape[:2]
-    dq_in, dkv, dk_rope = (
-      dq.new_empty(batch, seq, *shape)
-      for shape in ((heads, nope + rope), (heads, nope + v_dim), (rope,))
-    )
-    if dq.numel():
-      run = compile_backward(*ctx.static)
-      run(_rows(dq), _rows(dk), _rows(dv), cos, sin, _rows(dq_in), _rows(dkv), _rows(dk_rope))
-    return dq_in, dkv, dk_rope, None, None
+  def backward(ctx, *grads: Tensor):
+    grads = tuple(grad.contiguous() for grad in grads)
+    return *_run(True, grads, ctx.saved_tensors, ctx.widths), None, None
 
 
 def _check(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, rope: int) -> None:
@@ -237,4 +224,4 @@ def mla_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
   """See kernels.ops.Ops.mla_qkv. Widths nope, rope and v are multiples of 8 (bf16) or 4 (fp32)."""
   _check(q, kv, k_rope, cos, sin, rope_dim)
-  return _MlaQkv.apply(q, kv, _key(k_rope), cos, sin)
+  return _MlaQkv.apply(q.contiguous(), kv.contiguous(), _key(k_rope), cos, sin)
