@@ -74,6 +74,10 @@ SM90 = {
     _sm90(256, 128, "cooperative", 1.022, (1, 2)),
     _sm90(128, 128, "pingpong", 1.046, (1, 2)),
   ),
+  "scatter": (  # as rows, of whole groups of 32 columns; not measured by themselves
+    _sm90(192, 128, "pingpong", 1.0, (1, 2)),
+    _sm90(128, 128, "pingpong", 1.028, (1, 2)),
+  ),
   "weight": (
     _sm90(256, 192, "cooperative"),
     _sm90(256, 160, "cooperative", 1.010),
@@ -110,7 +114,7 @@ def config(kind: str, m: int = 1, n: int = 1, ragged: bool = False) -> GemmConfi
   return min(CHOICES[ARCH.name][kind], key=time).config
 
 
-def _rows_config(kind: str, num_rows: int, n: int, offset: Tensor | None) -> GemmConfig:
+def rows_config(kind: str, num_rows: int, n: int, offset: Tensor | None) -> GemmConfig:
   """`config` for rows that `offset` splits among experts; dense without it."""
   if offset is None:
     return config(kind, num_rows, n)
@@ -144,7 +148,7 @@ def gated(
   Without offset it is one dense product, w13 [2F, D].
   """
   num_rows = (a if index is None else index).shape[0]
-  tile = _rows_config("gated", num_rows, w13.shape[-2], offset)
+  tile = rows_config("gated", num_rows, w13.shape[-2], offset)
   return gemm_gated(
     a, w13.mT, activation="swiglu", cu_seqlens_m=offset, A_idx=index, store_preact=keep, config=tile
   )
@@ -163,7 +167,7 @@ def dgated(
 
   Without offset it is one dense product, w2 [D, F].
   """
-  tile = _rows_config("dgated", preact.shape[0], w2.shape[-1], offset)
+  tile = rows_config("dgated", preact.shape[0], w2.shape[-1], offset)
   out = gemm_dgated(
     dy,
     w2,
@@ -205,7 +209,7 @@ def rows(a: Tensor, w: Tensor, offset: Tensor, alpha: Tensor | float = 1.0) -> T
   """
   out = a.new_empty(a.shape[0], w.shape[1])
   kind = "rows" if w.stride(-1) == 1 else "rows, weight transposed"
-  tile = _rows_config(kind, a.shape[0], w.shape[1], offset)
+  tile = rows_config(kind, a.shape[0], w.shape[1], offset)
   return _gemm(tile, a, w, out, cu_seqlens_m=offset, alpha=alpha)
 
 
