@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 # Roundings to bf16 in series add as squares: a result behind n of them errs by about sqrt(n).
+FP32 = 1e-4  # relative, of an fp32 sum: a rounding to bf16 errs by 17 times as much
 ONE = 1.01
 TWO = 1.5
 FOUR = 2.4  # pre-activation (through silu and the product: up to 2), activation, result
@@ -60,6 +61,20 @@ def assert_repeats(fn: Callable, inputs: list[Tensor], dys: list[Tensor]) -> Non
   """Two runs of fn and its gradients are equal bit for bit."""
   for a, b in zip(grads(fn, inputs, dys), grads(fn, inputs, dys), strict=True):
     assert torch.equal(a, b)
+
+
+def fp32_grads(
+  fn: Callable, inputs: list[Tensor], dys: list[Tensor], weights: list[Tensor], calls: int = 1
+) -> list[Tensor]:
+  """The .grad of `weights`, of fp32 grad_dtype, after this many backward passes from None."""
+  for weight in weights:
+    weight.grad, weight.grad_dtype = None, torch.float32
+  for _ in range(calls):
+    outs = fn(*inputs)
+    outs = [y for y in ([outs] if isinstance(outs, Tensor) else outs) if y.requires_grad]
+    torch.autograd.backward(outs, dys)
+  assert all(weight.grad.dtype == torch.float32 for weight in weights)
+  return [weight.grad for weight in weights]
 
 
 def normal(*shape: int, scale: float = 1.0, dtype=torch.bfloat16, grad: bool = True) -> Tensor:

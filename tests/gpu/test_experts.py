@@ -1,8 +1,11 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
-from gpu.oracle import FOUR, assert_repeats, compare, grads, normal, relative
+from gpu.oracle import FOUR, FP32, assert_repeats, compare, fp32_grads, grads, normal, relative
 from kernels import reference
+from kernels.cuda import gemms
 from kernels.cuda.experts import experts, grouped_mlp
 from kernels.ops import KernelError, Layout, Recipe
 
@@ -98,6 +101,73 @@ def test_experts_keep_only_x_preact_gate_and_layout():
   kept = torch.cuda.memory_allocated() - before - y.nbytes
   preact = tokens * top_k * 2 * width * 2
   assert kept <= preact + 4096
+
+
+def grouped(layout, x, w13, w2):
+  """The grouped product as RDEP calls it: on the sorted rows, some of them no expert's."""
+  return grouped_mlp(x, layout.offset_E1, w13, w2, BF16)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "half"])
+@pytest.mark.parametrize("op", ["experts", "grouped_mlp"])
+def test_fp32_gradients_are_never_rounded_and_are_added_in_place(op, kind):
+  torch.manual_seed(4)
+  layout, (x, gate, w13, w2), dys = layer(600, 256, 136, 8, 3, kind)
+  inputs = [x, gate, w13, w2]
+  if op == "grouped_mlp":
+    inputs, dys = [normal(1900, 256), w13, w2], [normal(1900, 256, grad=False)]
+
+  def run(x, *rest):
+    if op == "grouped_mlp":
+      return grouped(layout, x, *rest)
+    return experts(x, rest[0], layout, *rest[1:], BF16)
+
+  in_bf16 = grads(run, inputs, dys)[-2:]
+  once = fp32_grads(run, inputs, dys, [w13, w2])
+  for rounded, dw in zip(in_bf16, once, strict=True):
+    assert rounded.dtype == torch.bfloat16 and torch.equal(dw.bfloat16(), rounded)
+    assert not torch.equal(dw, rounded.float())
+  again = fp32_grads(run, inputs, dys, [w13, w2])
+  twice = fp32_grads(run, inputs, dys, [w13, w2], calls=2)
+  thrice = fp32_grads(run, inputs, dys, [w13, w2], calls=3)
+  for dw, same, two, three in zip(once, again, twice, thrice, strict=True):
+    assert torch.equal(same, dw) and torch.equal(two, dw + dw) and torch.equal(three, dw + dw + dw)
+
+
+def test_fp32_gradients_are_those_of_the_float64_products():
+  """Of the bf16 operands that backward multiplies: nothing is rounded after them."""
+  torch.manual_seed(5)
+  layout, inputs, (dy,) = layer(1000, 256, 136, 8, 3, "skewed")
+  x, gate, w13, w2 = inputs
+  dw13, dw2 = fp32_grads(
+    lambda x, g, w13, w2: experts(x, g, layout, w13, w2, BF16), inputs, [dy], [w13, w2]
+  )
+  with torch.no_grad():
+    offset, token = layout.offset_E1, layout.source_N // 3
+    preact, _ = gemms.gated(x, w13, offset=offset, index=token)
+    scale = gate.flatten()[layout.source_N]
+    dpreact, act, _ = gemms.dgated(dy, w2, preact, offset=offset, index=token, scale=scale)
+    for e, (start, end) in enumerate(pairwise(offset.tolist())):
+      rows = slice(start, end)
+      assert relative(dw13[e], dpreact[rows].double().T @ x[token[rows]].double()) < FP32
+      assert relative(dw2[e], dy[token[rows]].double().T @ act[rows].double()) < FP32
+
+
+def test_backward_adds_to_the_grad_of_a_detached_leaf_and_returns_none():
+  layout, (x, gate, w13, w2), dys = layer(300, 128, 64, 4, 2, "uniform")
+  x = normal(layout.source_N.shape[0], 128)
+  dy = normal(*x.shape, grad=False)
+  once = fp32_grads(lambda x, *w: grouped(layout, x, *w), [x, w13, w2], [dy], [w13, w2])
+  leaves = [weight.detach().requires_grad_() for weight in (w13, w2)]
+  for leaf in leaves:
+    leaf.grad_dtype = torch.float32
+  made = torch.autograd.grad(grouped(layout, x, *leaves), leaves, dy)
+  assert all(torch.equal(a, b) for a, b in zip(made, once, strict=True))
+  for leaf, dw in zip(leaves, made, strict=True):
+    leaf.grad = dw.clone()
+  found = torch.autograd.grad(grouped(layout, x, *leaves), leaves, dy, allow_unused=True)
+  assert found == (None, None)
+  assert all(torch.equal(leaf.grad, dw + dw) for leaf, dw in zip(leaves, once, strict=True))
 
 
 def test_empty_experts_get_zero_gradients():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu.oracle import ONE, normal, roundings
+from gpu.oracle import FP32, ONE, normal, relative, roundings
 from kernels.cuda import gemms
 from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
@@ -39,6 +39,46 @@ def test_weight_grad_gathers_and_sums_over_each_experts_rows(transposed):
   gathered = a[index].double()
   exact = torch.stack([gathered[s].T @ b[s].double() for s in by_expert(COUNTS)])
   assert roundings(out, exact) <= ONE
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(96, 200), (512, 768)], ids=str)
+def test_weight_grad_in_fp32_is_the_exact_sum_and_is_added_once(shape, transposed, gathered):
+  torch.manual_seed(3)
+  rows, (m, n) = sum(COUNTS), shape
+  index = torch.randint(0, 50, (rows,), device="cuda", dtype=torch.int32) if gathered else None
+  a, b = normal(50 if gathered else rows, m, grad=False), normal(rows, n, grad=False)
+
+  def product(out, add):
+    view = out.mT if transposed else out
+    return gemms.weight_grad(a, b, offsets(COUNTS), view, index, add=add)
+
+  like = torch.empty(4, *(shape[::-1] if transposed else shape), device="cuda")
+  once, again, rounded = torch.empty_like(like), torch.empty_like(like), like.bfloat16()
+  picked = (a if index is None else a[index]).double()
+  exact = torch.stack([picked[s].T @ b[s].double() for s in by_expert(COUNTS)])
+  assert relative(product(once, False), exact) < FP32
+  assert torch.equal(product(again, False), product(once, False))
+  product(rounded, False)
+  assert torch.equal(rounded, once.bfloat16())
+
+  start = torch.randn_like(like)
+  total = start.clone()
+  product(total, True)
+  assert torch.equal(total, start + once)
+  assert torch.equal(total[1], start[1])
+
+
+def test_dense_grad_in_fp32_is_the_exact_sum_and_is_added():
+  torch.manual_seed(4)
+  a, b = normal(3000, 576, grad=False), normal(3000, 512, grad=False)
+  exact, out = a.double().T @ b.double(), torch.empty(576, 512, device="cuda")
+  assert relative(gemms.dense_grad(a, b, out, False), exact) < FP32
+  start = torch.randn_like(out)
+  total, again = start.clone(), start.clone()
+  assert relative(gemms.dense_grad(a, b, total, True), start.double() + exact) < FP32
+  assert torch.equal(gemms.dense_grad(a, b, again, True), total)
 
 
 def test_accumulate_adds_in_fp32():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu.oracle import assert_repeats, compare, normal, relative
+from gpu.oracle import assert_repeats, compare, fp32_grads, grads, normal, relative
 from kernels import reference
 from kernels.cuda.loss import linear_cross_entropy
 from kernels.ops import KernelError
@@ -54,6 +54,37 @@ def test_all_targets_ignored():
 def test_loss_repeats_bit_for_bit():
   inputs, target, dys = head(4096, 1024, 32768)
   assert_repeats(lambda x, w: linear_cross_entropy(x, w, target, 1024), inputs, dys)
+
+
+def test_fp32_gradient_of_the_head_is_never_rounded_and_is_added_in_place():
+  torch.manual_seed(2)
+  (x, weight), target, dys = head(1024, 256, 1024)
+
+  def run(x, weight):
+    return linear_cross_entropy(x, weight, target, 400)
+
+  rounded = grads(run, [x, weight], dys)[-1]
+  (once,) = fp32_grads(run, [x, weight], dys, [weight])
+  assert rounded.dtype == torch.bfloat16 and torch.equal(once.bfloat16(), rounded)
+  assert not torch.equal(once, rounded.float())
+  for calls, sum_ in ((1, once), (2, once + once), (3, once + once + once)):
+    (dw,) = fp32_grads(run, [x, weight], dys, [weight], calls)
+    assert torch.equal(dw, sum_)  # dys is a power of two, so the products with it are exact
+  (dw,) = fp32_grads(run, [x, weight], [dys[0] * 0.3], [weight], 2)
+  assert relative(dw, 0.6 * once.double()) < 1e-6
+
+
+def test_adding_to_the_heads_gradient_takes_no_memory():
+  (x, weight), target, _ = head(1024, 512, 32768)
+  weight.grad_dtype = torch.float32
+  for _ in range(2):
+    total = linear_cross_entropy(x, weight, target, 512)[0]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    total.backward()
+    more = torch.cuda.max_memory_allocated() - before
+  assert more <= 4 * x.numel() * 4 + (4 << 20) < weight.numel() * 4
 
 
 def test_extra_memory_is_bounded():
