@@ -6,7 +6,8 @@
 
 Tensors are stored by parameter name, experts one by one under their global id
 (`layers.3.moe.experts.17.w13`), so a checkpoint does not know how many ranks wrote it: any number
-of ranks that divides the experts reads it. A directory without the final name is unfinished and is
+of ranks that divides the experts reads it. What several ranks hold is stored once; of what they own
+in parts (`Part`) each stores its own. A directory without the final name is unfinished and is
 never read. A run saves through `Writer`: its steps wait for a copy to host memory only.
 """
 
@@ -28,12 +29,56 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+  ChunkStorageMetadata,
+  MetadataIndex,
+  TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from nmoe.errors import CheckpointError, CommError
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})")
 _EXPERT = re.compile(r"(.*\.experts)\.(w13|w2)(\..*)?")
+
+
+class Part(Tensor):
+  """Rows of a larger tensor. `shape` is theirs, `size()` that of the whole.
+
+  The other methods are how torch.distributed.checkpoint learns where a tensor belongs, so that it
+  stores and loads these rows only.
+  """
+
+  start: int  # the first row's place in the whole
+  whole: int  # number of the whole's rows
+
+  @staticmethod
+  def of(rows: Tensor, start: int, whole: int) -> Part:
+    """The tensor itself with its place; shares its memory."""
+    part = rows.as_subclass(Part)
+    part.start, part.whole = start, whole
+    return part
+
+  @property
+  def rows(self) -> Tensor:
+    return self.as_subclass(Tensor)
+
+  def size(self) -> torch.Size:
+    return torch.Size((self.whole, *self.shape[1:]))
+
+  def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    offsets = torch.Size((self.start, *[0] * (self.ndim - 1)))
+    return [ChunkStorageMetadata(offsets, self.shape)]
+
+  def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+    (chunk,) = self.__create_chunk_list__()
+    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.rows), self.size())
+    index = MetadataIndex(name, chunk.offsets)
+    return [WriteItem(index, WriteItemType.SHARD, tensor_data=data)]
+
+  def __get_tensor_shard__(self, _: object) -> Tensor:
+    return self.rows
 
 
 def directory(root: Path, run_id: str) -> Path:
@@ -57,8 +102,9 @@ def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tens
     if match is None:
       named[key] = tensor
       continue
-    for e in range(tensor.shape[0]):
-      named[f"{match[1]}.{first_expert + e}.{match[2]}{match[3] or ''}"] = tensor[e]
+    first = first_expert + tensor.start if isinstance(tensor, Part) else first_expert
+    for e, matrix in enumerate(tensor.as_subclass(Tensor), first):
+      named[f"{match[1]}.{e}.{match[2]}{match[3] or ''}"] = matrix
   return named
 
 
@@ -128,7 +174,8 @@ class Writer:
     self.wait()
     for name, x in state.items():
       if name not in self._host:
-        self._host[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self._host[name] = Part.of(host, x.start, x.whole) if isinstance(x, Part) else host
       self._host[name].copy_(x, non_blocking=True)
     if any(x.is_cuda for x in state.values()):
       torch.cuda.synchronize()

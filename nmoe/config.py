@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -73,9 +74,7 @@ class TargetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-  """Which products fp8 and nvfp4 apply to (arXiv 2509.25149 section 3; science of the recipe in
-  kernels/ops.py).
-  """
+  """Which products fp8 and nvfp4 apply to (arXiv 2509.25149 section 3; recipe: kernels/ops.py)."""
 
   experts: bool = identity(True)
   linears: tuple[Literal["q", "kv_a", "kv_b", "o", "dense", "shared"], ...] = identity(())
@@ -134,6 +133,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RdepConfig:
+  group: int = schedule(0)  # ranks over which the experts lie; more ranks hold replicas. 0: all
   capacity: float = schedule(1.5)  # rows a rank's buffer holds, over the balanced T·K
   alignment: int = schedule(1)  # each expert's rows start at a multiple of this
   deadline_s: float = free(120.0)  # of every wait for a peer
@@ -218,6 +218,11 @@ class Config:
   launch: LaunchConfig = field(default_factory=LaunchConfig)
   run: RunConfig = field(default_factory=RunConfig)
 
+  @property
+  def expert_ranks(self) -> int:
+    """The ranks that hold one set of routed experts: those of an RDEP group."""
+    return self.rdep.group or self.launch.ranks
+
   def with_values(self, **values: Any) -> Config:
     """A copy with dotted keys replaced, e.g. with_values(**{"train.seed": 1}).
 
@@ -255,9 +260,7 @@ def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
 
 
 def loads(text: str, name: str = "<string>", env: Mapping[str, str] | None = None) -> Config:
-  """Like `load`, from a string without `extends` and without overrides (a resolved TOML from the
-  database).
-  """
+  """Like `load`, from a string without `extends` or overrides (the resolved TOML of a record)."""
   table = _table(text, name)
   return _build(table, _origins(table, name), name, os.environ if env is None else env)
 
@@ -493,9 +496,7 @@ def _nearest(name: str, valid: Any) -> str:
 
 
 def validate(config: Config, origins: Mapping[str, str], name: str = "config") -> None:
-  """Check what single types cannot: ranges, divisibility, targets. Raises ConfigError at the first
-  failure.
-  """
+  """Raise ConfigError at the first of what single types cannot say: ranges, divisors, targets."""
   for key, broken, need in _invariants(config):
     if broken:
       where = origins.get(key, name)
@@ -507,19 +508,17 @@ _POSITIVE = (
   "model.qk_nope_dim model.qk_rope_dim model.v_dim model.rope_theta model.norm_eps model.init_std "
   "moe.num_experts moe.top_k moe.expert_dim moe.num_groups moe.topk_groups moe.route_scale "
   "data.seq_len data.val_tokens schedule.total_tokens schedule.batch_tokens train.micro_batch "
-  "train.loss_chunk train.log_every launch.ranks experiment.seeds "
-  "rdep.capacity "
-  "rdep.alignment rdep.deadline_s optim.eps optim.muon_steps optim.clip_norm yarn.original_seq_len"
+  "train.loss_chunk train.log_every launch.ranks experiment.seeds rdep.capacity rdep.alignment "
+  "rdep.deadline_s optim.eps optim.muon_steps optim.clip_norm yarn.original_seq_len"
 ).split()
 _NOT_NEGATIVE = (
   "model.num_dense_layers model.q_lora_rank moe.num_shared moe.bias_update_rate moe.balance_alpha "
   "optim.dense_lr optim.router_lr optim.expert_lr optim.dense_weight_decay "
-  "optim.router_weight_decay "
-  "optim.expert_weight_decay schedule.warmup_tokens schedule.decay_tokens schedule.final_ratio "
-  "train.seed train.flight_every "
-  "train.eval_every train.checkpoint_every train.keep_checkpoints launch.threads "
-  "precision.bf16_first_layers "
-  "precision.bf16_last_layers precision.finish_tokens experiment.min_effect"
+  "optim.router_weight_decay optim.expert_weight_decay schedule.warmup_tokens "
+  "schedule.decay_tokens schedule.final_ratio train.seed train.flight_every train.eval_every "
+  "train.checkpoint_every train.keep_checkpoints launch.threads rdep.group "
+  "precision.bf16_first_layers precision.bf16_last_layers precision.finish_tokens "
+  "experiment.min_effect"
 ).split()
 
 
@@ -551,8 +550,14 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   room = e.num_experts // e.num_groups * e.topk_groups
   need = f"exceeds the {room} experts of topk_groups {e.topk_groups} groups"
   yield "moe.top_k", e.top_k > room, need
-  need = f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}"
-  yield "launch.ranks", e.num_experts % ranks != 0, need
+  shared = math.gcd(e.num_experts, ranks)
+  need = (
+    f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}, or "
+    f"replicate the experts: rdep.group = one of {_divisors(shared)}"
+  )
+  yield "launch.ranks", not c.rdep.group and e.num_experts % ranks != 0, need
+  need = f"must divide ranks {ranks} and num_experts {e.num_experts}: 0 (all), {_divisors(shared)}"
+  yield "rdep.group", shared % c.expert_ranks != 0, need
   layers = p.bf16_first_layers + p.bf16_last_layers
   need = f"+ bf16_last_layers {p.bf16_last_layers} exceeds num_layers {m.num_layers}"
   yield "precision.bf16_first_layers", layers > m.num_layers, need

@@ -24,7 +24,7 @@ def buffer_layout(config: Config) -> BufferLayout:
   align = config.rdep.alignment
   received = math.ceil(config.rdep.capacity * rows)
   return BufferLayout(
-    ranks=config.launch.ranks,
+    ranks=config.expert_ranks,
     experts=config.moe.num_experts,
     capacity=max(math.ceil(received / align), 1) * align,
     rows=rows,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from kernels.reference.blockscale import derive
 from nmoe.config import Config, ModelConfig, YarnConfig
 from nmoe.errors import ConfigError
 from nmoe.init import NormalInit
+from nmoe.owners import is_matrix, parameter_group
 from nmoe.router import Router, balance_loss, update_bias
 
 
@@ -345,13 +346,6 @@ def rope_tables(m: ModelConfig, yarn: YarnConfig, seq_len: int) -> tuple[Tensor,
   return angle.cos().float(), angle.sin().float()
 
 
-def parameter_group(name: str) -> Literal["dense", "router", "expert"]:
-  """The optimizer's group of a parameter (its learning rate and weight decay), from its name."""
-  if ".experts." in name:
-    return "expert"
-  return "router" if ".router." in name else "dense"
-
-
 class Rows(NamedTuple):
   """A logical matrix inside a stored weight: the rows r with start <= r mod period < stop."""
 
@@ -376,9 +370,9 @@ def matrix_blocks(name: str, shape: tuple[int, ...], config: Config) -> tuple[Ro
   w13 into gate and up. () for what stays with AdamW: norms, embedding, head, router.
   """
   m = config.model
-  part = name.removesuffix(".weight").rpartition(".")[2]
-  if len(shape) < 2 or part in ("embed", "head", "router"):
+  if not is_matrix(name, shape):
     return ()
+  part = name.removesuffix(".weight").rpartition(".")[2]
   sizes = {
     "q": (m.qk_nope_dim, m.qk_rope_dim),
     "q_b": (m.qk_nope_dim, m.qk_rope_dim),

@@ -6,6 +6,8 @@ here touches them. Matrices go to Muon where the configuration says so, one logi
 (nmoe.model.matrix_blocks); torch.optim.Muon takes whole 2-D parameters only, so the update is ours,
 and equals torch's on a plain matrix.
 
+Where ranks share a parameter, each keeps and updates the rows it owns (nmoe.owners).
+
 No method synchronises with the host. Gradients are read from `.grad`; when several micro-batches
 make a step, bf16 parameters get fp32 gradients (`Tensor.grad_dtype`), so small terms are not lost.
 """
@@ -20,9 +22,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from nmoe.checkpoint import Part
 from nmoe.config import Config
 from nmoe.errors import CheckpointError, RunError
-from nmoe.model import Rows, matrix_blocks, parameter_group
+from nmoe.model import Rows, matrix_blocks
+from nmoe.owners import Span, parameter_group
 
 GROUPS = ("dense", "router", "expert")
 UPDATE_RMS = 0.2  # of a Muon step before the learning rate: AdamW's usual size (arXiv 2502.16982)
@@ -31,13 +35,14 @@ MUON_BATCH = 1 << 27  # elements orthogonalised at a time (one parameter may exc
 
 @dataclass
 class Slot:
-  """One parameter with what a step needs of it. An fp32 parameter is its own master."""
+  """Rows of one parameter with what a step needs of them. fp32 rows are their own master."""
 
   name: str
   param: nn.Parameter
-  data: Tensor  # the parameter without autograd
+  rows: slice  # those that this rank owns
+  data: Tensor  # the rows without autograd
   master: Tensor  # fp32; `data` itself if that is fp32
-  moments: dict[str, Tensor]  # exp_avg and exp_avg_sq, or momentum; of the parameter's shape
+  moments: dict[str, Tensor]  # exp_avg and exp_avg_sq, or momentum; of the rows' shape
 
   @property
   def grad(self) -> Tensor:
@@ -46,7 +51,7 @@ class Slot:
         f"{self.name} has no gradient at the optimizer step; every parameter must take part in "
         "the loss: remove it from the model or use its output"
       )
-    return self.param.grad
+    return self.param.grad[self.rows]
 
 
 @dataclass
@@ -60,13 +65,21 @@ class Batch:
 
 
 class Optimizer:
-  """All parameters of a model. `ops` satisfies kernels.ops.Ops; the parameters are on their device.
+  """The parameters of a model. `ops` satisfies kernels.ops.Ops; the parameters are on their device.
 
-  The order of a step: backward, `grad_norms`, `step`, and `.grad` is None again.
+  owned: the rows of each parameter that this rank updates; None: every row. The order of a step:
+  backward, `grad_norms`, `step`, and `.grad` is None again.
   """
 
-  def __init__(self, model: nn.Module, config: Config, ops: ModuleType):
+  def __init__(
+    self,
+    model: nn.Module,
+    config: Config,
+    ops: ModuleType,
+    owned: Mapping[str, Span] | None = None,
+  ):
     self.config, self.ops = config.optim, ops
+    self.params = list(model.parameters())
     self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
     self.slots: dict[str, list[Slot]] = {group: [] for group in GROUPS}
     self.adamw: dict[tuple, Batch] = {}
@@ -77,7 +90,9 @@ class Optimizer:
     for name, param in model.named_parameters():
       if several:
         param.grad_dtype = torch.float32
-      self._add(name, param, self._blocks(name, param, config))
+      if owned is None or name in owned:
+        rows = slice(0, len(param)) if owned is None else slice(*owned[name])
+        self._add(name, param, rows, self._blocks(name, param, config))
 
   def _blocks(self, name: str, param: Tensor, config: Config) -> tuple[Rows, ...]:
     """The blocks that Muon orthogonalises, or () for AdamW."""
@@ -85,13 +100,12 @@ class Optimizer:
     chosen = self.config.experts if expert else self.config.matrices
     return matrix_blocks(name, tuple(param.shape), config) if chosen == "muon" else ()
 
-  def _add(self, name: str, param: nn.Parameter, blocks: tuple[Rows, ...]) -> None:
-    group = parameter_group(name)
+  def _add(self, name: str, param: nn.Parameter, rows: slice, blocks: tuple[Rows, ...]) -> None:
+    group, data = parameter_group(name), param.detach()[rows]
     dtype = torch.bfloat16 if self.config.moments == "bf16" else torch.float32
     names = ("momentum",) if blocks else ("exp_avg", "exp_avg_sq")
-    moments = {n: torch.zeros_like(param, dtype=dtype, requires_grad=False) for n in names}
-    data = param.detach()
-    slot = Slot(name, param, data, data.float(), moments)
+    moments = {n: torch.zeros_like(data, dtype=dtype) for n in names}
+    slot = Slot(name, param, rows, data, data.float(), moments)
     self.slots[group].append(slot)
     self._batch(group, slot, blocks).slots.append(slot)
 
@@ -108,25 +122,26 @@ class Optimizer:
       decay = decay if slot.param.ndim > 1 else 0.0
       return self.adamw.setdefault((group, decay), Batch(lr, decay, ()))
     for batch in self.muon:
-      first = batch.slots[0].param
+      first = batch.slots[0].data
       room = (len(batch.slots) + 1) * first.numel() <= MUON_BATCH
-      if room and (batch.lr, batch.blocks, first.shape) == (lr, blocks, slot.param.shape):
+      if room and (batch.lr, batch.blocks, first.shape) == (lr, blocks, slot.data.shape):
         return batch
     self.muon.append(Batch(lr, decay, blocks))
     return self.muon[-1]
 
   @torch.no_grad()
   def squared_norms(self) -> Tensor:
-    """Squared gradient norms of this rank's parameters, fp32 [3] in the order of GROUPS.
+    """Squared gradient norms of this rank's rows, fp32 [3] in the order of GROUPS.
 
-    Sums are fp32 whatever the gradients' dtype. Squares add up over ranks, norms do not: whoever
-    shards parameters reduces this tensor.
+    Sums are fp32 whatever the gradients' dtype. Every row has one owner, so squares add up over
+    ranks to those of the whole model.
     """
-    sums = []
-    for slots in self.slots.values():
-      norms = torch._foreach_norm([slot.grad for slot in slots], 2, dtype=torch.float32)
-      sums.append(torch.stack(norms).square().sum() if norms else torch.zeros_like(sums[0]))
-    return torch.stack(sums)
+    sums = torch.zeros(len(GROUPS), device=self.params[0].device)
+    for total, slots in zip(sums, self.slots.values(), strict=True):
+      if slots:
+        norms = torch._foreach_norm([slot.grad for slot in slots], 2, dtype=torch.float32)
+        total.copy_(torch.stack(norms).square().sum())
+    return sums
 
   def grad_norms(
     self, reduce: Callable[[Tensor], Tensor] = lambda squared: squared
@@ -141,7 +156,7 @@ class Optimizer:
 
   @torch.no_grad()
   def step(self, lr_factor: float, grad_scale: Tensor) -> None:
-    """Update every parameter and drop the gradients.
+    """Update the rows of this rank and drop all gradients.
 
     lr_factor multiplies the learning rates (nmoe.schedule). grad_scale, 0-d fp32 on the device,
     multiplies the gradients (`clip_factor`); if it is NaN, parameters and moments stay as they are.
@@ -155,9 +170,8 @@ class Optimizer:
 
   def zero_grad(self) -> None:
     """Free the gradients, so that the next backward pass writes instead of adding."""
-    for slots in self.slots.values():
-      for slot in slots:
-        slot.param.grad = None
+    for param in self.params:
+      param.grad = None
 
   def _adamw(self, batch: Batch, lr_factor: float, grad_scale: Tensor) -> None:
     slots, o = batch.slots, self.config
@@ -202,17 +216,19 @@ class Optimizer:
     """The live state, so that filling these tensors in place loads it.
 
     "{parameter}.master" (not of fp32 parameters, whose own value it is), "{parameter}.exp_avg" and
-    ".exp_avg_sq" or ".momentum", each of the parameter's shape; "optimizer.steps", int64 on CPU.
+    ".exp_avg_sq" or ".momentum", each of the parameter's shape, or the Part of it that this rank
+    owns; "optimizer.steps", int64 on CPU.
     """
     return {"optimizer.steps": self.steps, **dict(self._tensors())}
 
   def _tensors(self) -> Iterator[tuple[str, Tensor]]:
     for slots in self.slots.values():
       for slot in slots:
-        if slot.data is not slot.master:
-          yield f"{slot.name}.master", slot.master
-        for name, moment in slot.moments.items():
-          yield f"{slot.name}.{name}", moment
+        own = {} if slot.data is slot.master else {"master": slot.master}
+        for name, tensor in (own | slot.moments).items():
+          whole = len(slot.param)
+          part = tensor if len(tensor) == whole else Part.of(tensor, slot.rows.start, whole)
+          yield f"{slot.name}.{name}", part
 
   @torch.no_grad()
   def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from nmoe.config import Config, leaves
 from nmoe.errors import ConfigError
+from nmoe.owners import Span, is_matrix, owners, parameter_group
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,23 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+def owned_rows(config: Config) -> dict[str, list[dict[str, Span]]]:
+  """The owners of the parameters of each group: group -> member -> parameter -> rows.
+
+  The members are the ranks that hold the same: of dense parameters and routers all R, of experts
+  the R / G replicas. Their rows are the E / G experts of a rank.
+  """
+  ranks, group = config.launch.ranks, config.expert_ranks
+  shapes = parameter_shapes(config)
+  for name, shape in shapes.items():
+    if parameter_group(name) == "expert":
+      shapes[name] = (shape[0] // group, *shape[1:])
+  return {
+    kind: owners({n: s for n, s in shapes.items() if parameter_group(n) == kind}, members)
+    for kind, members in (("dense", ranks), ("router", ranks), ("expert", ranks // group))
+  }
+
+
 def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:
   m = config.model
   q_dim = m.num_heads * (m.qk_nope_dim + m.qk_rope_dim)
@@ -236,7 +254,7 @@ def flops(config: Config) -> tuple[Term, ...]:
 def memory(config: Config) -> tuple[Term, ...]:
   """Bytes of a rank that live together at the step's peak: what is always held, then the peak's.
 
-  A rank holds all dense parameters and E/R experts.
+  A rank holds all dense parameters and E/G experts, and the masters and moments of what it owns.
   """
   held = [*_held(config)]
   peak = max(_moments_of_step(config), key=lambda moment: moment.total)
@@ -249,17 +267,17 @@ def memory(config: Config) -> tuple[Term, ...]:
 def rdep_bytes(config: Config) -> RdepBytes:
   """The symmetric heap of one rank (kernels.buffers). One rank alone copies no rows."""
   c = config
-  if c.launch.ranks == 1:
+  if c.expert_ranks == 1:
     return RdepBytes(0, 0, 0)
-  num_local = c.moe.num_experts // c.launch.ranks
+  num_local = c.moe.num_experts // c.expert_ranks
   rows = _tokens(c) * c.moe.top_k
-  worst = _tokens(c) * min(c.moe.top_k, num_local) * c.launch.ranks
+  worst = _tokens(c) * min(c.moe.top_k, num_local) * c.expert_ranks
   return RdepBytes(*(_heap(c, n) for n in (rows, math.ceil(c.rdep.capacity * rows), worst)))
 
 
 def _heap(config: Config, received: int) -> int:
   """Bytes of one rank's block when it can receive this many rows in a round."""
-  ranks, rows = config.launch.ranks, _tokens(config) * config.moe.top_k
+  ranks, rows = config.expert_ranks, _tokens(config) * config.moe.top_k
   align = config.rdep.alignment
   places = max(-(-received // align), 1) * align
   row = config.model.dim * _width(config)
@@ -288,21 +306,51 @@ def _grad_width(config: Config) -> int:
 
 def _held(config: Config) -> Iterator[Term]:
   """What stays in memory from step to step."""
-  p, o, width = parameters(config), config.optim, _width(config)
-  experts = p.experts // config.launch.ranks
+  p, width = parameters(config), _width(config)
+  experts = p.experts // config.expert_ranks
   others = p.total - p.experts
   count = others + experts
   formula = f"({others:,} + {experts:,} of experts) · {width}, routers in fp32"
   yield Term("parameters", formula, count * width + p.router * (4 - width))
-  if width < 4:
-    yield Term("fp32 masters", f"{count - p.router:,} · 4", (count - p.router) * 4)
-  muon = (p.attention + p.dense + p.shared) * (o.matrices == "muon")
-  muon += experts * (o.experts == "muon")
-  moment = 2 if o.moments == "bf16" else 4
-  formula = f"({count - muon:,} AdamW · 2 + {muon:,} Muon) · {moment}"
-  yield Term("moments", formula, (2 * (count - muon) + muon) * moment)
+  moment = 2 if config.optim.moments == "bf16" else 4
+  master = 4 if width < 4 else 0
+  state = [
+    (own, own.masters * master + (2 * own.adamw + own.muon) * moment) for own in _owned(config)
+  ]
+  own, _ = max(state, key=lambda pair: pair[1])
+  of = f", the largest of {len(state)} owners" if len(state) > 1 else ""
+  if master:
+    yield Term("fp32 masters", f"{own.masters:,} · 4{of}", own.masters * 4)
+  formula = f"({own.adamw:,} AdamW · 2 + {own.muon:,} Muon) · {moment}{of}"
+  yield Term("moments", formula, (2 * own.adamw + own.muon) * moment)
   received = rdep_bytes(config).capacity
   yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
+
+
+@dataclass
+class _Own:
+  """Elements that a rank owns: those with an fp32 master beside bf16, and by optimizer."""
+
+  masters: int = 0
+  adamw: int = 0
+  muon: int = 0
+
+
+def _owned(config: Config) -> list[_Own]:
+  """What each rank owns."""
+  shapes, rows = parameter_shapes(config), owned_rows(config)
+  o, ranks = config.optim, [_Own() for _ in range(config.launch.ranks)]
+  for kind, members in rows.items():
+    chosen = o.experts if kind == "expert" else o.matrices
+    for r, own in enumerate(ranks):
+      for name, (start, stop) in members[r * len(members) // len(ranks)].items():
+        count = (stop - start) * math.prod(shapes[name][1:])
+        own.masters += count if kind != "router" else 0
+        if chosen == "muon" and is_matrix(name, shapes[name]):
+          own.muon += count
+        else:
+          own.adamw += count
+  return ranks
 
 
 @dataclass(frozen=True)
@@ -360,7 +408,7 @@ def _layer_elements(config: Config) -> list[tuple[int, int]]:
   for name, shape in parameter_shapes(config).items():
     if name.startswith("layers."):
       expert = ".experts." in name
-      share = config.launch.ranks if expert else 1
+      share = config.expert_ranks if expert else 1
       counts[int(name.split(".")[1])][expert] += math.prod(shape) // share
   return [(dense, experts) for dense, experts in counts]
 
@@ -380,7 +428,7 @@ def _kept_terms(config: Config, layer: int) -> dict[str, float]:
     return terms | {"SwiGLU inputs": 2 * m.dense_dim * width}
   terms["routing"] = 4 * (e.num_experts + 1) + 16 * e.top_k
   terms["SwiGLU inputs"] = 2 * (e.top_k + e.num_shared) * e.expert_dim * width
-  if config.launch.ranks > 1:
+  if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1
     terms["SwiGLU inputs"] += 2 * spare * e.top_k * e.expert_dim * width
     terms["received rows and results"] = 2 * (1 + spare) * e.top_k * m.dim * width
@@ -446,7 +494,7 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
   yield "train.micro_batch", list(range(c.train.micro_batch - 1, 0, -1))
   yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
   yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
-  yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.launch.ranks > 1 else []
+  yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []
   ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
   yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]
   yield "model.num_layers", list(range(c.model.num_layers - 1, c.model.num_dense_layers, -1))

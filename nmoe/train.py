@@ -108,11 +108,12 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     clock.start("clip")
     ranks.reduce_gradients(state.model)
     loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
-    norms = state.optimizer.grad_norms(ranks.sum_squares)
+    norms = state.optimizer.grad_norms(ranks.sum)
     scale = watch.guard(state.step, loss, norms["all"])
     clock.start("step")
     factor = lr_factor(state.step * c.schedule.batch_tokens, c.schedule)
     state.optimizer.step(factor, scale)
+    ranks.gather_weights(state.model)
     update_router_bias(state.model, counts, c.moe.bias_update_rate)
     state.step += 1
     clock.start("log")
@@ -217,7 +218,7 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
     model = Model(config, target.ops, ranks.rdep)
   model.to_empty(device=target.device)
   model.init_weights(config.train.seed)
-  return TrainState(model, Optimizer(model, config, target.ops))
+  return TrainState(model, Optimizer(model, config, target.ops, ranks.owned))
 
 
 def execute(options: argparse.Namespace, run: Run, experiments: Experiments | None) -> int:

@@ -90,21 +90,23 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
 
 
 def at_ranks(config: Config, ranks: int, steps: int, name: str) -> Config:
-  """The configuration over `ranks` ranks: the same global batches, a checkpoint at every step."""
-  sequences = config.schedule.batch_tokens // config.data.seq_len
-  if config.moe.num_experts % ranks or sequences % ranks:
-    fitting = [
-      r for r in range(1, sequences + 1) if not (config.moe.num_experts % r or sequences % r)
-    ]
+  """The configuration over `ranks` ranks: the same global batches, a checkpoint at every step.
+
+  Where rdep.group is set, experts lie over the largest divisor of it that divides the ranks.
+  """
+  sequences, experts = config.schedule.batch_tokens // config.data.seq_len, config.moe.num_experts
+  group = {r: math.gcd(config.rdep.group, r) for r in (ranks, *range(1, sequences + 1))}
+  if experts % group[ranks] or sequences % ranks:
+    fitting = [r for r in range(1, sequences + 1) if not (experts % group[r] or sequences % r)]
     raise ConfigError(
-      f"{ranks} ranks do not divide num_experts {config.moe.num_experts} and the batch's "
-      f"{sequences} "
-      f"sequences; choose from {', '.join(map(str, fitting))}"
+      f"{ranks} ranks, or {group[ranks]} with one set of experts, do not divide {sequences} "
+      f"sequences and num_experts {experts}; choose from {', '.join(map(str, fitting))}"
     )
   micro = math.gcd(config.train.micro_batch * config.launch.ranks, sequences) // ranks
   return config.with_values(
     **{
       "launch.ranks": ranks,
+      "rdep.group": group[ranks],
       "train.micro_batch": max(1, micro),
       "schedule.total_tokens": steps * config.schedule.batch_tokens,
       "schedule.warmup_tokens": 0,
@@ -143,7 +145,7 @@ def _claims(
   yield Claim(
     most, "tensors that differ in a second run", len(differ), 0.0, min(differ, default="")
   )
-  if most > 1:
+  if math.gcd(config.rdep.group, most) > 1:
     calls = collective_calls(json.loads((traces / "trace.json").read_text())["traceEvents"])
     yield Claim(
       most, "collective calls inside the MoE layers", len(calls), 0.0, " ".join(calls[:3])

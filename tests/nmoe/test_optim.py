@@ -16,6 +16,7 @@ from nmoe.config import Config, load
 from nmoe.errors import CheckpointError, RunError
 from nmoe.model import Model, matrix_blocks, parameter_group
 from nmoe.optim import GROUPS, UPDATE_RMS, Optimizer, clip_factor
+from nmoe.owners import owners
 
 ONE = torch.tensor(1.0)
 TINY = {
@@ -275,6 +276,45 @@ def test_nan_scale_changes_nothing_but_the_count(kind):
   optimizer.step(1.0, torch.tensor(torch.nan))
   before["optimizer.steps"] += 1
   assert_bit_equal(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(
+  ("dtype", "moments"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
+)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_owners_update_their_rows_as_one_rank_does(ranks, kind, dtype, moments):
+  """From the same summed gradients, bit for bit: weights, state, and squares that add up."""
+  c = config(**{"optim.matrices": kind, "optim.experts": kind, "optim.moments": moments})
+  c = c.with_values(**{"target.dtype": dtype})
+  model, optimizer = build(c)
+  shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+  parts = []
+  for owned in owners(shapes, ranks):
+    copied = Model(c, reference)
+    copied.init_weights(seed=0)
+    parts.append((owned, copied, Optimizer(copied, c, reference, owned)))
+  for seed in range(3):
+    for m in (model, *(m for _, m, _ in parts)):
+      fill_grads(m, seed)
+    squares = sum(o.squared_norms() for *_, o in parts)
+    torch.testing.assert_close(squares, optimizer.squared_norms(), rtol=1e-6, atol=0)
+    for o in (optimizer, *(o for *_, o in parts)):
+      o.step(0.5, torch.tensor(0.25))
+  state, seen = optimizer.state_dict(), set()
+  for owned, m, o in parts:
+    weights = dict(m.named_parameters())
+    for name, p in model.named_parameters():
+      rows = slice(*owned.get(name, (0, 0)))
+      assert torch.equal(weights[name][rows], p[rows]), name
+    mine = o.state_dict()
+    assert all(int(x) == 3 for x in (mine.pop("optimizer.steps"), state["optimizer.steps"]))
+    for key, x in mine.items():
+      rows = slice(*owned[key.rpartition(".")[0]])
+      assert torch.equal(x.as_subclass(torch.Tensor), state[key][rows]), key
+      seen.add(key)
+    assert all(p.grad is None for p in m.parameters())
+  assert seen == state.keys() - {"optimizer.steps"}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +24,10 @@ from nmoe import parallel
 from nmoe.checkpoint import split_experts
 from nmoe.config import Config
 from nmoe.errors import ConfigError
-from nmoe.model import Model, update_router_bias
+from nmoe.model import Model, parameter_group, update_router_bias
 from nmoe.optim import Optimizer, clip_factor
-from nmoe.parallel import Parallel
+from nmoe.parallel import Parallel, Shared
+from nmoe.plan import owned_rows, parameter_shapes
 from nmoe.rdep import Rdep
 from nmoe.target import select
 
@@ -36,32 +39,40 @@ UPDATE_TOLERANCE = 0.05 * 1e-3  # of the learning rate, by which each step moves
 class Trace(NamedTuple):
   losses: list[float]
   norms: list[dict[str, float]]
-  grads: dict[str, np.ndarray]  # of the first step, experts by global id
-  weights: dict[str, np.ndarray]  # after the last
+  grads: dict[str, tuple[int, np.ndarray]]  # of the first step: owned rows and the first's place
+  weights: dict[str, np.ndarray]  # after the last, experts by global id
   rounds: dict[int, int]
 
 
-def settings(num_ranks: int, capacity: float) -> Config:
+def settings(num_ranks: int, capacity: float, group: int = 0) -> Config:
   per_rank = BATCH // num_ranks
   return tiny(
     launch__ranks=num_ranks,
     schedule__batch_tokens=BATCH * 24,
     train__micro_batch=per_rank // 2,
     rdep__capacity=capacity,
+    rdep__group=group,
     rdep__deadline_s=20.0,
+    optim__matrices="muon",
   )
 
 
-def train(group, num_ranks: int, capacity: float) -> Trace:
+def gather(config: Config, group) -> Parallel:
+  """What `parallel.init` makes of a group of ranks."""
+  inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
+  rdep = Rdep(config, ops, inside, symmetric)
+  parts = parallel.shared(config, group.rank(), replicas)
+  return Parallel(group.rank(), group.size(), rdep, rdep.first, group, None, parts)
+
+
+def train(group, num_ranks: int, capacity: float, expert_ranks: int) -> Trace:
   """Three steps of two micro-batches each, as nmoe.train does them."""
-  config = settings(num_ranks, capacity)
-  together = Parallel()
-  if num_ranks > 1:
-    rdep = Rdep(config, ops, group, symmetric)
-    together = Parallel(group.rank(), num_ranks, rdep, rdep.first, group)
+  parallel.BUCKET = 5000  # this process's: parameters and parts lie across buckets
+  config = settings(num_ranks, capacity, expert_ranks)
+  together = gather(config, group) if num_ranks > 1 else Parallel()
   model = Model(config, ops, together.rdep)
   model.init_weights(0)
-  optimizer = Optimizer(model, config, ops)
+  optimizer = Optimizer(model, config, ops, together.owned)
   generator = torch.Generator().manual_seed(1)
   losses, norms, grads = [], [], {}
   for _ in range(STEPS):
@@ -75,88 +86,155 @@ def train(group, num_ranks: int, capacity: float) -> Trace:
       loss += out.loss_sum.detach()
       counts = counts + out.count_LE
     together.reduce_gradients(model)
-    grads = grads or by_global_name(model, together.first_expert, lambda p: p.grad)
+    grads = grads or owned_gradients(model, together)
     losses.append(float(together.sum(loss)) / config.schedule.batch_tokens)
-    norm = optimizer.grad_norms(together.sum_squares)
+    norm = optimizer.grad_norms(together.sum)
     norms.append({k: float(v) for k, v in norm.items()})
     optimizer.step(1.0, clip_factor(norm["all"], config.optim.clip_norm))
+    together.gather_weights(model)
     update_router_bias(model, together.sum(counts), config.moe.bias_update_rate)
-  weights = by_global_name(model, together.first_expert, lambda p: p.detach())
+  named = {name: p.detach() for name, p in model.named_parameters()}
+  weights = {
+    name: p.numpy().copy() for name, p in split_experts(named, together.first_expert).items()
+  }
   weights |= {f"bias.{i}": r.bias.numpy().copy() for i, r in enumerate(model.routers)}
   return Trace(losses, norms, grads, weights, together.rdep.rounds if together.rdep else {})
 
 
-def by_global_name(model: nn.Module, first: int, of) -> dict[str, np.ndarray]:
-  named = split_experts({name: of(p) for name, p in model.named_parameters()}, first)
-  return {name: tensor.numpy().copy() for name, tensor in named.items()}
+def owned_gradients(model: nn.Module, together: Parallel) -> dict[str, tuple[int, np.ndarray]]:
+  found = {}
+  for name, parameter in model.named_parameters():
+    start, stop = (
+      (0, len(parameter)) if together.owned is None else together.owned.get(name, (0, 0))
+    )
+    first = together.first_expert if parameter_group(name) == "expert" else 0
+    if start < stop:
+      found[name] = (first + start, parameter.grad[start:stop].numpy().copy())
+  return found
 
 
 @cache
-def traces(num_ranks: int, capacity: float = 2.0) -> list[Trace]:
-  return ranks.run(train, num_ranks, num_ranks, capacity)
+def traces(num_ranks: int, capacity: float = 2.0, group: int = 0) -> list[Trace]:
+  return ranks.run(train, num_ranks, num_ranks, capacity, group)
 
 
-def deviation(a: np.ndarray, b: np.ndarray) -> float:
-  return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+CASES = [(2, 2.0, 0), (4, 2.0, 0), (4, 0.4, 0), (4, 2.0, 2), (2, 2.0, 1)]  # ranks, capacity, group
 
 
-@pytest.mark.parametrize(("num_ranks", "capacity"), [(2, 2.0), (4, 2.0), (4, 0.4)])
-def test_ranks_train_the_model_that_one_rank_trains(num_ranks: int, capacity: float) -> None:
+@pytest.mark.parametrize(("num_ranks", "capacity", "group"), CASES)
+def test_ranks_train_the_model_that_one_rank_trains(
+  num_ranks: int, capacity: float, group: int
+) -> None:
   (single,) = traces(1)
-  found = traces(num_ranks, capacity)
-  names = set()
+  found = traces(num_ranks, capacity, group)
+  names, owners = set(), Counter()
   for rank, trace in enumerate(found):
     assert trace.losses == pytest.approx(single.losses, rel=1e-6)
     for mine, wanted in zip(trace.norms, single.norms, strict=True):
       assert mine == pytest.approx(wanted, rel=1e-6)
-    for name, grad in trace.grads.items():
-      assert deviation(grad, single.grads[name]) < 1e-6, f"gradient of {name}, rank {rank}"
+    for name, (start, grad) in trace.grads.items():
+      _, whole = single.grads[name]
+      error = np.abs(grad - whole[start : start + len(grad)]).max() / np.abs(whole).max()
+      assert error < 1e-6, f"gradient of {name}, rank {rank}"
+      owners.update((name, start + row) for row in range(len(grad)))
     for name, weight in trace.weights.items():
       moved = np.abs(weight - single.weights[name]).max()
       assert moved < UPDATE_TOLERANCE, f"{name}, rank {rank}"
     names |= set(trace.weights)
   assert names == set(single.weights)
+  rows = {(name, row) for name, (_, grad) in single.grads.items() for row in range(len(grad))}
+  assert owners == Counter(rows)
   if capacity < 1:
     assert min(max(trace.rounds.values()) for trace in found) > 1
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_replicas_hold_the_same_bits(num_ranks: int) -> None:
-  first, *others = traces(num_ranks)
+@pytest.mark.parametrize(("num_ranks", "group"), [(2, 0), (4, 0), (4, 2), (2, 1)])
+def test_replicas_hold_the_same_bits(num_ranks: int, group: int) -> None:
+  first, *others = traces(num_ranks, 2.0, group)
   for other in others:
     assert other.losses == first.losses and other.norms == first.norms
     for name in set(first.weights) & set(other.weights):
       assert other.weights[name].tobytes() == first.weights[name].tobytes(), name
 
 
-def test_two_runs_repeat_their_bits() -> None:
-  for a, b in zip(traces(2), ranks.run(train, 2, 2, 2.0), strict=True):
+@pytest.mark.parametrize(("num_ranks", "group"), [(2, 0), (4, 2)])
+def test_two_runs_repeat_their_bits(num_ranks: int, group: int) -> None:
+  again = ranks.run(train, num_ranks, num_ranks, 2.0, group)
+  for a, b in zip(traces(num_ranks, 2.0, group), again, strict=True):
     assert a.losses == b.losses and a.norms == b.norms
     assert all(a.weights[name].tobytes() == b.weights[name].tobytes() for name in a.weights)
 
 
-def decide(group) -> tuple[bool, bool, list[float]]:
-  rank, size = group.rank(), group.size()
-  together = Parallel(rank, size, None, 0, group)
-  model = nn.Linear(300, 3).bfloat16()
-  model.weight.grad = torch.full_like(model.weight, 1 + rank)
-  model.bias.grad = torch.full_like(model.bias, 2.0**-8 if rank else 1.0)
-  together.reduce_gradients(model)
-  assert bool((model.weight.grad == 3).all())
-  return together.any(rank == 1), together.any(False), model.bias.grad.tolist()
+def decide(group) -> tuple[bool, bool]:
+  together = Parallel(group.rank(), group.size(), None, 0, group)
+  return together.any(group.rank() == 1), together.any(False)
 
 
-def test_sums_and_decisions() -> None:
+def test_decisions() -> None:
+  assert ranks.run(decide, 2) == [(True, False)] * 2
+
+
+OWNED = ({"a": (0, 2)}, {"a": (2, 3), "b": (0, 5)})
+
+
+def share(group) -> dict[str, list]:
+  """Gradients 1 and 2⁻⁸ summed to their owners, and the owners' weights, in bf16."""
+  parallel.BUCKET = 7
+  rank = group.rank()
+  part = Shared(OWNED, {"a": 4, "b": 1}, rank, group)
+  grad = torch.tensor(2.0**-8 if rank else 1.0)
+  grads = {"a": grad.bfloat16().repeat(3, 4), "b": grad.bfloat16().repeat(5)}
+  part.reduce(grads)
+  weights = {"a": torch.full((3, 4), -1.0).bfloat16(), "b": torch.full((5,), -1.0).bfloat16()}
+  for name, (start, stop) in part.owned.items():
+    weights[name][start:stop] = rank + torch.arange(start, stop).float().view(
+      -1, *[1] * (name == "a")
+    )
+  part.gather(weights)
+  named = {f"{n} grad": g for n, g in grads.items()} | weights
+  return {name: x.float().tolist() for name, x in named.items()}
+
+
+def test_sums_come_to_the_owner_rounded_once_and_weights_from_it() -> None:
   """1 + 2⁻⁸ has no bf16: the fp32 sum is rounded once, to even."""
-  assert ranks.run(decide, 2) == [(True, False, [1.0] * 3)] * 2
+  zero, one = ranks.run(share, 2)
+  assert zero["a grad"][:2] == [[1.0] * 4] * 2 and one["a grad"][2] == [1.0] * 4
+  assert one["b grad"] == [1.0] * 5
+  for found in (zero, one):
+    assert found["a"] == [[0.0] * 4, [1.0] * 4, [3.0] * 4]
+    assert found["b"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 5000, 1 << 24])
+def test_buckets_hold_every_owned_element_once(bucket: int, monkeypatch) -> None:
+  monkeypatch.setattr(parallel, "BUCKET", bucket * 4)
+  config = settings(4, 2.0, 2)
+  shapes = parameter_shapes(config)
+  row = {name: int(np.prod(shape[1:])) for name, shape in shapes.items()}
+  for owned in owned_rows(config).values():
+    for owner, rows in enumerate(owned):
+      seen = {name: np.zeros(shapes[name], int).reshape(-1) for name in rows}
+      for pieces in parallel.buckets(owned, row):
+        places = Counter()
+        for piece in (p for p in pieces if p.owner == owner):
+          seen[piece.name][piece.start : piece.stop] += 1
+          places.update(range(piece.at, piece.at + piece.stop - piece.start))
+        assert max(places.values(), default=1) == 1 and max(places, default=0) < bucket * 4 / len(
+          owned
+        )
+      for name, (start, stop) in rows.items():
+        wanted = np.zeros_like(seen[name])
+        wanted[start * row[name] : stop * row[name]] = 1
+        assert (seen[name] == wanted).all(), name
 
 
 def test_one_rank_needs_no_group() -> None:
   together = Parallel()
   model = nn.Linear(2, 2)
   together.reduce_gradients(model)
+  together.gather_weights(model)
   x = torch.ones(3)
-  assert together.sum(x) is x and together.sum_squares(x) is x and x.tolist() == [1, 1, 1]
+  assert together.sum(x) is x and x.tolist() == [1, 1, 1] and together.owned is None
   assert together.any(True) and not together.any(False)
 
 
@@ -175,20 +253,27 @@ def test_a_lost_rank_is_named_by_the_collectives_too() -> None:
   assert "CommError: rank 0 of 2: a collective failed" in alive.error
 
 
-def join(group, meet: Path) -> tuple[int, int, int, bool]:
+def join(group, meet: Path, expert_ranks: int) -> tuple[int, int, int, bool]:
   rank = group.rank()
   dist.destroy_process_group()
-  config = settings(2, 2.0)
+  config = settings(2, 2.0, expert_ranks)
   together = parallel.init(config, select(config, rank), rank, meet)
   assert together.rdep.first == together.first_expert
+  sizes = [dist.get_world_size(part.group) for part in together.shared]
+  assert sizes[:2] == [2, 2] and together.shared[2].members == 2 // config.expert_ranks
   found = together.rank, together.ranks, together.first_expert, together.any(rank == 1)
   together.close()
   assert not dist.is_initialized()
   return found
 
 
-def test_init_joins_the_ranks(tmp_path: Path) -> None:
-  assert ranks.run(join, 2, tmp_path / "meet") == [(0, 2, 0, True), (1, 2, 4, True)]
+@pytest.mark.parametrize(("expert_ranks", "second"), [(0, 4), (1, 0)])
+def test_init_joins_the_ranks(tmp_path: Path, expert_ranks: int, second: int) -> None:
+  found = ranks.run(join, 2, tmp_path / "meet", expert_ranks)
+  assert found == [(0, 2, 0, True), (1, 2, second, True)]
+
+
+def test_init_refuses_what_the_target_cannot() -> None:
   apart = settings(2, 2.0).with_values(**{"rdep.peer_access": False})
   with pytest.raises(ConfigError, match="set it to true"):
     select(apart)

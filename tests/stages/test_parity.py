@@ -11,13 +11,15 @@ from labs import same_bits, write_files, write_variant
 from rich.console import Console
 
 from kernels import reference
-from nmoe import checkpoint
+from nmoe import checkpoint, parallel
 from nmoe import config as configs
 from nmoe.errors import ConfigError, RunError
 from nmoe.experiments import Experiments
 from nmoe.metrics import read
 from nmoe.model import Model
 from nmoe.optim import Optimizer
+from nmoe.parallel import Parallel
+from nmoe.train import TrainState
 from stages import launch, parity
 from stages.runs import Workbench
 
@@ -29,8 +31,13 @@ def file(tmp_path_factory):
   return write_variant(path, "ranks", body)
 
 
-def test_the_certificate_holds_on_1_and_4_ranks(file):
-  claims = parity.ep(file, [1, 4], 4, Console(quiet=True))
+def test_the_certificate_holds_on_1_2_and_4_ranks(file):
+  """Experts lie over two ranks: over all of 2, and over each half of 4."""
+  body = "[rdep]\ngroup = 2\n[launch]\nranks = 4\n[train]\nmicro_batch = 2\n"
+  replicas = write_variant(file, "replicas", body)
+  made = parity.at_ranks(configs.load(replicas, env={}), 4, 4, "replicas")
+  assert (made.launch.ranks, made.expert_ranks) == (4, 2)
+  claims = parity.ep(replicas, [1, 2, 4], 4, Console(quiet=True))
   assert all(claim.holds for claim in claims)
   assert any("collective" in claim.what for claim in claims)
   records = Experiments(configs.load(file, env={}).run.root)
@@ -70,24 +77,31 @@ def test_a_collective_inside_a_moe_layer_is_found():
 
 def hand_over(group, toml: str, source: str, target: str, step: int) -> None:
   """Load a checkpoint with this group's ranks and save it again."""
-  config = configs.loads(toml, env={})
-  place = SimpleNamespace(rank=group.rank(), num_ranks=group.size())
+  config, rank = configs.loads(toml, env={}), group.rank()
+  place = SimpleNamespace(rank=rank % config.expert_ranks, num_ranks=config.expert_ranks)
+  ours = Parallel(rank, group.size(), shared=parallel.shared(config, rank))
   model = Model(config, reference, place)
-  optimizer = Optimizer(model, config, reference)
-  state = {**model.state_dict(), **optimizer.state_dict()}
+  state = TrainState(model, Optimizer(model, config, reference, ours.owned)).tensors()
   first = place.rank * config.moe.num_experts // place.num_ranks
   checkpoint.load(Path(source), step, state, first)
-  checkpoint.save(Path(target), step, state, first, {})
+  writer = checkpoint.Writer(Path(target), 1, first, group)
+  writer.copy(state)
+  with writer:
+    writer.start(step, {})
 
 
-def test_a_checkpoint_changes_hands_1_2_4_1_bit_for_bit(lab, tmp_path):
+def test_a_checkpoint_changes_hands_from_1_over_4_to_1_bit_for_bit(lab, tmp_path):
   run_id = lab.record(moe__num_experts=8, optim__experts="muon", schedule__total_tokens=4096)
   assert lab.attempt(run_id) == 0
-  toml, step, folder = lab.run(run_id).toml, 8, lab.checkpoints(run_id)
+  step, folder = 8, lab.checkpoints(run_id)
+  config = configs.loads(lab.run(run_id).toml, env={})
   written = lab.state(run_id, step)
   assert {f"layers.1.moe.experts.{e}.w2.momentum" for e in range(8)} <= written.keys()
-  for hop, num_ranks in enumerate((2, 4, 1)):
+  for hop, (num_ranks, group) in enumerate(((2, 0), (4, 0), (4, 2), (2, 1), (1, 0))):
     target = tmp_path / f"hop{hop}"
+    micro = config.train.micro_batch // num_ranks
+    values = {"launch.ranks": num_ranks, "rdep.group": group, "train.micro_batch": micro}
+    toml = configs.to_toml(config.with_values(**values))
     ranks.run(hand_over, num_ranks, toml, str(folder), str(target), step)
     folder = target
     assert same_bits(checkpoint.read(folder / f"step_{step:08d}"), written)
