@@ -386,13 +386,13 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
     head * 4 + dx + chunk * m.vocab_size * width,
     f"{head:,} · 4 head gradient, {dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
   )
-  cast = head * 4 if several and width < 4 else 0
+  scaled = 0 if several and width < 4 else width  # or added to the fp32 gradient as it is scaled
   yield _Moment(
     "loss, backward",
     sum(layers) + ends,
     made * grad,
-    head * (4 + width) + cast + 2 * dx,
-    f"{head:,} · {4 + width + (4 if cast else 0)} head gradient, 2 · {dx:,} dx",
+    head * (4 + scaled) + 2 * dx,
+    f"{head:,} · {4 + scaled} head gradient, 2 · {dx:,} dx",
   )
   made = made or head
   for i in reversed(range(m.num_layers)):
@@ -464,11 +464,19 @@ def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
   formula = (
     f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {_tokens(config):,} · {m.dim} · {width}"
   )
-  if _several(config) and width < 4:
+  if _several(config) and width < 4 and not _adds_in_place(config):
     block = experts or 3 * m.dim * m.dense_dim
     inner += block * width + block * 2 / 3 * 4
     formula += f", {block:,} weight gradients · {width} and two thirds · 4"
   return inner, formula
+
+
+def _adds_in_place(config: Config) -> bool:
+  """Whether the experts' products add to the fp32 gradients themselves (kernels.ops): in bf16 on a
+  GPU, and not under RDEP, which asks autograd for gradients and adds those.
+  """
+  t = config.target
+  return t.arch != "cpu" and t.dtype == "bf16" and config.expert_ranks == 1
 
 
 def fits(plan: Plan, bytes_available: int) -> Misfit | None:
