@@ -10,11 +10,11 @@ rows, H heads, S sequence, B batch, V vocabulary. Every function that returns a 
 differentiable with respect to its floating inputs unless it says otherwise.
 
 Gradients of weights have the weight's dtype, but for a bf16 leaf whose `grad_dtype` is fp32 (a view
-is no leaf). In `linear`, `mlp`, `grouped_mlp` and `experts` of kernels.cuda in format "bf16", and
-in `linear_cross_entropy` of both packages, such a leaf's gradient is the fp32 sum, never rounded to
-bf16; and if the leaf has a `.grad`, backward adds to it in place, once an element and call, and
-returns no gradient: Tensor.backward is right there, torch.autograd.grad gets None. Elsewhere the
-gradient is rounded to bf16, and autograd widens and adds it.
+is no leaf). In `linear`, `mlp`, `grouped_mlp`, its two halves and `experts` of kernels.cuda in
+format "bf16", and in `linear_cross_entropy` of both packages, such a leaf's gradient is the fp32
+sum, never rounded to bf16; and if the leaf has a `.grad`, backward adds to it in place, once an
+element and call, and returns no gradient: Tensor.backward is right there, torch.autograd.grad gets
+None. Elsewhere the gradient is rounded to bf16, and autograd widens and adds it.
 
 Gate and up projections share one weight `w13` whose rows are interleaved: row 2i is the gate's row
 i, row 2i+1 the up projection's row i. So swiglu(h)[..., i] = silu(h[..., 2i]) · h[..., 2i+1].
@@ -95,6 +95,14 @@ class Layout(NamedTuple):
   source_N: Tensor  # int32, t·K + k of each row
 
 
+class Product(NamedTuple):
+  """The rows a[n] · w[e]ᵀ of every expert e, not computed yet: an exchange stores them."""
+
+  a_NI: Tensor
+  w_EOI: Tensor  # a transposed view serves
+  offset_E1: Tensor
+
+
 class Ops(Protocol):
   def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x², -1) + eps) · weight in fp32, rounded once. x [..., D], weight [D]."""
@@ -141,6 +149,24 @@ class Ops(Protocol):
 
     N' >= offset[-1]; rows at and beyond it are ignored, their outputs and gradients are zero. Empty
     experts get zero gradients.
+    """
+
+  def grouped_mlp_forward(
+    self, x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe, keep: bool
+  ) -> tuple[Tensor | Product, Any]:
+    """grouped_mlp without autograd: y as rows or as their product, and what backward needs.
+
+    Both halves run under torch.no_grad. Without `keep` no backward follows. Rows at and beyond
+    offset[-1] are undefined in the results of both.
+    """
+
+  def grouped_mlp_backward(
+    self, kept: Any, dy_ND: Tensor, gate_N: Tensor, w13: Tensor, w2: Tensor
+  ) -> tuple[Tensor | Product, Tensor, Callable[[], tuple[Tensor | None, Tensor | None]]]:
+    """The gradients of Σ_n gate[n] · y[n] · dy[n]: dx, as rows or as their product; of gate, fp32
+    [N']; and a call for those of w13 and w2, so that dx may travel meanwhile.
+
+    gate fp32 [N']. w13 and w2 are the forward pass's; the gradients of weights are as said above.
     """
 
   def combine(self, y_TKD: Tensor, gate_TK: Tensor) -> Tensor:

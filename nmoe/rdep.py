@@ -6,16 +6,17 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
               token, then k.
   2. dispatch write each row (t, k) of x to its place in its owner's buffer.
   3. experts  the owner copies the rows out and runs the grouped products over them.
-  4. return   write each result to back[t·K + k] of the rank that it came from.
+  4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
+              reply, or, with `exchange.fused`, by the last product itself.
   5. combine  y[t] = Σ_k gate[t, k] · back[t, k] in fp32, k ascending.
 Backward dispatches dy and the gates to the same places, and returns dx rows and one gate gradient
-per row. A place is a pure function of the routing, so N ranks multiply the same rows in the same
-order as one.
+per row; the products of the weights' gradients come after, while rows travel. A place is a pure
+function of the routing, so N ranks multiply the same rows in the same order as one.
 
 Rounds. A rank's buffer holds C = capacity · T·K rows. If some rank has more, all ranks know it from
 the counts and run ⌈rows / C⌉ rounds over windows of C places; nothing is dropped. The first round
-keeps for backward the received rows, their results and what grouped_mlp keeps (3 to 5 tensors of at
-most C rows a layer); later rounds keep nothing: backward dispatches their x again. So neither
+keeps for backward what grouped_mlp_forward keeps (in bf16 the received rows and the pre-activation,
+of at most C rows a layer); later rounds keep nothing: backward dispatches their x again. So neither
 buffers nor kept activations exceed C rows, whatever the imbalance.
 
 Why buffers are never overwritten too early, without a barrier. Trip s (see
@@ -46,7 +47,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
-from kernels.ops import Recipe
+from kernels.ops import Product, Recipe
 from nmoe.config import Config
 from nmoe.errors import CommError
 from nmoe.heap import Heap, buffer_layout
@@ -232,11 +233,9 @@ class _Receive(torch.autograd.Function):
 
 
 class _Kept(NamedTuple):
-  """One round on the owner: received rows (a leaf), their results and the sources' items."""
+  """One round on the owner: what the experts need for backward, and the sources' items."""
 
-  x_CD: Tensor
-  y_CD: Tensor
-  weights: tuple[Tensor, Tensor]
+  experts: Any
   origin_C: Tensor
 
 
@@ -275,26 +274,28 @@ class _Call:
         self._next(number)
         self._send(self.x_TD, None)
       x_CD, _, origin_C = self._receive()
-      kept = self._run(x_CD, origin_C, w13, w2, self.keep and number == 0)
-      self._reply(origin_C, kept.y_CD.detach(), None)
+      keep = self.keep and number == 0
+      y, kept = self._run(x_CD, w13, w2, keep)
+      self._reply(origin_C, self._multiplied(y, origin_C, None), None)
       self._wait(RETURN)
-      if self.keep and number == 0:
-        self.kept = kept
+      if keep:
+        self.kept = _Kept(kept, origin_C)
     if self.rounds == 1:
       self.x_TD = None
     return self.rdep.ops.combine(self.exchange.collect(self.route)[0], self.gate_TK)
 
-  def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+  def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> list[Tensor | None]:
     """The experts' gradients; leaves the last trip's replies under way for `finish_backward`."""
     assert self.kept is not None, "RDEP: backward ran twice, or after a pass without gradients"
     self.phase, kept, self.kept = "backward", self.kept, None
-    dw13, dw2 = self._round_backward(0, kept, dy_TD)
+    found = self._round_backward(0, kept, dy_TD, w13, w2)
     for number in range(1, self.rounds):
       self.exchange.join()
       self._wait(RETURN)
-      more13, more2 = self._round_backward(number, self._again(number, w13, w2), dy_TD)
-      dw13, dw2 = dw13 + more13, dw2 + more2
-    return dw13, dw2
+      kept = self._again(number, w13, w2)
+      more = self._round_backward(number, kept, dy_TD, w13, w2)
+      found = [b if a is None else a.add_(b) for a, b in zip(found, more, strict=True)]
+    return list(found)
 
   def finish_backward(self) -> tuple[Tensor, Tensor]:
     """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""
@@ -317,40 +318,45 @@ class _Call:
     rdep.rounds[self.layer] = self.rounds
     rdep.counts[self.layer] = self.host_count_RE
 
-  def _round_backward(self, number: int, kept: _Kept, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
+  def _round_backward(
+    self, number: int, kept: _Kept, dy_TD: Tensor, w13: Tensor, w2: Tensor
+  ) -> tuple[Tensor | None, Tensor | None]:
     """One trip: dy and gates come, dx rows and gate gradients go. Returns dw13 and dw2."""
     self._next(number)
     self._send(dy_TD, self.gate_TK)
     dy_CD, gate_C, _ = self._receive()
-    dgate_C = (dy_CD.float() * kept.y_CD.detach().float()).sum(1)
-    scaled_CD = (gate_C[:, None] * dy_CD.float()).to(dy_CD.dtype)
-    dx_CD, dw13, dw2 = torch.autograd.grad(kept.y_CD, (kept.x_CD, *kept.weights), scaled_CD)
+    ops, origin_C = self.rdep.ops, kept.origin_C
+    dx, dgate_C, weights = ops.grouped_mlp_backward(kept.experts, dy_CD, gate_C, w13, w2)
+    dx_CD = self._multiplied(dx, origin_C, dgate_C)
     with self.exchange.beside():
-      self._reply(kept.origin_C, dx_CD, dgate_C)
-    self.under_way = (dx_CD, dgate_C, kept.origin_C)  # read beside, so not to be freed before join
-    return dw13, dw2
+      self._reply(origin_C, dx_CD, dgate_C)
+    self.under_way = (dx_CD, dgate_C, origin_C)  # read beside, so not to be freed before join
+    return weights()
 
   def _again(self, number: int, w13: Tensor, w2: Tensor) -> _Kept:
-    """A later round's rows and results, from another dispatch of x."""
+    """A later round's rows, from another dispatch of x, through the experts."""
     self._next(number)
     self._send(self.x_TD, None)
     x_CD, _, origin_C = self._receive()
     self._reply(origin_C, None, None)
     self._wait(RETURN)
-    return self._run(x_CD, origin_C, w13, w2, True)
+    return _Kept(self._run(x_CD, w13, w2, True)[1], origin_C)
 
-  def _run(self, x_CD: Tensor, origin_C: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> _Kept:
-    """The grouped experts over this round's rows."""
+  def _run(self, x_CD: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> tuple[Tensor | Product, Any]:
+    """The grouped experts over this round's rows: results, and what backward needs."""
     rdep = self.rdep
     start_L = self.places.start_E[rdep.first : rdep.first + rdep.num_local]
     end_1 = self.places.end_R[rdep.rank : rdep.rank + 1]
     offset_L1 = (torch.cat([start_L, end_1]) - self._low()).clamp(0, x_CD.shape[0]).int()
-    if keep:
-      x_CD = x_CD.requires_grad_()
-      w13, w2 = w13.detach().requires_grad_(), w2.detach().requires_grad_()
-    with torch.set_grad_enabled(keep):
-      y_CD = rdep.ops.grouped_mlp(x_CD, offset_L1, w13, w2, self.recipe)
-    return _Kept(x_CD, y_CD, (w13, w2), origin_C)
+    return rdep.ops.grouped_mlp_forward(x_CD, offset_L1, w13, w2, self.recipe, keep)
+
+  def _multiplied(
+    self, rows: Tensor | Product, origin_C: Tensor, gate_C: Tensor | None
+  ) -> Tensor | None:
+    """The rows that are to be replied; None if they are on their way already."""
+    if isinstance(rows, Product):
+      return self.exchange.multiply(rows, origin_C, gate_C)
+    return rows
 
   def _next(self, number: int) -> None:
     """Begin this pass's next trip, of the given round. The one before it must be over."""

@@ -4,7 +4,12 @@ from kernels.cuda.attention import attention
 from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
-from kernels.cuda.experts import experts, grouped_mlp
+from kernels.cuda.experts import (
+  experts,
+  grouped_mlp,
+  grouped_mlp_backward,
+  grouped_mlp_forward,
+)
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
 from kernels.cuda.norm import add_rms_norm, rms_norm
@@ -19,6 +24,8 @@ __all__ = [
   "combine",
   "experts",
   "grouped_mlp",
+  "grouped_mlp_backward",
+  "grouped_mlp_forward",
   "layout",
   "linear",
   "linear_cross_entropy",

@@ -7,13 +7,19 @@ queued on the current stream and nothing waits for the host.
   send         a warp reads a token's row once and stores it at its K places; then one block signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
   receive      a warp copies a row out of the buffer, or zeros where none arrived
+  multiply     the rows of a product; with `fused` its kernel stores them at their origins
+               (kernels.cuda.scatter), and no reply reads and writes them again
   reply        a warp stores a row at its origin; then one block signals
 
-Memory order: a kernel's stores are complete at its end; the signalling block then fences at system
-scope and stores its signals with release.sys; the waiting thread loads them with acquire.sys, and
-what is launched after it reads the rows. Bytes moved: send D·(1 + K) elements a token, receive 2·D
-and reply 2·D elements a row, all in 16-byte accesses. A wait that misses its deadline writes what
-it saw into pinned host memory and traps, so nothing after it runs.
+Memory order: a kernel's stores, its epilogue's among them, are performed when it ends, and happen
+before the signalling block, which comes later on the stream. That block fences at system scope and
+stores its signals with release.sys, which is cumulative: it publishes all that happened before it,
+not its own thread's stores alone. The waiting thread loads the signals with acquire.sys, and what
+is launched after it reads the rows. So the stores themselves can be plain ones.
+
+Bytes moved: send D·(1 + K) elements a token, receive 2·D and reply 2·D elements a row, all in
+16-byte accesses. A wait that misses its deadline writes what it saw into pinned host memory and
+traps, so nothing after it runs.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 from torch import Tensor
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, SIGNAL_STRIDE, Buffers, Route
+from kernels.cuda import gemms, scatter
 from kernels.cuda.jit import (
   DTYPES,
   cached,
@@ -40,12 +47,13 @@ from kernels.cuda.jit import (
   load_vector,
   vector_width,
 )
-from kernels.ops import check
+from kernels.ops import Product, check
 
 THREADS = 512
 WARPS = THREADS // 32
 BLOCKS = 32  # of send and reply at most: the SMs that communication takes from GEMMs beside it
 COPY_BLOCKS = 528  # of receive, which runs alone
+FUSED = False  # whether products return their rows themselves; `nmoe bench rdep` measures both
 
 COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
 
@@ -81,6 +89,17 @@ def _put_vector(rX: cute.Tensor, address: Int64) -> None:
   """Store 16 bytes of registers."""
   pointer = _pointer(rX.element_type, address, 16)
   cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(cute.size(rX))))
+
+
+@cute.jit
+def _copy_row(mX: cute.Tensor, row: Int64, targets: list, width: cutlass.Constexpr[int]) -> None:
+  """A warp copies a row to each of the addresses that is not 0."""
+  dim, size = const_expr(mX.shape[1]), const_expr(mX.element_type.width // 8)
+  for column in cutlass.range(cute.arch.lane_idx() * width, dim, 32 * width, unroll=4):
+    rX = load_vector(mX, row * dim + column, width)
+    for k in cutlass.range_constexpr(len(targets)):
+      if targets[k] != 0:
+        _put_vector(rX, targets[k] + column * size)
 
 
 @cute.jit
@@ -156,15 +175,12 @@ class Wait:
     deadline_ns: Int64,
   ):
     peer, _, _ = cute.arch.thread_idx()
-    seen = trip
-    if peer < mSignal.shape[1]:
-      signal = mSignal.iterator + (kind * mSignal.shape[1] + peer) * SIGNAL_STRIDE
-      begun = cute.arch.globaltimer()
+    seen, waiting = trip, peer < mSignal.shape[1]
+    signal = mSignal.iterator + (kind * mSignal.shape[1] + peer) * SIGNAL_STRIDE
+    begun = cute.arch.globaltimer()
+    while waiting:
       seen = cute.arch.load(signal, Int64, sem="acquire", scope="sys")
-      waiting = seen < trip
-      while waiting:
-        seen = cute.arch.load(signal, Int64, sem="acquire", scope="sys")
-        waiting = (seen < trip) & (cute.arch.globaltimer() - begun < deadline_ns)
+      waiting = (seen < trip) & (cute.arch.globaltimer() - begun < deadline_ns)
     if seen < trip:
       record = mRecord[0]
       _put(Int64, record, Int64(kind))
@@ -250,11 +266,7 @@ class Send:
               if const_expr(mGate is not None):
                 _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
         target.append(address)
-      for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
-        rX = load_vector(mX, Int64(token) * self.dim + column, self.width)
-        for k in cutlass.range_constexpr(self.top_k):
-          if target[k] != 0:
-            _put_vector(rX, target[k] + column * const_expr(self.dtype.width // 8))
+      _copy_row(mX, Int64(token), target, self.width)
 
 
 class Receive:
@@ -320,7 +332,6 @@ class Reply:
     lane = cute.arch.lane_idx()
     bidx, _, _ = cute.arch.block_idx()
     blocks, _, _ = cute.arch.grid_dim()
-    bytes_per = const_expr(self.dtype.width // 8)
     for row in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mRow.shape[0], blocks * WARPS):
       origin = mOrigin[row]
       if origin >= 0:
@@ -328,10 +339,8 @@ class Reply:
         if const_expr(self.gates):
           if lane == 0:
             _put(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
-        back = mTable[BACK, source] + item * const_expr(self.dim * bytes_per)
-        for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
-          rX = load_vector(mRow, Int64(row) * self.dim + column, self.width)
-          _put_vector(rX, back + column * bytes_per)
+        back = mTable[BACK, source] + item * const_expr(self.dim * self.dtype.width // 8)
+        _copy_row(mRow, Int64(row), [back], self.width)
 
 
 def _table():
@@ -404,8 +413,9 @@ class Exchange:
     self.record = torch.zeros(2 + len(peers), dtype=torch.int64, pin_memory=pinned)
     self.record_address = torch.tensor([self.record.data_ptr()]).to(device)
     self.mine.origin_C.fill_(-1)
-    self.stream = torch.cuda.Stream(device) if pinned else None
+    self.stream = torch.cuda.Stream(device, priority=-1) if pinned else None
     self.blocks: int | None = BLOCKS
+    self.fused = FUSED
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     compile_post_counts()(count_E, self.table, self.rank, trip)
@@ -454,6 +464,17 @@ class Exchange:
       run = compile_receive(self.dtype, self.dim)
       run(mine.row_CD, mine.gate_C, mine.origin_C, row, gate, origin)
     return row, gate, origin
+
+  def multiply(
+    self, product: Product, origin_C: Tensor, gate_C: Tensor | None = None
+  ) -> Tensor | None:
+    if not self.fused:
+      return gemms.rows(*product)
+    back_R, back_gate_R = self.table[BACK], self.table[BACK_GATE]
+    row_bytes = self.dim * self.dtype.itemsize
+    address = scatter.addresses(origin_C, back_R, back_gate_R, gate_C, self.rows, row_bytes)
+    scatter.rows(*product, address)
+    return None
 
   def reply(
     self,

@@ -22,16 +22,20 @@ fp8 and nvfp4 (kernels.cuda.products) gather the rows first; emulated, SwiGLU is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import halves
 from kernels.cuda import gemms
 from kernels.cuda.combine import sum_rows, sum_rows_backward
 from kernels.cuda.products import block_scaled_mlp, block_scaled_product
 from kernels.cuda.tail import zero_tail
 from kernels.gradient import gradient
-from kernels.ops import Layout, Recipe, check
+from kernels.ops import Layout, Product, Recipe, check
 from kernels.reference.swiglu import swiglu
 
 
@@ -151,6 +155,48 @@ def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe
     return block_scaled_product(swiglu(preact), w2, offset_E1, recipe, 1)
   keep = torch.is_grad_enabled()
   return _GroupedMlp.apply(x_ND.contiguous(), offset_E1, w13.contiguous(), w2.contiguous(), keep)
+
+
+class _Kept(NamedTuple):
+  x: Tensor
+  preact: Tensor | None
+  offset: Tensor
+
+
+def grouped_mlp_forward(
+  x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe, keep: bool
+) -> tuple[Tensor | Product, _Kept | halves.Graph]:
+  """See kernels.ops.Ops.grouped_mlp_forward. bf16; D and F are multiples of 8."""
+  _check(x_ND, offset_E1, w13, w2)
+  if x_ND.shape[0] == 0:
+    return x_ND, _Kept(x_ND, None, offset_E1)
+  if recipe.format != "bf16":
+    return halves.forward(grouped_mlp, x_ND, offset_E1, w13, w2, recipe, keep)
+  preact, act = gemms.gated(x_ND, w13, offset=offset_E1, keep=keep)
+  return Product(act, w2, offset_E1), _Kept(x_ND, preact, offset_E1)
+
+
+def grouped_mlp_backward(
+  kept: _Kept | halves.Graph, dy_ND: Tensor, gate_N: Tensor, w13: Tensor, w2: Tensor
+) -> tuple[Tensor | Product, Tensor, Callable[[], tuple[Tensor | None, Tensor | None]]]:
+  """See kernels.ops.Ops.grouped_mlp_backward. The epilogue that computes dgate scales by gate."""
+  if isinstance(kept, halves.Graph):
+    return halves.backward(kept, dy_ND, gate_N)
+  x, preact, offset = kept
+  if dy_ND.shape[0] == 0:
+    return dy_ND, gate_N, lambda: (gradient(w13, _nothing), gradient(w2, _nothing))
+  dpreact, act, dgate_N = gemms.dgated(dy_ND, w2, preact, offset=offset, scale=gate_N)
+
+  def weights() -> tuple[Tensor | None, Tensor | None]:
+    return _dw13(x, dpreact, w13, offset), _dw2(dy_ND, act, w2, offset)
+
+  return Product(dpreact, w13.mT, offset), dgate_N, weights
+
+
+def _nothing(out: Tensor, add: bool) -> None:
+  """The product of no rows."""
+  if not add:
+    out.zero_()
 
 
 def experts(

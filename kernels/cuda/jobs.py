@@ -16,14 +16,19 @@ from kernels.build import Shapes
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.exchange import Exchange
-from kernels.cuda.experts import experts, grouped_mlp
+from kernels.cuda.experts import (
+  experts,
+  grouped_mlp,
+  grouped_mlp_backward,
+  grouped_mlp_forward,
+)
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
 from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.cuda.optim import adamw, newton_schulz
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
-from kernels.ops import Recipe, RouterSpec
+from kernels.ops import Product, Recipe, RouterSpec
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -67,11 +72,15 @@ def _combine(s: Shapes) -> None:
   backward(combine(meta(tokens, s.top_k, s.dim), meta(tokens, s.top_k, dtype=FP32)))
 
 
-def _exchange(s: Shapes) -> None:
+def _mover(s: Shapes) -> Exchange:
   rows = s.batch * s.seq_len * s.top_k
   sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16)
   block = Buffers(*(meta(*shape, dtype=t, grad=False) for shape, t in sizes.fields.values()))
-  mover = Exchange([block] * s.ranks, 0, 1.0)
+  return Exchange([block] * s.ranks, 0, 1.0)
+
+
+def _exchange(s: Shapes) -> None:
+  mover = _mover(s)
   expert_TK = meta(s.batch * s.seq_len, s.top_k, dtype=torch.int32)
   gate_TK, x_TD = torch.empty_like(expert_TK, dtype=FP32), meta(*expert_TK.shape[:1], s.dim)
   base_RE = meta(s.ranks, s.num_experts, dtype=torch.int64)
@@ -79,7 +88,7 @@ def _exchange(s: Shapes) -> None:
   mover.post_counts(1, meta(s.num_experts, dtype=torch.int32))
   for gate in (None, gate_TK):
     mover.send(1, x_TD, gate, route, 0)
-    row_CD, gate_C, origin_C = mover.receive(rows)
+    row_CD, gate_C, origin_C = mover.receive(mover.capacity)
     mover.reply(1, origin_C, row_CD, None if gate is None else gate_C, route, 0)
   mover.wait(COUNTS, 1)
 
@@ -143,6 +152,28 @@ def _experts(s: Shapes) -> None:
     all_gradients(partial(run, recipe), weights)
 
 
+def _owner(s: Shapes) -> None:
+  """What RDEP runs on the received rows; the products' rows for a reply, and without one."""
+  mover, local = _mover(s), s.num_experts // s.ranks
+  x_CD, _, origin_C = mover.receive(mover.capacity)
+  gate_C, offset_E1 = meta(len(x_CD), dtype=FP32, grad=False), meta(local + 1, dtype=torch.int32)
+  weights = meta(local, 2 * s.expert_dim, s.dim), meta(local, s.dim, s.expert_dim)
+
+  @torch.no_grad()
+  def run(recipe: Recipe) -> None:
+    y, kept = grouped_mlp_forward(x_CD, offset_E1, *weights, recipe, True)
+    dx, dgate_C, gradients = grouped_mlp_backward(kept, x_CD, gate_C, *weights)
+    for mover.fused in (False, True):
+      for rows, gate in ((y, None), (dx, dgate_C)):
+        if isinstance(rows, Product):
+          mover.multiply(rows, origin_C, gate)
+    for weight, gradient in zip(weights, gradients(), strict=True):
+      weight.grad = weight.grad if gradient is None else gradient
+
+  for recipe in _recipes(s):
+    all_gradients(partial(run, recipe), weights)
+
+
 def _loss(s: Shapes) -> None:
   tokens = s.batch * s.seq_len
   x, weight = meta(tokens, s.dim), meta(s.vocab_size, s.dim)
@@ -179,5 +210,6 @@ def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
     yield name, partial(job, shapes)
   if shapes.ranks > 1:
     yield "exchange", partial(_exchange, shapes)
+    yield "owner", partial(_owner, shapes)
   if shapes.muon:
     yield "newton_schulz", partial(_newton_schulz, shapes)

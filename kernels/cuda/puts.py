@@ -104,6 +104,7 @@ class Exchange(direct.Exchange):
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     super().__init__(peers, rank, deadline_s)
+    self.fused = False  # a product's kernel stores through mapped memory
     check(len(peers) <= THREADS, f"{len(peers)} ranks; at most {THREADS} are supported")
     mine, ranks = self.mine, len(peers)
     device = mine.count_RE.device

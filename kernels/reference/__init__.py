@@ -7,7 +7,12 @@ fp32, float64 stays float64. Every function repeats its bits from run to run on 
 from kernels.reference.attention import attention
 from kernels.reference.blockscale import quantize
 from kernels.reference.dense import linear, mlp
-from kernels.reference.experts import experts, grouped_mlp
+from kernels.reference.experts import (
+  experts,
+  grouped_mlp,
+  grouped_mlp_backward,
+  grouped_mlp_forward,
+)
 from kernels.reference.loss import linear_cross_entropy
 from kernels.reference.norm import add_rms_norm, rms_norm
 from kernels.reference.optim import adamw, newton_schulz
@@ -21,6 +26,8 @@ __all__ = [
   "combine",
   "experts",
   "grouped_mlp",
+  "grouped_mlp_backward",
+  "grouped_mlp_forward",
   "layout",
   "linear",
   "linear_cross_entropy",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route
+from kernels.ops import Product
+from kernels.reference.products import multiply
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
 PAUSE_S = 1e-4
@@ -23,7 +25,8 @@ PAUSE_S = 1e-4
 class Exchange:
   """The movers of one rank. `peers` are the mapped blocks of all ranks, its own among them.
 
-  `blocks` is the number of SMs that moving rows takes; None where there are none.
+  `blocks` is the number of SMs that moving rows takes; None where there are none. With `fused`
+  the rows of a product go to their origins from the product itself.
   """
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
@@ -32,6 +35,7 @@ class Exchange:
     self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
     self.mine.origin_C.fill_(-1)
     self.blocks: int | None = None
+    self.fused = False
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     """Write this rank's int32 [E] counts into every rank's count[rank]."""
@@ -77,6 +81,18 @@ class Exchange:
     row[origin < 0] = 0
     return row, self.mine.gate_C[:num_rows].clone(), origin
 
+  def multiply(
+    self, product: Product, origin_C: Tensor, gate_C: Tensor | None = None
+  ) -> Tensor | None:
+    """The product's rows, for `reply`; None if they, and the gate gradients, were written to their
+    origins here (`fused`): then `reply` has only to say so. Comes between receive and reply.
+    """
+    row_CD = multiply(product)
+    if not self.fused:
+      return row_CD
+    self._write_back(origin_C, row_CD, gate_C)
+    return None
+
   def reply(
     self,
     trip: int,
@@ -86,18 +102,12 @@ class Exchange:
     route: Route,
     low: int,
   ) -> None:
-    """Write each row, and gate gradient, back to its origin; None is an answer without rows.
+    """Write each row, and gate gradient, back to its origin; None if there are none to write.
 
     route and low are those of the rows' dispatch.
     """
     if row_CD is not None:
-      source_C = torch.where(origin_C < 0, -1, origin_C // self.rows)
-      for rank, peer in enumerate(self.peers):
-        row = (source_C == rank).nonzero().flatten()
-        item = (origin_C[row] % self.rows).long()
-        peer.back_ND.index_copy_(0, item, row_CD[row])
-        if gate_C is not None:
-          peer.back_gate_N.index_copy_(0, item, gate_C[row])
+      self._write_back(origin_C, row_CD, gate_C)
     self._signal(RETURN, trip)
 
   def collect(self, route: Route) -> tuple[Tensor, Tensor]:
@@ -132,6 +142,15 @@ class Exchange:
   def fetch(self, x: Tensor) -> Callable[[], list]:
     """x as a list on the host, when called."""
     return x.tolist
+
+  def _write_back(self, origin_C: Tensor, row_CD: Tensor, gate_C: Tensor | None) -> None:
+    source_C = torch.where(origin_C < 0, -1, origin_C // self.rows)
+    for rank, peer in enumerate(self.peers):
+      row = (source_C == rank).nonzero().flatten()
+      item = (origin_C[row] % self.rows).long()
+      peer.back_ND.index_copy_(0, item, row_CD[row])
+      if gate_C is not None:
+        peer.back_gate_N.index_copy_(0, item, gate_C[row])
 
   def _signal(self, kind: int, trip: int) -> None:
     for peer in self.peers:

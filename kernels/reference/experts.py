@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.ops import Layout, Recipe, check
+from kernels import halves
+from kernels.ops import Layout, Product, Recipe, check
 from kernels.reference import swiglu
 from kernels.reference.dtypes import wide
-from kernels.reference.products import block_scaled_product, spans
+from kernels.reference.products import block_scaled_product, rows_by_weight, spans
 from kernels.reference.router import combine, sum_rows
 
 
 def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
   """See Ops.grouped_mlp. Reads the offsets on the host (one synchronisation on a CUDA device)."""
-  _check_weights(x_ND, w13, w2)
-  offsets = offset_E1.tolist()
-  check(
-    len(offsets) == w13.shape[0] + 1 and offsets[-1] <= x_ND.shape[0],
-    f"grouped_mlp: {len(offsets)} offsets up to {offsets[-1]} for {w13.shape[0]} experts and "
-    f"{x_ND.shape[0]} rows; need one more offset than experts, none beyond the rows",
-  )
+  offsets = _checked_offsets(x_ND, offset_E1, w13, w2)
   if recipe.format == "bf16":
     return _GroupedMlp.apply(x_ND, w13, w2, offsets)
   h_NF = block_scaled_product(x_ND, w13, offsets, recipe, 0)
   return block_scaled_product(swiglu.swiglu(h_NF), w2, offsets, recipe, 1)
+
+
+class _Kept(NamedTuple):
+  x: Tensor
+  h: Tensor
+  offsets: list[int]
+
+
+def grouped_mlp_forward(
+  x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe, keep: bool
+) -> tuple[Tensor | Product, _Kept | halves.Graph]:
+  """See Ops.grouped_mlp_forward."""
+  if recipe.format != "bf16":
+    return halves.forward(grouped_mlp, x_ND, offset_E1, w13, w2, recipe, keep)
+  offsets = _checked_offsets(x_ND, offset_E1, w13, w2)
+  h = rows_by_weight(x_ND, swiglu.to_halves(w13).mT, offsets, x_ND.dtype)
+  return Product(swiglu.forward(h), w2, offset_E1), _Kept(x_ND, h, offsets)
+
+
+def grouped_mlp_backward(
+  kept: _Kept | halves.Graph, dy_ND: Tensor, gate_N: Tensor, w13: Tensor, w2: Tensor
+) -> tuple[Tensor | Product, Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+  """See Ops.grouped_mlp_backward. The arithmetic is that of `experts`."""
+  if isinstance(kept, halves.Graph):
+    return halves.backward(kept, dy_ND, gate_N)
+  x, h, offsets = kept
+  dtype = wide(dy_ND, gate_N)
+  da = rows_by_weight(dy_ND, w2, offsets, dy_ND.dtype).to(dtype)
+  gate_N1 = gate_N.to(dtype)[:, None]
+  dh, a = swiglu.backward(h, da * gate_N1)
+  dgate_N = torch.linalg.vecdot(a.to(dtype), da).to(gate_N.dtype)
+  scaled = (a * gate_N1).to(a.dtype)
+
+  def weights() -> tuple[Tensor, Tensor]:
+    dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
+    for e, rows in spans(offsets):
+      torch.mm(dy_ND[rows].T, scaled[rows], out=dw2[e])
+      torch.mm(dh[rows].T, x[rows], out=dw13[e])
+    return swiglu.to_interleaved(dw13), dw2
+
+  dx = Product(dh, swiglu.to_halves(w13).mT, torch.tensor(offsets))
+  return dx, dgate_N, weights
 
 
 def experts(
@@ -38,6 +78,17 @@ def experts(
   x_ND = _Gather.apply(x_TD, layout)
   y_ND = grouped_mlp(x_ND, layout.offset_E1, w13, w2, recipe)
   return combine(y_ND.index_select(0, layout.row_TK.flatten()).unflatten(0, gate_TK.shape), gate_TK)
+
+
+def _checked_offsets(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor) -> list[int]:
+  _check_weights(x_ND, w13, w2)
+  offsets = offset_E1.tolist()
+  check(
+    len(offsets) == w13.shape[0] + 1 and offsets[-1] <= x_ND.shape[0],
+    f"grouped_mlp: {len(offsets)} offsets up to {offsets[-1]} for {w13.shape[0]} experts and "
+    f"{x_ND.shape[0]} rows; need one more offset than experts, none beyond the rows",
+  )
+  return offsets
 
 
 def _check_weights(x: Tensor, w13: Tensor, w2: Tensor) -> None:

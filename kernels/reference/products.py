@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.ops import Operand, Recipe, check
+from kernels.ops import Operand, Product, Recipe, check
 from kernels.reference.blockscale import BLOCK, BlockScaled, derive, quantize
 from kernels.reference.dtypes import wide
 
@@ -56,12 +56,12 @@ class _Product(torch.autograd.Function):
     ctx.save_for_backward(x, w)
     ctx.offsets, ctx.recipe, ctx.salt = offsets, recipe, salt
     if recipe.forward_only_bf16:
-      return _rows_by_weight(x, w.mT, offsets, x.dtype)
+      return rows_by_weight(x, w.mT, offsets, x.dtype)
     dtype, square = wide(x, w), recipe.format == "nvfp4"
     x_q = _quantized("fprop_x", x[: offsets[-1]], offsets, recipe, salt)
     w_q = _quantized("fprop_w", w, None, recipe, salt, square=square)
     (x_values, x_scale), (w_values, w_scale) = _operand(x_q, dtype), _operand(w_q, dtype)
-    y = _rows_by_weight(x_values, w_values.mT, offsets, dtype)
+    y = rows_by_weight(x_values, w_values.mT, offsets, dtype)
     return _padded(y.mul_(x_scale).mul_(w_scale), x.shape[0]).to(x.dtype)
 
   @staticmethod
@@ -87,7 +87,7 @@ def _input_gradient(dy: Tensor, w: Tensor, offsets: list[int], recipe: Recipe, s
     w_q = _quantized("dgrad_w", w, None, recipe, salt, square=True)
   dy_values, dy_scale = _operand(dy_q, dtype)
   w_values, w_scale = _operand(w_q, dtype)
-  return _rows_by_weight(dy_values, w_values, offsets, dtype).mul_(dy_scale).mul_(w_scale)
+  return rows_by_weight(dy_values, w_values, offsets, dtype).mul_(dy_scale).mul_(w_scale)
 
 
 def _weight_gradient(
@@ -141,12 +141,18 @@ def _operand(q: BlockScaled, dtype: torch.dtype) -> tuple[Tensor, Tensor | float
   return q.values(dtype), 1.0 if q.tensor_scale is None else q.tensor_scale
 
 
-def _rows_by_weight(x: Tensor, w: Tensor, offsets: list[int], dtype: torch.dtype) -> Tensor:
+def rows_by_weight(x: Tensor, w: Tensor, offsets: list[int], dtype: torch.dtype) -> Tensor:
   """x [N', I] · w[e] [I, O] for the rows of each expert e -> [N', O], zero beyond offsets[-1]."""
   out = x.new_zeros(x.shape[0], w.shape[2], dtype=dtype)
   for e, rows in spans(offsets):
     torch.mm(x[rows], w[e], out=out[rows])
   return out
+
+
+def multiply(product: Product) -> Tensor:
+  """The product's rows; zero where no expert owns them."""
+  a, w, offset = product
+  return rows_by_weight(a, w.mT, offset.tolist(), a.dtype)
 
 
 def _padded(x: Tensor, num_rows: int) -> Tensor:

@@ -3,8 +3,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from kernels.ops import KernelError, Recipe
-from kernels.reference import combine, experts, grouped_mlp, layout, linear, mlp
+from kernels.ops import KernelError, Product, Recipe
+from kernels.reference import (
+  combine,
+  experts,
+  grouped_mlp,
+  grouped_mlp_backward,
+  grouped_mlp_forward,
+  layout,
+  linear,
+  mlp,
+)
+from kernels.reference.products import multiply
 
 E, K, D, FF = 5, 2, 6, 4
 BF16 = Recipe()
@@ -102,6 +112,36 @@ def test_grouped_mlp_gradients():
   x = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
   offsets = torch.tensor([0, 2, 2, 3, 3, 6], dtype=torch.int32)
   assert gradcheck(lambda x, a, b: grouped_mlp(x, offsets, a, b, BF16), (x, w13, w2))
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 2, 3, 3, 6], [0, 0, 0, 0, 0, 0], [1, 1, 4, 4, 6, 6]])
+@pytest.mark.parametrize(
+  ("format", "dtype"), [("bf16", torch.float64), ("fp8", torch.float32), ("nvfp4", torch.float32)]
+)
+def test_the_halves_are_grouped_mlp_and_its_gradient(format, dtype, offsets):
+  recipe, filled = Recipe(format, emulate=True), slice(offsets[0], offsets[-1])
+  w13, w2 = weights(dtype)
+  generator = torch.Generator().manual_seed(9)
+  x = torch.randn(8, D, generator=generator, dtype=dtype).requires_grad_()
+  dy = torch.randn(8, D, generator=generator, dtype=dtype)
+  gate = torch.rand(8, generator=generator, dtype=dtype).requires_grad_()
+  offset_E1 = torch.tensor(offsets, dtype=torch.int32)
+  y = grouped_mlp(x, offset_E1, w13, w2, recipe)
+  want = torch.autograd.grad(gate[:, None] * y, (x, gate, w13, w2), dy)
+
+  @torch.no_grad()
+  def rows(result):
+    return (multiply(result) if isinstance(result, Product) else result)[filled]
+
+  with torch.no_grad():
+    found, kept = grouped_mlp_forward(x, offset_E1, w13, w2, recipe, True)
+    dx, dgate, gradients = grouped_mlp_backward(kept, dy, gate, w13, w2)
+    got = (rows(dx), dgate[filled], *gradients())
+    without, _ = grouped_mlp_forward(x, offset_E1, w13, w2, recipe, False)
+  assert torch.equal(rows(found), rows(without))
+  torch.testing.assert_close(rows(found), y[filled], rtol=1e-6, atol=1e-6)
+  for a, b in zip(got, (want[0][filled], want[1][filled], *want[2:]), strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8", "nvfp4"])

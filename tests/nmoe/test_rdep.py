@@ -178,12 +178,14 @@ def step(rdep: Rdep, d: Data, layer: int) -> list[np.ndarray]:
   return [t.numpy().copy() for t in found]
 
 
-def run_cases(group, names: list[str]) -> dict[str, tuple[list, list[int]]]:
+def run_cases(group, names: list[str], fused: bool) -> dict[str, tuple[list, list[int]]]:
   """Every case on one rank: the fields of each iteration's Result, and the layers' rounds."""
   found = {}
   for name in names:
     case = CASES[name]
     rdep = Rdep(config(group.size(), case), ops, group, symmetric)
+    if group.size() > 1:
+      rdep.exchange.fused = fused
     steps = [
       step(rdep, share(case, make(case, i % 3), group.rank(), group.size()), layer=i % 2)
       for i in range(ITERATIONS)
@@ -198,9 +200,9 @@ def join(parts: list[list[np.ndarray]]) -> Result:
 
 
 @cache
-def results(num_ranks: int) -> dict[str, tuple[list[Result], list[int]]]:
+def results(num_ranks: int, fused: bool = False) -> dict[str, tuple[list[Result], list[int]]]:
   """Each case's iterations and rounds."""
-  found = ranks.run(run_cases, num_ranks, list(CASES))
+  found = ranks.run(run_cases, num_ranks, list(CASES), fused)
   joined = {}
   for name in CASES:
     steps = [join(list(parts)) for parts in zip(*(f[name][0] for f in found), strict=True)]
@@ -251,6 +253,16 @@ def test_repeats_its_bits(num_ranks: int) -> None:
   for name, (steps, _) in results(num_ranks).items():
     for i in range(ITERATIONS - 3):
       for a, b in zip(steps[i], steps[i + 3], strict=True):
+        assert a.tobytes() == b.tobytes(), f"{name}, iteration {i}"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_rows_that_return_from_the_product_are_the_same(num_ranks: int) -> None:
+  for name, (steps, rounds) in results(num_ranks, fused=True).items():
+    wanted, same_rounds = results(num_ranks)[name]
+    assert rounds == same_rounds
+    for i, (found, want) in enumerate(zip(steps, wanted, strict=True)):
+      for a, b in zip(found, want, strict=True):
         assert a.tobytes() == b.tobytes(), f"{name}, iteration {i}"
 
 
