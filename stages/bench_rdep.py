@@ -70,6 +70,7 @@ def layer_config(
     raise ConfigError(f"--shape {shape} is unknown; choose from {', '.join(SHAPES)}")
   values: dict[str, Any] = {
     "launch.ranks": ranks,
+    "rdep.group": 0,
     "data.seq_len": tokens,
     "train.micro_batch": 1,
     "schedule.batch_tokens": tokens * ranks,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from kernels import reference
 from nmoe.config import Config, diff, load
 from nmoe.heap import buffer_layout
 from nmoe.model import Model, parameter_group
+from nmoe.optim import Optimizer
+from nmoe.parallel import shared
 from nmoe.plan import DEVICES, fits, parameter_shapes, peak_flops, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -209,6 +212,31 @@ def test_rdep_bytes_are_those_of_the_heap(capacity):
   worst = config.with_values(**{"rdep.capacity": 2.0})  # top 3 of 4 local experts, 2 ranks
   assert plan(config).rdep.worst == buffer_layout(worst).nbytes
   assert plan(tiny()).rdep.worst == 0
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_rank_keeps_the_state_of_what_it_owns(group):
+  """The largest owner's, which is the largest that an optimizer of those rows holds."""
+  config = tiny(
+    launch__ranks=4,
+    rdep__group=group,
+    schedule__batch_tokens=192,
+    target__dtype="bf16",
+    optim__matrices="muon",
+  )
+  found = []
+  for rank in range(4):
+    place = SimpleNamespace(rank=rank % config.expert_ranks, num_ranks=config.expert_ranks)
+    with torch.device("meta"):
+      model = Model(config, reference, place)
+    owned = {n: rows for part in shared(config, rank) for n, rows in part.owned.items()}
+    state = Optimizer(model, config, reference, owned).state_dict()
+    sizes = [(key.endswith(".master"), x.numel()) for key, x in state.items() if x.is_meta]
+    found.append([4 * sum(n for master, n in sizes if master == kind) for kind in (True, False)])
+  held = {term.name: term.value for term in plan(config).memory}
+  assert [held["fp32 masters"], held["moments"]] == max(found, key=sum)
+  one = {term.name: term.value for term in plan(tiny(target__dtype="bf16")).memory}
+  assert held["fp32 masters"] < 1.1 * one["fp32 masters"] / 4
 
 
 def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
