@@ -431,7 +431,9 @@ def _kept_terms(config: Config, layer: int) -> dict[str, float]:
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1
     terms["SwiGLU inputs"] += 2 * spare * e.top_k * e.expert_dim * width
-    terms["received rows and results"] = 2 * (1 + spare) * e.top_k * m.dim * width
+    terms["received rows"] = (1 + spare) * e.top_k * m.dim * width
+    if config.target.dtype in ("fp8", "nvfp4"):
+      terms["results of received rows"] = terms["received rows"]
   return terms
 
 
@@ -473,10 +475,9 @@ def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
 
 def _adds_in_place(config: Config) -> bool:
   """Whether the experts' products add to the fp32 gradients themselves (kernels.ops): in bf16 on a
-  GPU, and not under RDEP, which asks autograd for gradients and adds those.
+  GPU.
   """
-  t = config.target
-  return t.arch != "cpu" and t.dtype == "bf16" and config.expert_ranks == 1
+  return config.target.arch != "cpu" and config.target.dtype == "bf16"
 
 
 def fits(plan: Plan, bytes_available: int) -> Misfit | None:
