@@ -7,11 +7,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from labs import same_bits
 from torch import Tensor
 
 from nmoe import checkpoint
+from nmoe.checkpoint import Part
 from nmoe.errors import CheckpointError
 
 META = {"config": "[model]", "run": "r"}
@@ -77,6 +79,53 @@ def test_another_number_of_ranks_reads_it(saved):
   checkpoint.load(saved, 20, part, 2)
   assert torch.equal(part["layers.1.moe.experts.w13"], whole["layers.1.moe.experts.w13"][2:])
   assert torch.equal(part["embed.weight"], whole["embed.weight"])
+
+
+def parts(state: dict[str, Tensor], rows: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+  """The rows start … stop - 1 of some tensors, as Parts."""
+  return {name: Part.of(state[name][a:b], a, len(state[name])) for name, (a, b) in rows.items()}
+
+
+def test_a_part_is_filled_from_its_place(saved):
+  """Rows of a plain tensor, and some of the experts that a rank holds, in place."""
+  whole, mine = a_state(20), empty(a_state(20))
+  rows = {"embed.weight": (2, 5), "layers.1.moe.experts.w13.exp_avg": (1, 3)}
+  checkpoint.load(saved, 20, parts(mine, rows), 0)
+  for name, (start, stop) in rows.items():
+    assert torch.equal(mine[name][start:stop], whole[name][start:stop])
+    assert (mine[name][:start] == 99).all() and (mine[name][stop:] == 99).all()
+
+
+def test_a_part_of_a_second_rank_s_experts_has_their_global_ids(tmp_path):
+  name, state = "layers.1.moe.experts.w13.exp_avg", a_state()
+  checkpoint.save(tmp_path, 1, parts(state, {name: (1, 3)}), 4, META)
+  stored = checkpoint.read(tmp_path / "step_00000001")
+  assert stored.keys() == {f"layers.1.moe.experts.{e}.w13.exp_avg" for e in (5, 6)}
+  assert torch.equal(stored["layers.1.moe.experts.6.w13.exp_avg"], state[name][2])
+
+
+def lose_rows(group, folder: str) -> tuple[str, bool]:
+  """Two ranks save seven rows: first without the fourth, then all."""
+  rank, state = group.rank(), a_state()
+  whole, lacking = (0, 4) if rank == 0 else (4, 7), (0, 3) if rank == 0 else (4, 7)
+  with pytest.raises(CheckpointError) as caught:
+    checkpoint.save(Path(folder), 1, parts(state, {"embed.weight": lacking}), 0, META)
+  checkpoint.save(Path(folder), 2, parts(state, {"embed.weight": whole}), 0, META)
+  stored = checkpoint.read(Path(folder) / "step_00000002")
+  return str(caught.value), same_bits(stored, {"embed.weight": state["embed.weight"]})
+
+
+def test_rows_that_no_rank_stores_are_noticed(tmp_path):
+  for said, complete in ranks.run(lose_rows, 2, str(tmp_path)):
+    assert "Failed to validate global plan" in said
+    assert complete
+  assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_a_part_of_another_shape_is_refused(saved):
+  other = {"embed.weight": torch.zeros(8, 4).bfloat16()}
+  with pytest.raises(CheckpointError, match="does not hold this run's state"):
+    checkpoint.load(saved, 20, parts(other, {"embed.weight": (0, 2)}), 0)
 
 
 def test_nothing_is_said_of_torch_distributed(tmp_path):
