@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.buffers import DISPATCH, RETURN, Route
-from kernels.ops import Recipe
+from kernels.ops import Product, Recipe
 from nmoe import config as configs
 from nmoe import parallel
 from nmoe.clock import Clock
@@ -40,6 +41,7 @@ BURST_S = 0.02  # a timed run of a variant lasts about this long, or one call
 LATENCY_TOKENS = 128
 SMS = (4, 8, 16, 32, 64, 128)
 RECIPE = Recipe()
+RETURNED = ("down-projection", "dx")  # the products whose rows go back
 NAMES = ("y", "dx", "dgate", "dw13", "dw2")
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # ‖RDEP - all-to-all‖ / ‖all-to-all‖
 
@@ -141,8 +143,19 @@ class Bench:
   def inputs(self, num_tokens: int) -> list[Inputs]:
     return [self._inputs(num_tokens) for _ in range(SETS)]
 
-  def trip(self, sets: list[Inputs], sms: int | None, i: int, clock: Clock) -> None:
-    """One dispatch and return of rows as they are, without counts and without experts."""
+  def trip(
+    self,
+    sets: list[Inputs],
+    sms: int | None,
+    i: int,
+    clock: Clock,
+    products: list[Product] | None = None,
+  ) -> None:
+    """One dispatch and return of rows as they are, without counts and without experts.
+
+    With products, one for each of the sets, their rows return instead, and the return's time is
+    also that of the multiplication.
+    """
     exchange, trips, d = self.rdep.exchange, self.rdep.trips, sets[i]
     before, exchange.blocks = exchange.blocks, sms
     number = trips[-1].number + 1
@@ -153,10 +166,29 @@ class Bench:
     clock.start("receive")
     row_CD, _, origin_C = exchange.receive(d.rows)
     clock.start("return")
+    if products is not None:
+      row_CD = exchange.multiply(products[i], origin_C)
     exchange.reply(number, origin_C, row_CD, None, d.route, 0)
     self._wait(RETURN, number)
     clock.start("between")
     self.rdep.done, exchange.blocks = number, before
+
+  @contextmanager
+  def returning(self, fused: bool) -> Iterator[None]:
+    """Inside, rows are returned by the products that make them, or by the reply after."""
+    exchange = self.rdep.exchange
+    before, exchange.fused = exchange.fused, fused
+    yield
+    exchange.fused = before
+
+  def returned(self, fused: bool, variant: Variant, i: int, clock: Clock) -> None:
+    with self.returning(fused):
+      variant(i, clock)
+
+  def products(self, sets: list[Inputs], weight: Tensor) -> list[Product]:
+    """A product of every set's received rows with weights [E/R, O, I]."""
+    inner = weight.shape[2]
+    return [Product(self._normal(d.rows, inner), weight, self._offsets(d)) for d in sets]
 
   def copy(self, sets: list[Inputs], i: int, clock: Clock) -> None:
     """The bytes that a dispatch sends to other ranks, by plain copies into their buffers."""
@@ -232,8 +264,7 @@ class Bench:
     d = sets[i]
     leaves = [t.detach().requires_grad_() for t in (_tiled(d.x_TD, d.rows), self.w13, self.w2)]
     dy_ND, x_TD = _tiled(d.dy_TD, d.rows), d.x_TD.detach().requires_grad_()
-    count_RRL = d.route.count_RE.view(self.rdep.num_ranks, self.rdep.num_ranks, -1)
-    offset_L1 = _offsets(count_RRL[:, self.rdep.rank].sum(0))
+    offset_L1 = self._offsets(d)
     clock.start("layer")
     self.ops.grouped_mlp(leaves[0], offset_L1, *leaves[1:], RECIPE).backward(dy_ND)
     if self.shared is not None:
@@ -241,10 +272,18 @@ class Bench:
     clock.start("between")
 
   def deviation(self, d: Inputs) -> dict[str, float]:
-    """‖RDEP - all-to-all‖ / ‖all-to-all‖ of the output and every gradient, the worst rank's."""
-    found = zip(self.gradients(self.by_rdep, d), self.gradients(self.by_all_to_all, d), strict=True)
-    ratios = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in found]
-    worst = dict(zip(NAMES, self.most(ratios), strict=True))
+    """‖RDEP - all-to-all‖ / ‖all-to-all‖ of the output and every gradient, the worst rank's, with
+    and without products that return their rows.
+    """
+    wanted, worst = self.gradients(self.by_all_to_all, d), dict.fromkeys(NAMES, 0.0)
+    for fused in (False, True):
+      with self.returning(fused):
+        found = self.gradients(self.by_rdep, d)
+      ratios = [
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(found, wanted, strict=True)
+      ]
+      worst = {n: max(worst[n], ratio) for n, ratio in zip(NAMES, self.most(ratios), strict=True)}
     wrong = {name: ratio for name, ratio in worst.items() if not ratio <= BOUND[self.dtype]}
     if wrong:
       raise CommError(f"RDEP and all_to_all_single disagree ({wrong}); nothing was measured")
@@ -298,6 +337,11 @@ class Bench:
     with torch.cuda.stream(self.side):
       return self.shared(x)
 
+  def _offsets(self, d: Inputs) -> Tensor:
+    """Of this rank's experts in the rows that come to it."""
+    count_RRL = d.route.count_RE.view(self.rdep.num_ranks, self.rdep.num_ranks, -1)
+    return _offsets(count_RRL[:, self.rdep.rank].sum(0))
+
   def _wait(self, kind: int, number: int) -> None:
     late = self.rdep.exchange.wait(kind, number)
     if late:
@@ -334,6 +378,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
   with bench.ranks.explained():
     deviation = bench.deviation(full[0])
     rows = [*_movers(bench, full, repeats)]
+    rows += _returns(bench, full, repeats)
     rows += _layers(bench, full, repeats, parts=True)
     rows += _trips(bench, few, bench.rdep.exchange.blocks, repeats)
     rows += _layers(bench, few, repeats, parts=False)
@@ -353,6 +398,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     "deviation": deviation,
     "dispatch_of_copy": rate["dispatch"] / rate["peer copy"],
     "return_of_copy": rate["return"] / rate["peer copy"],
+    "fused_return": {what: ms[f"{what}, return"] / ms[f"{what} with return"] for what in RETURNED},
     "speedup": ms["layer, all_to_all_single"] / ms["layer, RDEP"],
     "over_longer_part": ms["layer, RDEP"] / alone,
     "rows": [asdict(row) for row in rows],
@@ -372,6 +418,19 @@ def _movers(bench: Bench, sets: list[Inputs], repeats: int) -> Iterator[Row]:
       yield _row(phase, sets, found[n, phase], size, n)
 
 
+def _returns(bench: Bench, sets: list[Inputs], repeats: int) -> Iterator[Row]:
+  """The products whose rows travel back: apart from their return, and with it in one kernel."""
+  variants: dict[Hashable, Variant] = {}
+  for what, weight in zip(RETURNED, (bench.w2, bench.w13.mT), strict=True):
+    trip = partial(bench.trip, sets, bench.rdep.exchange.blocks)
+    variant = partial(trip, products=bench.products(sets, weight))
+    for name, fused in ((f"{what}, return", False), (f"{what} with return", True)):
+      variants[name] = partial(bench.returned, fused, variant)
+  found = bench.interleaved(variants, repeats)
+  for name in variants:
+    yield _row(str(name), sets, found[name, "return"])
+
+
 def _trips(bench: Bench, sets: list[Inputs], sms: int | None, repeats: int) -> Iterator[Row]:
   found = bench.interleaved({"trip": partial(bench.trip, sets, sms)}, repeats)
   for phase in ("dispatch", "return"):
@@ -385,6 +444,9 @@ def _layers(bench: Bench, sets: list[Inputs], repeats: int, *, parts: bool) -> I
     "layer, all_to_all_single": partial(bench.layer, bench.by_all_to_all, sets),
   }
   if parts:
+    variants["layer, RDEP, products with return"] = partial(
+      bench.returned, True, variants["layer, RDEP"]
+    )
     variants["communication alone"] = partial(bench.communication, sets)
     variants["computation alone"] = partial(bench.computation, sets)
   for (name, _), ms in bench.interleaved(variants, repeats).items():

@@ -139,6 +139,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
     f"layer, forward + backward: {found['speedup']:.2f} x all_to_all_single ({found['backend']}); "
     f"{found['over_longer_part']:.2f} x the longer of communication and computation alone"
   )
+  gains = ", ".join(f"{what} {gain:.2f} x" for what, gain in found["fused_return"].items())
+  console.print(f"rows returned by the product's kernel, against product and return: {gains}")
   worst = max(found["deviation"], key=found["deviation"].get)
   console.print(
     f"RDEP and all_to_all_single differ by at most {found['deviation'][worst]:.1e} ({worst})"

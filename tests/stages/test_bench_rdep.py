@@ -23,8 +23,14 @@ from stages import bench_rdep
 
 TOKENS, TOP_K, DIM = 48, 2, 32
 MOVES = ["peer copy", "dispatch", "return"]
+RETURNS = [
+  "down-projection, return",
+  "down-projection with return",
+  "dx, return",
+  "dx with return",
+]
 LAYERS = ["layer, RDEP", "layer, all_to_all_single"]
-ALONE = ["communication alone", "computation alone"]
+ALONE = ["layer, RDEP, products with return", "communication alone", "computation alone"]
 
 
 @pytest.fixture
@@ -38,16 +44,23 @@ def test_a_measurement(file, tmp_path):
   found = bench_rdep.rdep(file, 2, TOKENS, None, console, out, repeats=2)
   assert json.loads(out.read_text()) == found
   rows = found["rows"]
-  assert [row["what"] for row in rows] == MOVES + LAYERS + ALONE + MOVES[1:] + LAYERS
+  names = [row["what"] for row in rows]
+  assert names == MOVES + RETURNS + LAYERS + ALONE + MOVES[1:] + LAYERS
   assert {row["tokens"] for row in rows} == {TOKENS}  # fewer than the latency's 128
   moved = [row["gb_s"] * row["ms"] * 1e6 for row in rows[:3]]
   assert moved == pytest.approx([moved[0]] * 3)
   assert 0 < moved[0] < TOKENS * TOP_K * DIM * 4
-  ms = [row["ms"] for row in rows]
-  assert found["dispatch_of_copy"] == pytest.approx(ms[0] / ms[1])
-  assert found["return_of_copy"] == pytest.approx(ms[0] / ms[2])
-  assert found["speedup"] == pytest.approx(ms[4] / ms[3])
-  assert found["over_longer_part"] == pytest.approx(ms[3] / max(ms[5:7]))
+  ms = {row["what"]: row["ms"] for row in reversed(rows)}
+  assert found["dispatch_of_copy"] == pytest.approx(ms["peer copy"] / ms["dispatch"])
+  assert found["return_of_copy"] == pytest.approx(ms["peer copy"] / ms["return"])
+  assert found["speedup"] == pytest.approx(ms[LAYERS[1]] / ms[LAYERS[0]])
+  assert found["over_longer_part"] == pytest.approx(
+    ms["layer, RDEP"] / max(ms["communication alone"], ms["computation alone"])
+  )
+  assert found["fused_return"] == {
+    what: pytest.approx(ms[f"{what}, return"] / ms[f"{what} with return"])
+    for what in ("down-projection", "dx")
+  }
   assert all(row["ms_p10"] <= row["ms"] <= row["ms_p90"] for row in rows)
   assert found["deviation"].keys() == set(NAMES)
   assert found["shape"] == {"T": TOKENS, "D": DIM, "F": 32, "E": 4, "K": TOP_K, "shared": 1}
