@@ -1,0 +1,146 @@
+"""Two ranks' exchanges and experts in one process, their blocks on one GPU, without waits."""
+
+import pytest
+import torch
+
+from gpu.oracle import FOUR, normal, roundings
+from kernels import reference
+from kernels.buffers import ALIGNMENT, BufferLayout, Route
+from kernels.cuda.exchange import Exchange
+from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
+from kernels.cuda.layout import layout
+from kernels.ops import Product, Recipe
+from nmoe.rdep import places
+
+pytestmark = pytest.mark.gpu
+RANKS, E, K, D, F, TOKENS = 2, 8, 3, 320, 136, 600
+ROUTINGS = {"uniform": range(E), "one rank gets none": range(E // 2), "one expert": [E - 1]}
+
+
+def movers(capacity: int) -> list[Exchange]:
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, torch.bfloat16)
+  blocks = []
+  for _ in range(RANKS):
+    memory = torch.zeros(sizes.nbytes + ALIGNMENT, dtype=torch.uint8, device="cuda")
+    start = -memory.data_ptr() % ALIGNMENT
+    blocks.append(sizes.views(memory[start : start + sizes.nbytes]))
+  return [Exchange(blocks, rank, 1.0) for rank in range(RANKS)]
+
+
+def routed(kind: str, alignment: int):
+  """Of each rank a Route; the places of all."""
+  among = torch.tensor(ROUTINGS[kind])
+  experts = [among[torch.randint(len(among), (TOKENS - 99 * r, K))] for r in range(RANKS)]
+  experts = [expert.to("cuda", torch.int32) for expert in experts]
+  layouts = [layout(expert, E) for expert in experts]
+  count_RE = torch.stack([order.offset_E1.diff() for order in layouts]).long()
+  where = places(count_RE, alignment)
+  pairs = zip(experts, layouts, strict=True)
+  return [Route(e, order, count_RE, where.base_RE) for e, order in pairs], where
+
+
+def layer(kind: str, fused: bool, alignment: int = 1):
+  """y, dx, dgate of each rank's tokens and dw13, dw2 of its experts, as RDEP moves them."""
+  torch.manual_seed(0)
+  routes, where = routed(kind, alignment)
+  x, dy = ([normal(len(r.expert_TK), D, grad=False) for r in routes] for _ in range(2))
+  gate = [torch.rand(r.expert_TK.shape, device="cuda") for r in routes]
+  w13 = normal(E, 2 * F, D, scale=D**-0.5).detach()
+  w2 = normal(E, D, F, scale=F**-0.5).detach()
+  weights = [[w[r * E // RANKS : (r + 1) * E // RANKS].clone() for w in (w13, w2)] for r in (0, 1)]
+  exchanges = movers(max(int(where.end_R.max()), 1))
+  for exchange in exchanges:
+    exchange.fused = fused
+  for mover, x_TD, route in zip(exchanges, x, routes, strict=True):
+    mover.send(1, x_TD, None, route, 0)
+  kept = []
+  for r, mover in enumerate(exchanges):
+    mine = slice(r * E // RANKS, (r + 1) * E // RANKS)
+    rows, _, origin = mover.receive(int(where.end_R[r]))
+    offset = torch.cat([where.start_E[mine], where.end_R[r : r + 1]]).int()
+    y, state = grouped_mlp_forward(rows, offset, *weights[r], Recipe(), True)
+    y = mover.multiply(y, origin) if isinstance(y, Product) else y
+    mover.reply(1, origin, y, None, routes[r], 0)
+    kept.append((state, origin))
+  out = [m.collect(r)[0].clone() for m, r in zip(exchanges, routes, strict=True)]
+  for r, mover in enumerate(exchanges):
+    mover.send(2, dy[r], gate[r], routes[r], 0)
+  gradients = []
+  for r, mover in enumerate(exchanges):
+    rows, gate_C, _ = mover.receive(int(where.end_R[r]))
+    state, origin = kept[r]
+    dx, dgate, rest = grouped_mlp_backward(state, rows, gate_C, *weights[r])
+    dx = mover.multiply(dx, origin, dgate) if isinstance(dx, Product) else dx
+    mover.reply(2, origin, dx, dgate, routes[r], 0)
+    gradients.append(rest())
+  back = [[t.clone() for t in m.collect(r)] for m, r in zip(exchanges, routes, strict=True)]
+  given = torch.cat(x), torch.cat([r.expert_TK for r in routes]), torch.cat(gate), torch.cat(dy)
+  found = [torch.cat(out), *(torch.cat(parts) for parts in zip(*back, strict=True))]
+  found += [torch.cat(parts) for parts in zip(*gradients, strict=True)]
+  return found, (*given, w13, w2)
+
+
+def definition(x, expert, gate, dy, w13, w2):
+  """The same in float64: y and dx of every (t, k) by itself."""
+  x, gate, w13, w2 = (t.double().requires_grad_() for t in (x, gate, w13, w2))
+  x_ND = x.repeat_interleave(K, 0)
+  order = reference.layout(expert.cpu(), E)
+  source, offset = order.source_N.cuda(), order.offset_E1
+  rows = x_ND.detach().requires_grad_()
+  y_ND = reference.grouped_mlp(rows[source], offset, w13, w2, Recipe())
+  y_TKD = y_ND[order.row_TK.flatten().cuda()].unflatten(0, gate.shape)
+  total = (gate[:, :, None] * y_TKD).sum(1)
+  dx, *rest = torch.autograd.grad(total, (rows, gate, w13, w2), dy.double())
+  return [y_TKD.detach(), dx.unflatten(0, gate.shape), *rest]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_a_layer_is_the_definition(kind, alignment, fused):
+  found, given = layer(kind, fused, alignment)
+  for name, got, want in zip("y dx dgate dw13 dw2".split(), found, definition(*given), strict=True):
+    assert roundings(got, want) <= FOUR, name
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_rows_that_return_from_the_product_are_the_same(kind, alignment):
+  apart, _ = layer(kind, False, alignment)
+  fused, _ = layer(kind, True, alignment)
+  assert all(torch.equal(a, b) for a, b in zip(apart, fused, strict=True))
+
+
+def test_weight_gradients_are_made_in_fp32_and_added_in_place():
+  torch.manual_seed(1)
+  counts = [200, 0, 37]
+  offset = torch.tensor([0, 200, 200, 237], dtype=torch.int32, device="cuda")
+  x, dy = normal(sum(counts), D, grad=False), normal(sum(counts), D, grad=False)
+  gate = torch.rand(sum(counts), device="cuda")
+  weights = [normal(3, 2 * F, D, scale=D**-0.5), normal(3, D, F, scale=F**-0.5)]
+  for w in weights:
+    w.grad_dtype = torch.float32
+
+  def gradients(rows: slice, offset_E1):
+    _, kept = grouped_mlp_forward(x[rows], offset_E1, *weights, Recipe(), True)
+    return grouped_mlp_backward(kept, dy[rows], gate[rows], *weights)[2]()
+
+  with torch.no_grad():
+    once = gradients(slice(None), offset)
+    for w, g in zip(weights, once, strict=True):
+      assert g.dtype == torch.float32
+      w.grad = g.clone()
+    assert gradients(slice(None), offset) == (None, None)
+    assert gradients(slice(0), torch.zeros_like(offset)) == (None, None)  # no rows add nothing
+  assert all(torch.equal(w.grad, g + g) for w, g in zip(weights, once, strict=True))
+
+
+def test_a_rank_without_rows_has_zero_gradients():
+  w13, w2 = normal(2, 2 * F, D), normal(2, D, F)
+  none, offset = normal(0, D, grad=False), torch.zeros(3, dtype=torch.int32, device="cuda")
+  with torch.no_grad():
+    y, kept = grouped_mlp_forward(none, offset, w13, w2, Recipe(), True)
+    dx, dgate, rest = grouped_mlp_backward(kept, none, torch.empty(0, device="cuda"), w13, w2)
+    dw13, dw2 = rest()
+  assert y.shape == dx.shape == (0, D) and dgate.shape == (0,)
+  assert dw13.shape == w13.shape and not dw13.any() and dw2.shape == w2.shape and not dw2.any()
