@@ -426,7 +426,9 @@ def _kept_terms(config: Config, layer: int) -> dict[str, float]:
     terms["latents"] += 2 * m.q_lora_rank * width + 4
   if layer < m.num_dense_layers:
     return terms | {"SwiGLU inputs": 2 * m.dense_dim * width}
-  terms["routing"] = 4 * (e.num_experts + 1) + 16 * e.top_k
+  terms["routing"] = 20 * e.top_k
+  if e.balance_alpha or e.score == "softmax":
+    terms["routing"] += 4 * (e.num_experts + 1)
   terms["SwiGLU inputs"] = 2 * (e.top_k + e.num_shared) * e.expert_dim * width
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1
