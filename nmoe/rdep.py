@@ -101,6 +101,7 @@ class Rdep:
   ):
     self.config, self.ops = config, ops
     self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    self.names = [0] if group is None else dist.get_process_group_ranks(group)  # in the whole run
     self.num_experts = config.moe.num_experts
     self.num_local = self.num_experts // self.num_ranks
     self.first = self.num_local * self.rank
@@ -173,11 +174,12 @@ class Rdep:
     else:
       expected_R = self._expected(kind, trip)
       here = sum(n for r, n in enumerate(expected_R) if r not in late)
-      missing = ", ".join(f"{expected_R[r]} from rank {r}" for r in late)
+      missing = ", ".join(f"{expected_R[r]} from rank {self.names[r]}" for r in late)
       rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
+    others = ", ".join(str(self.names[r]) for r in late)
     return (
-      f"rank {self.rank} of {self.num_ranks}, layer {trip.layer}, {trip.phase}, round {trip.round}:"
-      f" {KIND_NAMES[kind]} of rank {', '.join(map(str, late))} did not come within "
+      f"rank {self.names[self.rank]} of {self.config.launch.ranks}, layer {trip.layer}, "
+      f"{trip.phase}, round {trip.round}: {KIND_NAMES[kind]} of rank {others} did not come within "
       f"{self.config.rdep.deadline_s:g} s ({rows}). See that rank's log; if it is alive but slow, "
       "raise rdep.deadline_s"
     )
@@ -285,17 +287,21 @@ class _Call:
     return self.rdep.ops.combine(self.exchange.collect(self.route)[0], self.gate_TK)
 
   def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> list[Tensor | None]:
-    """The experts' gradients; leaves the last trip's replies under way for `finish_backward`."""
+    """The experts' gradients, summed over rounds in fp32 and rounded once; leaves the last trip's
+    replies under way for `finish_backward`.
+    """
     assert self.kept is not None, "RDEP: backward ran twice, or after a pass without gradients"
     self.phase, kept, self.kept = "backward", self.kept, None
     found = self._round_backward(0, kept, dy_TD, w13, w2)
+    dtypes = [None if part is None else part.dtype for part in found]
     for number in range(1, self.rounds):
       self.exchange.join()
       self._wait(RETURN)
       kept = self._again(number, w13, w2)
       more = self._round_backward(number, kept, dy_TD, w13, w2)
-      found = [b if a is None else a.add_(b) for a, b in zip(found, more, strict=True)]
-    return list(found)
+      found = [b if a is None else a.float().add_(b) for a, b in zip(found, more, strict=True)]
+    kinds = zip(found, dtypes, strict=True)
+    return [total if total is None else total.to(dtype) for total, dtype in kinds]
 
   def finish_backward(self) -> tuple[Tensor, Tensor]:
     """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""

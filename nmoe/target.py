@@ -54,6 +54,7 @@ def select(config: Config, rank: int = 0) -> Target:
     torch.cuda.set_device(device)
   torch.use_deterministic_algorithms(t.deterministic)
   torch.utils.deterministic.fill_uninitialized_memory = False
+  torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
   cores = len(os.sched_getaffinity(0))
   torch.set_num_threads(config.launch.threads or max(1, cores // config.launch.ranks))
   peak = peak_flops(config) or _measured_peak()
