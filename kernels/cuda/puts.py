@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from cuda.bindings.driver import CUstream
 from cutlass import Int32, Int64, Uint64
-from cutlass.cute.runtime import from_dlpack, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 from nvshmem.bindings.device.cute import _bitcode
 from nvshmem.core import SignalOp
 from nvshmem.core.device.cute import put_nbi_block, quiet, signal_op
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route
 from kernels.cuda import exchange as direct
-from kernels.cuda.jit import ARCH, compiling, fake
+from kernels.cuda.jit import ARCH, compiling
 from kernels.cuda.symmetric import own_block, release
 from kernels.ops import check
 
@@ -53,17 +53,21 @@ def _words(address: Int64, count: Int64) -> cute.Tensor:
 
 
 class Put:
-  """A block per piece (source offset, target offset, bytes, rank), offsets in the rank's block."""
+  """A block per piece (source offset, target offset, bytes, rank), offsets in the rank's block.
+
+  The pieces come as an address and a number, not as a tensor: a compiled function takes a tensor of
+  another layout than its example's unasked, and reads its sizes from where there are none.
+  """
 
   @cute.jit
-  def __call__(self, mPiece: cute.Tensor, base: Int64, stream: CUstream):
-    self.kernel(mPiece, base).launch(
-      grid=[mPiece.shape[0], 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
+  def __call__(self, piece: Int64, count: Int32, base: Int64, stream: CUstream):
+    self.kernel(piece, base).launch(grid=[count, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
   @cute.kernel
-  def kernel(self, mPiece: cute.Tensor, base: Int64):
+  def kernel(self, piece: Int64, base: Int64):
     bidx, _, _ = cute.arch.block_idx()
+    pointer = cute.make_ptr(Int64, piece, cute.AddressSpace.gmem, assumed_align=8)
+    mPiece = cute.make_tensor(pointer, cute.make_layout((bidx + 1, 4), stride=(4, 1)))
     words = mPiece[bidx, 2] // 4
     if words > 0:
       source = _words(base + mPiece[bidx, 0], words)
@@ -110,7 +114,7 @@ class Exchange(direct.Exchange):
     device = mine.count_RE.device
     self.base = min(t.data_ptr() for t in mine)
     self.start = {name: t.data_ptr() - self.base for name, t in mine._asdict().items()}
-    self.put = _compile(Put(), fake(Int64, None, 4, align=8), Int64(0))
+    self.put = _compile(Put(), Int64(0), Int32(1), Int64(0))
     self.signal = _compile(SignalPut(), Int64(0), Int32(0), Int64(0))
     size = 4 * mine.count_RE.shape[1]
     at = self.start["count_RE"] + rank * size
@@ -182,7 +186,7 @@ class Exchange(direct.Exchange):
 
   def _put(self, piece_P4: Tensor) -> None:
     if not compiling():
-      self.put(from_dlpack(piece_P4, assumed_align=8), self.base, _stream())
+      self.put(piece_P4.data_ptr(), len(piece_P4), self.base, _stream())
 
   def _signal(self, kind: int, trip: int) -> None:
     if not compiling():
