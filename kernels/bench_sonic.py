@@ -1,0 +1,61 @@
+"""The MoE layer beside SonicMoE's (PyPI sonic-moe 0.1.2.post1), which is installed for this alone:
+python -m kernels.bench_sonic.
+
+Both layers get the same tokens, weights and output gradients and route them by themselves:
+SonicMoE by a bf16 softmax router, ours by an fp32 sigmoid one with a bias. Rows as in
+kernels.bench, interleaved with the dense peak; then the bytes that each keeps for backward.
+SonicMoE's first call of a shape tries QuACK's tiles, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from sonicmoe.enums import ActivationType
+from sonicmoe.functional import moe_TC_softmax_topk_layer
+from torch import Tensor
+
+from kernels.bench import MOES, MoeLayer, kept, report, rows
+
+
+class Sonic:
+  """SonicMoE's layer on a MoeLayer's inputs and weights, with experts as the last dimension."""
+
+  def __init__(self, layer: MoeLayer):
+    self.layer = layer
+    self.w13, self.w2 = (
+      w.detach().permute(1, 2, 0).requires_grad_() for w in (layer.w13, layer.w2)
+    )
+    self.router = layer.router.detach().bfloat16().requires_grad_()
+
+  def forward(self, i: int) -> Tensor:
+    stream = torch.cuda.current_stream().cuda_stream
+    weights = (self.router, self.w13, None, self.w2, None)
+    top_k, activation = self.layer.moe.top_k, ActivationType.SWIGLU
+    return moe_TC_softmax_topk_layer(self.layer.x[i], *weights, top_k, stream, activation)[0]
+
+  def step(self, i: int) -> None:
+    self.w13.grad = self.w2.grad = self.router.grad = self.layer.x[i].grad = None
+    self.forward(i).backward(self.layer.dy[i])
+
+
+def main() -> None:
+  for moe in (m for m in MOES if m.skew == 1.0):
+    layer = MoeLayer(moe)
+    other = Sonic(layer)
+    variants = {"nmoe": layer.step, "SonicMoE": other.step}
+    report(rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s"))
+    layer.clear()
+    layers = {"nmoe": layer, "SonicMoE": other}
+    found = {f"{name} keeps": kept(partial(one.forward, 0)) for name, one in layers.items()}
+    sys.stdout.write(json.dumps(found) + "\n")
+    del layer, other, layers, variants
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+  main()
