@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule, supported_activities
 
-SKIP, STEPS = 12, 3  # steps before the profile (fewer in a short run), steps in it
+SKIP, STEPS = 12, 3  # steps before the profile, steps in it; fewer in a short run
 
 
 class Profiler:
@@ -19,11 +19,13 @@ class Profiler:
 
   def __init__(self, folder: Path | None, total: int):
     self._profile, self._folder = None, folder
+    self._steps = max(1, min(STEPS, total - 1))
     if folder is not None:
       folder.mkdir(parents=True, exist_ok=True)
+      wait = max(0, min(SKIP, total - self._steps) - 1)
       self._profile = profile(
         activities=supported_activities(),
-        schedule=schedule(wait=min(SKIP, total - STEPS) - 1, warmup=1, active=STEPS, repeat=1),
+        schedule=schedule(wait=wait, warmup=1, active=self._steps, repeat=1),
         on_trace_ready=self._write,
       )
       self._profile.start()
@@ -37,7 +39,7 @@ class Profiler:
     kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in done.events():
       if event.device_type.name == "CUDA" and not event.name.startswith("ProfilerStep"):
-        kernels[event.name][0] += event.device_time_total / 1e3 / STEPS
-        kernels[event.name][1] += 1 / STEPS
+        kernels[event.name][0] += event.device_time_total / 1e3 / self._steps
+        kernels[event.name][1] += 1 / self._steps
     table = dict(sorted(kernels.items(), key=lambda item: -item[1][0]))
     (self._folder / "kernels.json").write_text(json.dumps(table, indent=1))
