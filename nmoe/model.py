@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels.gradient import gradient
 from kernels.ops import Recipe
 from kernels.reference.blockscale import derive
 from nmoe.config import Config, ModelConfig, YarnConfig
@@ -31,6 +33,31 @@ class ModelOutput(NamedTuple):
   loss_T: Tensor  # fp32 [B·S], no gradient; 0 where the target is -1
   balance_loss: Tensor  # fp32 0-d: alpha · Σ over layers of the sequences' mean
   count_LE: Tensor  # int32 [MoE layers, E]: tokens that this rank's batch sends to each expert
+
+
+class _Embedding(torch.autograd.Function):
+  """weight[token], whose gradient is summed over equal tokens in fp32 and rounded once.
+
+  torch's on a CPU sums in the weight's dtype: in bf16 the sum for a frequent token loses terms.
+  """
+
+  @staticmethod
+  def forward(ctx: Any, token_BS: Tensor, weight_VD: Tensor) -> Tensor:
+    ctx.save_for_backward(token_BS, weight_VD)
+    return F.embedding(token_BS, weight_VD)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dy_BSD: Tensor) -> tuple[None, Tensor | None]:
+    token_BS, weight_VD = ctx.saved_tensors
+    wide = torch.promote_types(dy_BSD.dtype, torch.float32)
+    vocab = weight_VD.shape[0]
+
+    def product(out: Tensor, add: bool) -> None:
+      rows = torch.ops.aten.embedding_dense_backward(dy_BSD.to(wide), token_BS, vocab, -1, False)
+      (out.add_ if add else out.copy_)(rows)
+
+    return None, gradient(weight_VD, product)
 
 
 class Linear(nn.Module):
@@ -225,7 +252,7 @@ class Model(nn.Module):
         "raise data.seq_len"
       )
     cos, sin = self.cos[:num_positions], self.sin[:num_positions]
-    branch, residual = None, F.embedding(tokens_BS, self.embed.weight)
+    branch, residual = None, _Embedding.apply(tokens_BS, self.embed.weight)
     balances, counts = [], []
     for block in self.layers:
       x, residual = block.attention_norm.add(branch, residual)

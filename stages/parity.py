@@ -29,13 +29,12 @@ from nmoe.metrics import read
 from stages.runs import Arm, Workbench, progress_display
 
 # Largest relative deviation from one rank. At the first step the weights are the same bits, and
-# what
-# differs is the order of sums over tokens. Later steps start from weights that differ by that much,
-# and
-# Adam divides a gradient by its own size: where that is near zero, a rounding becomes a full step.
+# what differs is the order of sums over tokens. Later steps start from weights that differ by that
+# much, and Adam divides a gradient by its own size: where that is near zero, a rounding becomes a
+# full step. In bf16 the routers then choose other experts for a few tokens.
 TOLERANCE = {
-  "fp32": {"first step": 1e-6, "later losses": 1e-5, "update": 1e-3},
-  "bf16": {"first step": 1e-2, "later losses": 1e-2, "update": 2e-1},
+  "fp32": {"first step": 1e-6, "later losses": 1e-5, "update": 1e-3, "later loads": 0.0},
+  "bf16": {"first step": 1e-2, "later losses": 1e-2, "update": 2e-1, "later loads": 1e-1},
 }
 MOE_EVENTS = re.compile(r"_(Send|Receive)(Backward)?$")
 COLLECTIVES = re.compile(r"nccl|gloo|c10d", re.IGNORECASE)
@@ -139,7 +138,7 @@ def _claims(
     last = [_state(root, run, steps) for run in (one, runs[r])]
     updates = [_updates(first, end) for first, end in zip((a, b), last, strict=True)]
     yield _largest(r, "update", *updates, bound["update"])
-    yield _loads(root, r, one, runs[r])
+    yield from _loads(root, r, one, runs[r], bound["later loads"])
   x, y = _state(root, runs[most], steps), _state(root, again, steps)
   differ = [name for name in x if not torch.equal(x[name], y[name])]
   yield Claim(
@@ -191,12 +190,17 @@ def _series(root: Path, ranks: int, a: Run, b: Run, tag: str, rows: slice, bound
   return Claim(ranks, tag, float(deviation.max()), bound, where)
 
 
-def _loads(root: Path, ranks: int, a: Run, b: Run) -> Claim:
-  """The largest difference of anything logged of the experts' loads: equal routings, none."""
+def _loads(root: Path, ranks: int, a: Run, b: Run, later: float) -> Iterator[Claim]:
+  """The largest difference of anything logged of the experts' loads at the first step, where equal
+  routings have none; then of the loads over their mean.
+  """
   x, y = (read(root, run.id) for run in (a, b))
-  found = {tag: float(abs(y[tag][2] - x[tag][2]).max()) for tag in x if tag.startswith("moe/")}
-  where = max(found, key=found.get)
-  return Claim(ranks, f"expert loads, {len(found)} logged series", found[where], 0.0, where)
+  apart = {tag: abs(y[tag][2] - x[tag][2]) for tag in x if tag.startswith("moe/")}
+  first = {tag: float(steps[0]) for tag, steps in apart.items()}
+  rest = {tag: float(steps[1:].max()) for tag, steps in apart.items() if "/load_" in tag}
+  for found, when, bound in ((first, "first step", 0.0), (rest, "later steps", later)):
+    where = max(found, key=found.get)
+    yield Claim(ranks, f"expert loads, {len(found)} series, {when}", found[where], bound, where)
 
 
 def collective_calls(events: list[dict]) -> list[str]:

@@ -16,6 +16,7 @@ from nmoe.errors import ConfigError
 from nmoe.export import hf_config, to_hf
 from nmoe.model import (
   Model,
+  _Embedding,
   matrix_blocks,
   parameter_group,
   rope_tables,
@@ -343,3 +344,21 @@ def test_parameter_groups():
   assert groups["layers.1.moe.experts.w2"] == "expert"
   assert groups["layers.1.moe.router.weight"] == "router"
   assert groups["layers.1.moe.shared.w2"] == groups["embed.weight"] == "dense"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_embedding_gradient_of_a_frequent_token_loses_nothing_in_bf16(several: bool) -> None:
+  generator = torch.Generator().manual_seed(0)
+  token = torch.randint(0, 3, (2, 2048), generator=generator)
+  dy = torch.rand(2, 2048, 8, generator=generator).bfloat16()
+  weight = torch.zeros(4, 8, dtype=torch.bfloat16, requires_grad=True)
+  weight.grad_dtype = torch.float32 if several else torch.bfloat16
+  exact = torch.zeros(4, 8, dtype=torch.float64).index_add_(
+    0, token.flatten(), dy.double().flatten(0, 1)
+  )
+  for times in (1, 2):
+    _Embedding.apply(token, weight).backward(dy)
+    if several:
+      torch.testing.assert_close(weight.grad.double(), times * exact, rtol=1e-5, atol=0)
+  if not several:
+    torch.testing.assert_close(weight.grad.double(), 2 * exact, rtol=2**-8, atol=0)
