@@ -1,4 +1,4 @@
-"""Speed of the cuda kernels: python -m kernels.bench [moe | loss | attention | norm | rope] ...
+"""Speed of the cuda kernels: python -m kernels.bench [moe | return | loss | attention | ...] ...
 
 The process needs the environment of kernels.arch.environment. Every number is a median of
 interleaved runs with CUDA events after a warm-up, on inputs that rotate past the L2, beside the
@@ -15,14 +15,17 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from kernels.buffers import BufferLayout
 from kernels.cuda.attention import attention
+from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import experts
+from kernels.cuda.gemms import rows as rows_of_experts
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
 from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
-from kernels.ops import Recipe, RouterSpec
+from kernels.ops import Product, Recipe, RouterSpec
 
 WARMUP, REPEATS, SETS = 5, 20, 3
 BURST = 15.0  # ms
@@ -204,6 +207,57 @@ def bench_moe() -> Iterator[Row]:
     yield from rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s")
 
 
+class Owner:
+  """The rows of half of the experts and the way back to their sources, two ranks.
+
+  Both ranks' buffers lie in this GPU's memory: the second stands for a peer's. A call overwrites
+  what an earlier one returned.
+  """
+
+  def __init__(self, moe: Moe):
+    self.moe, items, held = moe, moe.tokens * moe.top_k, moe.num_experts // 2
+    sizes = BufferLayout(2, moe.num_experts, 1, items, moe.dim, torch.bfloat16)
+    blocks = [torch.zeros(sizes.nbytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    self.exchange = Exchange([sizes.views(block) for block in blocks], 0, 1.0)
+    order = layout(torch.cat([skewed_routing(moe) for _ in range(2)]), moe.num_experts)
+    self.offset = order.offset_E1[: held + 1]
+    self.origin = order.source_N[: int(self.offset[-1])]  # rank · items + t · K + k
+    self.gate = torch.rand(len(self.origin), device="cuda")
+    self.act = [normal(len(self.origin), moe.width) for _ in range(SETS)]
+    self.dpreact = [normal(len(self.origin), 2 * moe.width) for _ in range(SETS)]
+    self.w13 = normal(held, 2 * moe.width, moe.dim, scale=moe.dim**-0.5)
+    self.w2 = normal(held, moe.dim, moe.width, scale=moe.width**-0.5)
+
+  def y(self, i: int) -> tuple[Product, None]:
+    return Product(self.act[i], self.w2, self.offset), None
+
+  def dx(self, i: int) -> tuple[Product, Tensor]:
+    return Product(self.dpreact[i], self.w13.mT, self.offset), self.gate
+
+  def back(self, fused: bool, product: Product, gate: Tensor | None) -> None:
+    """The product's rows at their origins, and the signal."""
+    self.exchange.fused = fused
+    rows = self.exchange.multiply(product, self.origin, gate)
+    self.exchange.reply(1, self.origin, rows, gate, None, 0)  # direct stores need no route
+
+  def variants(self, name: str, of: Callable[[int], tuple]) -> dict[str, Callable[[int], object]]:
+    return {
+      f"{name}, not returned": lambda i: rows_of_experts(*of(i)[0]),
+      f"{name}, then returned": lambda i: self.back(False, *of(i)),
+      f"{name}, returned by its product": lambda i: self.back(True, *of(i)),
+    }
+
+
+def bench_return() -> Iterator[Row]:
+  """What decides kernels.cuda.exchange.FUSED, but for NVLink, which is slower than this memory."""
+  owner = Owner(MOES[0])
+  y, dx = owner.variants("y", owner.y), owner.variants("dx", owner.dx)
+  flops = 2.0 * len(owner.origin) * owner.moe.dim * owner.moe.width
+  work = dict.fromkeys(y, flops) | dict.fromkeys(dx, 2 * flops)
+  shape = {**asdict(owner.moe), "ranks": 2, "rows": len(owner.origin)}
+  yield from rows({**y, **dx}, work, shape, "TFLOP/s")
+
+
 def bench_loss(tokens=16384, dim=2048, vocab=201088, chunk=4096) -> Iterator[Row]:
   x = [normal(tokens, dim, grad=True) for _ in range(SETS)]
   weight = normal(vocab, dim, scale=dim**-0.5, grad=True)
@@ -281,6 +335,7 @@ def bench_rope(batch=8, seq=4096, heads=16, nope=128, rope=64, v=128) -> Iterato
 
 BENCHES = {
   "moe": bench_moe,
+  "return": bench_return,
   "loss": bench_loss,
   "attention": bench_attention,
   "norm": bench_norm,
