@@ -3,6 +3,10 @@
 Every rank owns one block of this layout, at the same offsets; a peer writes into it directly. R
 ranks, E experts of all ranks, C rows that a rank receives in one round, N = T·K rows that a rank
 sends, D width.
+
+Rows are dispatched as they are, or as MXFP8 (kernels.reference.blockscale): D codes E4M3, then
+their D / 32 scales E8M0, one per 32 neighbouring elements. NVFP4 rows do not travel: its scale per
+tensor needs the largest magnitude of all ranks' rows before the first of them may leave.
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Layout, check
+from kernels.reference.blockscale import BLOCK
 
 ALIGNMENT = 256  # bytes: of every buffer's start; whole cache lines and vector stores on any device
 SIGNAL_STRIDE = (
   16  # int64 elements: one signal per 128-byte line, so that writers don't share lines
 )
+
+MXFP8_BLOCK = BLOCK["fp8"]  # elements of a row under one scale
+MXFP8_ALIGNMENT = 16  # bytes: of a row's start, for vector stores
 
 COUNTS, DISPATCH, RETURN = 0, 1, 2  # the kinds of signals
 
@@ -27,7 +35,8 @@ class Buffers(NamedTuple):
   """One rank's block as tensors. Peer p writes count[p], signal[:, p] and rows of its own."""
 
   count_RE: Tensor  # int32: tokens that rank r sends to expert e
-  row_CD: Tensor  # received rows at their expert-sorted places: x forward, dy backward
+  row_CD: Tensor  # received rows at their expert-sorted places: x forward, dy backward; if they
+  # travel as MXFP8, uint8 [C, mxfp8_bytes(D)]
   gate_C: Tensor  # fp32: the gates of the received rows (backward)
   origin_C: Tensor  # int32: source rank · N + t·K + k of a received row, -1 where none arrived
   back_ND: Tensor  # rows that came back, by t·K + k: y forward, dx backward
@@ -46,6 +55,15 @@ class Route(NamedTuple):
   base_RE: Tensor  # int64: place of rank r's first row for expert e in the owner's sorted rows
 
 
+def mxfp8_bytes(dim: int) -> int:
+  """Of a row of MXFP8: its codes, its scales and padding."""
+  check(
+    dim % MXFP8_BLOCK == 0,
+    f"rows of {dim} elements are no whole blocks of {MXFP8_BLOCK}; send them as they are",
+  )
+  return -(-(dim + dim // MXFP8_BLOCK) // MXFP8_ALIGNMENT) * MXFP8_ALIGNMENT
+
+
 @dataclass(frozen=True)
 class BufferLayout:
   """Sizes of one rank's block. `offsets` and `nbytes` follow from them and from nothing else."""
@@ -56,6 +74,7 @@ class BufferLayout:
   rows: int  # N, the most that one rank sends
   dim: int
   dtype: torch.dtype  # of rows
+  mxfp8: bool = False  # whether rows are dispatched as MXFP8; they return as they are
 
   def __post_init__(self):
     check(
@@ -66,9 +85,10 @@ class BufferLayout:
   @property
   def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of Buffers' fields, in order."""
+    row = (mxfp8_bytes(self.dim), torch.uint8) if self.mxfp8 else (self.dim, self.dtype)
     return {
       "count_RE": ((self.ranks, self.experts), torch.int32),
-      "row_CD": ((self.capacity, self.dim), self.dtype),
+      "row_CD": ((self.capacity, row[0]), row[1]),
       "gate_C": ((self.capacity,), torch.float32),
       "origin_C": ((self.capacity,), torch.int32),
       "back_ND": ((self.rows, self.dim), self.dtype),

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli
 
 from nmoe.errors import ConfigError
+from nmoe.expansion import expand, expand_all
 
 REQUIRED: Any = object()
 
@@ -137,6 +137,7 @@ class RdepConfig:
   capacity: float = schedule(1.5)  # rows a rank's buffer holds, over the balanced T·K
   alignment: int = schedule(1)  # each expert's rows start at a multiple of this
   deadline_s: float = free(120.0)  # of every wait for a peer
+  payload: Literal["bf16", "mxfp8"] = identity("bf16")  # of dispatched rows; bf16: as they are
   peer_access: bool = free(True)  # False: put-with-signal also inside a node (a test of that path)
 
 
@@ -417,13 +418,13 @@ def _section(
     if key not in hints:
       raise ConfigError(f"{where}: unknown key {section}.{key} = {value!r}{_nearest(key, hints)}")
     where = f"{where}: {section}.{key}"
-    given[key] = _convert(_expand_all(value, where, env), hints[key], where)
+    given[key] = _convert(expand_all(value, where, env), hints[key], where)
   for f in fields(cls):
     if f.name in given:
       continue
     if f.default is not MISSING:
       if isinstance(f.default, str):
-        given[f.name] = _expand(f.default, f"{section}.{f.name}", env)
+        given[f.name] = expand(f.default, f"{section}.{f.name}", env)
       continue
     raise ConfigError(f"{name}: {section}.{f.name} is missing; add it under [{section}]")
   return cls(**given)
@@ -448,46 +449,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if hint is float and value != value:
     raise ConfigError(f"{where} = nan is not a number that a run can use")
   return value
-
-
-_VARIABLE = re.compile(r"\$(\$\{)|\$\{([^}:]*)(?::-([^}]*))?\}|(\$\{)")
-
-
-def _expand_all(value: Any, where: str, env: Mapping[str, str]) -> Any:
-  """Expand a string, or the strings of a list."""
-  if isinstance(value, list):
-    return [_expand_all(v, where, env) for v in value]
-  return _expand(value, where, env) if isinstance(value, str) else value
-
-
-def _expand(value: str, where: str, env: Mapping[str, str]) -> str:
-  """${NMOE_NAME:-default} from the environment; `$${` is a literal `${`.
-
-  As in a shell, the default also stands in for an empty value.
-  """
-
-  def one(match: re.Match[str]) -> str:
-    if match[1]:
-      return match[1]
-    if match[4]:
-      raise ConfigError(
-        f"{where} = {value!r}: a ${{ that is not ${{NMOE_NAME}} or ${{NMOE_NAME:-default}}; "
-        "write $${ for the characters themselves"
-      )
-    name, default = match[2], match[3]
-    if not name.startswith("NMOE_"):
-      raise ConfigError(
-        f"{where} = {value!r}: ${{{name}}} may not be read; only NMOE_ names expand"
-      )
-    if env.get(name):
-      return env[name]
-    if default is None:
-      raise ConfigError(
-        f"{where} = {value!r}: {name} is not set and has no default; write ${{{name}:-default}}"
-      )
-    return default
-
-  return _VARIABLE.sub(one, value)
 
 
 def _nearest(name: str, valid: Any) -> str:
@@ -536,6 +497,7 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _model_invariants(c)
   yield from _schedule_invariants(c)
   yield from _target_invariants(c)
+  yield from _payload_invariants(c)
 
 
 def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
@@ -593,6 +555,16 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "target.emulate_blockscale", t.emulate_blockscale and not block, need
   for key, value in (("model.dim", c.model.dim), ("moe.expert_dim", c.moe.expert_dim)):
     yield key, block and value % 32 != 0, f"must be a multiple of 32 for {t.dtype} blocks"
+
+
+def _payload_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  dim, mxfp8 = c.model.dim, c.rdep.payload == "mxfp8"
+  need = 'quantizes bf16 rows, but target.dtype is "fp32"; set it to "bf16" or payload = "bf16"'
+  yield "rdep.payload", mxfp8 and c.target.dtype == "fp32", need
+  need = f'has blocks of 32, model.dim is {dim}; make it a multiple of 32 or set payload = "bf16"'
+  yield "rdep.payload", mxfp8 and dim % 32 != 0, need
+  need = 'is not for rdep.peer_access = false; set that to true or payload = "bf16"'
+  yield "rdep.payload", mxfp8 and not c.rdep.peer_access, need
 
 
 def _divisors(n: int) -> str:

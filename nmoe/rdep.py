@@ -4,7 +4,8 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
   1. counts   write the tokens per expert into every rank's count[source]; all ranks then hold the
               same [R, E] matrix and compute the same places: expert-major, then source rank, then
               token, then k.
-  2. dispatch write each row (t, k) of x to its place in its owner's buffer.
+  2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, with
+              rdep.payload "mxfp8", quantized at the source (kernels.buffers) and dequantized there.
   3. experts  the owner copies the rows out and runs the grouped products over them.
   4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
               reply, or, with `exchange.fused`, by the last product itself.
@@ -12,6 +13,12 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
 Backward dispatches dy and the gates to the same places, and returns dx rows and one gate gradient
 per row; the products of the weights' gradients come after, while rows travel. A place is a pure
 function of the routing, so N ranks multiply the same rows in the same order as one.
+
+Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; the returned
+ones stay bf16 (DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in
+bf16 (infinite from 1.9375 · 2^127 on), and recipe "fp8", which quantizes x's along D again, finds
+the same values. One rank sends nothing, but quantizes x and dy too, so that N ranks train the same
+model. The dequantized x's gradient is taken for x's.
 
 Rounds. A rank's buffer holds C = capacity · T·K rows. If some rank has more, all ranks know it from
 the counts and run ⌈rows / C⌉ rounds over windows of C places; nothing is dropped. The first round
@@ -135,7 +142,9 @@ class Rdep:
     if self.num_ranks == 1:
       self.rounds[layer] = 1
       layout = self.ops.layout(expert_TK, self.num_experts)
-      y_TD = self.ops.experts(x_TD, gate_TK, layout, w13, w2, recipe)
+      sent_TD = self._as_received(x_TD, of_gradient=False)
+      y_TD = self.ops.experts(sent_TD, gate_TK, layout, w13, w2, recipe)
+      y_TD = self._as_received(y_TD, of_gradient=True)
       return y_TD if shared is None else y_TD + shared(x_TD)
     grad = torch.is_grad_enabled()
     if grad and not x_TD.requires_grad:
@@ -190,6 +199,12 @@ class Rdep:
       del self.exchange
       self.heap.close()
 
+  def _as_received(self, x_TD: Tensor, *, of_gradient: bool) -> Tensor:
+    """On one rank: x, or its gradient, with the values that the payload would leave it."""
+    if self.config.rdep.payload == "bf16":
+      return x_TD
+    return _Received.apply(x_TD, self.ops.quantize, of_gradient)
+
   def _expected(self, kind: int, trip: _Trip) -> list[int]:
     """Rows of a trip by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
     base_RE = places(trip.count_RE, self.config.rdep.alignment).base_RE
@@ -200,6 +215,22 @@ class Rdep:
     if kind == DISPATCH:
       return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
     return rows_RE[self.rank].view(self.num_ranks, -1).sum(1).tolist()
+
+
+class _Received(torch.autograd.Function):
+  """x through MXFP8 and its gradient as it is, or the other way round."""
+
+  @staticmethod
+  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, of_gradient: bool) -> Tensor:
+    ctx.quantize, ctx.of_gradient = quantize, of_gradient
+    return x_TD.view_as(x_TD) if of_gradient else quantize(x_TD, "fp8").values(x_TD.dtype)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dx_TD: Tensor) -> tuple:
+    if ctx.of_gradient:
+      dx_TD = ctx.quantize(dx_TD, "fp8").values(dx_TD.dtype)
+    return dx_TD, None, None
 
 
 class _Send(torch.autograd.Function):

@@ -48,6 +48,7 @@ warmup_tokens = 81920
 micro_batch = 16
 """
 BASE = loads(BASE_TEXT, env={})
+MXFP8 = {"target.dtype": "bf16", "rdep.payload": "mxfp8"}
 HINTS = {
   f"{section}.{f.name}": get_type_hints(cls)[f.name]
   for section, cls in SECTIONS.items()
@@ -349,6 +350,9 @@ def test_a_default_root_expands_too(tmp_path):
     ("optim.dense_lr", {"optim.dense_lr": float("nan")}, "nan is not a number"),
     ("yarn.factor", {"yarn.factor": 0.5}, "must be at least 1"),
     ("rdep.capacity", {"rdep.capacity": 0.05}, "must be at least 0.1"),
+    ("rdep.payload", {"rdep.payload": "mxfp8"}, 'target.dtype is "fp32"; set it to "bf16"'),
+    ("rdep.payload", MXFP8 | {"model.dim": 80}, "model.dim is 80; make it a multiple of 32"),
+    ("rdep.payload", MXFP8 | {"rdep.peer_access": False}, "is not for rdep.peer_access = false"),
     ("target.dtype", {"target.arch": "sm_90a"}, 'fp32 is for arch = "cpu"'),
     ("target.dtype", {"target.dtype": "fp8"}, "set target.emulate_blockscale = true"),
     ("target.emulate_blockscale", {"target.emulate_blockscale": True}, "nothing to emulate"),

@@ -23,14 +23,23 @@ from nmoe.heap import Heap
 
 LAYOUT = BufferLayout(ranks=2, experts=4, capacity=10, rows=6, dim=8, dtype=torch.bfloat16)
 
+sizes = {
+  "ranks": st.integers(1, 16),
+  "experts": st.integers(1, 256),
+  "capacity": st.integers(1, 1000),
+  "rows": st.integers(1, 1000),
+}
 layouts = st.builds(
   BufferLayout,
-  ranks=st.integers(1, 16),
-  experts=st.integers(1, 256),
-  capacity=st.integers(1, 1000),
-  rows=st.integers(1, 1000),
+  **sizes,
   dim=st.integers(1, 300),
   dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+) | st.builds(
+  BufferLayout,
+  **sizes,
+  dim=st.integers(1, 10).map(lambda blocks: 32 * blocks),
+  dtype=st.just(torch.bfloat16),
+  mxfp8=st.just(True),
 )
 
 

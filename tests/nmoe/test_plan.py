@@ -205,9 +205,10 @@ def test_one_micro_batch_keeps_gradients_in_bf16_and_never_all_of_them_with_all_
   assert sum(transient) >= 2 * one.parameters.total
 
 
+@pytest.mark.parametrize("payload", [{}, {"rdep__payload": "mxfp8", "target__dtype": "bf16"}])
 @pytest.mark.parametrize("capacity", [0.5, 1.0, 1.5])
-def test_rdep_bytes_are_those_of_the_heap(capacity):
-  config = tiny(launch__ranks=2, schedule__batch_tokens=96, rdep__capacity=capacity)
+def test_rdep_bytes_are_those_of_the_heap(capacity, payload):
+  config = tiny(launch__ranks=2, schedule__batch_tokens=96, rdep__capacity=capacity, **payload)
   assert plan(config).rdep.capacity == buffer_layout(config).nbytes
   even = config.with_values(**{"rdep.capacity": 1.0})
   assert plan(config).rdep.balanced == buffer_layout(even).nbytes
