@@ -4,9 +4,10 @@ The trips and the meaning of the signals are those of kernels.reference.exchange
 queued on the current stream and nothing waits for the host.
 
   post_counts  one block writes [E] counts into every peer's count[rank], then signals
-  send         a warp reads a token's row once and stores it at its K places; then one block signals
+  send         a warp reads a token's row once and stores it at its K places, as it is or as MXFP8;
+               then one block signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
-  receive      a warp copies a row out of the buffer, or zeros where none arrived
+  receive      a warp copies a row out of the buffer, dequantized, or zeros where none arrived
   multiply     the rows of a product; with `fused` its kernel stores them at their origins
                (kernels.cuda.scatter), and no reply reads and writes them again
   reply        a warp stores a row at its origin; then one block signals
@@ -18,7 +19,8 @@ not its own thread's stores alone. The waiting thread loads the signals with acq
 is launched after it reads the rows. So the stores themselves can be plain ones.
 
 Bytes moved: send D·(1 + K) elements a token, receive 2·D and reply 2·D elements a row, all in
-16-byte accesses. A wait that misses its deadline writes what it saw into pinned host memory and
+16-byte accesses. As MXFP8 a row has 33/64 of the bytes on its way; scales are stored as bytes, 16
+neighbours by a warp. A wait that misses its deadline writes what it saw into pinned host memory and
 traps, so nothing after it runs.
 """
 
@@ -30,13 +32,23 @@ from contextlib import contextmanager
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 from torch import Tensor
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN, SIGNAL_STRIDE, Buffers, Route
+from kernels.buffers import (
+  COUNTS,
+  DISPATCH,
+  MXFP8_BLOCK,
+  RETURN,
+  SIGNAL_STRIDE,
+  Buffers,
+  Route,
+  mxfp8_bytes,
+)
 from kernels.cuda import gemms, scatter
+from kernels.cuda import minifloat as mf
 from kernels.cuda.jit import (
   DTYPES,
   cached,
@@ -45,6 +57,7 @@ from kernels.cuda.jit import (
   contiguous,
   fake,
   load_vector,
+  vector_at,
   vector_width,
 )
 from kernels.ops import Product, check
@@ -53,6 +66,7 @@ THREADS = 512
 WARPS = THREADS // 32
 BLOCKS = 32  # of send and reply at most: the SMs that communication takes from GEMMs beside it
 COPY_BLOCKS = 528  # of receive, which runs alone
+CODES = 16  # elements of an MXFP8 row that a lane holds: one store; two lanes share a scale
 FUSED = False  # whether products return their rows themselves; `nmoe bench rdep` measures both
 
 COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
@@ -100,6 +114,34 @@ def _copy_row(mX: cute.Tensor, row: Int64, targets: list, width: cutlass.Constex
     for k in cutlass.range_constexpr(len(targets)):
       if targets[k] != 0:
         _put_vector(rX, targets[k] + column * size)
+
+
+@cute.jit
+def _pack_row(mX: cute.Tensor, row: Int64, targets: list) -> None:
+  """A warp stores a row as MXFP8 at each of the addresses that is not 0."""
+  dim = const_expr(mX.shape[1])
+  for start in cutlass.range(0, dim, 32 * CODES):
+    column = start + cute.arch.lane_idx() * CODES
+    rX = cute.make_rmem_tensor(CODES, Float32)
+    rX.fill(0.0)
+    if column < dim:
+      rX.store(load_vector(mX, row * dim + column, CODES).load().to(Float32))
+    rCode, scale = mf.mxfp8_encode(rX, MXFP8_BLOCK)
+    for k in cutlass.range_constexpr(len(targets)):
+      if targets[k] != 0 and column < dim:
+        _put_vector(rCode, targets[k] + column)
+        if column % MXFP8_BLOCK == 0:
+          _put(Uint8, targets[k] + dim + column // MXFP8_BLOCK, Uint8(scale))
+
+
+@cute.jit
+def _unpack(mRow: cute.Tensor, row: Int64, column: Int32, dim: cutlass.Constexpr[int]):
+  """CODES elements of an MXFP8 row in fp32."""
+  start = mRow.iterator.toint() + row * mRow.shape[1]
+  rCode = cute.make_rmem_tensor(CODES // 4, Uint32)
+  pointer = _pointer(Uint32, start + column, CODES)
+  cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(CODES // 4)), rCode)
+  return mf.mxfp8_decode(rCode, Int32(mRow[row, dim + column // MXFP8_BLOCK]))
 
 
 @cute.jit
@@ -198,9 +240,9 @@ class Send:
   `packed` stores them in this rank's own back buffer instead, in the layout's order.
   """
 
-  def __init__(self, dtype: type, width: int, dim: int, top_k: int, packed: bool):
-    self.dtype, self.width, self.dim, self.top_k = dtype, width, dim, top_k
-    self.packed = packed
+  def __init__(self, dtype: type, width: int, dim: int, top_k: int, packed: bool, mxfp8: bool):
+    self.width, self.top_k, self.packed, self.mxfp8 = width, top_k, packed, mxfp8
+    self.bytes_per_row = mxfp8_bytes(dim) if mxfp8 else dim * dtype.width // 8
 
   @cute.jit
   def __call__(
@@ -242,7 +284,6 @@ class Send:
     lane = cute.arch.lane_idx()
     bidx, _, _ = cute.arch.block_idx()
     blocks, _, _ = cute.arch.grid_dim()
-    bytes_per_row = const_expr(self.dim * self.dtype.width // 8)
     held = mBase.shape[0] // mTable.shape[1]
     for token in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mX.shape[0], blocks * WARPS):
       target = []
@@ -254,26 +295,29 @@ class Send:
         if place >= 0 and place < capacity:
           if const_expr(self.packed):
             row = Int64(mRow[item])
-            address = mTable[BACK, rank] + row * bytes_per_row
+            address = mTable[BACK, rank] + row * self.bytes_per_row
             if const_expr(mGate is not None):
               if lane == 0:
                 _put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
           else:
             owner = expert // held
-            address = mTable[ROW, owner] + place * bytes_per_row
+            address = mTable[ROW, owner] + place * self.bytes_per_row
             if lane == 0:
               _put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
               if const_expr(mGate is not None):
                 _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
         target.append(address)
-      _copy_row(mX, Int64(token), target, self.width)
+      if const_expr(self.mxfp8):
+        _pack_row(mX, Int64(token), target)
+      else:
+        _copy_row(mX, Int64(token), target, self.width)
 
 
 class Receive:
   """A warp per row: a copy, or zeros where nothing arrived; the buffer's origin is reset."""
 
-  def __init__(self, dtype: type, width: int, dim: int):
-    self.dtype, self.width, self.dim = dtype, width, dim
+  def __init__(self, dtype: type, width: int, dim: int, mxfp8: bool):
+    self.dtype, self.width, self.dim, self.mxfp8 = dtype, width, dim, mxfp8
 
   @cute.jit
   def __call__(self, mRow, mGate, mOrigin, mOutRow, mOutGate, mOutOrigin, stream):
@@ -295,7 +339,11 @@ class Receive:
         mOutGate[row] = mGate[row]
         mOrigin[row] = Int32(-1)
       for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
-        rX = load_vector(mRow, Int64(row) * self.dim + column, self.width)
+        rX = cute.make_rmem_tensor(self.width, self.dtype)
+        if const_expr(self.mxfp8):
+          rX.store(_unpack(mRow, Int64(row), column, self.dim).load().to(self.dtype))
+        else:
+          cute.autovec_copy(vector_at(mRow, Int64(row) * self.dim + column, self.width), rX)
         if origin < 0:
           rX.fill(self.dtype(0.0))
         bytes_per = const_expr(self.dtype.width // 8)
@@ -364,22 +412,24 @@ def compile_wait():
 
 
 @cached
-def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool):
+def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool, mxfp8: bool):
   x = fake(DTYPES[dtype], None, dim)
   gate = fake(Float32, None, align=4) if gates else None
   expert, row, offset = (fake(Int32, None, align=4) for _ in range(3))
   base = fake(Int64, None, align=8)
-  kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k, packed)
+  kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k, packed, mxfp8)
   scalars = (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1))
   return compile_kernel(kernel, x, gate, expert, row, offset, base, _table(), *scalars)
 
 
 @cached
-def compile_receive(dtype, dim: int):
+def compile_receive(dtype, dim: int, mxfp8: bool):
   row, out = fake(DTYPES[dtype], None, dim), fake(DTYPES[dtype], None, dim)
+  row = fake(Uint8, None, mxfp8_bytes(dim)) if mxfp8 else row
   gate, out_gate = fake(Float32, None, align=4), fake(Float32, None, align=4)
   origin, out_origin = fake(Int32, None, align=4), fake(Int32, None, align=4)
-  kernel = Receive(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim)
+  width = CODES if mxfp8 else vector_width(dtype, dim, "rows")
+  kernel = Receive(DTYPES[dtype], width, dim, mxfp8)
   return compile_kernel(kernel, row, gate, origin, out, out_gate, out_origin)
 
 
@@ -403,7 +453,8 @@ class Exchange:
     self.peers, self.rank, self.deadline_ns = peers, rank, round(deadline_s * 1e9)
     self.mine = peers[rank]
     self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
-    self.dtype, self.dim = self.mine.row_CD.dtype, self.mine.row_CD.shape[1]
+    self.dtype, self.dim = self.mine.back_ND.dtype, self.mine.back_ND.shape[1]
+    self.mxfp8 = self.mine.row_CD.dtype == torch.uint8
     device = self.mine.row_CD.device
     check_device(device)
     check(len(peers) <= THREADS, f"{len(peers)} ranks; at most {THREADS} are supported")
@@ -441,7 +492,8 @@ class Exchange:
     contiguous(x=x_TD)
     if route.expert_TK.numel():
       gate = None if gate_TK is None else gate_TK.flatten()
-      compile_send(x_TD.dtype, self.dim, route.expert_TK.shape[1], gate is not None, packed)(
+      key = x_TD.dtype, self.dim, route.expert_TK.shape[1], gate is not None, packed, self.mxfp8
+      compile_send(*key)(
         x_TD,
         gate,
         route.expert_TK.flatten(),
@@ -458,10 +510,10 @@ class Exchange:
 
   def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     mine = self.mine
-    row = mine.row_CD.new_empty(num_rows, self.dim)
+    row = mine.back_ND.new_empty(num_rows, self.dim)
     gate, origin = mine.gate_C.new_empty(num_rows), mine.origin_C.new_empty(num_rows)
     if num_rows:
-      run = compile_receive(self.dtype, self.dim)
+      run = compile_receive(self.dtype, self.dim, self.mxfp8)
       run(mine.row_CD, mine.gate_C, mine.origin_C, row, gate, origin)
     return row, gate, origin
 

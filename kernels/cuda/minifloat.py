@@ -86,6 +86,13 @@ def e8m0_factor(code: Int32) -> Float32:
 
 
 @cute.jit
+def e8m0_value(code: Int32) -> Float32:
+  """2^(code - 127); NaN of 255."""
+  bits = code << 23 if code > 0 else Int32(1 << 22)
+  return Float32(float("nan")) if code == 0xFF else bits.bitcast(Float32)
+
+
+@cute.jit
 def nvfp4_encode(tensor_amax: Float32) -> Float32:
   """What brings the tensor's largest magnitude to 6 · 448; 1 where it can't."""
   encode = divide(2688.0, tensor_amax)
@@ -116,6 +123,45 @@ def e4m3_codes(low: Float32, high: Float32, low_factor: Float32, high_factor: Fl
   sign_low = (low.bitcast(Uint32) >> 24) & 0x80
   sign_high = (high.bitcast(Uint32) >> 16) & 0x8000
   return (e4m3_pair(*magnitudes) & 0x7F7F) | sign_low | sign_high
+
+
+def e4m3_values(pair: Uint32):
+  """The values of the two E4M3 codes in the low 16 bits, exact."""
+  ptx = (
+    "{ .reg .b16 pair, low, high; .reg .b32 both; cvt.u16.u32 pair, {$r0}; "
+    "cvt.rn.f16x2.e4m3x2 both, pair; mov.b32 {low, high}, both; "
+    "cvt.f32.f16 {$w0}, low; cvt.f32.f16 {$w1}, high; }"
+  )
+  return cute.arch.inline_ptx(ptx, write_only_types=[Float32, Float32], read_only_args=[pair])
+
+
+@cute.jit
+def mxfp8_encode(rX: cute.Tensor, block: cutlass.Constexpr[int]):
+  """(words of E4M3 codes, E8M0 code) of fp32 numbers; neighbouring lanes together hold a block."""
+  size = const_expr(cute.size(rX))
+  amax = magnitude_bits(rX[0])
+  for e in cutlass.range_constexpr(1, size):
+    amax = cutlass.max(amax, magnitude_bits(rX[e]))
+  for step in cutlass.range_constexpr((block // size).bit_length() - 1):
+    amax = cutlass.max(amax, cute.arch.shuffle_sync_bfly(amax, 1 << step))
+  scale = e8m0_code(amax)
+  factor = e8m0_factor(scale)
+  rCode = cute.make_rmem_tensor(size // 4, Uint32)
+  for w in cutlass.range_constexpr(size // 4):
+    low = e4m3_codes(rX[4 * w], rX[4 * w + 1], factor, factor)
+    rCode[w] = low | (e4m3_codes(rX[4 * w + 2], rX[4 * w + 3], factor, factor) << 16)
+  return rCode, scale
+
+
+@cute.jit
+def mxfp8_decode(rCode: cute.Tensor, scale: Int32) -> cute.Tensor:
+  """The values of words of E4M3 codes under one E8M0 code, exact."""
+  factor = e8m0_value(scale)
+  rX = cute.make_rmem_tensor(4 * const_expr(cute.size(rCode)), Float32)
+  for p in cutlass.range_constexpr(2 * const_expr(cute.size(rCode))):
+    low, high = e4m3_values(rCode[p // 2] >> (p % 2 * 16))
+    rX[2 * p], rX[2 * p + 1] = multiply(low, factor), multiply(high, factor)
+  return rX
 
 
 @cute.jit
