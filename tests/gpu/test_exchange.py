@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from gpu.oracle import FOUR, normal, roundings
+from gpu.test_blockscale import samples
 from kernels import reference
-from kernels.buffers import ALIGNMENT, BufferLayout, Route
+from kernels.buffers import ALIGNMENT, MXFP8_BLOCK, BufferLayout, Buffers, Route
 from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.layout import layout
 from kernels.ops import Product, Recipe
+from kernels.reference.exchange import Exchange as ReferenceExchange
 from nmoe.rdep import places
 
 pytestmark = pytest.mark.gpu
@@ -17,14 +19,19 @@ RANKS, E, K, D, F, TOKENS = 2, 8, 3, 320, 136, 600
 ROUTINGS = {"uniform": range(E), "one rank gets none": range(E // 2), "one expert": [E - 1]}
 
 
-def movers(capacity: int) -> list[Exchange]:
-  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, torch.bfloat16)
-  blocks = []
+def blocks(sizes: BufferLayout, device: str) -> list[Buffers]:
+  found = []
   for _ in range(RANKS):
-    memory = torch.zeros(sizes.nbytes + ALIGNMENT, dtype=torch.uint8, device="cuda")
+    memory = torch.zeros(sizes.nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
-    blocks.append(sizes.views(memory[start : start + sizes.nbytes]))
-  return [Exchange(blocks, rank, 1.0) for rank in range(RANKS)]
+    found.append(sizes.views(memory[start : start + sizes.nbytes]))
+  return found
+
+
+def movers(capacity: int, mxfp8: bool) -> list[Exchange]:
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, torch.bfloat16, mxfp8)
+  peers = blocks(sizes, "cuda")
+  return [Exchange(peers, rank, 1.0) for rank in range(RANKS)]
 
 
 def routed(kind: str, alignment: int):
@@ -39,7 +46,7 @@ def routed(kind: str, alignment: int):
   return [Route(e, order, count_RE, where.base_RE) for e, order in pairs], where
 
 
-def layer(kind: str, fused: bool, alignment: int = 1):
+def layer(kind: str, fused: bool, alignment: int = 1, mxfp8: bool = False):
   """y, dx, dgate of each rank's tokens and dw13, dw2 of its experts, as RDEP moves them."""
   torch.manual_seed(0)
   routes, where = routed(kind, alignment)
@@ -48,7 +55,7 @@ def layer(kind: str, fused: bool, alignment: int = 1):
   w13 = normal(E, 2 * F, D, scale=D**-0.5).detach()
   w2 = normal(E, D, F, scale=F**-0.5).detach()
   weights = [[w[r * E // RANKS : (r + 1) * E // RANKS].clone() for w in (w13, w2)] for r in (0, 1)]
-  exchanges = movers(max(int(where.end_R.max()), 1))
+  exchanges = movers(max(int(where.end_R.max()), 1), mxfp8)
   for exchange in exchanges:
     exchange.fused = fused
   for mover, x_TD, route in zip(exchanges, x, routes, strict=True):
@@ -109,6 +116,58 @@ def test_rows_that_return_from_the_product_are_the_same(kind, alignment):
   apart, _ = layer(kind, False, alignment)
   fused, _ = layer(kind, True, alignment)
   assert all(torch.equal(a, b) for a, b in zip(apart, fused, strict=True))
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_a_layer_with_mxfp8_rows_is_the_definition_with_quantized_rows(kind):
+  found, (x, expert, gate, dy, *weights) = layer(kind, False, mxfp8=True)
+  x, dy = (reference.quantize(t, "fp8").values(t.dtype) for t in (x, dy))
+  want = definition(x, expert, gate, dy, *weights)
+  for name, got, exact in zip("y dx dgate dw13 dw2".split(), found, want, strict=True):
+    assert roundings(got, exact) <= FOUR, name
+
+
+def on_cpu(route: Route) -> Route:
+  order = type(route.layout)(*(t.cpu() for t in route.layout))
+  return Route(route.expert_TK.cpu(), order, route.count_RE.cpu(), route.base_RE.cpu())
+
+
+def bits(row: torch.Tensor) -> torch.Tensor:
+  """Of bf16 numbers, with one NaN."""
+  row = row.cpu()
+  return torch.where(row.isnan(), torch.nan, row).view(torch.int16)
+
+
+@pytest.mark.parametrize("dim", [32, 320, 512, 1056])
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_mxfp8_rows_are_the_reference_bit_for_bit(kind, alignment, dim):
+  """Codes, scales and what is received, in two rounds, with gates in the second."""
+  torch.manual_seed(2)
+  routes, where = routed(kind, alignment)
+  capacity = -(-int(where.end_R.max()) // 2)
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, dim, torch.bfloat16, mxfp8=True)
+  ours, theirs = blocks(sizes, "cuda"), blocks(sizes, "cpu")
+  pairs = [(Exchange(ours, r, 1.0), ReferenceExchange(theirs, r, 1.0)) for r in range(RANKS)]
+  x = [samples(len(r.expert_TK), dim) for r in routes]
+  x[0][5, 3], x[1][7, 9], x[1][8] = torch.nan, -torch.inf, 2.0**-130
+  gates = [torch.rand(r.expert_TK.shape) for r in routes]
+  for low in (0, capacity):
+    for r, (mover, other) in enumerate(pairs):
+      gate = gates[r] if low else None
+      mover.send(1, x[r].cuda(), gate if gate is None else gate.cuda(), routes[r], low)
+      other.send(1, x[r], gate, on_cpu(routes[r]), low)
+    for r, (mover, other) in enumerate(pairs):
+      num_rows = min(max(int(where.end_R[r]) - low, 0), capacity)
+      there = other.mine.origin_C[:num_rows] >= 0
+      size = dim + dim // MXFP8_BLOCK
+      travelled = [b[r].row_CD[:num_rows, :size].cpu()[there] for b in (ours, theirs)]
+      assert torch.equal(*travelled)
+      found, want = mover.receive(num_rows), other.receive(num_rows)
+      assert torch.equal(bits(found[0]), bits(want[0]))
+      assert torch.equal(found[2].cpu(), want[2])
+      assert not low or torch.equal(found[1].cpu()[there], want[1][there])
+      assert (mover.mine.origin_C == -1).all()
 
 
 def test_weight_gradients_are_made_in_fp32_and_added_in_place():
