@@ -70,7 +70,7 @@ def step(
     "experiment.name": f"bench-{path.stem}-{time.strftime('%H%M%S')}",
   }
   config = config.with_values(**changed)
-  bench = Workbench.open(config.run.root, console)
+  bench = Workbench.open(config.run.root, console, anew=True)
   arm = bench.arm(path.stem, config)
   experiment = bench.experiment("bench", config, [arm])
   with progress_display(console) as progress:

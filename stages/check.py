@@ -48,7 +48,7 @@ def resume(path: Path, steps: int, console: Console) -> list[Row]:
   Prints a table and stores it as an experiment of stage "check". RunError if anything differs.
   """
   config = shortened(configs.load(path), path.stem, steps)
-  bench = Workbench.open(config.run.root, console)
+  bench = Workbench.open(config.run.root, console, anew=True)
   arm = bench.arm("uninterrupted", config)
   experiment = bench.experiment("check", config, [arm])
   with progress_display(console) as progress:

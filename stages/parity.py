@@ -62,7 +62,7 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   """
   config = configs.load(path)
   arms = {r: at_ranks(config, r, steps, path.stem) for r in ranks}
-  bench = Workbench.open(config.run.root, console)
+  bench = Workbench.open(config.run.root, console, anew=True)
   data = bench.arm("data", arms[ranks[0]]).data
   most = max(ranks)
   experiment = bench.experiment("check", arms[most], [Arm("ranks", arms[most], data)])

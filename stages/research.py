@@ -52,7 +52,7 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
 
   RunError if it has not completed, or if the code has changed since, naming both versions.
   """
-  bench = Workbench.open(str(root), console)
+  bench = Workbench.open(str(root), console, anew=True)
   old = bench.experiments.run(run_id)
   if old.status != "completed":
     raise RunError(f"run {run_id} is {old.status}; only a completed run can be repeated")

@@ -49,7 +49,10 @@ class Arm:
 
 @dataclass
 class Workbench:
-  """The open records of one command, and where it writes."""
+  """The open records of one command, and where it writes.
+
+  anew: the command executes its runs by `repeat`, so it takes up none of an earlier call.
+  """
 
   root: Path
   experiments: Experiments
@@ -57,12 +60,13 @@ class Workbench:
   commit: str
   patch: str
   code_version: str
+  anew: bool
 
   @classmethod
-  def open(cls, root: str, console: Console) -> Workbench:
+  def open(cls, root: str, console: Console, anew: bool = False) -> Workbench:
     folder = Path(root).resolve()
     commit, patch, code_version = provenance(REPO)
-    return cls(folder, Experiments(folder), console, commit, patch, code_version)
+    return cls(folder, Experiments(folder), console, commit, patch, code_version, anew)
 
   def experiment(self, stage: str, config: Config, arms: list[Arm]) -> Experiment:
     """Write the hypothesis down, or find it: the newest experiment that asks the same of the same
@@ -137,8 +141,9 @@ class Workbench:
     failed = [run for run in runs if not run.finished]
     if failed:
       self.experiments.set_status(experiment.id, "failed")
+      again = "starts all runs anew" if self.anew else "continues them"
       raise RunError(
-        f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command continues them:\n"
+        f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command {again}:\n"
         + self._listed(failed)
       )
 
@@ -211,8 +216,9 @@ class Workbench:
   def _stopped(self, experiment: Experiment, run: Run, label: str, how: str) -> RunError:
     self.experiments.mark_interrupted()
     self.experiments.set_status(experiment.id, "interrupted")
+    again = "starts all runs anew" if self.anew else "continues it"
     return RunError(
-      f"run {run.id} ({label}) stopped before its end, the same command continues it: {how}"
+      f"run {run.id} ({label}) stopped before its end, the same command {again}: {how}"
     )
 
 

@@ -169,7 +169,9 @@ def test_an_interrupted_ablation_continues(lab, variant, launches, monkeypatch):
     raise KeyboardInterrupt
 
   launches.before = {1: stop}
-  with pytest.raises(RunError, match=r"variant seed 0\) stopped before its end, the same command"):
+  with pytest.raises(
+    RunError, match=r"variant seed 0\) stopped before its end, the same command continues"
+  ):
     call(lab, variant)
   assert newest(lab).status == "interrupted"
   assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "interrupted")]
@@ -274,7 +276,9 @@ def test_other_failures_withhold_the_verdict(lab, variant, launches, monkeypatch
       return super().__next__()
 
   monkeypatch.setattr(train, "Prefetcher", Failing)
-  with pytest.raises(RunError, match="1 of 4 runs failed, no verdict; the same command") as caught:
+  with pytest.raises(
+    RunError, match="1 of 4 runs failed.*the same command continues them"
+  ) as caught:
     call(lab, variant)
   run = launches.ids[1]
   assert f"{run} (variant seed 0): shard 7 is gone; restore it; log: " in str(caught.value)

@@ -10,7 +10,7 @@ from labs import Lab
 from rich.console import Console
 
 from nmoe import metrics, plan
-from nmoe.errors import ConfigError
+from nmoe.errors import ConfigError, RunError
 from stages import bench
 
 
@@ -54,6 +54,15 @@ def test_against_an_earlier_measurement(lab, launches):
   want = f"{delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to {delta + half:+.3f})"
   assert f"against before.json: {want}" in said
   assert len(set(launches.ids)) == 2  # measured anew, never reused
+
+
+def test_an_interrupted_measurement_does_not_claim_to_be_continued(lab, launches):
+  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
+  with pytest.raises(RunError, match="before its end, the same command starts all runs anew: it"):
+    call(lab)
+  launches.before = {}
+  call(lab)
+  assert len(set(launches.ids)) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1, 2]"])

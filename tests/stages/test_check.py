@@ -11,7 +11,7 @@ from nmoe import checkpoint
 from nmoe.errors import RunError
 from nmoe.experiments import Experiments
 from nmoe.metrics import Metrics
-from stages import check
+from stages import check, parity
 
 
 def test_killed_twice_and_bit_identical(lab):
@@ -88,6 +88,27 @@ def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
     pytest.raises(RunError, match="was to be killed at step 6 but is completed; raise --steps"),
   ):
     check._killed(bench, experiment, arm, (6, 9), progress)
+
+
+def interrupt(_):
+  raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    lambda file, console: check.resume(file, 12, console),
+    lambda file, console: parity.ep(file, [1, 2], 4, console),
+  ],
+  ids=["resume", "ep"],
+)
+def test_an_interrupted_check_says_that_it_starts_anew(lab, launches, command):
+  launches.before = {0: interrupt, 1: interrupt}
+  for _ in range(2):
+    with pytest.raises(RunError, match="the same command starts all runs anew: it was told to"):
+      command(lab.file, Console(file=io.StringIO()))
+  first, second = (lab.records.runs(e.id) for e in lab.records.list()[:2])
+  assert len(set(launches.ids)) == len({run.id for run in (*first, *second)}) == 2
 
 
 def test_the_shortened_schedule_has_all_its_phases(lab):

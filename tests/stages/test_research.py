@@ -112,6 +112,21 @@ def test_rerun_sees_a_difference(lab, launches, monkeypatch):
   assert newest(lab).verdict == "refuted"
 
 
+def test_a_rerun_that_fails_says_that_it_starts_anew(lab, launches, monkeypatch):
+  call(lab, seeds=1)
+
+  def fail(*_, **__):
+    raise DataError("shard 7 is gone; restore it")
+
+  monkeypatch.setattr(train, "open_data", fail)
+  for launched in (2, 3):
+    with pytest.raises(
+      RunError, match="1 of 1 runs failed, no verdict; the same command starts all"
+    ):
+      again(lab, launches.ids[0])
+    assert len(set(launches.ids)) == launched
+
+
 def test_rerun_needs_the_code_and_a_completed_run(lab, launches, monkeypatch):
   call(lab, seeds=1)
   run = launches.ids[0]
