@@ -50,11 +50,13 @@ class Shapes:
   emulate_blockscale: bool
   moments: str  # "fp32" or "bf16"
   muon: bool
+  payload: str  # of RDEP's dispatched rows: "bf16" or "mxfp8"
 
   @classmethod
   def of(cls, config) -> Shapes:
     """The shapes of a configuration (an object with the sections of nmoe.config.Config)."""
     sections = (config.model, config.moe, config.data, config.launch, config.target, config.optim)
+    sections += (config.rdep,)
     named = {key: value for section in sections for key, value in vars(section).items()}
     named |= {"batch": config.train.micro_batch, "loss_chunk": config.train.loss_chunk}
     named["muon"] = "muon" in (config.optim.matrices, config.optim.experts)

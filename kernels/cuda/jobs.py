@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.buffers import COUNTS, BufferLayout, Buffers, Route
 from kernels.build import Shapes
+from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.exchange import Exchange
@@ -74,7 +75,8 @@ def _combine(s: Shapes) -> None:
 
 def _mover(s: Shapes) -> Exchange:
   rows = s.batch * s.seq_len * s.top_k
-  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16)
+  mxfp8 = s.payload == "mxfp8"
+  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16, mxfp8)
   block = Buffers(*(meta(*shape, dtype=t, grad=False) for shape, t in sizes.fields.values()))
   return Exchange([block] * s.ranks, 0, 1.0)
 
@@ -211,5 +213,7 @@ def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
   if shapes.ranks > 1:
     yield "exchange", partial(_exchange, shapes)
     yield "owner", partial(_owner, shapes)
+  elif shapes.payload == "mxfp8":
+    yield "payload", partial(quantize, meta(shapes.batch * shapes.seq_len, shapes.dim), "fp8")
   if shapes.muon:
     yield "newton_schulz", partial(_newton_schulz, shapes)

@@ -43,6 +43,7 @@ MOONLET = Shapes(
   emulate_blockscale=False,
   moments="fp32",
   muon=True,
+  payload="bf16",
 )
 GROUPED = replace(
   MOONLET, num_experts=256, top_k=8, num_groups=8, topk_groups=4, ranks=8, moments="bf16"
@@ -50,13 +51,14 @@ GROUPED = replace(
 
 
 def shapes(arch: str) -> list[Shapes]:
-  """One GPU, eight ranks with expert groups, and both block-scaled formats."""
+  """One GPU, eight ranks with expert groups, both block-scaled formats, eight ranks' MXFP8 rows."""
   scaled = replace(
     MOONLET,
     dense_dim=MOONLET.num_shared * MOONLET.expert_dim,
     emulate_blockscale=arch != "sm_100a",
   )
-  return [MOONLET, GROUPED, replace(scaled, dtype="fp8"), replace(scaled, dtype="nvfp4")]
+  formats = [replace(scaled, dtype=dtype) for dtype in ("fp8", "nvfp4")]
+  return [MOONLET, GROUPED, *formats, replace(GROUPED, payload="mxfp8")]
 
 
 def rows(arch: str) -> list[dict[str, str]]:
