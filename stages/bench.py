@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ class StepBench:
   flops_terms: dict[str, float]
   mfu: float  # of the data sheet's dense peak; on a CPU, of what a matrix product reached there
   peak_bytes: float
+  first_step: int  # the first logged one
+  first_step_s: float  # from the start of the command's process to its line, data_s included
+  data_s: float  # for finding or preparing the data
 
   @property
   def outside(self) -> float:
@@ -71,12 +75,22 @@ def step(
   }
   config = config.with_values(**changed)
   bench = Workbench.open(config.run.root, console, anew=True)
+  begun = time.monotonic()
   arm = bench.arm(path.stem, config)
+  data_s = time.monotonic() - begun
   experiment = bench.experiment("bench", config, [arm])
+  arrived: list[tuple[int, float]] = []
   with progress_display(console) as progress:
-    run = bench.repeat(experiment, arm, config.train.seed, progress, trace)
+    run = bench.repeat(
+      experiment,
+      arm,
+      config.train.seed,
+      progress,
+      trace,
+      lambda line: arrived.append((line["step"], process_age())),
+    )
   bench.check(experiment, [run])
-  found = _measure(bench, run, config, arm.data)
+  found = _measure(bench, run, config, arm.data, arrived[0], data_s)
   bench.experiments.conclude(experiment.id, "measured", asdict(found))
   _show(found, console)
   if before is not None:
@@ -86,7 +100,20 @@ def step(
   return found
 
 
-def _measure(bench: Workbench, run: Run, config: Config, data: Path) -> StepBench:
+def process_age() -> float:
+  """Seconds since this process started, to a clock tick of 10 ms (proc(5): starttime)."""
+  fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+  return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _measure(
+  bench: Workbench,
+  run: Run,
+  config: Config,
+  data: Path,
+  first: tuple[int, float],
+  data_s: float,
+) -> StepBench:
   series = read(bench.root, run.id)
   logged = series["train/loss"][0]
   phases = {
@@ -107,6 +134,9 @@ def _measure(bench: Workbench, run: Run, config: Config, data: Path) -> StepBenc
     flops_terms={term.name: term.value for term in plan.plan(config).flops},
     mfu=float(np.median(series["train/mfu"][2])),
     peak_bytes=float(series["memory/peak_bytes"][2].max()),
+    first_step=first[0],
+    first_step_s=first[1],
+    data_s=data_s,
   )
 
 
@@ -138,6 +168,10 @@ def _show(b: StepBench, console: Console) -> None:
   terms = " + ".join(f"{name} {value / 1e6:,.1f}" for name, value in b.flops_terms.items())
   console.print(
     f"MFLOP per token, forward and backward: {terms} = {sum(b.flops_terms.values()) / 1e6:,.1f}"
+  )
+  console.print(
+    f"step {b.first_step}, the first logged: {b.first_step_s:.1f} s after the command's start, "
+    f"{b.data_s:.1f} s of it for data"
   )
   console.print(f"MFU {b.mfu:.1%}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
 

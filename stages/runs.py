@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -130,11 +131,15 @@ class Workbench:
     seed: int,
     progress: Progress,
     trace: Path | None = None,
+    follow: Callable[[dict], None] = lambda _: None,
   ) -> Run:
-    """Execute a new run of an arm at a seed, whatever the records hold; trace: profile it there."""
+    """Execute a new run of an arm at a seed, whatever the records hold.
+
+    trace: profile it into this folder. follow receives each line of its progress as it comes.
+    """
     run = self.start(experiment, arm, seed)
     label = f"{arm.name} seed {seed}"
-    return self.execute(experiment, run, arm.at_seed(seed), label, progress, trace)
+    return self.execute(experiment, run, arm.at_seed(seed), label, progress, trace, follow)
 
   def check(self, experiment: Experiment, runs: list[Run]) -> None:
     """RunError if a run failed for another reason than divergence: there is nothing to judge."""
@@ -192,12 +197,14 @@ class Workbench:
     label: str,
     progress: Progress,
     trace: Path | None = None,
+    follow: Callable[[dict], None] = lambda _: None,
   ) -> Run:
     """Train a recorded run and return it, completed or failed; RunError if it stopped before."""
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
 
     def show(line: dict) -> None:
+      follow(line)
       note = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
       progress.update(task, completed=line["step"], note=note)
 

@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from rich.console import Console
 
 from nmoe import metrics, plan
 from nmoe.errors import ConfigError, RunError
-from stages import bench
+from stages import bench, runs
 
 
 def call(lab: Lab, **options) -> tuple[bench.StepBench, str]:
@@ -21,6 +24,7 @@ def call(lab: Lab, **options) -> tuple[bench.StepBench, str]:
 
 
 def test_a_measurement(lab, launches):
+  age = bench.process_age()
   found, said = call(lab)
   run = lab.records.run(launches.ids[0])
   series = {tag: values for tag, (_, _, values) in metrics.read(lab.root, run.id).items()}
@@ -37,6 +41,11 @@ def test_a_measurement(lab, launches):
   assert found.mfu == pytest.approx(np.median(series["train/mfu"])) and 0 < found.mfu < 1
   assert found.peak_bytes > 1e8
   assert not lab.checkpoints(run.id).exists()
+  assert 0 < found.data_s < found.first_step_s - age < bench.process_age() - age
+  assert (
+    f"step 1, the first logged: {found.first_step_s:.1f} s after the command's start, "
+    f"{found.data_s:.1f} s of it for data"
+  ) in said
   assert (lab.records.list()[0].stage, lab.records.list()[0].verdict) == ("bench", "measured")
 
 
@@ -54,6 +63,31 @@ def test_against_an_earlier_measurement(lab, launches):
   want = f"{delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to {delta + half:+.3f})"
   assert f"against before.json: {want}" in said
   assert len(set(launches.ids)) == 2  # measured anew, never reused
+
+
+def test_the_first_line_counts_from_the_command(lab, monkeypatch):
+  """Of a real child: before its other lines, and not from the child's own start."""
+  seen = []
+  execute = runs.Workbench.execute
+
+  def follow(*arguments):
+    *rest, lines = arguments
+    return execute(*rest, lambda line: (lines(line), seen.append(bench.process_age())))
+
+  monkeypatch.setattr(runs.Workbench, "execute", follow)
+  found, _ = call(lab)
+  assert len(seen) == 20 and found.first_step == 2
+  assert seen[0] - 0.1 < found.first_step_s <= seen[0] < seen[-1]
+
+
+def test_the_age_of_a_process():
+  """Against the time at which another process started it."""
+  code = "import time; from stages.bench import process_age; print(process_age(), time.monotonic())"
+  begun = time.monotonic()
+  said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  age, now = map(float, said.stdout.split())
+  assert 0.1 < age < now - begun + 0.02
+  assert age == pytest.approx(now - begun, abs=0.3)
 
 
 def test_an_interrupted_measurement_does_not_claim_to_be_continued(lab, launches):
