@@ -52,7 +52,8 @@ class Arm:
 class Workbench:
   """The open records of one command, and where it writes.
 
-  anew: the command executes its runs by `repeat`, so it takes up none of an earlier call.
+  anew: the command executes its runs by `repeat` and takes up none of an earlier call: what it
+  reads, checkpoints of every step or a profile, depends on keys that no fingerprint holds.
   """
 
   root: Path
