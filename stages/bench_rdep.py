@@ -66,6 +66,11 @@ def layer_config(
     raise ConfigError(f"{path}: one rank sends nothing; measure 2 or more: --ranks 2")
   if not config.rdep.peer_access:
     raise ConfigError(f"{path}: the bench writes to peers; set rdep.peer_access = true")
+  if config.rdep.payload != "bf16":
+    raise ConfigError(
+      f"{path}: all_to_all_single and the peer copy move rows as they are, but rdep.payload is "
+      f'"{config.rdep.payload}"; set it to "bf16"'
+    )
   if shape is not None and shape not in SHAPES:
     raise ConfigError(f"--shape {shape} is unknown; choose from {', '.join(SHAPES)}")
   values: dict[str, Any] = {

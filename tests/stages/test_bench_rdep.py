@@ -158,3 +158,6 @@ def test_what_cannot_be_measured(file):
   far = config.with_values(**{"rdep.peer_access": False})
   with pytest.raises(ConfigError, match="set rdep.peer_access = true"):
     bench_rdep.layer_config(far, file, 2, None, None)
+  packed = config.with_values(**{"target.dtype": "bf16", "rdep.payload": "mxfp8"})
+  with pytest.raises(ConfigError, match='rdep.payload is "mxfp8"; set it to "bf16"'):
+    bench_rdep.layer_config(packed, file, 2, None, None)
