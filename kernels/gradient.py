@@ -10,6 +10,16 @@ from torch import Tensor
 from kernels.ops import check
 
 
+def in_fp32(weight: Tensor) -> bool:
+  """Whether kernels make the weight's gradient in fp32: it is a bf16 leaf of fp32 `grad_dtype`."""
+  return (
+    weight.dtype == torch.bfloat16
+    and weight.is_leaf
+    and weight.requires_grad
+    and weight.grad_dtype == torch.float32
+  )
+
+
 def gradient(weight: Tensor, product: Callable[[Tensor, bool], object]) -> Tensor | None:
   """What a Function's backward returns for `weight`, as saved: `product(out, add)` computes it.
 
@@ -17,12 +27,7 @@ def gradient(weight: Tensor, product: Callable[[Tensor, bool], object]) -> Tenso
   in fp32; or, if the leaf has one, its `.grad` with add True, to which the product is added, and
   the result is None.
   """
-  fp32 = (
-    weight.dtype == torch.bfloat16
-    and weight.is_leaf
-    and weight.requires_grad
-    and weight.grad_dtype == torch.float32
-  )
+  fp32 = in_fp32(weight)
   if not fp32 or weight.grad is None:
     out = torch.empty_like(weight, dtype=torch.float32 if fp32 else weight.dtype)
     product(out, False)

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cuda import gemms
-from kernels.cuda.experts import grouped_mlp
 from kernels.cuda.jit import check_device
-from kernels.cuda.products import block_scaled_product
+from kernels.cuda.products import block_scaled_mlp, block_scaled_product
 from kernels.gradient import gradient
 from kernels.ops import Recipe, check, check_same_device
 
@@ -55,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     y = _Linear.apply(x.reshape(-1, weight.shape[1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
   rows = x.flatten(0, -2)
-  y = block_scaled_product(rows, weight[None], _all_rows(rows), recipe, 0)
+  y = block_scaled_product(rows, weight, _all_rows(rows), recipe, 0)
   return y.unflatten(0, x.shape[:-1])
 
 
@@ -94,6 +93,6 @@ def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
     return x * 1
   rows = x.reshape(-1, dim)
   if recipe.format != "bf16":
-    return grouped_mlp(rows, _all_rows(rows), w13[None], w2[None], recipe).view(x.shape)
+    return block_scaled_mlp(rows, w13, w2, _all_rows(rows), recipe).view(x.shape)
   y = _Mlp.apply(rows, w13.contiguous(), w2.contiguous(), torch.is_grad_enabled())
   return y.view(x.shape)

@@ -32,11 +32,10 @@ from torch.autograd.function import once_differentiable
 from kernels import halves
 from kernels.cuda import gemms
 from kernels.cuda.combine import sum_rows, sum_rows_backward
-from kernels.cuda.products import block_scaled_mlp, block_scaled_product
+from kernels.cuda.products import block_scaled_mlp
 from kernels.cuda.tail import zero_tail
 from kernels.gradient import gradient
 from kernels.ops import Layout, Product, Recipe, check
-from kernels.reference.swiglu import swiglu
 
 
 def _check(x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor) -> None:
@@ -148,11 +147,8 @@ def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe
   _check(x_ND, offset_E1, w13, w2)
   if x_ND.shape[0] == 0:
     return x_ND * 1
-  if recipe.format != "bf16" and not recipe.emulate:
-    return block_scaled_mlp(x_ND, w13, w2, offset_E1, recipe)
   if recipe.format != "bf16":
-    preact = block_scaled_product(x_ND, w13, offset_E1, recipe, 0)
-    return block_scaled_product(swiglu(preact), w2, offset_E1, recipe, 1)
+    return block_scaled_mlp(x_ND, w13, w2, offset_E1, recipe)
   keep = torch.is_grad_enabled()
   return _GroupedMlp.apply(x_ND.contiguous(), offset_E1, w13.contiguous(), w2.contiguous(), keep)
 
@@ -181,7 +177,7 @@ def grouped_mlp_backward(
 ) -> tuple[Tensor | Product, Tensor, Callable[[], tuple[Tensor | None, Tensor | None]]]:
   """See kernels.ops.Ops.grouped_mlp_backward. The epilogue that computes dgate scales by gate."""
   if isinstance(kept, halves.Graph):
-    return halves.backward(kept, dy_ND, gate_N)
+    return halves.backward(kept, dy_ND, gate_N, w13, w2)
   x, preact, offset = kept
   if dy_ND.shape[0] == 0:
     return dy_ND, gate_N, lambda: (gradient(w13, _nothing), gradient(w2, _nothing))

@@ -258,9 +258,9 @@ def rows_block_scaled(
 
 
 def weight_grad_block_scaled(
-  fmt: BlockScaledFormat, a: Operand, b: Operand, offset: Tensor, out: Tensor
+  fmt: BlockScaledFormat, a: Operand, b: Operand, offset: Tensor, out: Tensor, add: bool = False
 ) -> Tensor:
-  """out[e] = aᵀ · b on sm_100a's block-scaled tensor cores: a [N, I], b [N, O], along their rows.
+  """`weight_grad` on sm_100a's block-scaled tensor cores: a [N, I], b [N, O], along their rows.
 
   MXFP8 only. Each expert's rows begin at a multiple of 128. The kernel reads expert e's scales from
   e row tiles further than its rows, so the scales are moved apart.
@@ -274,7 +274,8 @@ def weight_grad_block_scaled(
     apart.index_copy_(2, place, codes)
     return Operand(operand.data.mT, apart.view(operand.scale.dtype), None)
 
-  return _block_scaled(fmt, spread(a), spread(b), out, cu_seqlens_k=offset)
+  more = {"add_to_output": True} if add else {}
+  return _block_scaled(fmt, spread(a), spread(b), out, cu_seqlens_k=offset, **more)
 
 
 def _block_scaled(fmt: BlockScaledFormat, a: Operand, b: Operand, out: Tensor, **more) -> Tensor:

@@ -49,10 +49,10 @@ def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
 
 def all_gradients(run: Callable[[], object], weights: Sequence[Tensor]) -> None:
   """Run forward and backward with the weights' gradients in bf16, then made in fp32, then added."""
-  run()
-  for weight in weights:
-    weight.grad, weight.grad_dtype = None, FP32
-  run()
+  for dtype in (BF16, FP32):
+    for weight in weights:
+      weight.grad, weight.grad_dtype = None, dtype
+    run()
   run()
 
 
@@ -130,12 +130,18 @@ def _recipes(s: Shapes) -> list[Recipe]:
   return [Recipe(), quantized, replace(quantized, forward_only_bf16=True)]
 
 
+def _both_passes(operation: Callable[..., Tensor], *arguments: object) -> None:
+  backward(operation(*arguments))
+
+
 def _mlp(s: Shapes) -> None:
+  x = meta(s.batch, s.seq_len, s.dim)
   for recipe in _recipes(s):
     for width in {s.dense_dim, s.num_shared * s.expert_dim} - {0}:
-      x, w13, w2 = meta(s.batch, s.seq_len, s.dim), meta(2 * width, s.dim), meta(s.dim, width)
-      backward(mlp(x, w13, w2, recipe))
-    backward(linear(meta(s.batch, s.seq_len, s.dim), meta(s.dim, s.dim), recipe))
+      weights = meta(2 * width, s.dim), meta(s.dim, width)
+      all_gradients(partial(_both_passes, mlp, x, *weights, recipe), weights)
+    weight = meta(s.dim, s.dim)
+    all_gradients(partial(_both_passes, linear, x, weight, recipe), [weight])
 
 
 def _experts(s: Shapes) -> None:

@@ -5,15 +5,17 @@
   dw = dyᵀ · x  both along the rows of each expert, from the unquantized tensors; rotated (nvfp4)
 
 Quantization is kernels.cuda.blockscale; the tensors' scales multiply the fp32 sums, which are
-rounded once. With `emulate` the operands' values, exact in bf16, are multiplied by the bf16 kernels
-of `gemms`. Without it (sm_100a only) QuACK's block-scaled kernels read data and scales. Those read
-a sum over ragged rows in MXFP8 alone, so NVFP4's dw multiplies the same values in bf16.
+rounded once, or for dw not at all (kernels.ops: gradients of weights). With `emulate` the operands'
+values, exact in bf16, are multiplied by the bf16 kernels of `gemms`. Without it (sm_100a only)
+QuACK's block-scaled kernels read data and scales. Those read a sum over ragged rows in MXFP8 alone,
+so NVFP4's dw multiplies the same values in bf16.
 
 What is block-scaled on sm_100a is compiled, not run: no such GPU was at hand.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +28,10 @@ from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
 from kernels.cuda.blockscale import Operand as Quantized
 from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
+from kernels.gradient import gradient
 from kernels.ops import Operand, Recipe, check
 from kernels.reference.blockscale import BLOCK, BlockScaled, derive
+from kernels.reference.swiglu import swiglu
 
 ALIGNMENT = 32  # of D and F: whole blocks along every summed dimension
 FORMATS = {"fp8": MXFP8_E4M3, "nvfp4": NVFP4}
@@ -38,7 +42,8 @@ def block_scaled_product(
 ) -> Tensor:
   """x [N', I] · w[e]ᵀ for each expert's rows -> [N', O] in bf16, zero beyond offset[-1].
 
-  salt tells the products of one call apart in stochastic rounding. I and O are multiples of 32.
+  w [E, O, I], or [O, I] of one expert. salt tells the products of one call apart in stochastic
+  rounding. I and O are multiples of 32.
   """
   _check(x, recipe, w)
   return _Product.apply(x.contiguous(), w.contiguous(), offset_E1, recipe, salt)
@@ -57,8 +62,8 @@ def _check(x: Tensor, recipe: Recipe, *weights: Tensor) -> None:
   for w in weights:
     gemms.check_operands(x=x, w=w)
     check(
-      w.shape[1] % ALIGNMENT == 0 and w.shape[2] % ALIGNMENT == 0,
-      f"format {recipe.format!r}: a weight of {tuple(w.shape[1:])}; make both multiples of "
+      w.shape[-2] % ALIGNMENT == 0 and w.shape[-1] % ALIGNMENT == 0,
+      f"format {recipe.format!r}: a weight of {tuple(w.shape[-2:])}; make both multiples of "
       f"{ALIGNMENT}",
     )
 
@@ -68,6 +73,7 @@ class _Product(torch.autograd.Function):
   def forward(ctx, x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, salt: int) -> Tensor:
     ctx.save_for_backward(x, w, offset)
     ctx.recipe, ctx.salt = recipe, salt
+    w = _of_experts(w)
     if recipe.forward_only_bf16:
       return zero_tail(gemms.rows(x, w, offset), offset)
     x = _without_tail(x, offset)
@@ -80,21 +86,25 @@ class _Product(torch.autograd.Function):
     x, w, offset = ctx.saved_tensors
     recipe, salt = ctx.recipe, ctx.salt
     x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
-    w = w.mT.contiguous()
-    _show_backward(recipe, salt, dy, w, offset)
-    dx = _rows(dy, w, offset, recipe, _seed(recipe, salt))
-    return dx, _weight_gradient(dy, x, offset, recipe, salt), None, None, None
+    w_EIO = _of_experts(w).mT.contiguous()
+    _show_backward(recipe, salt, dy, w_EIO, offset)
+    dx = _rows(dy, w_EIO, offset, recipe, _seed(recipe, salt))
+    return dx, _weight_gradient(w, dy, x, offset, recipe, salt), None, None, None
 
 
 def block_scaled_mlp(
   x: Tensor, w13: Tensor, w2: Tensor, offset_E1: Tensor, recipe: Recipe
 ) -> Tensor:
-  """SwiGLU experts over sorted rows on sm_100a's block-scaled tensor cores -> bf16 [N', D].
+  """SwiGLU experts over sorted rows x [N', D] -> bf16 [N', D], by `block_scaled_product`s.
 
-  The products of `block_scaled_product`, SwiGLU and its gradient in their epilogues: computed from
-  the fp32 sums, not from the rounded pre-activation. Kept are x and the pre-activation.
+  w13 [E, 2F, D] and w2 [E, D, F], or without E. On sm_100a's block-scaled tensor cores SwiGLU and
+  its gradient are in the epilogues: computed from the fp32 sums, not from the rounded
+  pre-activation. Kept are x and the pre-activation.
   """
   _check(x, recipe, w13, w2)
+  if recipe.emulate:
+    preact = block_scaled_product(x, w13, offset_E1, recipe, 0)
+    return block_scaled_product(swiglu(preact), w2, offset_E1, recipe, 1)
   return _BlockScaledMlp.apply(x.contiguous(), w13.contiguous(), w2.contiguous(), offset_E1, recipe)
 
 
@@ -102,17 +112,18 @@ class _BlockScaledMlp(torch.autograd.Function):
   @staticmethod
   def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, offset: Tensor, recipe: Recipe) -> Tensor:
     ctx.recipe = recipe
+    w13_EFD, w2_EDF = _of_experts(w13), _of_experts(w2)
     if recipe.forward_only_bf16:
-      preact, act = gemms.gated(x, w13, offset=offset)
+      preact, act = gemms.gated(x, w13_EFD, offset=offset)
       ctx.save_for_backward(x, preact, w13, w2, offset)
-      return zero_tail(gemms.rows(act, w2, offset), offset)
+      return zero_tail(gemms.rows(act, w2_EDF, offset), offset)
     rows = _without_tail(x, offset)
-    _show_forward(recipe, 0, rows, w13, offset)
-    operands = _quantized(rows, w13, offset, recipe)
+    _show_forward(recipe, 0, rows, w13_EFD, offset)
+    operands = _quantized(rows, w13_EFD, offset, recipe)
     preact, act = blockscaled_gemm.gated(FORMATS[recipe.format], *operands)
     ctx.save_for_backward(x, preact, w13, w2, offset)
-    _show_forward(recipe, 1, zero_tail(act, offset), w2, offset)
-    return _rows(act, w2, offset, recipe)
+    _show_forward(recipe, 1, zero_tail(act, offset), w2_EDF, offset)
+    return _rows(act, w2_EDF, offset, recipe)
 
   @staticmethod
   @once_differentiable
@@ -120,7 +131,7 @@ class _BlockScaledMlp(torch.autograd.Function):
     x, preact, w13, w2, offset = ctx.saved_tensors
     recipe = ctx.recipe
     x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
-    w2_EFD, w13_EDF = w2.mT.contiguous(), w13.mT.contiguous()
+    w2_EFD, w13_EDF = (_of_experts(w).mT.contiguous() for w in (w2, w13))
     _show_backward(recipe, 1, dy, w2_EFD, offset)
     dy_q, w2_q, *rest = _quantized(dy, w2_EFD, offset, recipe, _seed(recipe, 1))
     fmt = FORMATS[recipe.format]
@@ -128,8 +139,13 @@ class _BlockScaledMlp(torch.autograd.Function):
     dpreact, act = zero_tail(dpreact, offset), zero_tail(act, offset)
     _show_backward(recipe, 0, dpreact, w13_EDF, offset)
     dx = _rows(dpreact, w13_EDF, offset, recipe, _seed(recipe, 0))
-    dw13 = _weight_gradient(dpreact, x, offset, recipe, 0)
-    return dx, dw13, _weight_gradient(dy, act, offset, recipe, 1), None, None
+    dw13 = _weight_gradient(w13, dpreact, x, offset, recipe, 0)
+    return dx, dw13, _weight_gradient(w2, dy, act, offset, recipe, 1), None, None
+
+
+def _of_experts(w: Tensor) -> Tensor:
+  """[E, O, I] of a weight [E, O, I] or [O, I]."""
+  return w if w.ndim == 3 else w[None]
 
 
 def _seed(recipe: Recipe, salt: int) -> int | None:
@@ -163,14 +179,18 @@ def _rows(x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, seed: int | None
   return zero_tail(gemms.rows_block_scaled(FORMATS[name], *operands), offset)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, offset: Tensor, recipe: Recipe, salt: int) -> Tensor:
-  """[E, O, I]. Each expert's rows are padded to whole blocks with zeros, which add nothing."""
+def _weight_gradient(
+  w: Tensor, dy: Tensor, x: Tensor, offset: Tensor, recipe: Recipe, salt: int
+) -> Tensor | None:
+  """What backward returns for w: `gradient` of dyᵀ · x.
+
+  Each expert's rows are padded to whole blocks with zeros, which add nothing.
+  """
   block_scaled = recipe.format == "fp8" and not recipe.emulate
   padded, place, size = pad_places(
     offset, x.shape[0], ATOM_ROWS if block_scaled else BLOCK[recipe.format]
   )
   x, dy = (t.new_zeros(size, t.shape[1]).index_copy_(0, place, t) for t in (x, dy))
-  dw = dy.new_empty(offset.shape[0] - 1, dy.shape[1], x.shape[1])
   rotation = seed = None
   if recipe.format == "nvfp4":
     rotation, seed = recipe.seed, derive(recipe.seed, recipe.draw, salt, 1)
@@ -178,11 +198,13 @@ def _weight_gradient(dy: Tensor, x: Tensor, offset: Tensor, recipe: Recipe, salt
   _show(recipe, "wgrad_dy", salt, dy, padded, axis=-2, hadamard=rotation, seed=seed)
   if block_scaled:
     x_q, dy_q = (quantize_operand(t, "fp8", axis=-2) for t in (x, dy))
-    return gemms.weight_grad_block_scaled(MXFP8_E4M3, dy_q, x_q, padded, dw)
-  x_q = quantize(x, recipe.format, axis=-2, hadamard=rotation)
-  dy_q = quantize(dy, recipe.format, axis=-2, hadamard=rotation, seed=seed)
-  scale = alpha(x_q.tensor_scale, dy_q.tensor_scale)
-  return gemms.weight_grad(values(dy_q), values(x_q), padded, dw, alpha=scale)
+    product = partial(gemms.weight_grad_block_scaled, MXFP8_E4M3, dy_q, x_q, padded)
+  else:
+    x_q = quantize(x, recipe.format, axis=-2, hadamard=rotation)
+    dy_q = quantize(dy, recipe.format, axis=-2, hadamard=rotation, seed=seed)
+    scale = alpha(x_q.tensor_scale, dy_q.tensor_scale)
+    product = partial(gemms.weight_grad, values(dy_q), values(x_q), padded, alpha=scale)
+  return gradient(w, lambda out, add: product(_of_experts(out), add=add))
 
 
 def _show_forward(recipe: Recipe, salt: int, x: Tensor, w: Tensor, offset: Tensor) -> None:

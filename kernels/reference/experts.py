@@ -48,7 +48,7 @@ def grouped_mlp_backward(
 ) -> tuple[Tensor | Product, Tensor, Callable[[], tuple[Tensor, Tensor]]]:
   """See Ops.grouped_mlp_backward. The arithmetic is that of `experts`."""
   if isinstance(kept, halves.Graph):
-    return halves.backward(kept, dy_ND, gate_N)
+    return halves.backward(kept, dy_ND, gate_N, w13, w2)
   x, h, offsets = kept
   dtype = wide(dy_ND, gate_N)
   da = rows_by_weight(dy_ND, w2, offsets, dy_ND.dtype).to(dtype)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from kernels import halves
 from kernels.errors import KernelError
 from kernels.gradient import gradient
+from kernels.ops import Recipe
 from kernels.reference.loss import linear_cross_entropy
 
 
@@ -93,6 +95,29 @@ def test_a_grad_laid_out_otherwise_is_refused():
   weight.grad = torch.zeros(16, 8).T
   with pytest.raises(KernelError, match=r"\(16, 1\) has a .grad with strides \(1, 8\)"):
     Product.apply(x, weight).backward(dy)
+
+
+def test_halves_by_autograd_make_fp32_gradients_and_add_them_in_place():
+  x, w13, dy = setting()
+  w2, gate = setting()[1].neg().detach().requires_grad_(), torch.rand(32)
+  w2.grad_dtype = torch.float32
+
+  def mlp(x, offset, w13, w2, recipe):
+    return Product.apply(x, w13) + Product.apply(x, w2)
+
+  def gradients():
+    with torch.no_grad():
+      _, graph = halves.forward(mlp, x, torch.zeros(2), w13, w2, Recipe(), True)
+      return halves.backward(graph, dy, gate, w13, w2)[2]()
+
+  once = gradients()
+  for w, dw in zip((w13, w2), once, strict=True):
+    assert dw.dtype == torch.float32 and not torch.equal(dw, dw.bfloat16().float())
+    w.grad = dw.clone()
+  held = [w13.grad, w2.grad]
+  assert gradients() == (None, None)
+  assert w13.grad is held[0] and w2.grad is held[1]
+  assert all(torch.equal(g, dw + dw) for g, dw in zip(held, once, strict=True))
 
 
 def test_the_heads_gradient_is_not_rounded_to_bf16():

@@ -151,6 +151,17 @@ def test_experts_equal_their_parts_bit_for_bit(recipe):
 
 
 @pytest.mark.parametrize("recipe", [FP8, NVFP4])
+def test_gradients_of_a_leaf_of_fp32_grad_dtype_are_rounded_and_summed_in_fp32(recipe):
+  x, w, dy = inputs(torch.bfloat16)
+  (rounded,) = torch.autograd.grad(block_scaled_product(x, w, OFFSETS, recipe, 3), w, dy)
+  w.grad_dtype = torch.float32
+  for _ in range(2):
+    block_scaled_product(x, w, OFFSETS, recipe, 3).backward(dy)
+  assert rounded.dtype == torch.bfloat16 and w.grad.dtype == torch.float32
+  assert torch.equal(w.grad, 2 * rounded.float())
+
+
+@pytest.mark.parametrize("recipe", [FP8, NVFP4])
 def test_no_rows(recipe):
   x = torch.zeros(0, I, requires_grad=True)
   w = torch.randn(2, O, I, requires_grad=True)
