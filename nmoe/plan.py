@@ -479,10 +479,8 @@ def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
 
 
 def _adds_in_place(config: Config) -> bool:
-  """Whether the experts' products add to the fp32 gradients themselves (kernels.ops): in bf16 on a
-  GPU.
-  """
-  return config.target.arch != "cpu" and config.target.dtype == "bf16"
+  """Whether the experts' products add to the fp32 gradients themselves (kernels.ops): on a GPU."""
+  return config.target.arch != "cpu"
 
 
 def fits(plan: Plan, bytes_available: int) -> Misfit | None:
