@@ -25,6 +25,7 @@ from nmoe.config import Config, ModelConfig, YarnConfig
 from nmoe.errors import ConfigError
 from nmoe.init import NormalInit
 from nmoe.owners import is_matrix, parameter_group
+from nmoe.rdep import Rdep
 from nmoe.router import Router, balance_loss, update_bias
 
 
@@ -145,26 +146,21 @@ class Experts(nn.Module):
   Rank r of R holds the global experts r·E/R … (r + 1)·E/R - 1.
   """
 
-  def __init__(self, config: Config, layer: int, ops: ModuleType, rdep: Any):
+  def __init__(self, config: Config, layer: int, rdep: Any):
     super().__init__()
     dtype, e, dim = parameter_dtype(config), config.moe, config.model.dim
-    self.ops, self.rdep, self.layer = ops, rdep, layer
+    self.rdep, self.layer = rdep, layer
     self.recipe = recipe_for(config, "experts", layer)
-    num_local = e.num_experts // (rdep.num_ranks if rdep else 1)
-    self.num_experts = e.num_experts
-    self.first = num_local * (rdep.rank if rdep else 0)
+    num_local = e.num_experts // rdep.num_ranks
+    self.first = num_local * rdep.rank
     self.w13 = nn.Parameter(torch.empty(num_local, 2 * e.expert_dim, dim, dtype=dtype))
     self.w2 = nn.Parameter(torch.empty(num_local, dim, e.expert_dim, dtype=dtype))
 
   def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, shared: Mlp | None) -> Tensor:
     """Σ_k gate · expert(x), plus shared(x): [T, D]."""
-    if self.rdep is not None:
-      return self.rdep.experts(
-        x_TD, expert_TK, gate_TK, self.w13, self.w2, self.recipe, layer=self.layer, shared=shared
-      )
-    layout = self.ops.layout(expert_TK, self.num_experts)
-    y_TD = self.ops.experts(x_TD, gate_TK, layout, self.w13, self.w2, self.recipe)
-    return y_TD if shared is None else y_TD + shared(x_TD)
+    return self.rdep.experts(
+      x_TD, expert_TK, gate_TK, self.w13, self.w2, self.recipe, layer=self.layer, shared=shared
+    )
 
 
 class Moe(nn.Module):
@@ -175,7 +171,7 @@ class Moe(nn.Module):
     e, dim = config.moe, config.model.dim
     self.alpha = e.balance_alpha
     self.router = Router(dim, e, ops)
-    self.experts = Experts(config, layer, ops, rdep)
+    self.experts = Experts(config, layer, rdep)
     self.shared = None
     if e.num_shared:
       recipe = recipe_for(config, "shared", layer)
@@ -213,15 +209,16 @@ class Block(nn.Module):
 class Model(nn.Module):
   """The decoder with its loss. Parameters are uninitialised until `init_weights`.
 
-  `ops` satisfies kernels.ops.Ops. `rdep` (nmoe.rdep), when given, owns the experts' communication
-  and has `rank`, `num_ranks` and `experts`. Parameters are created on torch's default device, be it
-  `meta` with `to_empty` after.
+  `ops` satisfies kernels.ops.Ops. `rdep` (nmoe.rdep; None: of one rank) runs the experts and has
+  `rank`, `num_ranks` and `experts`. Parameters are created on torch's default device, be it `meta`
+  with `to_empty` after.
   """
 
   def __init__(self, config: Config, ops: ModuleType, rdep: Any = None):
     super().__init__()
     m, dtype = config.model, parameter_dtype(config)
     self.config, self.ops = config, ops
+    rdep = rdep or Rdep(config, ops)
     self.embed = nn.Module()
     self.embed.weight = nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
     self.layers = nn.ModuleList(Block(config, i, ops, rdep) for i in range(m.num_layers))

@@ -21,6 +21,7 @@ from kernels.reference import symmetric
 from kernels.reference.blockscale import quantize
 from kernels.reference.exchange import Exchange
 from nmoe.config import Config, loads
+from nmoe.model import Model
 from nmoe.rdep import Rdep, places
 
 E, K, D, F, TOKENS = 8, 2, 64, 32, 24
@@ -297,3 +298,19 @@ def test_it_is_x_and_dy_that_are_quantized_and_nothing_else() -> None:
   alone = Rdep(config(1, payload="bf16"), ops)
   for field, a, near in zip(FIELDS, step(alone, 0, Recipe(), 0), plain, strict=True):
     assert error(a, near) < 2.0**-8 * math.sqrt(3), field
+
+
+def test_a_model_of_one_rank_quantizes_too() -> None:
+  x, expert, gate, dy, w13, w2 = data(0)
+  model = Model(config(1).with_values(**{"model.num_dense_layers": 0}), ops)
+  experts = model.layers[0].moe.experts
+  with torch.no_grad():
+    experts.w13.copy_(w13)
+    experts.w2.copy_(w2)
+  leaf, sent = x.clone().requires_grad_(), through(x).requires_grad_()
+  y = experts(leaf, expert, gate, lambda t: 2 * t)
+  want = ops.experts(sent, gate, ops.layout(expert, E), w13, w2, Recipe())
+  assert torch.equal(y, want + 2 * x)
+  y.backward(dy)
+  want.backward(through(dy))
+  assert torch.equal(leaf.grad, sent.grad + 2 * dy)
