@@ -10,10 +10,13 @@ from kernels.reference import combine, layout, route
 
 
 def chosen(biased, spec):
-  """One token's experts, from the definition: sort by (-value, index) among the kept groups."""
+  """One token's experts, from the definition: sort by (-value, index) among the kept groups.
+
+  Groups are compared by fp32 sums, as scores are fp32: in more digits a tie may not be one.
+  """
   size = len(biased) // spec.num_groups
   groups = [biased[g * size : (g + 1) * size] for g in range(spec.num_groups)]
-  strength = [sum(sorted(group)[-2:]) for group in groups]
+  strength = [sum(np.float32(score) for score in sorted(group)[-2:]) for group in groups]
   kept = sorted(range(len(groups)), key=lambda g: (-strength[g], g))[: spec.topk_groups]
   allowed = [e for e in range(len(biased)) if e // size in kept]
   return sorted(allowed, key=lambda e: (-biased[e], e))[: spec.top_k]
