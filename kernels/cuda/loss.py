@@ -14,6 +14,9 @@ z in fp16, because its rounding is a relative error of exp(z), |z| times that of
 logits of standard deviation 4 (emulated in float64) dx and dweight err by up to 1.7 and 1.4 times
 a rounding to bf16, and by 4.6 and 4.5 with z in bf16. fp16 ends at 65504. From a logit above it
 the loss is still right, but dx and dweight are not finite, which stops a run: it has diverged.
+
+One H200, T 16384, D 2048, V 201088, chunk 4096: 68.6 ms forward and backward, 590 TFLOP/s, 0.88 of
+an 8192³ product in the same run; 3.1 GiB beyond the inputs.
 """
 
 from __future__ import annotations
@@ -117,7 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     tokens, vocab = x.shape[0], weight.shape[0]
     losses = x.new_empty(tokens, dtype=torch.float32)
     dx = torch.empty_like(x) if need_dx else None
-    dw = torch.empty_like(weight, dtype=torch.float32) if need_dw else None
+    new = torch.empty_like if tokens else torch.zeros_like
+    dw = new(weight, dtype=torch.float32) if need_dw else None
     rows = min(chunk, tokens + -tokens % TOKENS)
     logits = x.new_empty(rows, vocab, dtype=torch.float16) if need_dx or need_dw else None
     for start in range(0, tokens, chunk):

@@ -49,6 +49,14 @@ def test_loss_and_gradients_equal_the_float64_reference(tokens, dim, vocab, chun
     assert relative(linear_cross_entropy(*inputs, target, chunk)[1], exact) < 1e-5
 
 
+def test_no_tokens():
+  (x, weight), target, _ = head(8, 64, 128)
+  total, losses = linear_cross_entropy(x[:0], weight, target[:0], 8)
+  total.backward()
+  assert total == 0 and losses.shape == (0,)
+  assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 def test_all_targets_ignored():
   inputs, target, _ = head(64, 64, 128)
   total, losses = linear_cross_entropy(*inputs, torch.full_like(target, -1), 64)
