@@ -190,9 +190,13 @@ class Parallel:
       ) from error
 
   def close(self) -> None:
-    """Leave the run: the counterpart of `init`."""
+    """Leave the run: the counterpart of `init`.
+
+    A group's threads end with its last reference; one that outlives the interpreter may abort it.
+    """
     if self.ranks > 1:
       self.rdep.close()
+      self.rdep, self.control, self.saving, self.shared = None, None, None, ()
       dist.destroy_process_group()
 
 

@@ -257,13 +257,16 @@ def join(group, meet: Path, expert_ranks: int) -> tuple[int, int, int, bool]:
   rank = group.rank()
   dist.destroy_process_group()
   config = settings(2, 2.0, expert_ranks)
+  threads = len(os.listdir("/proc/self/task"))
   together = parallel.init(config, select(config, rank), rank, meet)
   assert together.rdep.first == together.first_expert
   sizes = [dist.get_world_size(part.group) for part in together.shared]
   assert sizes[:2] == [2, 2] and together.shared[2].members == 2 // config.expert_ranks
   found = together.rank, together.ranks, together.first_expert, together.any(rank == 1)
+  assert len(os.listdir("/proc/self/task")) > threads
   together.close()
   assert not dist.is_initialized()
+  assert len(os.listdir("/proc/self/task")) <= threads, "threads of groups outlive close"
   return found
 
 
