@@ -39,3 +39,15 @@ def gradient(weight: Tensor, product: Callable[[Tensor, bool], object]) -> Tenso
   )
   product(weight.grad, True)
   return None
+
+
+def scaled_gradient(weight: Tensor, dw: Tensor, factor: Tensor) -> Tensor | None:
+  """`gradient` of a weight whose gradient dw, in fp32 or wider, is there but for a factor, 0-d."""
+
+  def product(out: Tensor, add: bool) -> None:
+    if add:
+      out.addcmul_(dw, factor)
+    else:
+      torch.mul(dw, factor, out=out)
+
+  return gradient(weight, product)

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cuda.gemms import accumulate, check_operands, config
 from kernels.cuda.jit import cached, compile_kernel
-from kernels.gradient import gradient
+from kernels.gradient import scaled_gradient
 from kernels.ops import check
 
 VOCABULARY = 128  # V is a multiple of this
@@ -144,17 +144,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
   @once_differentiable
   def backward(ctx, dsum: Tensor, _):
     dx, dw, weight = ctx.saved_tensors
-
-    def scale(out: Tensor, add: bool) -> None:
-      if add:
-        out.addcmul_(dw, dsum)
-      else:
-        torch.mul(dw, dsum, out=out)
-
     if dx is not None:
       dx = (dx * dsum).to(dx.dtype)
     if dw is not None:
-      dw = gradient(weight, scale)
+      dw = scaled_gradient(weight, dw, dsum)
     return dx, dw, None, None, None
 
 

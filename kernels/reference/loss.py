@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.gradient import gradient
+from kernels.gradient import scaled_gradient
 from kernels.ops import check
 from kernels.reference.dtypes import wide
 
@@ -51,15 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
   @once_differentiable
   def backward(ctx, dtotal: Tensor, _):
     dx, dweight, weight = ctx.saved_tensors
-
-    def scale(out: Tensor, add: bool) -> None:
-      if add:
-        out.addcmul_(dweight, dtotal)
-      else:
-        torch.mul(dweight, dtotal, out=out)
-
     dx = None if dx is None else (dx * dtotal).to(dx.dtype)
-    dweight = None if dweight is None else gradient(weight, scale)
+    dweight = None if dweight is None else scaled_gradient(weight, dweight, dtotal)
     return dx, dweight, None, None, None
 
 
