@@ -16,23 +16,22 @@ import cutlass
 import torch
 from quack.activation import dswiglu, swiglu
 from quack.blockscaled import BlockScaledFormat
-from quack.cute_dsl_utils import get_max_active_clusters, torch2cute_dtype_map
+from quack.cute_dsl_utils import torch2cute_dtype_map
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.math import pack, unpack
-from quack.gemm_runtime.host import FakeArgCtx, GemmEpiPlan, run_gemm_epi_plan
+from quack.gemm_runtime.host import FakeArgCtx, run_gemm_epi_plan
 from quack.gemm_tvm_ffi_utils import (
   compile_gemm_kernel,
   make_fake_gemm_tensors,
   make_fake_scheduler_args,
   make_fake_sf_tensor,
   make_fake_varlen_args,
-  make_scheduler_args,
 )
 from quack.rounding import RoundingMode
 from torch import Tensor
 
 from kernels.cuda.blockscale import Operand
-from kernels.cuda.gemms import config
+from kernels.cuda.gemms import config, epilogue_plan
 from kernels.cuda.jit import ARCH, cached, compiling
 
 
@@ -137,28 +136,12 @@ def _run(
   alpha: Tensor | float,
 ) -> Tensor:
   """Launch; returns act [N, F]. `out` is preact or dpreact [N, 2F]."""
-  tile, cls = config("block_scaled"), _class(kind)
+  tile = config("block_scaled")
   act = out.new_empty(out.shape[0], out.shape[1] // 2)
   compiled = compile_block_scaled(kind, fmt.name)
   if compiling():
     return act
-  clusters = get_max_active_clusters(tile.cluster_m * tile.cluster_n)
-  plan = GemmEpiPlan(
-    compiled_fn=compiled,
-    gemm_cls=cls,
-    is_sm100_family=True,
-    max_active_clusters=clusters,
-    max_swizzle_size=tile.max_swizzle_size,
-    scheduler_uses_semaphore=False,
-    scheduler_static=make_scheduler_args(clusters, tile.max_swizzle_size, None),
-    epi_arg_keys=(),
-    tile_M=tile.tile_m,
-    cluster_M=tile.cluster_m,
-    call_ops=tuple((op.name, op.host_call_arg, key) for op, key in _epilogue_keys(kind)),
-    arg_template=dict.fromkeys(cls.EpilogueArguments._fields),
-    tile_N=tile.tile_n,
-    cluster_N=tile.cluster_n,
-  )
+  plan = epilogue_plan(_class(kind), compiled, tile, _epilogue_keys(kind))
   scale = torch.full((1,), alpha, device=out.device) if isinstance(alpha, float) else alpha
   run_gemm_epi_plan(
     plan,

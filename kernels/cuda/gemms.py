@@ -16,14 +16,18 @@ never exists. All accumulate in fp32 and are bit-identical from run to run: no s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from quack.blockscaled import BlockScaledFormat
+from quack.cute_dsl_utils import get_max_active_clusters
 from quack.gemm import gemm
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_dgated, gemm_gated
+from quack.gemm_runtime.host import GemmEpiPlan
+from quack.gemm_tvm_ffi_utils import make_scheduler_args
 from torch import Tensor
 
 from kernels.cuda.blockscale import ATOM_ROWS, Operand
@@ -289,4 +293,30 @@ def _block_scaled(fmt: BlockScaledFormat, a: Operand, b: Operand, out: Tensor, *
     bs_format_a=fmt.name,
     bs_format_b=fmt.name,
     **more,
+  )
+
+
+def epilogue_plan(
+  cls: type, compiled: Callable, tile: GemmConfig, operations: Iterable[tuple]
+) -> GemmEpiPlan:
+  """How QuACK launches `compiled`, its kernel class `cls` with an epilogue of our own.
+
+  operations: the epilogue's operations, each with the compile-time key of its argument.
+  """
+  clusters = get_max_active_clusters(tile.cluster_m * tile.cluster_n)
+  return GemmEpiPlan(
+    compiled_fn=compiled,
+    gemm_cls=cls,
+    is_sm100_family=ARCH.capability[0] == 10,
+    max_active_clusters=clusters,
+    max_swizzle_size=tile.max_swizzle_size,
+    scheduler_uses_semaphore=False,
+    scheduler_static=make_scheduler_args(clusters, tile.max_swizzle_size, None),
+    epi_arg_keys=(),
+    tile_M=tile.tile_m,
+    cluster_M=tile.cluster_m,
+    call_ops=tuple((op.name, op.host_call_arg, key) for op, key in operations),
+    arg_template=dict.fromkeys(cls.EpilogueArguments._fields),
+    tile_N=tile.tile_n,
+    cluster_N=tile.cluster_n,
   )

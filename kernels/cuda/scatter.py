@@ -22,16 +22,14 @@ import cutlass.cute as cute
 import torch
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from quack.compile_utils import make_fake_tensor
-from quack.cute_dsl_utils import get_max_active_clusters
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.ops import EpiOp
-from quack.gemm_runtime.host import FakeArgCtx, GemmEpiPlan, run_gemm_epi_plan
+from quack.gemm_runtime.host import FakeArgCtx, run_gemm_epi_plan
 from quack.gemm_tvm_ffi_utils import (
   compile_gemm_kernel,
   make_fake_gemm_tensors,
   make_fake_scheduler_args,
   make_fake_varlen_args,
-  make_scheduler_args,
 )
 from quack.rounding import RoundingMode
 from torch import Tensor
@@ -228,24 +226,7 @@ def rows(a: Tensor, w: Tensor, offset: Tensor, address: Tensor) -> None:
   compiled = compile_scatter(shape, cluster, tile.pingpong, tile.is_dynamic_persistent, major)
   if compiling():
     return
-  cls, (operation, key) = _class(), _key()
-  clusters = get_max_active_clusters(tile.cluster_m * tile.cluster_n)
-  plan = GemmEpiPlan(
-    compiled_fn=compiled,
-    gemm_cls=cls,
-    is_sm100_family=ARCH.capability[0] == 10,
-    max_active_clusters=clusters,
-    max_swizzle_size=tile.max_swizzle_size,
-    scheduler_uses_semaphore=False,
-    scheduler_static=make_scheduler_args(clusters, tile.max_swizzle_size, None),
-    epi_arg_keys=(),
-    tile_M=tile.tile_m,
-    cluster_M=tile.cluster_m,
-    call_ops=((operation.name, operation.host_call_arg, key),),
-    arg_template=dict.fromkeys(cls.EpilogueArguments._fields),
-    tile_N=tile.tile_n,
-    cluster_N=tile.cluster_n,
-  )
+  plan = gemms.epilogue_plan(_class(), compiled, tile, [_key()])
   run_gemm_epi_plan(plan, a, w, None, None, {"address": address}, cu_seqlens_m=offset)
 
 
