@@ -1,12 +1,16 @@
-"""Speed of the cuda kernels: python -m kernels.bench [moe | return | loss | attention | ...] ...
+"""Speed of the cuda kernels: python -m kernels.bench [--rest MS] [moe | return | loss | ...] ...
 
 The process needs the environment of kernels.arch.environment. Every number is a median of
 interleaved runs with CUDA events after a warm-up, on inputs that rotate past the L2, beside the
 dense peak (an 8192³ bf16 product) or a device copy measured in the same run. One JSON line per row.
+
+Without a rest the runs follow each other and large products settle at the board's power limit, as
+in training. With `--rest 100` the GPU idles 100 ms before each run and clocks as high as it can.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +34,7 @@ from kernels.ops import Product, Recipe, RouterSpec
 WARMUP, REPEATS, SETS = 5, 20, 3
 BURST = 15.0  # ms
 PEAK = 8192
+CYCLES = 1_500_000  # of an idling GPU's clock in a millisecond, about
 BF16 = Recipe()
 
 
@@ -78,9 +83,14 @@ def normal(*shape: int, scale: float = 1.0, grad: bool = False, dtype=torch.bflo
   return (torch.randn(*shape, device="cuda") * scale).to(dtype).requires_grad_(grad)
 
 
-def elapsed(variant: Callable[[int], object], calls: int, first: int) -> float:
-  """Mean milliseconds of `calls` calls in a row, on input sets first, first + 1, ..."""
+def elapsed(variant: Callable[[int], object], calls: int, first: int, rest: float = 0.0) -> float:
+  """Mean milliseconds of `calls` calls in a row, on input sets first, first + 1, ...
+
+  Before them the GPU idles about `rest` ms, while the host fills its queue.
+  """
   start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+  if rest:
+    torch.cuda._sleep(int(rest * CYCLES))
   start.record()
   for call in range(calls):
     variant((first + call) % SETS)
@@ -89,10 +99,13 @@ def elapsed(variant: Callable[[int], object], calls: int, first: int) -> float:
   return start.elapsed_time(end) / calls
 
 
-def interleaved(variants: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
+def interleaved(
+  variants: dict[str, Callable[[int], object]], rest: float = 0.0
+) -> dict[str, list[float]]:
   """Milliseconds per call of each variant's runs, sorted; a run lasts about BURST or one call.
 
-  variant(i) works on input set i. Runs of several calls keep the GPU's queue full.
+  variant(i) works on input set i. Runs of several calls keep the GPU's queue full. rest: ms of
+  idling before each run.
   """
   calls = {}
   for name, variant in variants.items():
@@ -101,7 +114,7 @@ def interleaved(variants: dict[str, Callable[[int], object]]) -> dict[str, list[
   times: dict[str, list[float]] = {name: [] for name in variants}
   for run in range(WARMUP + REPEATS):
     for name, variant in variants.items():
-      ms = elapsed(variant, calls[name], run)
+      ms = elapsed(variant, calls[name], run, rest)
       if run >= WARMUP:
         times[name].append(ms)
   return {name: sorted(values) for name, values in times.items()}
@@ -124,12 +137,12 @@ def copy() -> Callable[[int], object]:
 
 
 def rows(
-  variants: dict[str, Callable], work: dict[str, float], shape: dict, unit: str
+  variants: dict[str, Callable], work: dict[str, float], shape: dict, unit: str, rest: float
 ) -> Iterator[Row]:
   """Measure the variants beside the ceiling of their unit. work: FLOPs or bytes of each."""
   tera = unit == "TFLOP/s"
   ceiling = ("dense 8192³", peak_product(), 2.0 * PEAK**3) if tera else ("copy", copy(), 2.0**32)
-  times = interleaved({ceiling[0]: ceiling[1], **variants})
+  times = interleaved({ceiling[0]: ceiling[1], **variants}, rest)
   scale = 1e9 if tera else 1e6
   top = ceiling[2] / percentile(times[ceiling[0]], 0.5) / scale
   for name, values in times.items():
@@ -198,13 +211,13 @@ def kept(forward: Callable[[], Tensor]) -> int:
   return torch.cuda.memory_allocated() - before - y.nbytes
 
 
-def bench_moe() -> Iterator[Row]:
+def bench_moe(rest: float) -> Iterator[Row]:
   for moe in MOES:
     layer = MoeLayer(moe)
     variants = {"experts, routing given": layer.given}
     if moe.skew == 1.0:
       variants["whole layer"] = layer.step
-    yield from rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s")
+    yield from rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s", rest)
 
 
 class Owner:
@@ -248,17 +261,17 @@ class Owner:
     }
 
 
-def bench_return() -> Iterator[Row]:
+def bench_return(rest: float) -> Iterator[Row]:
   """What decides kernels.cuda.exchange.FUSED, but for NVLink, which is slower than this memory."""
   owner = Owner(MOES[0])
   y, dx = owner.variants("y", owner.y), owner.variants("dx", owner.dx)
   flops = 2.0 * len(owner.origin) * owner.moe.dim * owner.moe.width
   work = dict.fromkeys(y, flops) | dict.fromkeys(dx, 2 * flops)
   shape = {**asdict(owner.moe), "ranks": 2, "rows": len(owner.origin)}
-  yield from rows({**y, **dx}, work, shape, "TFLOP/s")
+  yield from rows({**y, **dx}, work, shape, "TFLOP/s", rest)
 
 
-def bench_loss(tokens=16384, dim=2048, vocab=201088, chunk=4096) -> Iterator[Row]:
+def bench_loss(rest: float, tokens=16384, dim=2048, vocab=201088, chunk=4096) -> Iterator[Row]:
   x = [normal(tokens, dim, grad=True) for _ in range(SETS)]
   weight = normal(vocab, dim, scale=dim**-0.5, grad=True)
   target = torch.randint(0, vocab, (tokens,), device="cuda")
@@ -269,7 +282,9 @@ def bench_loss(tokens=16384, dim=2048, vocab=201088, chunk=4096) -> Iterator[Row
 
   shape = {"T": tokens, "D": dim, "V": vocab, "chunk": chunk}
   found = list(
-    rows({"head and loss": step}, {"head and loss": 6.0 * tokens * dim * vocab}, shape, "TFLOP/s")
+    rows(
+      {"head and loss": step}, {"head and loss": 6.0 * tokens * dim * vocab}, shape, "TFLOP/s", rest
+    )
   )
   weight.grad = None
   torch.cuda.synchronize()
@@ -281,7 +296,7 @@ def bench_loss(tokens=16384, dim=2048, vocab=201088, chunk=4096) -> Iterator[Row
   yield Row(**{**asdict(found[1]), "extra_gib": extra})
 
 
-def bench_attention(batch=4, seq=4096, heads=16, qk=192, v=128) -> Iterator[Row]:
+def bench_attention(rest: float, batch=4, seq=4096, heads=16, qk=192, v=128) -> Iterator[Row]:
   sets = [
     [normal(batch, seq, heads, width, grad=True) for width in (qk, qk, v)] for _ in range(SETS)
   ]
@@ -296,10 +311,10 @@ def bench_attention(batch=4, seq=4096, heads=16, qk=192, v=128) -> Iterator[Row]
   flops = 1.0 * batch * heads * seq * seq * (qk + v)
   work = {"attention forward": flops, "attention forward + backward": 3.5 * flops}
   shape = {"B": batch, "S": seq, "H": heads, "QK": qk, "V": v}
-  yield from rows(dict(zip(work, (forward, step), strict=True)), work, shape, "TFLOP/s")
+  yield from rows(dict(zip(work, (forward, step), strict=True)), work, shape, "TFLOP/s", rest)
 
 
-def bench_norm(tokens=32768, dim=2048) -> Iterator[Row]:
+def bench_norm(rest: float, tokens=32768, dim=2048) -> Iterator[Row]:
   x, residual, dy = ([normal(tokens, dim, grad=True) for _ in range(SETS)] for _ in range(3))
   weight = normal(dim, dtype=torch.float32, grad=True)
 
@@ -313,11 +328,11 @@ def bench_norm(tokens=32768, dim=2048) -> Iterator[Row]:
   size = 2.0 * tokens * dim
   work = {"rms_norm forward + backward": 5 * size, "add_rms_norm forward + backward": 8 * size}
   yield from rows(
-    dict(zip(work, (plain, added), strict=True)), work, {"T": tokens, "D": dim}, "GB/s"
+    dict(zip(work, (plain, added), strict=True)), work, {"T": tokens, "D": dim}, "GB/s", rest
   )
 
 
-def bench_rope(batch=8, seq=4096, heads=16, nope=128, rope=64, v=128) -> Iterator[Row]:
+def bench_rope(rest: float, batch=8, seq=4096, heads=16, nope=128, rope=64, v=128) -> Iterator[Row]:
   widths = ((heads, nope + rope), (heads, nope + v), (rope,))
   sets = [[normal(batch, seq, *w, grad=True) for w in widths] for _ in range(SETS)]
   angle = torch.rand(seq, rope // 2, device="cuda")
@@ -330,7 +345,7 @@ def bench_rope(batch=8, seq=4096, heads=16, nope=128, rope=64, v=128) -> Iterato
   per_token = heads * (2 * nope + rope + v) + rope + heads * (2 * (nope + rope) + v)
   work = {"mla_qkv forward + backward": 2.0 * 2 * batch * seq * per_token}
   shape = {"B": batch, "S": seq, "H": heads, "nope": nope, "rope": rope, "V": v}
-  yield from rows(dict.fromkeys(work, step), work, shape, "GB/s")
+  yield from rows(dict.fromkeys(work, step), work, shape, "GB/s", rest)
 
 
 BENCHES = {
@@ -350,19 +365,29 @@ def report(found: Iterator[Row]) -> None:
     sys.stdout.flush()
 
 
-def main(names: list[str]) -> None:
+def arguments() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+  parser.add_argument("--rest", type=float, default=0.0, metavar="MS", help="idle before each run")
+  return parser
+
+
+def main() -> None:
   """Run the named benches, or all."""
+  parser = arguments()
+  parser.add_argument("names", nargs="*", metavar="|".join(BENCHES), help="all without a name")
+  given = parser.parse_args()
   properties = torch.cuda.get_device_properties(0)
   where = {
     "device": properties.name,
     "torch": torch.__version__,
     "cudnn": torch.backends.cudnn.version(),
+    "rest_ms": given.rest,
   }
   sys.stdout.write(json.dumps(where) + "\n")
-  for name in names or BENCHES:
-    report(BENCHES[name]())
+  for name in given.names or BENCHES:
+    report(BENCHES[name](given.rest))
     torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

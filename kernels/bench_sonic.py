@@ -1,5 +1,5 @@
 """The MoE layer beside SonicMoE's (PyPI sonic-moe 0.1.2.post1), which is installed for this alone:
-python -m kernels.bench_sonic.
+python -m kernels.bench_sonic [--rest MS].
 
 Both layers get the same tokens, weights and output gradients and route them by themselves:
 SonicMoE by a bf16 softmax router, ours by an fp32 sigmoid one with a bias. Rows as in
@@ -19,7 +19,7 @@ from sonicmoe.enums import ActivationType
 from sonicmoe.functional import moe_TC_softmax_topk_layer
 from torch import Tensor
 
-from kernels.bench import MOES, MoeLayer, kept, report, rows
+from kernels.bench import MOES, MoeLayer, arguments, kept, report, rows
 
 
 class Sonic:
@@ -44,11 +44,12 @@ class Sonic:
 
 
 def main() -> None:
+  rest = arguments().parse_args().rest
   for moe in (m for m in MOES if m.skew == 1.0):
     layer = MoeLayer(moe)
     other = Sonic(layer)
     variants = {"nmoe": layer.step, "SonicMoE": other.step}
-    report(rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s"))
+    report(rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s", rest))
     layer.clear()
     layers = {"nmoe": layer, "SonicMoE": other}
     found = {f"{name} keeps": kept(partial(one.forward, 0)) for name, one in layers.items()}
