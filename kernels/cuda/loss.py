@@ -113,6 +113,14 @@ def _pad(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
   )
 
 
+def _scaled(dx: Tensor, factor: Tensor, chunk: int) -> Tensor:
+  """dx · factor (0-d), rounded once: `dx * factor` would first round the factor to bf16."""
+  out = torch.empty_like(dx)
+  for whole, part in zip(out.split(chunk), dx.split(chunk), strict=True):
+    whole.copy_(part.float() * factor)
+  return out
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
   @staticmethod
   def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, chunk: int, with_grad: bool):
@@ -137,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
       if need_dw:
         accumulate(dz, x_c, dw, add=start > 0)
     ctx.save_for_backward(dx, dw, weight)
+    ctx.chunk = chunk
     ctx.mark_non_differentiable(losses)
     return losses.sum(), losses
 
@@ -145,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
   def backward(ctx, dsum: Tensor, _):
     dx, dw, weight = ctx.saved_tensors
     if dx is not None:
-      dx = (dx * dsum).to(dx.dtype)
+      dx = _scaled(dx, dsum, ctx.chunk)
     if dw is not None:
       dw = scaled_gradient(weight, dw, dsum)
     return dx, dw, None, None, None
