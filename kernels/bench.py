@@ -262,7 +262,7 @@ class Owner:
 
 
 def bench_return(rest: float) -> Iterator[Row]:
-  """What decides kernels.cuda.exchange.FUSED, but for NVLink, which is slower than this memory."""
+  """What decided kernels.cuda.exchange.FUSED, but for NVLink, which is slower than this memory."""
   owner = Owner(MOES[0])
   y, dx = owner.variants("y", owner.y), owner.variants("dx", owner.dx)
   flops = 2.0 * len(owner.origin) * owner.moe.dim * owner.moe.width

@@ -12,6 +12,12 @@ queued on the current stream and nothing waits for the host.
                (kernels.cuda.scatter), and no reply reads and writes them again
   reply        a warp stores a row at its origin; then one block signals
 
+One H200, both ranks' buffers in its memory, 196,402 rows, D 2048, F 1408 (`kernels.bench return`):
+  rows of                           y          dx
+  product alone                     1.64 ms    3.14 ms
+  product, then reply on 32 SMs     3.42 ms    5.08 ms
+  product that returns its rows     1.72 ms    3.37 ms
+
 Memory order: a kernel's stores, its epilogue's among them, are performed when it ends, and happen
 before the signalling block, which comes later on the stream. That block fences at system scope and
 stores its signals with release.sys, which is cumulative: it publishes all that happened before it,
@@ -67,7 +73,7 @@ WARPS = THREADS // 32
 BLOCKS = 32  # of send and reply at most: the SMs that communication takes from GEMMs beside it
 COPY_BLOCKS = 528  # of receive, which runs alone
 CODES = 16  # elements of an MXFP8 row that a lane holds: one store; two lanes share a scale
-FUSED = False  # whether products return their rows themselves; `nmoe bench rdep` measures both
+FUSED = True  # whether products return their rows themselves; `nmoe bench rdep` measures both
 
 COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
 

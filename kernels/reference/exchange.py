@@ -38,7 +38,7 @@ class Exchange:
     self.mxfp8 = self.mine.row_CD.dtype == torch.uint8
     self.mine.origin_C.fill_(-1)
     self.blocks: int | None = None
-    self.fused = False
+    self.fused = True
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     """Write this rank's int32 [E] counts into every rank's count[rank]."""
