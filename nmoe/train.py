@@ -11,7 +11,7 @@ import argparse
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from nmoe.optim import Optimizer
 from nmoe.parallel import Parallel
 from nmoe.profiler import Profiler
 from nmoe.schedule import lr_factor
+from nmoe.startup import StartUp
 from nmoe.target import Target, select
 from nmoe.watch import Watch
 
@@ -64,6 +65,7 @@ class Session:
   checkpoints: checkpoint.Writer
   meta: dict[str, Any]  # written into every checkpoint's manifest
   profiler: Profiler  # its `step` is called after every step
+  startup: StartUp = field(default_factory=StartUp)
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 
 
@@ -225,8 +227,11 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
   records.
   """
+  startup = StartUp()
+  startup.end("imports")
   root, config = options.root, configs.loads(run.toml, f"run {run.id}")
   target = select(config, options.rank)
+  startup.end("kernels")
   ranks = parallel.init(config, target, options.rank, options.rendezvous)
   data = open_data(root / "data" / run.data_digest, verify=options.rank == 0)
   check_vocabulary(config, data)
@@ -245,10 +250,13 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
     ),
     meta,
     Profiler(options.trace, config.schedule.total_tokens // config.schedule.batch_tokens),
+    startup,
   )
+  startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)
   resume(session, state)
+  startup.end("model")
   try:
     with session.checkpoints, ranks.explained():
       results = train(session, state)

@@ -101,6 +101,7 @@ class Watch:
     values |= {f"time/{name}_s": s for name, s in phases.items()}
     values |= self._speed(state.step - self.logged_step, phases)
     self.logged_step = state.step
+    values |= self.session.startup.first_step()
     self.add(state.step, values)
     if self.session.parallel.rank == 0:
       self._progress(state.step, values)

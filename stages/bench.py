@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from nmoe.data import Loader, open_data
 from nmoe.errors import ConfigError
 from nmoe.experiments import Run
 from nmoe.metrics import read
+from nmoe.startup import PHASES as STARTUP
+from nmoe.startup import process_age
 from stages.runs import Workbench, progress_display
 
 COMPUTE = ("forward", "backward", "clip", "step")
@@ -43,6 +44,7 @@ class StepBench:
   first_step: int  # the first logged one
   first_step_s: float  # from the start of the command's process to its line, data_s included
   data_s: float  # for finding or preparing the data
+  startup_s: dict[str, float]  # of rank 0, by phase, from its own start to the same line
 
   @property
   def outside(self) -> float:
@@ -100,12 +102,6 @@ def step(
   return found
 
 
-def process_age() -> float:
-  """Seconds since this process started, to a clock tick of 10 ms (proc(5): starttime)."""
-  fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-  return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
 def _measure(
   bench: Workbench,
   run: Run,
@@ -137,6 +133,7 @@ def _measure(
     first_step=first[0],
     first_step_s=first[1],
     data_s=data_s,
+    startup_s={phase: float(series[f"startup/{phase}_s"][2][0]) for phase in STARTUP},
   )
 
 
@@ -172,6 +169,10 @@ def _show(b: StepBench, console: Console) -> None:
   console.print(
     f"step {b.first_step}, the first logged: {b.first_step_s:.1f} s after the command's start, "
     f"{b.data_s:.1f} s of it for data"
+  )
+  console.print(
+    "the training process: "
+    + ", ".join(f"{phase.replace('_', ' ')} {s:.1f} s" for phase, s in b.startup_s.items())
   )
   console.print(f"MFU {b.mfu:.1%}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
 

@@ -145,7 +145,15 @@ class Lab:
   def logged(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
     """tag -> (step, value), without what the clock, the loader's thread and memory say."""
     series = metrics.read(self.root, run_id)
-    noise = ("time/", "checkpoint/", "data/wait_s", "memory/", "train/tokens_per_s", "train/mfu")
+    noise = (
+      "time/",
+      "startup/",
+      "checkpoint/",
+      "data/wait_s",
+      "memory/",
+      "train/tokens_per_s",
+      "train/mfu",
+    )
     return {
       tag: list(zip(steps.tolist(), values.tolist(), strict=True))
       for tag, (steps, _, values) in series.items()

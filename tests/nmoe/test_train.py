@@ -20,6 +20,7 @@ from nmoe.data import Prefetcher
 from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
 from nmoe.experiments import Experiments
 from nmoe.model import Model
+from nmoe.startup import PHASES as STARTUP
 
 SHORT = {
   "schedule__total_tokens": 1024,
@@ -35,6 +36,7 @@ TAGS = {
   *(f"grad_norm/{group}" for group in ("all", "dense", "router", "expert")),
   *(f"time/{phase}_s" for phase in PHASES),
   *(f"moe/0/{name}" for name in MOE),
+  *(f"startup/{phase}_s" for phase in STARTUP),
 }
 
 
@@ -172,6 +174,7 @@ def test_every_tag_is_logged(lab):
   assert series["val/loss"][0].tolist() == [2, 4, 6, 8, 10, 12]
   assert loss[-1] < loss[0] - 0.5
   assert series["lr/dense"][2].max() == pytest.approx(1e-2)
+  assert all(series[f"startup/{phase}_s"][0].tolist() == [steps[0]] for phase in STARTUP)
 
 
 def test_phases_add_up(lab, monkeypatch):
