@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kernels import build
 from kernels.arch import environment
 from nmoe.config import Config
 
@@ -44,6 +45,7 @@ def run(
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
   more = [] if trace is None else ["--trace", str(trace)]
+  builder = compile_beside(root, config, logs)
   children = [
     _spawn(root, run_id, config, rank, rendezvous, logs, more if rank == 0 else [])
     for rank in range(config.launch.ranks)
@@ -58,8 +60,19 @@ def run(
     return _join(children)
   finally:
     _terminate(children, SAVE_S)
+    _terminate(builder, GRACE_S)
     signal.signal(signal.SIGTERM, previous)
     rendezvous.unlink(missing_ok=True)
+
+
+def compile_beside(root: Path, config: Config, logs: Path) -> list[subprocess.Popen]:
+  """The process, if one is needed, that compiles on all cores what the run would compile on one."""
+  if config.target.arch == "cpu":
+    return []
+  shapes, cache = build.Shapes.of(config), root / "kernel_cache"
+  arch, env = config.target.arch, parent_environment()
+  started = build.start(shapes, arch, cache, env, logs / "kernels.txt")
+  return [] if started is None else [started]
 
 
 def parent_environment() -> dict[str, str]:

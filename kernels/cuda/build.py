@@ -6,17 +6,23 @@ the list of kernels can't drift from what training uses.
 
 Run as `python -m kernels.cuda.build` by kernels.build; the process must have the environment of
 kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is inspected as well.
+Operations are shared among worker processes, forked when all is imported; the cache lets one of
+them compile a kernel that several need.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,28 +119,52 @@ def compile_only() -> Iterator[list]:
     yield compiled
 
 
-def build(shapes: Iterable[Shapes]) -> list[Inspection]:
+def build(shapes: Iterable[Shapes], workers: int) -> list[Inspection]:
   """Compile all kernels of runs of these shapes for the process's architecture, into its cache.
 
   Returns one record per kernel that wasn't cached, with the machine code's figures where cubins are
   kept.
   """
   async_compile._install_gpu_blind_device_attrs()
-  records = []
+  todo = list(itertools.chain.from_iterable(map(jobs, shapes)))
   with compile_only() as compiled:
-    for name, job in itertools.chain.from_iterable(map(jobs, shapes)):
-      compiled.clear()
-      job()
-      records += [inspect(name, function, seconds) for function, seconds in compiled]
-  return records
+    run = partial(_run, todo, compiled)
+    if workers == 1:
+      return list(itertools.chain.from_iterable(map(run, range(len(todo)))))
+    with multiprocessing.get_context("fork").Pool(workers, _remember, (run,)) as pool:
+      return list(itertools.chain.from_iterable(pool.map(_work, range(len(todo)), chunksize=1)))
 
 
-def main(arguments: list[str]) -> None:
-  """SHAPES.json OUT.json: build the list of shapes, write the records."""
-  given, out = (Path(argument) for argument in arguments)
-  records = build([Shapes(**one) for one in json.loads(given.read_text())])
-  out.write_text(json.dumps([asdict(record) for record in records]))
+def _run(todo: list[tuple[str, Callable]], compiled: list, index: int) -> list[Inspection]:
+  name, job = todo[index]
+  compiled.clear()
+  job()
+  return [inspect(name, function, seconds) for function, seconds in compiled]
+
+
+def _remember(run: Callable[[int], list[Inspection]]) -> None:
+  """A worker's start: what it runs came with the fork, and only indices and records are sent."""
+  _work.run = run
+
+
+def _work(index: int) -> list[Inspection]:
+  return _work.run(index)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog="python -m kernels.cuda.build")
+  parser.add_argument("shapes", help="a list of Shapes, JSON")
+  parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+  parser.add_argument("--records", type=Path, help="write the records here, JSON")
+  parser.add_argument("--stamps", type=Path, nargs="+", default=[], help="made at the end, empty")
+  given = parser.parse_args()
+  records = build([Shapes(**one) for one in json.loads(given.shapes)], given.workers)
+  if given.records:
+    given.records.write_text(json.dumps([asdict(record) for record in records]))
+  for stamp in given.stamps:
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.touch()
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -32,6 +33,7 @@ from kernels.cuda.router import route
 from kernels.ops import Product, Recipe, RouterSpec
 
 BF16, FP32 = torch.bfloat16, torch.float32
+GRADIENTS = ("bf16", "fp32", "added")  # of weights: in bf16, made in fp32, added to one in fp32
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16, grad: bool = True) -> Tensor:
@@ -47,13 +49,13 @@ def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
   torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
 
 
-def all_gradients(run: Callable[[], object], weights: Sequence[Tensor]) -> None:
-  """Run forward and backward with the weights' gradients in bf16, then made in fp32, then added."""
-  for dtype in (BF16, FP32):
-    for weight in weights:
-      weight.grad, weight.grad_dtype = None, dtype
-    run()
-  run()
+def weights(kind: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+  """Weights whose gradients are of a kind of GRADIENTS."""
+  made = [meta(*shape) for shape in shapes]
+  for weight in made:
+    weight.grad_dtype = BF16 if kind == "bf16" else FP32
+    weight.grad = meta(*weight.shape, dtype=FP32, grad=False) if kind == "added" else None
+  return made
 
 
 def _route(s: Shapes) -> None:
@@ -130,56 +132,44 @@ def _recipes(s: Shapes) -> list[Recipe]:
   return [Recipe(), quantized, replace(quantized, forward_only_bf16=True)]
 
 
-def _both_passes(operation: Callable[..., Tensor], *arguments: object) -> None:
-  backward(operation(*arguments))
-
-
-def _mlp(s: Shapes) -> None:
+def _mlp(s: Shapes, recipe: Recipe, kind: str) -> None:
   x = meta(s.batch, s.seq_len, s.dim)
-  for recipe in _recipes(s):
-    for width in {s.dense_dim, s.num_shared * s.expert_dim} - {0}:
-      weights = meta(2 * width, s.dim), meta(s.dim, width)
-      all_gradients(partial(_both_passes, mlp, x, *weights, recipe), weights)
-    weight = meta(s.dim, s.dim)
-    all_gradients(partial(_both_passes, linear, x, weight, recipe), [weight])
+  for width in {s.dense_dim, s.num_shared * s.expert_dim} - {0}:
+    backward(mlp(x, *weights(kind, (2 * width, s.dim), (s.dim, width)), recipe))
+  backward(linear(x, *weights(kind, (s.dim, s.dim)), recipe))
 
 
-def _experts(s: Shapes) -> None:
-  tokens, local = s.batch * s.seq_len, s.num_experts // s.ranks
-  weights = meta(local, 2 * s.expert_dim, s.dim), meta(local, s.dim, s.expert_dim)
-  order = layout(meta(tokens, s.top_k, dtype=torch.int32), local)
-
-  def run(recipe: Recipe) -> None:
-    if s.ranks == 1:
-      gate = meta(tokens, s.top_k, dtype=FP32)
-      backward(experts(meta(tokens, s.dim), gate, order, *weights, recipe))
-    else:
-      backward(grouped_mlp(meta(tokens * s.top_k, s.dim), order.offset_E1, *weights, recipe))
-
-  for recipe in _recipes(s):
-    all_gradients(partial(run, recipe), weights)
+def _expert_weights(s: Shapes, kind: str) -> list[Tensor]:
+  local = s.num_experts // s.ranks
+  return weights(kind, (local, 2 * s.expert_dim, s.dim), (local, s.dim, s.expert_dim))
 
 
-def _owner(s: Shapes) -> None:
+def _experts(s: Shapes, recipe: Recipe, kind: str) -> None:
+  tokens, w = s.batch * s.seq_len, _expert_weights(s, kind)
+  order = layout(meta(tokens, s.top_k, dtype=torch.int32), len(w[0]))
+  if s.ranks == 1:
+    gate = meta(tokens, s.top_k, dtype=FP32)
+    backward(experts(meta(tokens, s.dim), gate, order, *w, recipe))
+  else:
+    backward(grouped_mlp(meta(tokens * s.top_k, s.dim), order.offset_E1, *w, recipe))
+
+
+@torch.no_grad()
+def _owner(s: Shapes, recipe: Recipe, kind: str) -> None:
   """What RDEP runs on the received rows; the products' rows for a reply, and without one."""
-  mover, local = _mover(s), s.num_experts // s.ranks
+  mover, w = _mover(s), _expert_weights(s, kind)
   x_CD, _, origin_C = mover.receive(mover.capacity)
-  gate_C, offset_E1 = meta(len(x_CD), dtype=FP32, grad=False), meta(local + 1, dtype=torch.int32)
-  weights = meta(local, 2 * s.expert_dim, s.dim), meta(local, s.dim, s.expert_dim)
-
-  @torch.no_grad()
-  def run(recipe: Recipe) -> None:
-    y, kept = grouped_mlp_forward(x_CD, offset_E1, *weights, recipe, True)
-    dx, dgate_C, gradients = grouped_mlp_backward(kept, x_CD, gate_C, *weights)
-    for mover.fused in (False, True):
-      for rows, gate in ((y, None), (dx, dgate_C)):
-        if isinstance(rows, Product):
-          mover.multiply(rows, origin_C, gate)
-    for weight, gradient in zip(weights, gradients(), strict=True):
-      weight.grad = weight.grad if gradient is None else gradient
-
-  for recipe in _recipes(s):
-    all_gradients(partial(run, recipe), weights)
+  gate_C, offset_E1 = (
+    meta(len(x_CD), dtype=FP32, grad=False),
+    meta(len(w[0]) + 1, dtype=torch.int32),
+  )
+  y, kept = grouped_mlp_forward(x_CD, offset_E1, *w, recipe, True)
+  dx, dgate_C, gradients = grouped_mlp_backward(kept, x_CD, gate_C, *w)
+  for mover.fused in (False, True):
+    for rows, gate in ((y, None), (dx, dgate_C)):
+      if isinstance(rows, Product):
+        mover.multiply(rows, origin_C, gate)
+  gradients()
 
 
 def _loss(s: Shapes) -> None:
@@ -202,23 +192,29 @@ def _newton_schulz(s: Shapes) -> None:
 
 
 def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
-  """(name, call) of every operation that a run of these shapes uses."""
+  """(name, call) of every operation that a run of these shapes uses.
+
+  A kernel of two operations is compiled by the first: short ones that others call, then the rest by
+  their length.
+  """
+  ranks = shapes.ranks > 1
+  yield "layout", partial(_layout, shapes)
+  yield "combine", partial(_combine, shapes)
+  by_weights = {"experts": _experts, "mlp": _mlp} | ({"owner": _owner} if ranks else {})
+  for name, job in by_weights.items():
+    for recipe, kind in itertools.product(_recipes(shapes), GRADIENTS):
+      yield name, partial(job, shapes, recipe, kind)
   for name, job in (
     ("route", _route),
-    ("layout", _layout),
-    ("combine", _combine),
-    ("experts", _experts),
-    ("mlp", _mlp),
-    ("norms", _norms),
-    ("mla_qkv", _mla_qkv),
     ("attention", _attention),
     ("loss", _loss),
+    ("norms", _norms),
     ("adamw", _adamw),
+    ("mla_qkv", _mla_qkv),
   ):
     yield name, partial(job, shapes)
-  if shapes.ranks > 1:
+  if ranks:
     yield "exchange", partial(_exchange, shapes)
-    yield "owner", partial(_owner, shapes)
   elif shapes.payload == "mxfp8":
     yield "payload", partial(quantize, meta(shapes.batch * shapes.seq_len, shapes.dim), "fp8")
   if shapes.muon:
