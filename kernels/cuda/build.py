@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -131,8 +132,9 @@ def build(shapes: Iterable[Shapes], workers: int) -> list[Inspection]:
     run = partial(_run, todo, compiled)
     if workers == 1:
       return list(itertools.chain.from_iterable(map(run, range(len(todo)))))
-    with multiprocessing.get_context("fork").Pool(workers, _remember, (run,)) as pool:
-      return list(itertools.chain.from_iterable(pool.map(_work, range(len(todo)), chunksize=1)))
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _remember, (run,)) as pool:  # a failure ends no other
+      return list(itertools.chain.from_iterable(pool.map(_work, range(len(todo)))))
 
 
 def _run(todo: list[tuple[str, Callable]], compiled: list, index: int) -> list[Inspection]:

@@ -31,7 +31,7 @@ from quack.gemm_tvm_ffi_utils import make_scheduler_args
 from torch import Tensor
 
 from kernels.cuda.blockscale import ATOM_ROWS, Operand
-from kernels.cuda.jit import ARCH, check_device
+from kernels.cuda.jit import ARCH, check_device, compiling
 from kernels.ops import check, check_same_device
 
 ALIGNMENT = 8  # bf16 elements in the 16 bytes that TMA strides are multiples of
@@ -244,6 +244,8 @@ def accumulate(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
 
 def dense_grad(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
   """out = aᵀ · b, or out += aᵀ · b if out is fp32: a [T, I], b [T, O], out [I, O] fp32 or as a."""
+  if compiling():  # cuBLAS is not compiled, and torch 2.11 has no fp32 sum of bf16 meta tensors
+    return out
   more = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
   if add:
     return torch.addmm(out, a.T, b, out=out, **more)
