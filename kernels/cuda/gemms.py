@@ -33,6 +33,7 @@ from torch import Tensor
 from kernels.cuda.blockscale import ATOM_ROWS, Operand
 from kernels.cuda.jit import ARCH, check_device, compiling
 from kernels.ops import check, check_same_device
+from kernels.ragged import moved, places
 
 ALIGNMENT = 8  # bf16 elements in the 16 bytes that TMA strides are multiples of
 
@@ -271,13 +272,12 @@ def weight_grad_block_scaled(
   MXFP8 only. Each expert's rows begin at a multiple of 128. The kernel reads expert e's scales from
   e row tiles further than its rows, so the scales are moved apart.
   """
-  tile = torch.arange(a.data.shape[0] // ATOM_ROWS, device=offset.device, dtype=torch.int32)
-  place = tile + torch.searchsorted(offset[1:], tile * ATOM_ROWS, right=True)
+  num_experts, tile = len(offset) - 1, offset // ATOM_ROWS
+  expert = torch.arange(num_experts + 1, device=offset.device, dtype=torch.int32)
+  to = places(tile, tile + expert, a.data.shape[0] // ATOM_ROWS + num_experts)
 
   def spread(operand: Operand) -> Operand:
-    codes = operand.scale.view(torch.uint8)
-    apart = codes.new_zeros(*codes.shape[:2], len(tile) + offset.shape[0] - 1, *codes.shape[3:])
-    apart.index_copy_(2, place, codes)
+    apart = moved(operand.scale.view(torch.uint8), to, 2)
     return Operand(operand.data.mT, apart.view(operand.scale.dtype), None)
 
   more = {"add_to_output": True} if add else {}

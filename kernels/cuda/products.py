@@ -30,6 +30,7 @@ from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
 from kernels.gradient import gradient
 from kernels.ops import Operand, Recipe, check
+from kernels.ragged import moved, places
 from kernels.reference.blockscale import BLOCK, BlockScaled, derive
 from kernels.reference.swiglu import swiglu
 
@@ -187,10 +188,11 @@ def _weight_gradient(
   Each expert's rows are padded to whole blocks with zeros, which add nothing.
   """
   block_scaled = recipe.format == "fp8" and not recipe.emulate
-  padded, place, size = pad_places(
+  padded, size = pad_offsets(
     offset, x.shape[0], ATOM_ROWS if block_scaled else BLOCK[recipe.format]
   )
-  x, dy = (t.new_zeros(size, t.shape[1]).index_copy_(0, place, t) for t in (x, dy))
+  to = places(offset, padded, size)
+  x, dy = moved(x, to), moved(dy, to)
   rotation = seed = None
   if recipe.format == "nvfp4":
     rotation, seed = recipe.seed, derive(recipe.seed, recipe.draw, salt, 1)
@@ -226,20 +228,17 @@ def _show(
     recipe.observe(Operand(leg, salt, x, q, offset_E1, how.get("hadamard")))
 
 
-def pad_places(offset_E1: Tensor, num_rows: int, multiple: int) -> tuple[Tensor, Tensor, int]:
-  """Experts padded to a multiple: (offsets int32 [E + 1], each row's place int64 [N'], total rows).
+def pad_offsets(offset_E1: Tensor, num_rows: int, multiple: int) -> tuple[Tensor, int]:
+  """Experts padded to a multiple: (offsets int32 [E + 1], total rows).
 
-  Rows beyond offset[-1] get the places after the last expert's. The total is a bound that depends
-  on shapes alone.
+  The total is a bound that depends on shapes alone.
   """
   num_experts = offset_E1.shape[0] - 1
   padded = torch.zeros_like(offset_E1)
   blocks = (offset_E1.diff() + multiple - 1) // multiple
   torch.cumsum(blocks * multiple, 0, dtype=torch.int32, out=padded[1:])
-  row = torch.arange(num_rows, device=offset_E1.device, dtype=torch.int32)
-  expert = torch.searchsorted(offset_E1[1:], row, right=True)
   total = num_rows + num_experts * (multiple - 1)
-  return padded, (row + (padded - offset_E1)[expert]).long(), total + -total % multiple
+  return padded, total + -total % multiple
 
 
 def alpha(*tensor_scales: Tensor | None) -> Tensor | float:
