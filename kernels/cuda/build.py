@@ -124,7 +124,7 @@ def build(shapes: Iterable[Shapes], workers: int) -> list[Inspection]:
   """Compile all kernels of runs of these shapes for the process's architecture, into its cache.
 
   Returns one record per kernel that wasn't cached, with the machine code's figures where cubins are
-  kept.
+  kept. Of several workers' failures the first is raised, after all operations were tried.
   """
   async_compile._install_gpu_blind_device_attrs()
   todo = list(itertools.chain.from_iterable(map(jobs, shapes)))
@@ -133,7 +133,7 @@ def build(shapes: Iterable[Shapes], workers: int) -> list[Inspection]:
     if workers == 1:
       return list(itertools.chain.from_iterable(map(run, range(len(todo)))))
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, fork, _remember, (run,)) as pool:  # a failure ends no other
+    with ProcessPoolExecutor(min(workers, len(todo)), fork, _remember, (run,)) as pool:
       return list(itertools.chain.from_iterable(pool.map(_work, range(len(todo)))))
 
 
