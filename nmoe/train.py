@@ -256,6 +256,10 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)
   resume(session, state)
+  if options.loaded is not None:
+    checkpoint.save(
+      options.loaded, state.step, state.tensors(), ranks.first_expert, meta, ranks.saving
+    )
   startup.end("model")
   try:
     with session.checkpoints, ranks.explained():
@@ -295,6 +299,9 @@ def main() -> int:
   parser.add_argument("--rendezvous", type=Path)
   parser.add_argument(
     "--trace", type=Path, help="profile a few steps of this rank into this folder"
+  )
+  parser.add_argument(
+    "--loaded", type=Path, help="save what was loaded into this folder, before the first step"
   )
   try:
     return attempt(parser.parse_args())

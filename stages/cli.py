@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kernels.errors import KernelError
-from nmoe.errors import NmoeError
+from nmoe.errors import ConfigError, NmoeError
 
 
 class App(typer.Typer):
@@ -179,12 +179,18 @@ def bench_rdep(
 @check_app.command("resume")
 def check_resume(
   config: File,
+  ranks: Annotated[
+    str | None,
+    typer.Option(
+      help="Numbers of ranks; each kill hands the run to the next. Default: launch.ranks."
+    ),
+  ] = None,
   steps: Annotated[int, typer.Option(min=8, help="Steps of the shortened run.")] = 12,
 ) -> None:
-  """Kill a short run of this configuration twice and compare what comes out, bit by bit."""
+  """Kill a short run of this configuration twice: bit-equal, or at other ranks the same model?"""
   from stages import check
 
-  check.resume(config, steps, _console())
+  check.resume(config, steps, _console(), () if ranks is None else _numbers(ranks))
 
 
 @kernels_app.command("build")
@@ -209,7 +215,16 @@ def check_ep(
   """Train a few steps at several numbers of ranks: is it the same model, bit-repeatable?"""
   from stages import parity
 
-  parity.ep(config, [int(r) for r in ranks.split(",")], steps, _console())
+  parity.ep(config, _numbers(ranks), steps, _console())
+
+
+def _numbers(ranks: str) -> list[int]:
+  try:
+    return [int(r) for r in ranks.split(",")]
+  except ValueError:
+    raise ConfigError(
+      f"--ranks {ranks} must be whole numbers with commas between them, such as 1,2"
+    ) from None
 
 
 def _console():

@@ -32,11 +32,13 @@ def run(
   progress: Callable[[dict], None],
   kill_at: int | None = None,
   trace: Path | None = None,
+  loaded: Path | None = None,
 ) -> int:
   """Execute the run and return its exit status (0: completed); progress receives each line.
 
   kill_at: SIGKILL every rank once a line of that step or a later one came (a test of resuming).
   trace: a folder for a profile of rank 0 (nmoe.profiler).
+  loaded: a folder into which the ranks save what they loaded, before their first step.
 
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
   resumable.
@@ -44,10 +46,11 @@ def run(
   logs = folder(root, run_id)
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
-  more = [] if trace is None else ["--trace", str(trace)]
+  first = [] if trace is None else ["--trace", str(trace)]
+  every = [] if loaded is None else ["--loaded", str(loaded)]
   builder = compile_beside(root, config, logs)
   children = [
-    _spawn(root, run_id, config, rank, rendezvous, logs, more if rank == 0 else [])
+    _spawn(root, run_id, config, rank, rendezvous, logs, every if rank else every + first)
     for rank in range(config.launch.ranks)
   ]
   previous = signal.signal(signal.SIGTERM, _raise_interrupt)

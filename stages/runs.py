@@ -118,9 +118,7 @@ class Workbench:
     run = self.experiments.find_unfinished(*key)
     if run is None:
       return self.repeat(experiment, arm, seed, progress)
-    self.experiments.claim(run.id)
-    self.experiments.update_run(run.id, toml=configs.to_toml(config))
-    self.experiments.release(run.id)
+    self.hand_over(run, config)
     self.experiments.attach(experiment.id, run.id, arm.name)
     progress.console.print(f"{label}: {run.status} before as run {run.id}, continued")
     return self.execute(experiment, run, config, label, progress)
@@ -183,6 +181,15 @@ class Workbench:
     self.experiments.release(run.id)
     return run
 
+  def hand_over(self, run: Run, config: Config) -> None:
+    """Let an unfinished run go on under this configuration, which may change no identity key.
+
+    RecordError if another process is at it.
+    """
+    self.experiments.claim(run.id)
+    self.experiments.update_run(run.id, toml=configs.to_toml(config))
+    self.experiments.release(run.id)
+
   def _listed(self, runs: list[Run]) -> str:
     """A line a run: what it is, its error, its log."""
     return "\n".join(
@@ -199,8 +206,12 @@ class Workbench:
     progress: Progress,
     trace: Path | None = None,
     follow: Callable[[dict], None] = lambda _: None,
+    loaded: Path | None = None,
   ) -> Run:
-    """Train a recorded run and return it, completed or failed; RunError if it stopped before."""
+    """Train a recorded run and return it, completed or failed; RunError if it stopped before.
+
+    trace, loaded: folders, as for launch.run.
+    """
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
 
@@ -211,7 +222,7 @@ class Workbench:
 
     self.experiments.set_status(experiment.id, "running")
     try:
-      status = launch.run(self.root, run.id, config, show, trace=trace)
+      status = launch.run(self.root, run.id, config, show, trace=trace, loaded=loaded)
     except KeyboardInterrupt:
       raise self._stopped(experiment, run, label, "it was told to") from None
     found = self.experiments.run(run.id)

@@ -1,16 +1,18 @@
 """`nmoe check resume`: real kills of real processes, and that a difference is seen."""
 
 import io
+import shutil
 
 import pytest
 import torch
-from labs import STEPS
+from labs import STEPS, write_variant
 from rich.console import Console
 
 from nmoe import checkpoint
-from nmoe.errors import RunError
+from nmoe import config as configs
+from nmoe.errors import ConfigError, RunError
 from nmoe.experiments import Experiments
-from nmoe.metrics import Metrics
+from nmoe.metrics import Metrics, read
 from stages import check, parity
 
 
@@ -25,6 +27,68 @@ def test_killed_twice_and_bit_identical(lab):
   assert (found.stage, found.verdict) == ("check", "confirmed")
   runs = Experiments(lab.root).runs(found.id)
   assert [run.arm for run in runs] == ["uninterrupted", "killed"]
+
+
+def test_killed_twice_and_resumed_on_other_ranks(lab):
+  body = '[model]\nnum_layers = 3\n[moe]\nnum_experts = 8\n[optim]\nmatrices = "muon"\n'
+  file, out = write_variant(lab.file, "ranks", body), io.StringIO()
+  found = check.resume(file, 12, Console(file=out, width=160), [1, 2])
+  rows = {row.what: row for row in found if isinstance(row, check.Row)}
+  claims = [claim for claim in found if isinstance(claim, parity.Claim)]
+  assert all(row.compared == row.equal > 0 for row in rows.values())
+  whole, killed = lab.records.runs(lab.records.list()[0].id)
+  assert [configs.loads(run.toml).launch.ranks for run in (whole, killed)] == [1, 2]
+  (first, second) = (
+    checkpoint.steps(lab.checkpoints(killed.id) / f"loaded_{at:08d}")[0] for at in (6, 9)
+  )
+  held = {"weights", "moments", "router biases", "optimizer steps"}
+  expected = {f"step {first} in both runs: {what}" for what in held | {"logged values"}}
+  for where in (
+    f"step {first}, saved by 1, loaded by 2",
+    f"step {second}, saved by 2, loaded by 2",
+  ):
+    expected |= {f"{where}: {what}" for what in held | {"data position"}}
+  assert rows.keys() == expected
+  assert {claim.ranks for claim in claims} == {"2"} and all(claim.holds for claim in claims)
+  assert f"train/loss, step {first + 1}" in [claim.what for claim in claims]
+  logged = read(lab.root, killed.id)
+  assert logged["train/loss"][0].tolist() == list(range(1, 13))
+  assert logged["rdep/rounds"][0].tolist() == list(range(first + 1, 13))  # one rank logs none
+  assert logged["rdep/rows"][2].min() > 0
+  assert lab.records.list()[0].verdict == "confirmed"
+  assert "loaded by 2: moments" in out.getvalue() and "against launch.ranks = 1" in out.getvalue()
+
+
+def test_a_bit_that_changes_at_the_restart_is_seen(lab, tmp_path, monkeypatch):
+  """The ranks save what they hold, not what lies on the disk."""
+  run_id = lab.record()
+  assert lab.attempt(run_id) == 0
+  shutil.rmtree(lab.checkpoints(run_id) / "step_00000012")
+  load = checkpoint.load
+
+  def restart(name: str, spoil) -> dict[str, tuple[int, str]]:
+    def spoilt(folder, step, state, first_expert):
+      load(folder, step, state, first_expert)
+      spoil(state)
+
+    monkeypatch.setattr(checkpoint, "load", spoilt)
+    lab.records.update_run(run_id, status="interrupted")
+    shutil.rmtree(lab.checkpoints(run_id) / "step_00000012", ignore_errors=True)
+    lab.attempt(run_id, loaded=tmp_path / name)
+    saved = lab.checkpoints(run_id) / "step_00000009"
+    rows = check.handed_over(check.Restart(1, 1, saved, tmp_path / name))
+    assert {row.what: row.compared for row in rows}["data position"] == 1
+    return {row.what: (row.compared - row.equal, row.first) for row in rows if not row.holds}
+
+  def spoil(state):
+    state["embed.weight.exp_avg"].view(torch.int32)[0, 0] ^= 1
+    state["layers.1.moe.router.bias"].neg_()
+
+  assert restart("whole", lambda state: None) == {}
+  assert restart("spoilt", spoil) == {
+    "moments": (1, "embed.weight.exp_avg"),
+    "router biases": (1, "layers.1.moe.router.bias"),
+  }
 
 
 @pytest.fixture
@@ -45,32 +109,67 @@ def test_one_bit_is_seen(lab, two_runs):
   state["embed.weight.exp_avg"].view(torch.int32)[0, 0] ^= 1
   state["layers.1.moe.router.bias"].neg_()
   del state["layers.1.moe.experts.3.w2"]
+  state["layers.1.moe.experts.9.w2"] = torch.zeros(1)
   folder, meta = lab.checkpoints(two_runs[1].id), {"config": two_runs[1].toml}
   checkpoint.save(folder, STEPS, state, 0, meta)
   log = Metrics(lab.root, two_runs[1].id)
-  log.add(13, 13 * 512, {"train/loss": 1.0})
+  log.add(STEPS, STEPS * 512, {"train/loss": 1.0})
   log.flush()
   assert differing(lab, two_runs) == {
-    "weights": (1, "layers.1.moe.experts.3.w2"),
+    "weights": (2, "layers.1.moe.experts.3.w2"),
     "moments": (1, "embed.weight.exp_avg"),
     "router biases": (1, "layers.1.moe.router.bias"),
     "logged values": (1, "train/loss"),
   }
 
 
-def test_a_difference_is_an_error(lab, monkeypatch):
-  """The table is printed, the record says refuted, the message where to look."""
+EQUAL, DIFFERENT = check.Row("moments", 4, 4, ""), check.Row("moments", 4, 3, "a.exp_avg")
+NEAR, FAR = (parity.Claim("2", "update", found, 1e-3, "a.weight") for found in (1e-4, 1e-2))
+
+
+@pytest.mark.parametrize(
+  ("rows", "claims", "said"),
+  [([DIFFERENT], [], "a.exp_avg"), ([DIFFERENT], [NEAR], "a.exp_avg"), ([EQUAL], [FAR], "0.01")],
+  ids=["the end", "a restart", "the steps after"],
+)
+def test_a_difference_is_an_error(lab, monkeypatch, rows, claims, said):
+  """The tables are printed, the record says refuted, the message where to look."""
   out = io.StringIO()
   runs = [lab.run(lab.record()) for _ in range(2)]
   monkeypatch.setattr(check.Workbench, "repeat", lambda *_: runs[0])
   monkeypatch.setattr(check.Workbench, "check", lambda *_: None)
-  monkeypatch.setattr(check, "_killed", lambda *_: runs[1])
-  row = check.Row("moments", 4, 3, "a.exp_avg")
-  monkeypatch.setattr(check, "compare", lambda *_: [row])
+  monkeypatch.setattr(check, "_killed", lambda *_: (runs[1], claims))
+  monkeypatch.setattr(check, "compare", lambda *_: rows)
+  monkeypatch.setattr(check, "_changed", lambda *_: (rows, claims))
   with pytest.raises(RunError, match="a resumed run is not the uninterrupted one"):
     check.resume(lab.file, 12, Console(file=out, width=120))
-  assert "a.exp_avg" in out.getvalue()
+  assert said in out.getvalue()
   assert Experiments(lab.root).list()[0].verdict == "refuted"
+
+
+def test_a_change_too_near_the_end_is_not_a_proof(lab, two_runs):
+  saved = lab.checkpoints(two_runs[1].id) / "step_00000012"
+  restarts = [check.Restart(1, 1, saved, saved), check.Restart(1, 2, saved, saved)]
+  with pytest.raises(RunError, match="changed ranks at step 12 of 12; raise --steps"):
+    check._changed(lab.root, *two_runs, restarts, 12)
+
+
+@pytest.mark.parametrize(
+  ("ranks", "said"),
+  [([1, 3], "3 ranks.*choose from 1, 2, 4$"), ([1, 2, 1, 2], "4 numbers.*give one to three")],
+)
+def test_ranks_that_do_not_fit_stop_before_anything_runs(lab, launches, ranks, said):
+  with pytest.raises(ConfigError, match=said):
+    check.resume(lab.file, 12, Console(file=io.StringIO()), ranks)
+  assert [e.id for e in lab.records.list()] == [lab.experiment.id]
+  assert launches.ids == []
+
+
+def test_the_last_number_of_ranks_stays(lab):
+  made = {tuple(r): check.attempts(lab.config, r) for r in ([], [1, 2], [2, 4, 1], [2])}
+  found = {r: [c.launch.ranks for c in configurations] for r, configurations in made.items()}
+  assert found == {(): [1, 1, 1], (1, 2): [1, 2, 2], (2, 4, 1): [2, 4, 1], (2,): [2, 2, 2]}
+  assert made[()] == [lab.config] * 3
 
 
 def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
@@ -87,7 +186,7 @@ def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
     check.progress_display(bench.console) as progress,
     pytest.raises(RunError, match="was to be killed at step 6 but is completed; raise --steps"),
   ):
-    check._killed(bench, experiment, arm, (6, 9), progress)
+    check._killed(bench, experiment, [arm] * 3, (6, 9), progress)
 
 
 def interrupt(_):
@@ -115,4 +214,11 @@ def test_the_shortened_schedule_has_all_its_phases(lab):
   config = check.shortened(lab.config, "tiny", 12)
   s = config.schedule
   assert (s.total_tokens, s.warmup_tokens, s.decay_tokens) == (6144, 1536, 1536)
-  assert config.train.checkpoint_every == 2
+  assert (config.train.checkpoint_every, config.train.keep_checkpoints) == (2, 2)
+
+
+def test_the_checkpoints_that_a_change_of_ranks_is_judged_by_are_kept(lab):
+  """Of steps 24 // 2 and two steps later, wherever the kill falls."""
+  assert check.shortened(lab.config, "tiny", 24, [2, 2]).train.checkpoint_every == 5
+  train = check.shortened(lab.config, "tiny", 24, [1, 2]).train
+  assert check.UPDATES % train.checkpoint_every == 0 and train.keep_checkpoints == 24

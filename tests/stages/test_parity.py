@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import ranks
 import torch
@@ -15,13 +14,12 @@ from nmoe import checkpoint, parallel
 from nmoe import config as configs
 from nmoe.errors import ConfigError, RunError
 from nmoe.experiments import Experiments
-from nmoe.metrics import read
+from nmoe.metrics import Metrics, read
 from nmoe.model import Model
 from nmoe.optim import Optimizer
 from nmoe.parallel import Parallel
 from nmoe.train import TrainState
-from stages import launch, parity
-from stages.runs import Workbench
+from stages import parity
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def test_the_certificate_holds_on_1_2_and_4_ranks(file):
   """Experts lie over two ranks: over all of 2, and over each half of 4."""
   body = "[rdep]\ngroup = 2\n[launch]\nranks = 4\n[train]\nmicro_batch = 2\n"
   replicas = write_variant(file, "replicas", body)
-  made = parity.at_ranks(configs.load(replicas, env={}), 4, 4, "replicas")
+  made = parity.at_ranks(configs.load(replicas, env={}), 4)
   assert (made.launch.ranks, made.expert_ranks) == (4, 2)
   claims = parity.ep(replicas, [1, 2, 4], 4, Console(quiet=True))
   assert all(claim.holds for claim in claims)
@@ -48,18 +46,61 @@ def test_the_certificate_holds_on_1_2_and_4_ranks(file):
 
 def test_ranks_that_do_not_fit_are_refused_with_those_that_do(file):
   with pytest.raises(ConfigError, match="choose from 1, 2, 4, 8"):
-    parity.at_ranks(configs.load(file, env={}), 3, 4, "ranks")
+    parity.at_ranks(configs.load(file, env={}), 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_micro_batches_divide_what_a_rank_gets(lab, ranks):
+  """20 sequences in micro-batches of 10 on one rank: on four ranks 5 each, one at a time."""
+  values = {"schedule.batch_tokens": 20 * 64, "train.micro_batch": 10}
+  made = parity.at_ranks(lab.config.with_values(**values), ranks)
+  assert made.train.micro_batch == {1: 10, 2: 5, 4: 1}[ranks]
+
+
+@pytest.mark.parametrize("ranks", [0, -2])
+def test_no_ranks_are_refused(lab, ranks):
+  with pytest.raises(ConfigError, match=f"{ranks} ranks.*choose from 1, 2, 4$"):
+    parity.at_ranks(lab.config, ranks)
 
 
 def test_a_deviation_is_found_and_named():
   a = {"w": torch.ones(4), "v": torch.zeros(2)}
-  assert parity._largest(2, "gradient", a, {**a}, 0.0).holds
+  assert parity._largest("2", "gradient", a, {**a}, 0.0).holds
   b = {"w": torch.tensor([1.0, 1, 1, 1.1]), "v": torch.zeros(2)}
-  claim = parity._largest(2, "gradient", a, b, 1e-3)
+  claim = parity._largest("2", "gradient", a, b, 1e-3)
   assert not claim.holds
   assert claim.where == "w"
   assert claim.found == pytest.approx(0.05)
-  assert not parity._largest(2, "gradient", a, {**a, "v": torch.ones(2)}, 1e9).holds
+  assert not parity._largest("2", "gradient", a, {**a, "v": torch.ones(2)}, 1e9).holds
+
+
+def test_deviations_after_a_step(lab):
+  """Only of the steps that were asked for, each in the claim that speaks of it."""
+  ids = [lab.record(), lab.record()]
+  assert [lab.attempt(run_id) for run_id in ids] == [0, 0]
+  runs = [lab.run(run_id) for run_id in ids]
+
+  def broken(since, losses, updates):
+    claims = list(parity.deviations(lab.root, "2", *runs, since, losses, updates))
+    assert len(claims) == 6
+    return {
+      claim.what.partition(", largest")[0]: claim.where for claim in claims if not claim.holds
+    }
+
+  assert broken(9, 12, 12) == {}
+  state = lab.state(ids[1])
+  state["embed.weight"] += 0.1
+  checkpoint.save(lab.checkpoints(ids[1]), 12, state, 0, {})
+  metrics, logged = Metrics(lab.root, ids[1]), read(lab.root, ids[1])
+  metrics.rewind(0)
+  factors = {(5, "train/loss"): 2, (11, "train/loss"): 1.1, (10, "moe/0/load_p50"): 3}
+  for tag, series in logged.items():
+    for step, tokens, value in zip(*series, strict=True):
+      metrics.add(int(step), int(tokens), {tag: value * factors.get((step, tag), 1)})
+  metrics.flush()
+  loads = {"expert loads, 7 series, step 10": "moe/0/load_p50"}
+  losses = {"train/loss, steps 11 to 12": "step 11"}
+  assert broken(9, 12, 12) == {**losses, **loads, "update, steps 10 to 12": "embed.weight"}
 
 
 def test_a_collective_inside_a_moe_layer_is_found():
@@ -105,26 +146,3 @@ def test_a_checkpoint_changes_hands_from_1_over_4_to_1_bit_for_bit(lab, tmp_path
     ranks.run(hand_over, num_ranks, toml, str(folder), str(target), step)
     folder = target
     assert same_bits(checkpoint.read(folder / f"step_{step:08d}"), written)
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(file):
-  """Weights, moments, biases and data position are those of the checkpoint: the losses agree."""
-  config = configs.load(file, env={}).with_values(**{"train.eval_every": 0})
-  bench = Workbench.open(config.run.root, Console(quiet=True))
-  arm = bench.arm("ranks", config)
-  experiment = bench.experiments.create("hop", "test", "It goes on.", "val/bpb", "none", 0.0)
-  whole, hopped = (bench.start(experiment, arm, 0) for _ in range(2))
-  assert launch.run(bench.root, whole.id, config, lambda _: None) == 0
-  launch.run(bench.root, hopped.id, config, lambda _: None, kill_at=5)
-  two = config.with_values(**{"launch.ranks": 2, "train.micro_batch": 4})
-  bench.experiments.mark_interrupted()
-  bench.experiments.claim(hopped.id)
-  bench.experiments.update_run(hopped.id, toml=configs.to_toml(two))
-  bench.experiments.release(hopped.id)
-  assert launch.run(bench.root, hopped.id, two, lambda _: None) == 0
-  a, b = (read(bench.root, r.id, ["train/loss"])["train/loss"] for r in (whole, hopped))
-  assert a[0].tolist() == b[0].tolist()
-  np.testing.assert_allclose(b[2], a[2], rtol=1e-4)
-  logged = read(bench.root, hopped.id)
-  assert logged["rdep/rounds"][2].min() >= 1
-  assert logged["rdep/rows"][2].min() > 0
