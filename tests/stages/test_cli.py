@@ -98,6 +98,17 @@ def test_errors_are_one_message_and_status_one(lab):
   assert "NMOE_MOE__TOP_K: moe.top_k = 9 exceeds num_experts 4" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["resume", "ep"])
+@pytest.mark.parametrize(
+  ("ranks", "said"), [("1,two", "must be whole numbers"), ("1,3", "choose from 1, 2, 4$")]
+)
+def test_numbers_of_ranks_that_mean_nothing(lab, launches, command, ranks, said):
+  done = CliRunner().invoke(app, ["check", command, str(lab.file), "--ranks", ranks])
+  assert isinstance(done.exception, ConfigError)
+  assert re.search(said, str(done.exception))
+  assert launches.ids == []
+
+
 def test_a_cpu_has_no_kernels_to_build(lab):
   done = CliRunner().invoke(app, ["kernels", "build", str(lab.file)])
   assert isinstance(done.exception, ConfigError)
