@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 
-class Places(NamedTuple):
+class Gather(NamedTuple):
   """What lies at each place after a move."""
 
   source: Tensor  # int64 [size], where it was; 0 if there is nothing
   inside: Tensor  # bool [size], whether there is something
 
 
-def places(begin_E1: Tensor, place_E1: Tensor, size: int) -> Places:
+def gather(begin_E1: Tensor, place_E1: Tensor, size: int) -> Gather:
   """Expert e's rows begin[e] : begin[e + 1] go to place[e] and on; int32 [E + 1] both.
 
   place[e + 1] - place[e] is at least the number of e's rows. Rows beyond begin[-1] go nowhere.
@@ -28,10 +28,10 @@ def places(begin_E1: Tensor, place_E1: Tensor, size: int) -> Places:
   row = at - place_E1[expert] + begin_E1[expert]
   end_E1 = torch.cat([begin_E1[1:], begin_E1[-1:]])
   inside = row < end_E1[expert]
-  return Places(torch.where(inside, row, 0).long(), inside)
+  return Gather(torch.where(inside, row, 0).long(), inside)
 
 
-def moved(x: Tensor, to: Places, dim: int = 0) -> Tensor:
+def moved(x: Tensor, to: Gather, dim: int = 0) -> Tensor:
   """x with its slices along `dim` at their places, and zeros where nothing is."""
   shape = list(x.shape)
   shape[dim] = len(to.source)

@@ -33,7 +33,7 @@ from torch import Tensor
 from kernels.cuda.blockscale import ATOM_ROWS, Operand
 from kernels.cuda.jit import ARCH, check_device, compiling
 from kernels.ops import check, check_same_device
-from kernels.ragged import moved, places
+from kernels.ragged import gather, moved
 
 ALIGNMENT = 8  # bf16 elements in the 16 bytes that TMA strides are multiples of
 
@@ -274,7 +274,7 @@ def weight_grad_block_scaled(
   """
   num_experts, tile = len(offset) - 1, offset // ATOM_ROWS
   expert = torch.arange(num_experts + 1, device=offset.device, dtype=torch.int32)
-  to = places(tile, tile + expert, a.data.shape[0] // ATOM_ROWS + num_experts)
+  to = gather(tile, tile + expert, a.data.shape[0] // ATOM_ROWS + num_experts)
 
   def spread(operand: Operand) -> Operand:
     apart = moved(operand.scale.view(torch.uint8), to, 2)

@@ -30,7 +30,7 @@ from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
 from kernels.gradient import gradient
 from kernels.ops import Operand, Recipe, check
-from kernels.ragged import moved, places
+from kernels.ragged import gather, moved
 from kernels.reference.blockscale import BLOCK, BlockScaled, derive
 from kernels.reference.swiglu import swiglu
 
@@ -191,7 +191,7 @@ def _weight_gradient(
   padded, size = pad_offsets(
     offset, x.shape[0], ATOM_ROWS if block_scaled else BLOCK[recipe.format]
   )
-  to = places(offset, padded, size)
+  to = gather(offset, padded, size)
   x, dy = moved(x, to), moved(dy, to)
   rotation = seed = None
   if recipe.format == "nvfp4":

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.ragged import moved, places
+from kernels.ragged import gather, moved
 
 BEGIN = [0, 5, 5, 69, 102]  # some rows, none, more, and rows that no expert owns after them
 
@@ -24,7 +24,7 @@ def by_loops(x, begin, place, size):
 )
 def test_every_row_arrives(dtype, rows, place, size):
   x = torch.randint(1, 200, (rows, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
-  to = places(torch.tensor(BEGIN).int(), torch.tensor(place).int(), size)
+  to = gather(torch.tensor(BEGIN).int(), torch.tensor(place).int(), size)
   out = moved(x, to)
   assert out.dtype == dtype and torch.equal(out, by_loops(x, BEGIN, place, size))
   assert int(to.inside.sum()) == BEGIN[-1]
@@ -33,6 +33,6 @@ def test_every_row_arrives(dtype, rows, place, size):
 
 
 def test_no_rows():
-  to = places(torch.zeros(4).int(), torch.tensor([0, 4, 8, 8]).int(), 12)
+  to = gather(torch.zeros(4).int(), torch.tensor([0, 4, 8, 8]).int(), 12)
   assert torch.equal(moved(torch.ones(0, 2), to), torch.zeros(12, 2))
   assert torch.equal(moved(torch.ones(5, 2), to), torch.zeros(12, 2))  # rows without an expert
