@@ -86,7 +86,7 @@ class _Product(torch.autograd.Function):
   def backward(ctx, dy: Tensor):
     x, w, offset = ctx.saved_tensors
     recipe, salt = ctx.recipe, ctx.salt
-    x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
+    dy = _without_tail(dy.contiguous(), offset)
     w_EIO = _of_experts(w).mT.contiguous()
     _show_backward(recipe, salt, dy, w_EIO, offset)
     dx = _rows(dy, w_EIO, offset, recipe, _seed(recipe, salt))
@@ -131,13 +131,13 @@ class _BlockScaledMlp(torch.autograd.Function):
   def backward(ctx, dy: Tensor):
     x, preact, w13, w2, offset = ctx.saved_tensors
     recipe = ctx.recipe
-    x, dy = _without_tail(x, offset), _without_tail(dy.contiguous(), offset)
+    dy = _without_tail(dy.contiguous(), offset)
     w2_EFD, w13_EDF = (_of_experts(w).mT.contiguous() for w in (w2, w13))
     _show_backward(recipe, 1, dy, w2_EFD, offset)
     dy_q, w2_q, *rest = _quantized(dy, w2_EFD, offset, recipe, _seed(recipe, 1))
     fmt = FORMATS[recipe.format]
     dpreact, act = blockscaled_gemm.dgated(fmt, dy_q, w2_q, preact, *rest)
-    dpreact, act = zero_tail(dpreact, offset), zero_tail(act, offset)
+    dpreact = zero_tail(dpreact, offset)
     _show_backward(recipe, 0, dpreact, w13_EDF, offset)
     dx = _rows(dpreact, w13_EDF, offset, recipe, _seed(recipe, 0))
     dw13 = _weight_gradient(w13, dpreact, x, offset, recipe, 0)
@@ -185,7 +185,8 @@ def _weight_gradient(
 ) -> Tensor | None:
   """What backward returns for w: `gradient` of dyᵀ · x.
 
-  Each expert's rows are padded to whole blocks with zeros, which add nothing.
+  Each expert's rows are padded to whole blocks with zeros, which add nothing. Rows that no expert
+  owns are left behind, whatever they hold.
   """
   block_scaled = recipe.format == "fp8" and not recipe.emulate
   padded, size = pad_offsets(
