@@ -21,7 +21,7 @@ from nmoe import config as configs
 from nmoe.config import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.experiments import provenance
-from stages.launch import parent_environment
+from stages.launch import kernel_cache, parent_environment
 
 REPO = Path(__file__).resolve().parent.parent
 REPEATS = 20
@@ -118,7 +118,7 @@ def _spawn(config: Config, rank: int, repeats: int, folder: Path) -> subprocess.
   command += ["--repeats", str(repeats)]
   env = parent_environment()
   if config.target.arch != "cpu":
-    env |= environment(config.target.arch, Path(config.run.root) / "kernel_cache")
+    env |= environment(config.target.arch, kernel_cache(Path(config.run.root)))
   with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
     return subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True)
 

@@ -72,15 +72,19 @@ def compile_beside(root: Path, config: Config, logs: Path) -> list[subprocess.Po
   """The process, if one is needed, that compiles on all cores what the run would compile on one."""
   if config.target.arch == "cpu":
     return []
-  shapes, cache = build.Shapes.of(config), root / "kernel_cache"
-  arch, env = config.target.arch, parent_environment()
-  started = build.start(shapes, arch, cache, env, logs / "kernels.txt")
+  shapes, arch, env = build.Shapes.of(config), config.target.arch, parent_environment()
+  started = build.start(shapes, arch, kernel_cache(root), env, logs / "kernels.txt")
   return [] if started is None else [started]
 
 
 def parent_environment() -> dict[str, str]:
   """A copy of this process's environment, for a child's."""
   return dict(os.environ)
+
+
+def kernel_cache(root: Path) -> Path:
+  """Where compiled kernels are kept, in a folder for each architecture."""
+  return root / "kernel_cache"
 
 
 def folder(root: Path, run_id: str) -> Path:
@@ -116,7 +120,7 @@ def _spawn(
   command += ["--rank", str(rank), "--rendezvous", str(rendezvous), *more]
   env = parent_environment()
   if config.target.arch != "cpu":
-    env |= environment(config.target.arch, root / "kernel_cache")
+    env |= environment(config.target.arch, kernel_cache(root))
   with (logs / f"rank_{rank}.txt").open("a") as log:
     return subprocess.Popen(
       command,

@@ -102,7 +102,7 @@ def kernels_built(path: Path, arch: str | None, console: Console) -> None:
   arch = arch or config.target.arch
   if arch not in ARCHS:
     raise ConfigError(f"{arch!r} has no device code to compile; pass --arch {' or '.join(ARCHS)}")
-  cache = Path(config.run.root).resolve() / "kernel_cache"
+  cache = launch.kernel_cache(Path(config.run.root).resolve())
   with console.status(f"compiling the kernels of {path.name} for {arch}"):
     records = build([Shapes.of(config)], arch, cache, launch.parent_environment())
   seconds = sum(record["seconds"] for record in records)

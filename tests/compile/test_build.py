@@ -10,7 +10,7 @@ import pytest
 import table
 
 from kernels.arch import ARCHS, environment
-from kernels.build import build
+from kernels.build import build, start
 
 pytestmark = pytest.mark.compile
 
@@ -64,6 +64,7 @@ def test_the_cache_is_filled_once(tmp_path):
   again = build([table.MOONLET], "sm_90a", tmp_path, os.environ)
   objects = list((tmp_path / "sm_90a").rglob("*.o"))
   assert len(first) == len(objects) > 30 and again == []
+  assert start(table.MOONLET, "sm_90a", tmp_path, os.environ, tmp_path / "log.txt") is None
 
 
 def child(env):
