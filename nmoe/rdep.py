@@ -23,8 +23,15 @@ model. The dequantized x's gradient is taken for x's.
 Rounds. A rank's buffer holds C = capacity · T·K rows. If some rank has more, all ranks know it from
 the counts and run ⌈rows / C⌉ rounds over windows of C places; nothing is dropped. The first round
 keeps for backward what grouped_mlp_forward keeps (in bf16 the received rows and the pre-activation,
-of at most C rows a layer); later rounds keep nothing: backward dispatches their x again. So neither
-buffers nor kept activations exceed C rows, whatever the imbalance.
+C rows a layer); later rounds keep nothing: backward dispatches their x again. So neither buffers
+nor kept activations exceed C rows, whatever the imbalance.
+
+The host. Every size is C's, and where the rows end is known on the device, so the host queues a
+layer's first round without knowing the counts. It waits for them only then, to learn the number of
+rounds, while the device works on what is queued.
+
+Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
+graph is a part of this layer's node, as autograd would run their backward pass after it.
 
 Why buffers are never overwritten too early, without a barrier. Trip s (see
 kernels.reference.exchange) is: all send, all receive, all reply to all, all wait for the replies.
@@ -80,6 +87,10 @@ def places(count_RE: Tensor, alignment: int) -> Places:
   return Places(start_E + before_RE, start_E, padded_RL.sum(1))
 
 
+def unknown() -> None:
+  """The counts of a trip that no rank has sent yet."""
+
+
 class _Trip(NamedTuple):
   """What the post-mortem of a handshake says about it."""
 
@@ -87,7 +98,7 @@ class _Trip(NamedTuple):
   layer: int
   phase: str
   round: int
-  count_RE: Tensor | None  # on the host, once it is there
+  counts: Callable[[], list | None]  # [R, E] on the host, once they are there
 
 
 class Rdep:
@@ -115,7 +126,7 @@ class Rdep:
     self.rounds: dict[int, int] = {}
     self.counts: dict[int, Tensor] = {}
     self.done = 0  # the last trip whose replies have all come
-    self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, None)], maxlen=1024)
+    self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, unknown)], maxlen=1024)
     if self.num_ranks > 1:
       self.heap = Heap(buffer_layout(config), symmetric, group)
       self.exchange = symmetric.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
@@ -151,18 +162,16 @@ class Rdep:
       x_TD = x_TD.detach().requires_grad_()  # all ranks must come to the backward pass
     call = _Call(self, layer, recipe, keep=grad)
     sent = _Send.apply(call, x_TD, gate_TK, expert_TK)
-    beside_TD = None if shared is None else shared(x_TD)
-    y_TD = _Receive.apply(call, sent, w13, w2)
-    return y_TD if beside_TD is None else y_TD + beside_TD
+    return _Receive.apply(call, sent, x_TD, w13, w2, shared)
 
   def received(self) -> tuple[int, int]:
     """Rows that came to this rank in each layer's last forward pass, summed over layers; and those
     of them that came after the first round, which backward dispatches again.
     """
-    trips = [_Trip(0, layer, "forward", 0, count_RE) for layer, count_RE in self.counts.items()]
     mine = slice(self.first, self.first + self.num_local)
-    rows = sum(int(trip.count_RE[:, mine].sum()) for trip in trips)
-    return rows, rows - sum(sum(self._expected(DISPATCH, trip)) for trip in trips)
+    rows = sum(int(count_RE[:, mine].sum()) for count_RE in self.counts.values())
+    first = sum(sum(self._expected(DISPATCH, count_RE, 0)) for count_RE in self.counts.values())
+    return rows, rows - first
 
   @contextmanager
   def explained(self) -> Iterator[None]:
@@ -178,10 +187,11 @@ class Rdep:
   def post_mortem(self, kind: int, number: int, late: list[int]) -> str:
     """Who is late, at what, and how many rows were expected and have arrived."""
     trip = next(t for t in reversed(self.trips) if t.number == number)
-    if trip.count_RE is None:
+    counts = trip.counts()
+    if counts is None:
       rows = "the number of rows was not yet known"
     else:
-      expected_R = self._expected(kind, trip)
+      expected_R = self._expected(kind, torch.tensor(counts), trip.round)
       here = sum(n for r, n in enumerate(expected_R) if r not in late)
       missing = ", ".join(f"{expected_R[r]} from rank {self.names[r]}" for r in late)
       rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
@@ -205,12 +215,12 @@ class Rdep:
       return x_TD
     return _Received.apply(x_TD, self.ops.quantize, of_gradient)
 
-  def _expected(self, kind: int, trip: _Trip) -> list[int]:
-    """Rows of a trip by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
-    base_RE = places(trip.count_RE, self.config.rdep.alignment).base_RE
-    begin = trip.round * self.exchange.capacity
+  def _expected(self, kind: int, count_RE: Tensor, number: int) -> list[int]:
+    """Rows of a round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
+    base_RE = places(count_RE, self.config.rdep.alignment).base_RE
+    begin = number * self.exchange.capacity
     low = base_RE.clamp(min=begin)
-    high = (base_RE + trip.count_RE).clamp(max=begin + self.exchange.capacity)
+    high = (base_RE + count_RE).clamp(max=begin + self.exchange.capacity)
     rows_RE = (high - low).clamp(min=0)
     if kind == DISPATCH:
       return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
@@ -250,19 +260,29 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-  """Experts, return, combine; backward: dispatch of dy, the experts' gradients, return of dx."""
+  """Shared experts; experts, return, combine; backward: dispatch of dy, the shared experts'
+  gradients, the experts' gradients, return of dx.
+  """
 
   @staticmethod
-  def forward(ctx: Any, call: _Call, sent: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+  def forward(
+    ctx: Any,
+    call: _Call,
+    sent: Tensor,
+    x_TD: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    shared: Callable[[Tensor], Tensor] | None,
+  ) -> Tensor:
     ctx.call = call
     ctx.save_for_backward(w13, w2)
-    return call.forward(w13, w2)
+    return call.forward(x_TD, w13, w2, shared)
 
   @staticmethod
   @once_differentiable
   def backward(ctx: Any, dy_TD: Tensor) -> tuple:
-    dw13, dw2 = ctx.call.start_backward(dy_TD.contiguous(), *ctx.saved_tensors)
-    return None, dy_TD.new_zeros(()), dw13, dw2
+    dx_TD, dw13, dw2 = ctx.call.start_backward(dy_TD.contiguous(), *ctx.saved_tensors)
+    return None, dy_TD.new_zeros(()), dx_TD, dw13, dw2, None
 
 
 class _Kept(NamedTuple):
@@ -272,15 +292,22 @@ class _Kept(NamedTuple):
   origin_C: Tensor
 
 
+class _Beside(NamedTuple):
+  """The shared experts' graph: a leaf with the values of x, and what came of it."""
+
+  x_TD: Tensor
+  y_TD: Tensor
+
+
 class _Call:
   """One layer's forward pass and its backward pass on one rank."""
 
   def __init__(self, rdep: Rdep, layer: int, recipe: Recipe, *, keep: bool):
     self.rdep, self.exchange = rdep, rdep.exchange
     self.layer, self.recipe, self.keep = layer, recipe, keep
-    self.phase = "forward"
-    self.host_count_RE: Tensor | None = None
+    self.phase, self.counts = "forward", unknown
     self.kept: _Kept | None = None
+    self.beside: _Beside | None = None
     self.under_way: tuple = ()
 
   def start(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> None:
@@ -296,43 +323,56 @@ class _Call:
       self.places = places(count_RE, self.rdep.config.rdep.alignment)
       self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
       self.fetched = self.exchange.fetch(count_RE)
+      self.counts = self.fetched.here
+      self.rdep.trips[-1] = self.rdep.trips[-1]._replace(counts=self.counts)
       self._send(self.x_TD, None)
 
-  def forward(self, w13: Tensor, w2: Tensor) -> Tensor:
-    """[T, D] combined; called after `start`."""
-    self._plan()
+  def forward(
+    self,
+    x_TD: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    shared: Callable[[Tensor], Tensor] | None,
+  ) -> Tensor:
+    """[T, D] combined, plus shared(x); called after `start`."""
+    beside_TD = None if shared is None else self._run_beside(x_TD, shared)
     self.exchange.join()
-    for number in range(self.rounds):
-      if number > 0:
-        self._next(number)
-        self._send(self.x_TD, None)
-      x_CD, _, origin_C = self._receive()
-      keep = self.keep and number == 0
-      y, kept = self._run(x_CD, w13, w2, keep)
-      self._reply(origin_C, self._multiplied(y, origin_C, None), None)
+    self._round_forward(w13, w2, self.keep)
+    self._plan()
+    self._wait(RETURN)
+    for number in range(1, self.rounds):
+      self._next(number)
+      self._send(self.x_TD, None)
+      self._round_forward(w13, w2, False)
       self._wait(RETURN)
-      if keep:
-        self.kept = _Kept(kept, origin_C)
     if self.rounds == 1:
       self.x_TD = None
-    return self.rdep.ops.combine(self.exchange.collect(self.route)[0], self.gate_TK)
+    y_TD = self.rdep.ops.combine(self.exchange.collect(self.route)[0], self.gate_TK)
+    return y_TD if beside_TD is None else y_TD + beside_TD
 
   def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> list[Tensor | None]:
-    """The experts' gradients, summed over rounds in fp32 and rounded once; leaves the last trip's
-    replies under way for `finish_backward`.
+    """The shared experts' dx, and the experts' gradients, summed over rounds in fp32 and rounded
+    once; leaves the last trip's replies under way for `finish_backward`.
     """
     assert self.kept is not None, "RDEP: backward ran twice, or after a pass without gradients"
     self.phase, kept, self.kept = "backward", self.kept, None
-    found = self._round_backward(0, kept, dy_TD, w13, w2)
+    self._next(0)
+    with self.exchange.beside():
+      self._send(dy_TD, self.gate_TK)
+    dx_TD = None if self.beside is None else self._back_beside(dy_TD)
+    self.exchange.join()
+    found = self._round_backward(kept, w13, w2)
     dtypes = [None if part is None else part.dtype for part in found]
     for number in range(1, self.rounds):
       self.exchange.join()
       self._wait(RETURN)
       kept = self._again(number, w13, w2)
-      more = self._round_backward(number, kept, dy_TD, w13, w2)
+      self._next(number)
+      self._send(dy_TD, self.gate_TK)
+      more = self._round_backward(kept, w13, w2)
       found = [b if a is None else a.float().add_(b) for a, b in zip(found, more, strict=True)]
     kinds = zip(found, dtypes, strict=True)
-    return [total if total is None else total.to(dtype) for total, dtype in kinds]
+    return [dx_TD, *(total if total is None else total.to(dtype) for total, dtype in kinds)]
 
   def finish_backward(self) -> tuple[Tensor, Tensor]:
     """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""
@@ -345,22 +385,41 @@ class _Call:
     return dx_TD, dgate_TK.to(self.gate_TK.dtype, copy=True)
 
   def _plan(self) -> None:
-    """The sizes of what follows; waits for the counts, the layer's one host synchronisation."""
+    """The number of rounds; waits for the counts, the layer's one host synchronisation."""
     rdep = self.rdep
     with rdep.explained():
-      self.host_count_RE = torch.tensor(self.fetched())
-    rdep.trips[-1] = rdep.trips[-1]._replace(count_RE=self.host_count_RE)
-    end_R = places(self.host_count_RE, rdep.config.rdep.alignment).end_R.tolist()
-    self.end, self.rounds = end_R[rdep.rank], max(-(-max(end_R) // self.exchange.capacity), 1)
-    rdep.rounds[self.layer] = self.rounds
-    rdep.counts[self.layer] = self.host_count_RE
+      count_RE = torch.tensor(self.fetched())
+    most = int(places(count_RE, rdep.config.rdep.alignment).end_R.max())
+    self.rounds = max(-(-most // self.exchange.capacity), 1)
+    rdep.rounds[self.layer], rdep.counts[self.layer] = self.rounds, count_RE
+
+  def _run_beside(self, x_TD: Tensor, shared: Callable[[Tensor], Tensor]) -> Tensor:
+    """shared(x), whose graph is kept for `_back_beside` if there is a backward pass."""
+    leaf_TD = x_TD.detach().requires_grad_(self.keep)
+    with torch.set_grad_enabled(self.keep):
+      y_TD = shared(leaf_TD)
+    if self.keep:
+      self.beside = _Beside(leaf_TD, y_TD)
+    return y_TD.detach()
+
+  def _back_beside(self, dy_TD: Tensor) -> Tensor | None:
+    """The shared experts' dx; the gradients of their weights go where autograd puts them."""
+    (x_TD, y_TD), self.beside = self.beside, None
+    y_TD.backward(dy_TD)
+    return x_TD.grad
+
+  def _round_forward(self, w13: Tensor, w2: Tensor, keep: bool) -> None:
+    """The rest of a trip: rows come, through the experts, and go back."""
+    x_CD, _, origin_C = self._receive()
+    y, kept = self._run(x_CD, w13, w2, keep)
+    self._reply(origin_C, self._multiplied(y, origin_C, None), None)
+    if keep:
+      self.kept = _Kept(kept, origin_C)
 
   def _round_backward(
-    self, number: int, kept: _Kept, dy_TD: Tensor, w13: Tensor, w2: Tensor
+    self, kept: _Kept, w13: Tensor, w2: Tensor
   ) -> tuple[Tensor | None, Tensor | None]:
-    """One trip: dy and gates come, dx rows and gate gradients go. Returns dw13 and dw2."""
-    self._next(number)
-    self._send(dy_TD, self.gate_TK)
+    """The rest of a trip: dy and gates come, dx rows and gate gradients go. Returns dw13, dw2."""
     dy_CD, gate_C, _ = self._receive()
     ops, origin_C = self.rdep.ops, kept.origin_C
     dx, dgate_C, weights = ops.grouped_mlp_backward(kept.experts, dy_CD, gate_C, w13, w2)
@@ -402,7 +461,7 @@ class _Call:
       "RDEP: a backward pass was left unfinished; use Tensor.backward"
     )
     self.trip, self.round = trips[-1].number + 1, number
-    trips.append(_Trip(self.trip, self.layer, self.phase, number, self.host_count_RE))
+    trips.append(_Trip(self.trip, self.layer, self.phase, number, self.counts))
 
   def _send(self, x_TD: Tensor, gate_TK: Tensor | None) -> None:
     self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low())
@@ -412,7 +471,7 @@ class _Call:
 
   def _receive(self) -> tuple[Tensor, Tensor, Tensor]:
     self._wait(DISPATCH)
-    return self.exchange.receive(min(max(self.end - self._low(), 0), self.exchange.capacity))
+    return self.exchange.receive(self.exchange.capacity)
 
   def _low(self) -> int:
     """The first place of this round."""

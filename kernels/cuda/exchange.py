@@ -32,7 +32,7 @@ traps, so nothing after it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import cutlass
@@ -448,6 +448,24 @@ def compile_reply(dtype, dim: int, gates: bool):
   return compile_kernel(kernel, row, gate, origin, _table(), Int32(0), Int32(1))
 
 
+class Fetched:
+  """See kernels.reference.exchange.Fetched. Elements that have not come are -1 on the host."""
+
+  def __init__(self, x: Tensor):
+    self._host = torch.full(x.shape, -1, dtype=x.dtype, pin_memory=True)
+    self._host.copy_(x, non_blocking=True)
+    self._ready = torch.cuda.Event()
+    self._ready.record()
+
+  def __call__(self) -> list:
+    self._ready.synchronize()
+    return self._host.tolist()
+
+  def here(self) -> list | None:
+    """Also after a wait trapped, when no event can be asked."""
+    return None if (self._host < 0).any() else self._host.tolist()
+
+
 class Exchange:
   """The movers of one rank; see kernels.reference.exchange.Exchange, whose methods these are.
 
@@ -581,17 +599,6 @@ class Exchange:
     if self.stream is not None:
       torch.cuda.current_stream().wait_stream(self.stream)
 
-  def fetch(self, x: Tensor) -> Callable[[], list]:
-    """x as a list on the host; the copy is queued now, the call waits for it and no more."""
-    if self.stream is None:
-      return x.tolist
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-
-    def value() -> list:
-      ready.synchronize()
-      return host.tolist()
-
-    return value
+  def fetch(self, x: Tensor) -> Fetched:
+    """x, of no negative elements, on its way to the host; the copy is queued now."""
+    return Fetched(x)

@@ -8,7 +8,6 @@ signal is stored after the rows that it announces; x86-64 keeps that order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,6 +21,20 @@ from kernels.reference.products import multiply
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
 PAUSE_S = 1e-4
+
+
+class Fetched:
+  """Values on their way to the host. A call waits for them and no more: as a list."""
+
+  def __init__(self, value: list):
+    self._value = value
+
+  def __call__(self) -> list:
+    return self._value
+
+  def here(self) -> list | None:
+    """The values if they have come, without waiting."""
+    return self._value
 
 
 class Exchange:
@@ -145,9 +158,9 @@ class Exchange:
   def join(self) -> None:
     """Work from here on comes after all work `beside`."""
 
-  def fetch(self, x: Tensor) -> Callable[[], list]:
-    """x as a list on the host, when called."""
-    return x.tolist
+  def fetch(self, x: Tensor) -> Fetched:
+    """x on its way to the host."""
+    return Fetched(x.tolist())
 
   def _packed(self, x_TD: Tensor) -> Tensor:
     """uint8: the rows as MXFP8, as kernels.buffers places it."""

@@ -207,6 +207,7 @@ def main() -> None:
   group, what = dist.group.WORLD, sys.argv[1]
   memory = puts if what == "puts" else symmetric
   report: dict = {"rank": rank, "ranks": num_ranks}
+  begun = time.monotonic()
   if what == "missing":
     deadline_s = 5.0
     rdep = Rdep(settings(num_ranks, 1.5, deadline_s), ops, group, symmetric)
@@ -217,6 +218,7 @@ def main() -> None:
   for name, (_, _, capacity) in CASES.items():
     rdep = Rdep(settings(num_ranks, capacity, DEADLINE_S), ops, group, memory)
     report[name] = check_case(rdep, name)
+    sys.stderr.write(f"rank {rank}: {name} holds, {time.monotonic() - begun:.0f} s\n")
     if name == "uniform":
       report["kernels"] = kernels_of_a_layer(rdep)
     torch.cuda.synchronize()

@@ -63,7 +63,7 @@ def layer(kind: str, fused: bool, alignment: int = 1, mxfp8: bool = False):
   kept = []
   for r, mover in enumerate(exchanges):
     mine = slice(r * E // RANKS, (r + 1) * E // RANKS)
-    rows, _, origin = mover.receive(int(where.end_R[r]))
+    rows, _, origin = mover.receive(mover.capacity)  # rows beyond end_R[r], or all, are zero
     offset = torch.cat([where.start_E[mine], where.end_R[r : r + 1]]).int()
     y, state = grouped_mlp_forward(rows, offset, *weights[r], Recipe(), True)
     y = mover.multiply(y, origin) if isinstance(y, Product) else y
@@ -74,7 +74,7 @@ def layer(kind: str, fused: bool, alignment: int = 1, mxfp8: bool = False):
     mover.send(2, dy[r], gate[r], routes[r], 0)
   gradients = []
   for r, mover in enumerate(exchanges):
-    rows, gate_C, _ = mover.receive(int(where.end_R[r]))
+    rows, gate_C, _ = mover.receive(mover.capacity)
     state, origin = kept[r]
     dx, dgate, rest = grouped_mlp_backward(state, rows, gate_C, *weights[r])
     dx = mover.multiply(dx, origin, dgate) if isinstance(dx, Product) else dx

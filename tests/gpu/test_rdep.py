@@ -20,18 +20,20 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 
 
-def start(num_ranks: int, what: str) -> list[dict]:
-  """The ranks' reports; fails with their output if one of them does."""
+def start(num_ranks: int, what: str, said: int | None = subprocess.PIPE) -> list[dict]:
+  """The ranks' reports; fails with their output if one of them does. said: None shows what they
+  say meanwhile.
+  """
   found = torch.cuda.get_device_capability()
   arch = next(a.name for a in ARCHS.values() if a.capability == found)
   path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
   env = {**os.environ, **environment(arch, Path.home() / ".cache" / "nmoe" / "kernels")}
   command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
   command += ["--master-port", "0", str(ROOT / "tests" / "gpu" / "rdep_ranks.py"), what]
-  done = subprocess.run(
-    command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=400
-  )
-  assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+  env["PYTHONPATH"] = path
+  out = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
+  done = subprocess.run(command, env=env, timeout=400, **out)
+  assert done.returncode == 0, f"{done.stdout[-3000:]}\n{(done.stderr or '')[-6000:]}"
   return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -48,7 +50,7 @@ def test_a_missing_rank_stops_the_others_with_a_post_mortem() -> None:
 if __name__ == "__main__":
   for ranks in map(int, sys.argv[1:] or ("2",)):
     for what in ("stores", "puts"):
-      for report in start(ranks, what):
+      for report in start(ranks, what, None):
         sys.stdout.write(json.dumps({"path": what, **report}, indent=1) + "\n")
-  for report in start(2, "missing"):
+  for report in start(2, "missing", None):
     sys.stdout.write(json.dumps(report) + "\n")
