@@ -4,7 +4,10 @@ python -m kernels.bench_sonic [--rest MS].
 Both layers get the same tokens, weights and output gradients and route them by themselves:
 SonicMoE by a bf16 softmax router, ours by an fp32 sigmoid one with a bias. Rows as in
 kernels.bench, interleaved with the dense peak; then the bytes that each keeps for backward.
-SonicMoE's first call of a shape tries QuACK's tiles, which takes minutes.
+
+SonicMoE's first call of a shape tries QuACK's tiles, for minutes. Here it tries those that
+kernels.cuda.gemms chooses from, of all kinds: whatever won in its own full search (one H100, T
+32768, E 64) is among them.
 """
 
 from __future__ import annotations
@@ -15,11 +18,16 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
+from quack import gemm_interface
+from quack.gemm_config import GemmConfig
+from quack.gemm_runtime import autotune
 from sonicmoe.enums import ActivationType
 from sonicmoe.functional import moe_TC_softmax_topk_layer
 from torch import Tensor
 
 from kernels.bench import MOES, MoeLayer, arguments, kept, report, rows
+from kernels.cuda.gemms import CHOICES
+from kernels.cuda.jit import ARCH
 
 
 class Sonic:
@@ -43,8 +51,22 @@ class Sonic:
     self.forward(i).backward(self.layer.dy[i])
 
 
+def tile(config: GemmConfig) -> tuple:
+  return config.tile_m, config.tile_n, config.pingpong, config.cluster_m, config.cluster_n
+
+
+def offer_tiles() -> None:
+  """Leave QuACK's search the tiles of kernels.cuda.gemms."""
+  known = {tile(choice.config) for kind in CHOICES[ARCH.name].values() for choice in kind}
+  offered = autotune.get_all_configs
+  autotune.get_all_configs = lambda **how: [c for c in offered(**how) if tile(c) in known]
+  tuner = gemm_interface.gemm_tuned
+  tuner.configs = [c for c in tuner.configs if tile(c.kwargs["config"]) in known]
+
+
 def main() -> None:
   rest = arguments().parse_args().rest
+  offer_tiles()
   for moe in (m for m in MOES if m.skew == 1.0):
     layer = MoeLayer(moe)
     other = Sonic(layer)
