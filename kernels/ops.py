@@ -247,6 +247,8 @@ def check(condition: bool, message: str) -> None:
 
 def check_same_device(*tensors: Tensor) -> torch.device:
   """The tensors' one device, or KernelError."""
-  devices = {t.device for t in tensors}
-  check(len(devices) == 1, f"tensors are on {sorted(map(str, devices))}; put them on one device")
-  return devices.pop()
+  device = tensors[0].device
+  if any(t.device != device for t in tensors):
+    found = sorted({str(t.device) for t in tensors})
+    raise KernelError(f"tensors are on {found}; put them on one device")
+  return device

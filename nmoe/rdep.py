@@ -62,29 +62,12 @@ from torch.autograd.function import once_differentiable
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
 from kernels.ops import Product, Recipe
+from kernels.reference.places import places
 from nmoe.config import Config
 from nmoe.errors import CommError
 from nmoe.heap import Heap, buffer_layout
 
 KIND_NAMES = {COUNTS: "counts", DISPATCH: "rows", RETURN: "returned rows"}
-
-
-class Places(NamedTuple):
-  """Where rows lie, as every rank computes it from the counts."""
-
-  base_RE: Tensor  # int64: place of rank r's first row for expert e in the owner's sorted rows
-  start_E: Tensor  # int64: place of expert e's first row in its owner's sorted rows, aligned
-  end_R: Tensor  # int64: places that rank r's rows take in all, padding included
-
-
-def places(count_RE: Tensor, alignment: int) -> Places:
-  """Expert-major, then source rank; experts start at multiples of `alignment`. A pure function."""
-  ranks, experts = count_RE.shape
-  count_RE = count_RE.long()
-  padded_RL = (-(-count_RE.sum(0) // alignment) * alignment).view(ranks, experts // ranks)
-  start_E = (padded_RL.cumsum(1) - padded_RL).flatten()
-  before_RE = count_RE.cumsum(0) - count_RE
-  return Places(start_E + before_RE, start_E, padded_RL.sum(1))
 
 
 def unknown() -> None:
@@ -250,7 +233,7 @@ class _Send(torch.autograd.Function):
   def forward(ctx: Any, call: _Call, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
     ctx.call = call
     call.start(x_TD, gate_TK, expert_TK)
-    return x_TD.new_zeros(())
+    return x_TD.new_empty(0)
 
   @staticmethod
   @once_differentiable
@@ -282,7 +265,7 @@ class _Receive(torch.autograd.Function):
   @once_differentiable
   def backward(ctx: Any, dy_TD: Tensor) -> tuple:
     dx_TD, dw13, dw2 = ctx.call.start_backward(dy_TD.contiguous(), *ctx.saved_tensors)
-    return None, dy_TD.new_zeros(()), dx_TD, dw13, dw2, None
+    return None, dy_TD.new_empty(0), dx_TD, dw13, dw2, None
 
 
 class _Kept(NamedTuple):
@@ -319,8 +302,7 @@ class _Call:
       layout = self.rdep.ops.layout(expert_TK, self.rdep.num_experts)
       self.exchange.post_counts(self.trip, layout.offset_E1.diff())
       self._wait(COUNTS)
-      count_RE = self.rdep.heap.mine.count_RE.long()
-      self.places = places(count_RE, self.rdep.config.rdep.alignment)
+      count_RE, self.places = self.exchange.places(self.rdep.config.rdep.alignment)
       self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
       self.fetched = self.exchange.fetch(count_RE)
       self.counts = self.fetched.here
@@ -441,9 +423,7 @@ class _Call:
   def _run(self, x_CD: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> tuple[Tensor | Product, Any]:
     """The grouped experts over this round's rows: results, and what backward needs."""
     rdep = self.rdep
-    start_L = self.places.start_E[rdep.first : rdep.first + rdep.num_local]
-    end_1 = self.places.end_R[rdep.rank : rdep.rank + 1]
-    offset_L1 = (torch.cat([start_L, end_1]) - self._low()).clamp(0, x_CD.shape[0]).int()
+    offset_L1 = (self.places.edge_RL1[rdep.rank] - self._low()).clamp(0, x_CD.shape[0]).int()
     return rdep.ops.grouped_mlp_forward(x_CD, offset_L1, w13, w2, self.recipe, keep)
 
   def _multiplied(

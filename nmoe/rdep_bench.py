@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.buffers import DISPATCH, RETURN, Route
 from kernels.ops import Product, Recipe
+from kernels.reference.places import places
 from nmoe import config as configs
 from nmoe import parallel
 from nmoe.clock import Clock
@@ -33,7 +34,7 @@ from nmoe.config import Config
 from nmoe.errors import CommError, ConfigError, NmoeError
 from nmoe.model import parameter_dtype
 from nmoe.parallel import Parallel
-from nmoe.rdep import places, unknown
+from nmoe.rdep import unknown
 from nmoe.target import Target, select
 
 SETS = 3  # inputs that rotate

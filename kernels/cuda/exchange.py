@@ -39,16 +39,12 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import dsl_user_op
 from torch import Tensor
 
 from kernels.buffers import (
-  COUNTS,
   DISPATCH,
   MXFP8_BLOCK,
   RETURN,
-  SIGNAL_STRIDE,
   Buffers,
   Route,
   mxfp8_bytes,
@@ -66,7 +62,22 @@ from kernels.cuda.jit import (
   vector_at,
   vector_width,
 )
+from kernels.cuda.places import places
+from kernels.cuda.signals import (
+  BACK,
+  BACK_GATE,
+  GATE,
+  ORIGIN,
+  ROW,
+  address_table,
+  compile_post_counts,
+  compile_signal,
+  compile_wait,
+  pointer_to,
+  put_element,
+)
 from kernels.ops import Product, check
+from kernels.reference.places import Places
 
 THREADS = 512
 WARPS = THREADS // 32
@@ -75,39 +86,11 @@ COPY_BLOCKS = 528  # of receive, which runs alone
 CODES = 16  # elements of an MXFP8 row that a lane holds: one store; two lanes share a scale
 FUSED = True  # whether products return their rows themselves; `nmoe bench rdep` measures both
 
-COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
-
-
-@dsl_user_op
-def _trap(*, loc=None, ip=None) -> None:
-  llvm.inline_asm(
-    None,
-    [],
-    "trap;",
-    "",
-    has_side_effects=True,
-    is_align_stack=False,
-    asm_dialect=llvm.AsmDialect.AD_ATT,
-    loc=loc,
-    ip=ip,
-  )
-
-
-@cute.jit
-def _pointer(dtype: cutlass.Constexpr[type], address: Int64, align: cutlass.Constexpr[int]):
-  return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-
-
-@cute.jit
-def _put(dtype: cutlass.Constexpr[type], address: Int64, value) -> None:
-  """Store one element at an address of its own alignment."""
-  cute.make_tensor(_pointer(dtype, address, dtype.width // 8), cute.make_layout(1))[0] = value
-
 
 @cute.jit
 def _put_vector(rX: cute.Tensor, address: Int64) -> None:
   """Store 16 bytes of registers."""
-  pointer = _pointer(rX.element_type, address, 16)
+  pointer = pointer_to(rX.element_type, address, 16)
   cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(cute.size(rX))))
 
 
@@ -137,7 +120,7 @@ def _pack_row(mX: cute.Tensor, row: Int64, targets: list) -> None:
       if targets[k] != 0 and column < dim:
         _put_vector(rCode, targets[k] + column)
         if column % MXFP8_BLOCK == 0:
-          _put(Uint8, targets[k] + dim + column // MXFP8_BLOCK, Uint8(scale))
+          put_element(Uint8, targets[k] + dim + column // MXFP8_BLOCK, Uint8(scale))
 
 
 @cute.jit
@@ -145,99 +128,9 @@ def _unpack(mRow: cute.Tensor, row: Int64, column: Int32, dim: cutlass.Constexpr
   """CODES elements of an MXFP8 row in fp32."""
   start = mRow.iterator.toint() + row * mRow.shape[1]
   rCode = cute.make_rmem_tensor(CODES // 4, Uint32)
-  pointer = _pointer(Uint32, start + column, CODES)
+  pointer = pointer_to(Uint32, start + column, CODES)
   cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(CODES // 4)), rCode)
   return mf.mxfp8_decode(rCode, Int32(mRow[row, dim + column // MXFP8_BLOCK]))
-
-
-@cute.jit
-def _signal(mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64) -> None:
-  """Thread r stores `trip` as this rank's signal on rank r, after all that it saw before."""
-  peer, _, _ = cute.arch.thread_idx()
-  ranks = mTable.shape[1]
-  if peer < ranks:
-    cute.arch.fence_acq_rel_sys()
-    address = mTable[SIGNAL, peer] + (Int64(kind) * ranks + rank) * (8 * SIGNAL_STRIDE)
-    cute.arch.store(_pointer(Int64, address, 8), trip, sem="release", scope="sys")
-
-
-class Signal:
-  """One block: tell every rank that this rank's trip is complete."""
-
-  @cute.jit
-  def __call__(self, mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64, stream):
-    self.kernel(mTable, kind, rank, trip).launch(
-      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
-
-  @cute.kernel
-  def kernel(self, mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64):
-    _signal(mTable, kind, rank, trip)
-
-
-class PostCounts:
-  """One block: the counts into every rank's count[rank], then the signal."""
-
-  @cute.jit
-  def __call__(self, mCount: cute.Tensor, mTable: cute.Tensor, rank: Int32, trip: Int64, stream):
-    self.kernel(mCount, mTable, rank, trip).launch(
-      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
-
-  @cute.kernel
-  def kernel(self, mCount: cute.Tensor, mTable: cute.Tensor, rank: Int32, trip: Int64):
-    tidx, _, _ = cute.arch.thread_idx()
-    experts, ranks = mCount.shape[0], mTable.shape[1]
-    for i in cutlass.range(tidx, ranks * experts, THREADS):
-      peer, expert = i // experts, i % experts
-      _put(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
-    cute.arch.fence_acq_rel_sys()
-    cute.arch.sync_threads()
-    _signal(mTable, Int32(COUNTS), rank, trip)
-
-
-class Wait:
-  """Thread r spins until rank r's signal reaches `trip`; past the deadline it records and traps."""
-
-  @cute.jit
-  def __call__(
-    self,
-    mSignal: cute.Tensor,
-    mRecord: cute.Tensor,
-    kind: Int32,
-    trip: Int64,
-    deadline_ns: Int64,
-    stream,
-  ):
-    self.kernel(mSignal, mRecord, kind, trip, deadline_ns).launch(
-      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
-
-  @cute.kernel
-  def kernel(
-    self,
-    mSignal: cute.Tensor,
-    mRecord: cute.Tensor,
-    kind: Int32,
-    trip: Int64,
-    deadline_ns: Int64,
-  ):
-    peer, _, _ = cute.arch.thread_idx()
-    seen, waiting = trip, peer < mSignal.shape[1]
-    signal = mSignal.iterator + (kind * mSignal.shape[1] + peer) * SIGNAL_STRIDE
-    begun = cute.arch.globaltimer()
-    while waiting:
-      seen = cute.arch.load(signal, Int64, sem="acquire", scope="sys")
-      waiting = (seen < trip) & (cute.arch.globaltimer() - begun < deadline_ns)
-    if seen < trip:
-      record = mRecord[0]
-      _put(Int64, record, Int64(kind))
-      _put(Int64, record + 8, trip)
-      _put(Int64, record + 16 + 8 * Int64(peer), Int64(1))
-      cute.arch.fence_acq_rel_sys()
-    cute.arch.sync_threads()
-    if seen < trip:
-      _trap()
 
 
 class Send:
@@ -304,14 +197,14 @@ class Send:
             address = mTable[BACK, rank] + row * self.bytes_per_row
             if const_expr(mGate is not None):
               if lane == 0:
-                _put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
+                put_element(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
           else:
             owner = expert // held
             address = mTable[ROW, owner] + place * self.bytes_per_row
             if lane == 0:
-              _put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
+              put_element(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
               if const_expr(mGate is not None):
-                _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+                put_element(Float32, mTable[GATE, owner] + place * 4, mGate[item])
         target.append(address)
       if const_expr(self.mxfp8):
         _pack_row(mX, Int64(token), target)
@@ -392,29 +285,9 @@ class Reply:
         source, item = origin // items, Int64(origin % items)
         if const_expr(self.gates):
           if lane == 0:
-            _put(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
+            put_element(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
         back = mTable[BACK, source] + item * const_expr(self.dim * self.dtype.width // 8)
         _copy_row(mRow, Int64(row), [back], self.width)
-
-
-def _table():
-  return fake(Int64, len(Buffers._fields), None, align=8)
-
-
-@cached
-def compile_signal():
-  return compile_kernel(Signal(), _table(), Int32(0), Int32(0), Int64(0))
-
-
-@cached
-def compile_post_counts():
-  return compile_kernel(PostCounts(), fake(Int32, None, align=4), _table(), Int32(0), Int64(0))
-
-
-@cached
-def compile_wait():
-  signal, record = fake(Int64, 3, None, SIGNAL_STRIDE, align=8), fake(Int64, 1, align=8)
-  return compile_kernel(Wait(), signal, record, Int32(0), Int64(0), Int64(0))
 
 
 @cached
@@ -425,7 +298,7 @@ def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool, mxfp8: 
   base = fake(Int64, None, align=8)
   kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k, packed, mxfp8)
   scalars = (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1))
-  return compile_kernel(kernel, x, gate, expert, row, offset, base, _table(), *scalars)
+  return compile_kernel(kernel, x, gate, expert, row, offset, base, address_table(), *scalars)
 
 
 @cached
@@ -445,7 +318,7 @@ def compile_reply(dtype, dim: int, gates: bool):
   gate = fake(Float32, None, align=4) if gates else None
   kernel = Reply(DTYPES[dtype], vector_width(dtype, dim, "rows"), dim, gates)
   origin = fake(Int32, None, align=4)
-  return compile_kernel(kernel, row, gate, origin, _table(), Int32(0), Int32(1))
+  return compile_kernel(kernel, row, gate, origin, address_table(), Int32(0), Int32(1))
 
 
 class Fetched:
@@ -590,14 +463,21 @@ class Exchange:
     if self.stream is None:
       yield
       return
-    self.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(self.stream):
+    current = torch.cuda.current_stream(self.stream.device_index)
+    self.stream.wait_stream(current)
+    torch.cuda.set_stream(self.stream)  # torch.cuda.stream asks for the device, twice
+    try:
       yield
+    finally:
+      torch.cuda.set_stream(current)
 
   def join(self) -> None:
     """What is queued from now on runs after all that was queued `beside`."""
     if self.stream is not None:
-      torch.cuda.current_stream().wait_stream(self.stream)
+      torch.cuda.current_stream(self.stream.device_index).wait_stream(self.stream)
+
+  def places(self, alignment: int) -> tuple[Tensor, Places]:
+    return places(self.mine.count_RE, alignment)
 
   def fetch(self, x: Tensor) -> Fetched:
     """x, of no negative elements, on its way to the host; the copy is queued now."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import cutlass
@@ -75,8 +75,13 @@ def compile_mode() -> Iterator[None]:
 
 def check_device(device: torch.device) -> None:
   """KernelError unless `device` is a GPU of the architecture this process compiles for."""
-  if compiling() and device.type == "meta":
-    return
+  if not (compiling() and device.type == "meta"):
+    _check_gpu(device)
+
+
+@lru_cache
+def _check_gpu(device: torch.device) -> None:
+  """Asked once a device: the question takes longer than a launch."""
   check(device.type == "cuda", f"kernels.cuda got a tensor on {device}; move it to a CUDA device")
   found = torch.cuda.get_device_capability(device)
   check(

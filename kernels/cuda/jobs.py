@@ -90,6 +90,7 @@ def _exchange(s: Shapes) -> None:
   base_RE = meta(s.ranks, s.num_experts, dtype=torch.int64)
   route = Route(expert_TK, layout(expert_TK, s.num_experts), base_RE, base_RE)
   mover.post_counts(1, meta(s.num_experts, dtype=torch.int32))
+  mover.places(1)
   for gate in (None, gate_TK):
     mover.send(1, x_TD, gate, route, 0)
     row_CD, gate_C, origin_C = mover.receive(mover.capacity)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.buffers import COUNTS, DISPATCH, MXFP8_BLOCK, RETURN, Buffers, Route
 from kernels.ops import Product
 from kernels.reference.blockscale import BlockScaled, quantize
+from kernels.reference.places import Places, places
 from kernels.reference.products import multiply
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
@@ -157,6 +158,11 @@ class Exchange:
 
   def join(self) -> None:
     """Work from here on comes after all work `beside`."""
+
+  def places(self, alignment: int) -> tuple[Tensor, Places]:
+    """(the counts that came, a copy in int64; where all rows lie)."""
+    count_RE = self.mine.count_RE.long()
+    return count_RE, places(count_RE, alignment)
 
   def fetch(self, x: Tensor) -> Fetched:
     """x on its way to the host."""

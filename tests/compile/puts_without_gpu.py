@@ -16,7 +16,7 @@ from kernels.buffers import DISPATCH, BufferLayout, Buffers, Route
 from kernels.cuda import exchange as direct
 from kernels.cuda import jit, puts
 from kernels.reference.exchange import Exchange
-from nmoe.rdep import places
+from kernels.reference.places import places
 
 R, HELD, K, D, ROWS = 3, 2, 2, 8, 12
 E = R * HELD

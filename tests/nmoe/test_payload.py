@@ -20,9 +20,10 @@ from kernels.ops import KernelError, Recipe
 from kernels.reference import symmetric
 from kernels.reference.blockscale import quantize
 from kernels.reference.exchange import Exchange
+from kernels.reference.places import places
 from nmoe.config import Config, loads
 from nmoe.model import Model
-from nmoe.rdep import Rdep, places
+from nmoe.rdep import Rdep
 
 E, K, D, F, TOKENS = 8, 2, 64, 32, 24
 FIELDS = ("y_TD", "dx_TD", "dgate_TK", "dw13", "dw2")

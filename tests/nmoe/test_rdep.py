@@ -21,9 +21,10 @@ import kernels.reference as ops
 from kernels.buffers import COUNTS, DISPATCH, RETURN, BufferLayout, Route
 from kernels.ops import Recipe
 from kernels.reference import exchange, symmetric
+from kernels.reference.places import places
 from nmoe.config import Config, loads
 from nmoe.errors import CommError
-from nmoe.rdep import Rdep, places
+from nmoe.rdep import Rdep
 from nmoe.watch import rdep_values
 
 E, K, D, F, TOKENS = 8, 2, 16, 8, 40  # TOKENS: the most that a rank may hold
