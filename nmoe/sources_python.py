@@ -8,6 +8,7 @@ docstrings are held out too.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sysconfig
 from pathlib import Path
@@ -76,7 +77,10 @@ def _files(tree: str) -> list[Path]:
   name, foreign = ("stdlib", _PACKAGES) if tree == "stdlib" else ("purelib", set())
   root = Path(sysconfig.get_path(name))
   foreign = foreign | {"__pycache__"}
-  files = [p for p in sorted(root.rglob("*.py")) if not foreign & set(p.relative_to(root).parts)]
+  files = []
+  for folder, folders, names in os.walk(root):
+    folders[:] = set(folders) - foreign  # not walked: site-packages may be the larger part by far
+    files += [Path(folder, name) for name in names if name.endswith(".py")]
   if not files:
     raise DataError(f"{root}: no .py files; use a Python that ships its {tree}' sources")
-  return files
+  return sorted(files)
