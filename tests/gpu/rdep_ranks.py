@@ -1,6 +1,6 @@
-"""One rank of tests/gpu/test_rdep.py, started by torchrun: checks RDEP and writes one JSON line.
+"""One rank of tests/gpu/test_rdep.py: checks RDEP and writes one JSON line.
 
-Ranks share a GPU if there are fewer GPUs than ranks.
+`rdep_ranks.py stores|puts|missing RANKS RENDEZVOUS RANK`. Ranks share a GPU if there are fewer.
 """
 
 from __future__ import annotations
@@ -201,10 +201,13 @@ def missing_rank(rdep: Rdep, deadline_s: float) -> str:
 
 
 def main() -> None:
-  rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+  what, num_ranks, rendezvous, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
   torch.cuda.set_device(rank % torch.cuda.device_count())
-  dist.init_process_group("gloo", timeout=timedelta(seconds=180))
-  group, what = dist.group.WORLD, sys.argv[1]
+  timeout, where = timedelta(seconds=180), f"file://{rendezvous}"
+  dist.init_process_group(
+    "gloo", init_method=where, rank=rank, world_size=num_ranks, timeout=timeout
+  )
+  group = dist.group.WORLD
   memory = puts if what == "puts" else symmetric
   report: dict = {"rank": rank, "ranks": num_ranks}
   begun = time.monotonic()
