@@ -38,7 +38,7 @@ from contextlib import contextmanager
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 from torch import Tensor
@@ -46,7 +46,6 @@ from torch import Tensor
 from kernels.buffers import (
   COUNTS,
   DISPATCH,
-  MXFP8_BLOCK,
   RETURN,
   SIGNAL_STRIDE,
   Buffers,
@@ -54,7 +53,6 @@ from kernels.buffers import (
   mxfp8_bytes,
 )
 from kernels.cuda import gemms, scatter
-from kernels.cuda import minifloat as mf
 from kernels.cuda.jit import (
   DTYPES,
   cached,
@@ -62,17 +60,16 @@ from kernels.cuda.jit import (
   compile_kernel,
   contiguous,
   fake,
-  load_vector,
   vector_at,
   vector_width,
 )
+from kernels.cuda.rows import CODES, copy_row, pack_row, pointer, put, put_vector, unpack
 from kernels.ops import Product, check
 
 THREADS = 512
 WARPS = THREADS // 32
 BLOCKS = 32  # of send and reply at most: the SMs that communication takes from GEMMs beside it
 COPY_BLOCKS = 528  # of receive, which runs alone
-CODES = 16  # elements of an MXFP8 row that a lane holds: one store; two lanes share a scale
 FUSED = True  # whether products return their rows themselves; `nmoe bench rdep` measures both
 
 COUNT, ROW, GATE, ORIGIN, BACK, BACK_GATE, SIGNAL = range(7)  # rows of the address table
@@ -94,63 +91,6 @@ def _trap(*, loc=None, ip=None) -> None:
 
 
 @cute.jit
-def _pointer(dtype: cutlass.Constexpr[type], address: Int64, align: cutlass.Constexpr[int]):
-  return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-
-
-@cute.jit
-def _put(dtype: cutlass.Constexpr[type], address: Int64, value) -> None:
-  """Store one element at an address of its own alignment."""
-  cute.make_tensor(_pointer(dtype, address, dtype.width // 8), cute.make_layout(1))[0] = value
-
-
-@cute.jit
-def _put_vector(rX: cute.Tensor, address: Int64) -> None:
-  """Store 16 bytes of registers."""
-  pointer = _pointer(rX.element_type, address, 16)
-  cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(cute.size(rX))))
-
-
-@cute.jit
-def _copy_row(mX: cute.Tensor, row: Int64, targets: list, width: cutlass.Constexpr[int]) -> None:
-  """A warp copies a row to each of the addresses that is not 0."""
-  dim, size = const_expr(mX.shape[1]), const_expr(mX.element_type.width // 8)
-  for column in cutlass.range(cute.arch.lane_idx() * width, dim, 32 * width, unroll=4):
-    rX = load_vector(mX, row * dim + column, width)
-    for k in cutlass.range_constexpr(len(targets)):
-      if targets[k] != 0:
-        _put_vector(rX, targets[k] + column * size)
-
-
-@cute.jit
-def _pack_row(mX: cute.Tensor, row: Int64, targets: list) -> None:
-  """A warp stores a row as MXFP8 at each of the addresses that is not 0."""
-  dim = const_expr(mX.shape[1])
-  for start in cutlass.range(0, dim, 32 * CODES):
-    column = start + cute.arch.lane_idx() * CODES
-    rX = cute.make_rmem_tensor(CODES, Float32)
-    rX.fill(0.0)
-    if column < dim:
-      rX.store(load_vector(mX, row * dim + column, CODES).load().to(Float32))
-    rCode, scale = mf.mxfp8_encode(rX, MXFP8_BLOCK)
-    for k in cutlass.range_constexpr(len(targets)):
-      if targets[k] != 0 and column < dim:
-        _put_vector(rCode, targets[k] + column)
-        if column % MXFP8_BLOCK == 0:
-          _put(Uint8, targets[k] + dim + column // MXFP8_BLOCK, Uint8(scale))
-
-
-@cute.jit
-def _unpack(mRow: cute.Tensor, row: Int64, column: Int32, dim: cutlass.Constexpr[int]):
-  """CODES elements of an MXFP8 row in fp32."""
-  start = mRow.iterator.toint() + row * mRow.shape[1]
-  rCode = cute.make_rmem_tensor(CODES // 4, Uint32)
-  pointer = _pointer(Uint32, start + column, CODES)
-  cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(CODES // 4)), rCode)
-  return mf.mxfp8_decode(rCode, Int32(mRow[row, dim + column // MXFP8_BLOCK]))
-
-
-@cute.jit
 def _signal(mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64) -> None:
   """Thread r stores `trip` as this rank's signal on rank r, after all that it saw before."""
   peer, _, _ = cute.arch.thread_idx()
@@ -158,7 +98,7 @@ def _signal(mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64) -> None:
   if peer < ranks:
     cute.arch.fence_acq_rel_sys()
     address = mTable[SIGNAL, peer] + (Int64(kind) * ranks + rank) * (8 * SIGNAL_STRIDE)
-    cute.arch.store(_pointer(Int64, address, 8), trip, sem="release", scope="sys")
+    cute.arch.store(pointer(Int64, address, 8), trip, sem="release", scope="sys")
 
 
 class Signal:
@@ -190,7 +130,7 @@ class PostCounts:
     experts, ranks = mCount.shape[0], mTable.shape[1]
     for i in cutlass.range(tidx, ranks * experts, THREADS):
       peer, expert = i // experts, i % experts
-      _put(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
+      put(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
     cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
     _signal(mTable, Int32(COUNTS), rank, trip)
@@ -231,9 +171,9 @@ class Wait:
       waiting = (seen < trip) & (cute.arch.globaltimer() - begun < deadline_ns)
     if seen < trip:
       record = mRecord[0]
-      _put(Int64, record, Int64(kind))
-      _put(Int64, record + 8, trip)
-      _put(Int64, record + 16 + 8 * Int64(peer), Int64(1))
+      put(Int64, record, Int64(kind))
+      put(Int64, record + 8, trip)
+      put(Int64, record + 16 + 8 * Int64(peer), Int64(1))
       cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
     if seen < trip:
@@ -304,19 +244,19 @@ class Send:
             address = mTable[BACK, rank] + row * self.bytes_per_row
             if const_expr(mGate is not None):
               if lane == 0:
-                _put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
+                put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
           else:
             owner = expert // held
             address = mTable[ROW, owner] + place * self.bytes_per_row
             if lane == 0:
-              _put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
+              put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
               if const_expr(mGate is not None):
-                _put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+                put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
         target.append(address)
       if const_expr(self.mxfp8):
-        _pack_row(mX, Int64(token), target)
+        pack_row(mX, Int64(token), target)
       else:
-        _copy_row(mX, Int64(token), target, self.width)
+        copy_row(mX, Int64(token), target, self.width)
 
 
 class Receive:
@@ -347,14 +287,14 @@ class Receive:
       for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
         rX = cute.make_rmem_tensor(self.width, self.dtype)
         if const_expr(self.mxfp8):
-          rX.store(_unpack(mRow, Int64(row), column, self.dim).load().to(self.dtype))
+          rX.store(unpack(mRow, Int64(row), column, self.dim).load().to(self.dtype))
         else:
           cute.autovec_copy(vector_at(mRow, Int64(row) * self.dim + column, self.width), rX)
         if origin < 0:
           rX.fill(self.dtype(0.0))
         bytes_per = const_expr(self.dtype.width // 8)
         out = mOutRow.iterator.toint() + (Int64(row) * self.dim + column) * bytes_per
-        _put_vector(rX, out)
+        put_vector(rX, out)
 
 
 class Reply:
@@ -392,9 +332,9 @@ class Reply:
         source, item = origin // items, Int64(origin % items)
         if const_expr(self.gates):
           if lane == 0:
-            _put(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
+            put(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
         back = mTable[BACK, source] + item * const_expr(self.dim * self.dtype.width // 8)
-        _copy_row(mRow, Int64(row), [back], self.width)
+        copy_row(mRow, Int64(row), [back], self.width)
 
 
 def _table():

@@ -10,6 +10,7 @@ from kernels.buffers import ALIGNMENT, MXFP8_BLOCK, BufferLayout, Buffers, Route
 from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.layout import layout
+from kernels.cuda.rows import CODES
 from kernels.ops import Product, Recipe
 from kernels.reference.exchange import Exchange as ReferenceExchange
 from nmoe.rdep import places
@@ -17,6 +18,7 @@ from nmoe.rdep import places
 pytestmark = pytest.mark.gpu
 RANKS, E, K, D, F, TOKENS = 2, 8, 3, 320, 136, 600
 ROUTINGS = {"uniform": range(E), "one rank gets none": range(E // 2), "one expert": [E - 1]}
+DIMS = [n * CODES for n in (2, 20, 32, 66)]  # a warp takes 32 · CODES at a time
 
 
 def blocks(sizes: BufferLayout, device: str) -> list[Buffers]:
@@ -138,7 +140,7 @@ def bits(row: torch.Tensor) -> torch.Tensor:
   return torch.where(row.isnan(), torch.nan, row).view(torch.int16)
 
 
-@pytest.mark.parametrize("dim", [32, 320, 512, 1056])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("kind", ROUTINGS)
 def test_mxfp8_rows_are_the_reference_bit_for_bit(kind, alignment, dim):
