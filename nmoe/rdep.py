@@ -4,8 +4,8 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
   1. counts   write the tokens per expert into every rank's count[source]; all ranks then hold the
               same [R, E] matrix and compute the same places: expert-major, then source rank, then
               token, then k.
-  2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, with
-              rdep.payload "mxfp8", quantized at the source (kernels.buffers) and dequantized there.
+  2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, as
+              rdep.payload says, quantized at the source (kernels.buffers) and dequantized there.
   3. experts  the owner copies the rows out and runs the grouped products over them.
   4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
               reply, or, with `exchange.fused`, by the last product itself.
@@ -14,11 +14,13 @@ Backward dispatches dy and the gates to the same places, and returns dx rows and
 per row; the products of the weights' gradients come after, while rows travel. A place is a pure
 function of the routing, so N ranks multiply the same rows in the same order as one.
 
-Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; the returned
-ones stay bf16 (DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in
-bf16 (infinite from 1.9375 · 2^127 on), and recipe "fp8", which quantizes x's along D again, finds
-the same values. One rank sends nothing, but quantizes x and dy too, so that N ranks train the same
-model. The dequantized x's gradient is taken for x's.
+Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; with "nvfp4" x
+has 18 and a scale per row, dy is MXFP8 (kernels.buffers says why). The returned rows stay bf16
+(DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in bf16 (infinite
+from 1.9375 · 2^127 on in MXFP8, above 1.96875 · 2^127 in NVFP4). Recipe "fp8", which quantizes x's
+along D again, finds MXFP8's values again, but rounds NVFP4's once more, as recipe "nvfp4" does. One
+rank sends nothing, but quantizes x and dy too, so that N ranks train the same model. The
+dequantized x's gradient is taken for x's.
 
 Rounds. A rank's buffer holds C = capacity · T·K rows. If some rank has more, all ranks know it from
 the counts and run ⌈rows / C⌉ rounds over windows of C places; nothing is dropped. The first round
@@ -53,8 +55,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
+from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
 from kernels.ops import Product, Recipe
+from kernels.reference.blockscale import quantize_rows
 from nmoe.config import Config
 from nmoe.errors import CommError
 from nmoe.heap import Heap, buffer_layout
@@ -107,6 +110,7 @@ class Rdep:
     symmetric: ModuleType | None = None,
   ):
     self.config, self.ops = config, ops
+    self.payload = PAYLOADS[config.rdep.payload]
     self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     self.names = [0] if group is None else dist.get_process_group_ranks(group)  # in the whole run
     self.num_experts = config.moe.num_experts
@@ -201,9 +205,10 @@ class Rdep:
 
   def _as_received(self, x_TD: Tensor, *, of_gradient: bool) -> Tensor:
     """On one rank: x, or its gradient, with the values that the payload would leave it."""
-    if self.config.rdep.payload == "bf16":
+    format = self.payload.dy if of_gradient else self.payload.x
+    if format == "bf16":
       return x_TD
-    return _Received.apply(x_TD, self.ops.quantize, of_gradient)
+    return _Received.apply(x_TD, self.ops.quantize, format, of_gradient)
 
   def _expected(self, kind: int, trip: _Trip) -> list[int]:
     """Rows of a trip by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
@@ -218,19 +223,21 @@ class Rdep:
 
 
 class _Received(torch.autograd.Function):
-  """x through MXFP8 and its gradient as it is, or the other way round."""
+  """x through a row's format and its gradient as it is, or the other way round."""
 
   @staticmethod
-  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, of_gradient: bool) -> Tensor:
-    ctx.quantize, ctx.of_gradient = quantize, of_gradient
-    return x_TD.view_as(x_TD) if of_gradient else quantize(x_TD, "fp8").values(x_TD.dtype)
+  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, format: str, of_gradient: bool) -> Tensor:
+    ctx.quantize, ctx.format = quantize, format if of_gradient else None
+    if of_gradient:
+      return x_TD.view_as(x_TD)
+    return quantize_rows(x_TD, format, quantize).dequantize(x_TD.dtype)
 
   @staticmethod
   @once_differentiable
   def backward(ctx: Any, dx_TD: Tensor) -> tuple:
-    if ctx.of_gradient:
-      dx_TD = ctx.quantize(dx_TD, "fp8").values(dx_TD.dtype)
-    return dx_TD, None, None
+    if ctx.format is not None:
+      dx_TD = quantize_rows(dx_TD, ctx.format, ctx.quantize).dequantize(dx_TD.dtype)
+    return dx_TD, None, None, None
 
 
 class _Send(torch.autograd.Function):
@@ -276,7 +283,7 @@ class _Call:
   """One layer's forward pass and its backward pass on one rank."""
 
   def __init__(self, rdep: Rdep, layer: int, recipe: Recipe, *, keep: bool):
-    self.rdep, self.exchange = rdep, rdep.exchange
+    self.rdep, self.exchange, self.payload = rdep, rdep.exchange, rdep.payload
     self.layer, self.recipe, self.keep = layer, recipe, keep
     self.phase = "forward"
     self.host_count_RE: Tensor | None = None
@@ -296,7 +303,7 @@ class _Call:
       self.places = places(count_RE, self.rdep.config.rdep.alignment)
       self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
       self.fetched = self.exchange.fetch(count_RE)
-      self._send(self.x_TD, None)
+      self._send(self.x_TD, None, self.payload.x)
 
   def forward(self, w13: Tensor, w2: Tensor) -> Tensor:
     """[T, D] combined; called after `start`."""
@@ -305,8 +312,8 @@ class _Call:
     for number in range(self.rounds):
       if number > 0:
         self._next(number)
-        self._send(self.x_TD, None)
-      x_CD, _, origin_C = self._receive()
+        self._send(self.x_TD, None, self.payload.x)
+      x_CD, _, origin_C = self._receive(self.payload.x)
       keep = self.keep and number == 0
       y, kept = self._run(x_CD, w13, w2, keep)
       self._reply(origin_C, self._multiplied(y, origin_C, None), None)
@@ -360,8 +367,8 @@ class _Call:
   ) -> tuple[Tensor | None, Tensor | None]:
     """One trip: dy and gates come, dx rows and gate gradients go. Returns dw13 and dw2."""
     self._next(number)
-    self._send(dy_TD, self.gate_TK)
-    dy_CD, gate_C, _ = self._receive()
+    self._send(dy_TD, self.gate_TK, self.payload.dy)
+    dy_CD, gate_C, _ = self._receive(self.payload.dy)
     ops, origin_C = self.rdep.ops, kept.origin_C
     dx, dgate_C, weights = ops.grouped_mlp_backward(kept.experts, dy_CD, gate_C, w13, w2)
     dx_CD = self._multiplied(dx, origin_C, dgate_C)
@@ -373,8 +380,8 @@ class _Call:
   def _again(self, number: int, w13: Tensor, w2: Tensor) -> _Kept:
     """A later round's rows, from another dispatch of x, through the experts."""
     self._next(number)
-    self._send(self.x_TD, None)
-    x_CD, _, origin_C = self._receive()
+    self._send(self.x_TD, None, self.payload.x)
+    x_CD, _, origin_C = self._receive(self.payload.x)
     self._reply(origin_C, None, None)
     self._wait(RETURN)
     return _Kept(self._run(x_CD, w13, w2, True)[1], origin_C)
@@ -404,15 +411,16 @@ class _Call:
     self.trip, self.round = trips[-1].number + 1, number
     trips.append(_Trip(self.trip, self.layer, self.phase, number, self.host_count_RE))
 
-  def _send(self, x_TD: Tensor, gate_TK: Tensor | None) -> None:
-    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low())
+  def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str) -> None:
+    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low(), format)
 
   def _reply(self, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None) -> None:
     self.exchange.reply(self.trip, origin_C, row_CD, gate_C, self.route, self._low())
 
-  def _receive(self) -> tuple[Tensor, Tensor, Tensor]:
+  def _receive(self, format: str) -> tuple[Tensor, Tensor, Tensor]:
     self._wait(DISPATCH)
-    return self.exchange.receive(min(max(self.end - self._low(), 0), self.exchange.capacity))
+    num_rows = min(max(self.end - self._low(), 0), self.exchange.capacity)
+    return self.exchange.receive(num_rows, format)
 
   def _low(self) -> int:
     """The first place of this round."""
