@@ -4,9 +4,13 @@ Every rank owns one block of this layout, at the same offsets; a peer writes int
 ranks, E experts of all ranks, C rows that a rank receives in one round, N = T·K rows that a rank
 sends, D width.
 
-Rows are dispatched as they are, or as MXFP8 (kernels.reference.blockscale): D codes E4M3, then
-their D / 32 scales E8M0, one per 32 neighbouring elements. NVFP4 rows do not travel: its scale per
-tensor needs the largest magnitude of all ranks' rows before the first of them may leave.
+Rows are dispatched as they are or packed, each by itself (kernels.reference.blockscale), in bytes:
+  "fp8"    D codes E4M3, then their D / 32 scales E8M0, one per 32 neighbouring elements
+  "nvfp4"  D / 2 pairs of codes E2M1, the row's own scale in fp32, then D / 16 scales E4M3
+NVFP4's scale per tensor would need the largest magnitude of all ranks' rows before the first of
+them may leave; a power of two per row stands in its place. Gradients are no NVFP4 rows: those need
+stochastic rounding (arXiv 2509.25149), and its draws, which go by an element's place in its tensor,
+would depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,10 +29,23 @@ SIGNAL_STRIDE = (
   16  # int64 elements: one signal per 128-byte line, so that writers don't share lines
 )
 
-MXFP8_BLOCK = BLOCK["fp8"]  # elements of a row under one scale
-MXFP8_ALIGNMENT = 16  # bytes: of a row's start, for vector stores
+ROW_ALIGNMENT = 16  # bytes: of a packed row's start, for vector stores
 
 COUNTS, DISPATCH, RETURN = 0, 1, 2  # the kinds of signals
+
+
+class Payload(NamedTuple):
+  """The formats of dispatched rows, named as kernels.ops.Recipe's; "bf16": as they are."""
+
+  x: str  # forward, and again in backward's later rounds
+  dy: str
+
+
+PAYLOADS = {
+  "bf16": Payload("bf16", "bf16"),
+  "mxfp8": Payload("fp8", "fp8"),
+  "nvfp4": Payload("nvfp4", "fp8"),
+}
 
 
 class Buffers(NamedTuple):
@@ -36,7 +53,7 @@ class Buffers(NamedTuple):
 
   count_RE: Tensor  # int32: tokens that rank r sends to expert e
   row_CD: Tensor  # received rows at their expert-sorted places: x forward, dy backward; if they
-  # travel as MXFP8, uint8 [C, mxfp8_bytes(D)]
+  # travel packed, uint8 [C, the longer one's bytes], each from its place's start
   gate_C: Tensor  # fp32: the gates of the received rows (backward)
   origin_C: Tensor  # int32: source rank · N + t·K + k of a received row, -1 where none arrived
   back_ND: Tensor  # rows that came back, by t·K + k: y forward, dx backward
@@ -55,13 +72,20 @@ class Route(NamedTuple):
   base_RE: Tensor  # int64: place of rank r's first row for expert e in the owner's sorted rows
 
 
-def mxfp8_bytes(dim: int) -> int:
-  """Of a row of MXFP8: its codes, its scales and padding."""
+def row_parts(dim: int, format: str) -> tuple[int, int, int]:
+  """Bytes of a packed row's parts in their order: codes, the row's own scale, blocks' scales."""
+  largest = max(BLOCK.values())
   check(
-    dim % MXFP8_BLOCK == 0,
-    f"rows of {dim} elements are no whole blocks of {MXFP8_BLOCK}; send them as they are",
+    dim % largest == 0,
+    f"rows of {dim} elements are no whole blocks of {largest}; send them as they are",
   )
-  return -(-(dim + dim // MXFP8_BLOCK) // MXFP8_ALIGNMENT) * MXFP8_ALIGNMENT
+  codes, own = (dim, 0) if format == "fp8" else (dim // 2, torch.float32.itemsize)
+  return codes, own, dim // BLOCK[format]
+
+
+def row_bytes(dim: int, format: str) -> int:
+  """Of a packed row: its parts and padding."""
+  return -(-sum(row_parts(dim, format)) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ class BufferLayout:
   rows: int  # N, the most that one rank sends
   dim: int
   dtype: torch.dtype  # of rows
-  mxfp8: bool = False  # whether rows are dispatched as MXFP8; they return as they are
+  payload: str = "bf16"  # of dispatched rows, a key of PAYLOADS; rows return as they are
 
   def __post_init__(self):
     check(
@@ -85,7 +109,9 @@ class BufferLayout:
   @property
   def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of Buffers' fields, in order."""
-    row = (mxfp8_bytes(self.dim), torch.uint8) if self.mxfp8 else (self.dim, self.dtype)
+    row = self.dim, self.dtype
+    if self.payload != "bf16":
+      row = max(row_bytes(self.dim, part) for part in PAYLOADS[self.payload]), torch.uint8
     return {
       "count_RE": ((self.ranks, self.experts), torch.int32),
       "row_CD": ((self.capacity, row[0]), row[1]),

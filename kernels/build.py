@@ -54,7 +54,7 @@ class Shapes:
   emulate_blockscale: bool
   moments: str  # "fp32" or "bf16"
   muon: bool
-  payload: str  # of RDEP's dispatched rows: "bf16" or "mxfp8"
+  payload: str  # of RDEP's dispatched rows: "bf16", "mxfp8" or "nvfp4"
 
   @classmethod
   def of(cls, config) -> Shapes:

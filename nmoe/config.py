@@ -137,7 +137,7 @@ class RdepConfig:
   capacity: float = schedule(1.5)  # rows a rank's buffer holds, over the balanced T·K
   alignment: int = schedule(1)  # each expert's rows start at a multiple of this
   deadline_s: float = free(120.0)  # of every wait for a peer
-  payload: Literal["bf16", "mxfp8"] = identity("bf16")  # of dispatched rows; bf16: as they are
+  payload: Literal["bf16", "mxfp8", "nvfp4"] = identity("bf16")  # of dispatched rows; bf16: as is
   peer_access: bool = free(True)  # False: put-with-signal also inside a node (a test of that path)
 
 
@@ -558,13 +558,13 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
 
 
 def _payload_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
-  dim, mxfp8 = c.model.dim, c.rdep.payload == "mxfp8"
+  dim, packed = c.model.dim, c.rdep.payload != "bf16"
   need = 'quantizes bf16 rows, but target.dtype is "fp32"; set it to "bf16" or payload = "bf16"'
-  yield "rdep.payload", mxfp8 and c.target.dtype == "fp32", need
+  yield "rdep.payload", packed and c.target.dtype == "fp32", need
   need = f'has blocks of 32, model.dim is {dim}; make it a multiple of 32 or set payload = "bf16"'
-  yield "rdep.payload", mxfp8 and dim % 32 != 0, need
+  yield "rdep.payload", packed and dim % 32 != 0, need
   need = 'is not for rdep.peer_access = false; set that to true or payload = "bf16"'
-  yield "rdep.payload", mxfp8 and not c.rdep.peer_access, need
+  yield "rdep.payload", packed and not c.rdep.peer_access, need
 
 
 def _divisors(n: int) -> str:

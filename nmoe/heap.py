@@ -30,7 +30,7 @@ def buffer_layout(config: Config) -> BufferLayout:
     rows=rows,
     dim=config.model.dim,
     dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
-    mxfp8=config.rdep.payload == "mxfp8",
+    payload=config.rdep.payload,
   )
 
 

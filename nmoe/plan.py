@@ -282,7 +282,7 @@ def _heap(config: Config, received: int) -> int:
   places = max(-(-received // align), 1) * align
   row = config.model.dim * _width(config)
   received_row = row
-  if config.rdep.payload == "mxfp8":  # a byte an element and a scale per 32, in 16s
+  if config.rdep.payload != "bf16":  # dy's are the longest: a byte, and a scale per 32, in 16s
     received_row = -(-config.model.dim * 33 // (32 * 16)) * 16
   sizes = (ranks * config.moe.num_experts * 4, places * received_row, places * 4, places * 4)
   sizes += (rows * row, rows * 4, 3 * ranks * 16 * 8)

@@ -4,8 +4,8 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
   1. counts   write the tokens per expert into every rank's count[source]; all ranks then hold the
               same [R, E] matrix and compute the same places: expert-major, then source rank, then
               token, then k.
-  2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, with
-              rdep.payload "mxfp8", quantized at the source (kernels.buffers) and dequantized there.
+  2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, as
+              rdep.payload says, quantized at the source (kernels.buffers) and dequantized there.
   3. experts  the owner copies the rows out and runs the grouped products over them.
   4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
               reply, or, with `exchange.fused`, by the last product itself.
@@ -14,11 +14,13 @@ Backward dispatches dy and the gates to the same places, and returns dx rows and
 per row; the products of the weights' gradients come after, while rows travel. A place is a pure
 function of the routing, so N ranks multiply the same rows in the same order as one.
 
-Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; the returned
-ones stay bf16 (DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in
-bf16 (infinite from 1.9375 · 2^127 on), and recipe "fp8", which quantizes x's along D again, finds
-the same values. One rank sends nothing, but quantizes x and dy too, so that N ranks train the same
-model. The dequantized x's gradient is taken for x's.
+Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; with "nvfp4" x
+has 18 and a scale per row, dy is MXFP8 (kernels.buffers says why). The returned rows stay bf16
+(DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in bf16 (infinite
+from 1.9375 · 2^127 on in MXFP8, above 1.96875 · 2^127 in NVFP4). Recipe "fp8", which quantizes x's
+along D again, finds MXFP8's values again, but rounds NVFP4's once more, as recipe "nvfp4" does. One
+rank sends nothing, but quantizes x and dy too, so that N ranks train the same model. The
+dequantized x's gradient is taken for x's.
 
 Rounds. A rank's buffer holds C = capacity · T·K rows. If some rank has more, all ranks know it from
 the counts and run ⌈rows / C⌉ rounds over windows of C places; nothing is dropped. The first round
@@ -60,8 +62,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
+from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
 from kernels.ops import Product, Recipe
+from kernels.reference.blockscale import quantize_rows
 from kernels.reference.places import places
 from nmoe.config import Config
 from nmoe.errors import CommError
@@ -101,6 +104,7 @@ class Rdep:
     symmetric: ModuleType | None = None,
   ):
     self.config, self.ops = config, ops
+    self.payload = PAYLOADS[config.rdep.payload]
     self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     self.names = [0] if group is None else dist.get_process_group_ranks(group)  # in the whole run
     self.num_experts = config.moe.num_experts
@@ -194,9 +198,10 @@ class Rdep:
 
   def _as_received(self, x_TD: Tensor, *, of_gradient: bool) -> Tensor:
     """On one rank: x, or its gradient, with the values that the payload would leave it."""
-    if self.config.rdep.payload == "bf16":
+    format = self.payload.dy if of_gradient else self.payload.x
+    if format == "bf16":
       return x_TD
-    return _Received.apply(x_TD, self.ops.quantize, of_gradient)
+    return _Received.apply(x_TD, self.ops.quantize, format, of_gradient)
 
   def _expected(self, kind: int, count_RE: Tensor, number: int) -> list[int]:
     """Rows of a round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
@@ -211,19 +216,21 @@ class Rdep:
 
 
 class _Received(torch.autograd.Function):
-  """x through MXFP8 and its gradient as it is, or the other way round."""
+  """x through a row's format and its gradient as it is, or the other way round."""
 
   @staticmethod
-  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, of_gradient: bool) -> Tensor:
-    ctx.quantize, ctx.of_gradient = quantize, of_gradient
-    return x_TD.view_as(x_TD) if of_gradient else quantize(x_TD, "fp8").values(x_TD.dtype)
+  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, format: str, of_gradient: bool) -> Tensor:
+    ctx.quantize, ctx.format = quantize, format if of_gradient else None
+    if of_gradient:
+      return x_TD.view_as(x_TD)
+    return quantize_rows(x_TD, format, quantize).dequantize(x_TD.dtype)
 
   @staticmethod
   @once_differentiable
   def backward(ctx: Any, dx_TD: Tensor) -> tuple:
-    if ctx.of_gradient:
-      dx_TD = ctx.quantize(dx_TD, "fp8").values(dx_TD.dtype)
-    return dx_TD, None, None
+    if ctx.format is not None:
+      dx_TD = quantize_rows(dx_TD, ctx.format, ctx.quantize).dequantize(dx_TD.dtype)
+    return dx_TD, None, None, None
 
 
 class _Send(torch.autograd.Function):
@@ -286,7 +293,7 @@ class _Call:
   """One layer's forward pass and its backward pass on one rank."""
 
   def __init__(self, rdep: Rdep, layer: int, recipe: Recipe, *, keep: bool):
-    self.rdep, self.exchange = rdep, rdep.exchange
+    self.rdep, self.exchange, self.payload = rdep, rdep.exchange, rdep.payload
     self.layer, self.recipe, self.keep = layer, recipe, keep
     self.phase, self.counts = "forward", unknown
     self.kept: _Kept | None = None
@@ -307,7 +314,7 @@ class _Call:
       self.fetched = self.exchange.fetch(count_RE)
       self.counts = self.fetched.here
       self.rdep.trips[-1] = self.rdep.trips[-1]._replace(counts=self.counts)
-      self._send(self.x_TD, None)
+      self._send(self.x_TD, None, self.payload.x)
 
   def forward(
     self,
@@ -324,7 +331,7 @@ class _Call:
     self._wait(RETURN)
     for number in range(1, self.rounds):
       self._next(number)
-      self._send(self.x_TD, None)
+      self._send(self.x_TD, None, self.payload.x)
       self._round_forward(w13, w2, False)
       self._wait(RETURN)
     if self.rounds == 1:
@@ -340,7 +347,7 @@ class _Call:
     self.phase, kept, self.kept = "backward", self.kept, None
     self._next(0)
     with self.exchange.beside():
-      self._send(dy_TD, self.gate_TK)
+      self._send(dy_TD, self.gate_TK, self.payload.dy)
     dx_TD = None if self.beside is None else self._back_beside(dy_TD)
     self.exchange.join()
     found = self._round_backward(kept, w13, w2)
@@ -350,7 +357,7 @@ class _Call:
       self._wait(RETURN)
       kept = self._again(number, w13, w2)
       self._next(number)
-      self._send(dy_TD, self.gate_TK)
+      self._send(dy_TD, self.gate_TK, self.payload.dy)
       more = self._round_backward(kept, w13, w2)
       found = [b if a is None else a.float().add_(b) for a, b in zip(found, more, strict=True)]
     kinds = zip(found, dtypes, strict=True)
@@ -392,7 +399,7 @@ class _Call:
 
   def _round_forward(self, w13: Tensor, w2: Tensor, keep: bool) -> None:
     """The rest of a trip: rows come, through the experts, and go back."""
-    x_CD, _, origin_C = self._receive()
+    x_CD, _, origin_C = self._receive(self.payload.x)
     y, kept = self._run(x_CD, w13, w2, keep)
     self._reply(origin_C, self._multiplied(y, origin_C, None), None)
     if keep:
@@ -402,7 +409,7 @@ class _Call:
     self, kept: _Kept, w13: Tensor, w2: Tensor
   ) -> tuple[Tensor | None, Tensor | None]:
     """The rest of a trip: dy and gates come, dx rows and gate gradients go. Returns dw13, dw2."""
-    dy_CD, gate_C, _ = self._receive()
+    dy_CD, gate_C, _ = self._receive(self.payload.dy)
     ops, origin_C = self.rdep.ops, kept.origin_C
     dx, dgate_C, weights = ops.grouped_mlp_backward(kept.experts, dy_CD, gate_C, w13, w2)
     dx_CD = self._multiplied(dx, origin_C, dgate_C)
@@ -414,8 +421,8 @@ class _Call:
   def _again(self, number: int, w13: Tensor, w2: Tensor) -> _Kept:
     """A later round's rows, from another dispatch of x, through the experts."""
     self._next(number)
-    self._send(self.x_TD, None)
-    x_CD, _, origin_C = self._receive()
+    self._send(self.x_TD, None, self.payload.x)
+    x_CD, _, origin_C = self._receive(self.payload.x)
     self._reply(origin_C, None, None)
     self._wait(RETURN)
     return _Kept(self._run(x_CD, w13, w2, True)[1], origin_C)
@@ -443,15 +450,15 @@ class _Call:
     self.trip, self.round = trips[-1].number + 1, number
     trips.append(_Trip(self.trip, self.layer, self.phase, number, self.counts))
 
-  def _send(self, x_TD: Tensor, gate_TK: Tensor | None) -> None:
-    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low())
+  def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str) -> None:
+    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low(), format)
 
   def _reply(self, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None) -> None:
     self.exchange.reply(self.trip, origin_C, row_CD, gate_C, self.route, self._low())
 
-  def _receive(self) -> tuple[Tensor, Tensor, Tensor]:
+  def _receive(self, format: str) -> tuple[Tensor, Tensor, Tensor]:
     self._wait(DISPATCH)
-    return self.exchange.receive(self.exchange.capacity)
+    return self.exchange.receive(self.exchange.capacity, format)
 
   def _low(self) -> int:
     """The first place of this round."""

@@ -162,10 +162,10 @@ class Bench:
     number = trips[-1].number + 1
     trips.append(trips[-1]._replace(number=number, phase="bench", counts=unknown))
     clock.start("dispatch")
-    exchange.send(number, d.x_TD, None, d.route, 0)
+    exchange.send(number, d.x_TD, None, d.route, 0, "bf16")
     self._wait(DISPATCH, number)
     clock.start("receive")
-    row_CD, _, origin_C = exchange.receive(d.rows)
+    row_CD, _, origin_C = exchange.receive(d.rows, "bf16")
     clock.start("return")
     if products is not None:
       row_CD = exchange.multiply(products[i], origin_C)

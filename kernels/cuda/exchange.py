@@ -4,8 +4,8 @@ The trips and the meaning of the signals are those of kernels.reference.exchange
 queued on the current stream and nothing waits for the host.
 
   post_counts  one block writes [E] counts into every peer's count[rank], then signals
-  send         a warp reads a token's row once and stores it at its K places, as it is or as MXFP8;
-               then one block signals
+  send         a warp reads a token's row once (NVFP4: twice) and stores it at its K places, as it
+               is or packed; then one block signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
   receive      a warp copies a row out of the buffer, dequantized, or zeros where none arrived
   multiply     the rows of a product; with `fused` its kernel stores them at their origins
@@ -25,9 +25,10 @@ not its own thread's stores alone. The waiting thread loads the signals with acq
 is launched after it reads the rows. So the stores themselves can be plain ones.
 
 Bytes moved: send D·(1 + K) elements a token, receive 2·D and reply 2·D elements a row, all in
-16-byte accesses. As MXFP8 a row has 33/64 of the bytes on its way; scales are stored as bytes, 16
-neighbours by a warp. A wait that misses its deadline writes what it saw into pinned host memory and
-traps, so nothing after it runs.
+16-byte accesses. Of the bytes of bf16 a row has on its way 33/64 as MXFP8, and 9/32 and 4 bytes as
+NVFP4, whose codes move in 8-byte accesses; scales are stored as bytes, 16 or 32 neighbours by a
+warp. Packed rows of either format lie at one stride, the longer one's. A wait that misses its
+deadline writes what it saw into pinned host memory and traps, so nothing after it runs.
 """
 
 from __future__ import annotations
@@ -38,19 +39,17 @@ from contextlib import contextmanager
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from torch import Tensor
 
 from kernels.buffers import (
   DISPATCH,
-  MXFP8_BLOCK,
   RETURN,
   Buffers,
   Route,
-  mxfp8_bytes,
+  row_bytes,
 )
 from kernels.cuda import gemms, scatter
-from kernels.cuda import minifloat as mf
 from kernels.cuda.jit import (
   DTYPES,
   cached,
@@ -58,11 +57,11 @@ from kernels.cuda.jit import (
   compile_kernel,
   contiguous,
   fake,
-  load_vector,
   vector_at,
   vector_width,
 )
 from kernels.cuda.places import places
+from kernels.cuda.rows import CODES, copy_row, pack_row, put, put_vector, unpack
 from kernels.cuda.signals import (
   BACK,
   BACK_GATE,
@@ -73,8 +72,6 @@ from kernels.cuda.signals import (
   compile_post_counts,
   compile_signal,
   compile_wait,
-  pointer_to,
-  put_element,
 )
 from kernels.ops import Product, check
 from kernels.reference.places import Places
@@ -83,54 +80,7 @@ THREADS = 512
 WARPS = THREADS // 32
 BLOCKS = 32  # of send and reply at most: the SMs that communication takes from GEMMs beside it
 COPY_BLOCKS = 528  # of receive, which runs alone
-CODES = 16  # elements of an MXFP8 row that a lane holds: one store; two lanes share a scale
 FUSED = True  # whether products return their rows themselves; `nmoe bench rdep` measures both
-
-
-@cute.jit
-def _put_vector(rX: cute.Tensor, address: Int64) -> None:
-  """Store 16 bytes of registers."""
-  pointer = pointer_to(rX.element_type, address, 16)
-  cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(cute.size(rX))))
-
-
-@cute.jit
-def _copy_row(mX: cute.Tensor, row: Int64, targets: list, width: cutlass.Constexpr[int]) -> None:
-  """A warp copies a row to each of the addresses that is not 0."""
-  dim, size = const_expr(mX.shape[1]), const_expr(mX.element_type.width // 8)
-  for column in cutlass.range(cute.arch.lane_idx() * width, dim, 32 * width, unroll=4):
-    rX = load_vector(mX, row * dim + column, width)
-    for k in cutlass.range_constexpr(len(targets)):
-      if targets[k] != 0:
-        _put_vector(rX, targets[k] + column * size)
-
-
-@cute.jit
-def _pack_row(mX: cute.Tensor, row: Int64, targets: list) -> None:
-  """A warp stores a row as MXFP8 at each of the addresses that is not 0."""
-  dim = const_expr(mX.shape[1])
-  for start in cutlass.range(0, dim, 32 * CODES):
-    column = start + cute.arch.lane_idx() * CODES
-    rX = cute.make_rmem_tensor(CODES, Float32)
-    rX.fill(0.0)
-    if column < dim:
-      rX.store(load_vector(mX, row * dim + column, CODES).load().to(Float32))
-    rCode, scale = mf.mxfp8_encode(rX, MXFP8_BLOCK)
-    for k in cutlass.range_constexpr(len(targets)):
-      if targets[k] != 0 and column < dim:
-        _put_vector(rCode, targets[k] + column)
-        if column % MXFP8_BLOCK == 0:
-          put_element(Uint8, targets[k] + dim + column // MXFP8_BLOCK, Uint8(scale))
-
-
-@cute.jit
-def _unpack(mRow: cute.Tensor, row: Int64, column: Int32, dim: cutlass.Constexpr[int]):
-  """CODES elements of an MXFP8 row in fp32."""
-  start = mRow.iterator.toint() + row * mRow.shape[1]
-  rCode = cute.make_rmem_tensor(CODES // 4, Uint32)
-  pointer = pointer_to(Uint32, start + column, CODES)
-  cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(CODES // 4)), rCode)
-  return mf.mxfp8_decode(rCode, Int32(mRow[row, dim + column // MXFP8_BLOCK]))
 
 
 class Send:
@@ -139,9 +89,9 @@ class Send:
   `packed` stores them in this rank's own back buffer instead, in the layout's order.
   """
 
-  def __init__(self, dtype: type, width: int, dim: int, top_k: int, packed: bool, mxfp8: bool):
-    self.width, self.top_k, self.packed, self.mxfp8 = width, top_k, packed, mxfp8
-    self.bytes_per_row = mxfp8_bytes(dim) if mxfp8 else dim * dtype.width // 8
+  def __init__(self, width: int, top_k: int, packed: bool, format: str, stride: int):
+    self.width, self.top_k, self.packed, self.format = width, top_k, packed, format
+    self.stride = stride  # bytes from row to row
 
   @cute.jit
   def __call__(
@@ -194,29 +144,29 @@ class Send:
         if place >= 0 and place < capacity:
           if const_expr(self.packed):
             row = Int64(mRow[item])
-            address = mTable[BACK, rank] + row * self.bytes_per_row
+            address = mTable[BACK, rank] + row * self.stride
             if const_expr(mGate is not None):
               if lane == 0:
-                put_element(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
+                put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
           else:
             owner = expert // held
-            address = mTable[ROW, owner] + place * self.bytes_per_row
+            address = mTable[ROW, owner] + place * self.stride
             if lane == 0:
-              put_element(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
+              put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
               if const_expr(mGate is not None):
-                put_element(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+                put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
         target.append(address)
-      if const_expr(self.mxfp8):
-        _pack_row(mX, Int64(token), target)
+      if const_expr(self.format == "bf16"):
+        copy_row(mX, Int64(token), target, self.width)
       else:
-        _copy_row(mX, Int64(token), target, self.width)
+        pack_row(mX, Int64(token), target, self.format)
 
 
 class Receive:
   """A warp per row: a copy, or zeros where nothing arrived; the buffer's origin is reset."""
 
-  def __init__(self, dtype: type, width: int, dim: int, mxfp8: bool):
-    self.dtype, self.width, self.dim, self.mxfp8 = dtype, width, dim, mxfp8
+  def __init__(self, dtype: type, width: int, dim: int, format: str):
+    self.dtype, self.width, self.dim, self.format = dtype, width, dim, format
 
   @cute.jit
   def __call__(self, mRow, mGate, mOrigin, mOutRow, mOutGate, mOutOrigin, stream):
@@ -239,15 +189,16 @@ class Receive:
         mOrigin[row] = Int32(-1)
       for column in cutlass.range(lane * self.width, self.dim, 32 * self.width, unroll=4):
         rX = cute.make_rmem_tensor(self.width, self.dtype)
-        if const_expr(self.mxfp8):
-          rX.store(_unpack(mRow, Int64(row), column, self.dim).load().to(self.dtype))
-        else:
+        if const_expr(self.format == "bf16"):
           cute.autovec_copy(vector_at(mRow, Int64(row) * self.dim + column, self.width), rX)
+        else:
+          values = unpack(mRow, Int64(row), column, self.dim, self.format)
+          rX.store(values.load().to(self.dtype))
         if origin < 0:
           rX.fill(self.dtype(0.0))
         bytes_per = const_expr(self.dtype.width // 8)
         out = mOutRow.iterator.toint() + (Int64(row) * self.dim + column) * bytes_per
-        _put_vector(rX, out)
+        put_vector(rX, out)
 
 
 class Reply:
@@ -285,30 +236,30 @@ class Reply:
         source, item = origin // items, Int64(origin % items)
         if const_expr(self.gates):
           if lane == 0:
-            put_element(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
+            put(Float32, mTable[BACK_GATE, source] + item * 4, mGate[row])
         back = mTable[BACK, source] + item * const_expr(self.dim * self.dtype.width // 8)
-        _copy_row(mRow, Int64(row), [back], self.width)
+        copy_row(mRow, Int64(row), [back], self.width)
 
 
 @cached
-def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool, mxfp8: bool):
+def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool, format: str, stride: int):
   x = fake(DTYPES[dtype], None, dim)
   gate = fake(Float32, None, align=4) if gates else None
   expert, row, offset = (fake(Int32, None, align=4) for _ in range(3))
   base = fake(Int64, None, align=8)
-  kernel = Send(DTYPES[dtype], vector_width(dtype, dim, "x"), dim, top_k, packed, mxfp8)
+  kernel = Send(vector_width(dtype, dim, "x"), top_k, packed, format, stride)
   scalars = (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1))
   return compile_kernel(kernel, x, gate, expert, row, offset, base, address_table(), *scalars)
 
 
 @cached
-def compile_receive(dtype, dim: int, mxfp8: bool):
-  row, out = fake(DTYPES[dtype], None, dim), fake(DTYPES[dtype], None, dim)
-  row = fake(Uint8, None, mxfp8_bytes(dim)) if mxfp8 else row
+def compile_receive(dtype, dim: int, format: str, stride: int):
+  out = fake(DTYPES[dtype], None, dim)
+  row = fake(DTYPES[dtype], None, dim) if format == "bf16" else fake(Uint8, None, stride)
   gate, out_gate = fake(Float32, None, align=4), fake(Float32, None, align=4)
   origin, out_origin = fake(Int32, None, align=4), fake(Int32, None, align=4)
-  width = CODES if mxfp8 else vector_width(dtype, dim, "rows")
-  kernel = Receive(DTYPES[dtype], width, dim, mxfp8)
+  width = vector_width(dtype, dim, "rows") if format == "bf16" else CODES
+  kernel = Receive(DTYPES[dtype], width, dim, format)
   return compile_kernel(kernel, row, gate, origin, out, out_gate, out_origin)
 
 
@@ -351,7 +302,7 @@ class Exchange:
     self.mine = peers[rank]
     self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
     self.dtype, self.dim = self.mine.back_ND.dtype, self.mine.back_ND.shape[1]
-    self.mxfp8 = self.mine.row_CD.dtype == torch.uint8
+    self.stride = self.mine.row_CD.shape[1] * self.mine.row_CD.dtype.itemsize
     device = self.mine.row_CD.device
     check_device(device)
     check(len(peers) <= THREADS, f"{len(peers)} ranks; at most {THREADS} are supported")
@@ -375,13 +326,21 @@ class Exchange:
     gate_TK: Tensor | None,
     route: Route,
     low: int,
+    format: str,
   ) -> None:
-    self._launch_send(x_TD, gate_TK, route, low, packed=False)
+    self._launch_send(x_TD, gate_TK, route, low, format, packed=False)
     compile_signal()(self.table, DISPATCH, self.rank, trip)
 
   def _launch_send(
-    self, x_TD: Tensor, gate_TK: Tensor | None, route: Route, low: int, packed: bool
+    self,
+    x_TD: Tensor,
+    gate_TK: Tensor | None,
+    route: Route,
+    low: int,
+    format: str,
+    packed: bool,
   ) -> None:
+    self._check_format(format)
     check(
       x_TD.dtype == self.dtype and x_TD.shape[1] == self.dim,
       f"send: x is {x_TD.dtype} {tuple(x_TD.shape)}; need {self.dtype} rows of {self.dim}",
@@ -389,8 +348,8 @@ class Exchange:
     contiguous(x=x_TD)
     if route.expert_TK.numel():
       gate = None if gate_TK is None else gate_TK.flatten()
-      key = x_TD.dtype, self.dim, route.expert_TK.shape[1], gate is not None, packed, self.mxfp8
-      compile_send(*key)(
+      key = x_TD.dtype, self.dim, route.expert_TK.shape[1], gate is not None, packed
+      compile_send(*key, format, self.stride)(
         x_TD,
         gate,
         route.expert_TK.flatten(),
@@ -405,12 +364,21 @@ class Exchange:
         self.blocks,
       )
 
-  def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+  def _check_format(self, format: str) -> None:
+    """The kernels write rows of this format where the buffer has rows of this stride."""
+    kept = self.mine.row_CD.dtype
+    fits = kept == self.dtype
+    if format != "bf16":
+      fits = kept == torch.uint8 and row_bytes(self.dim, format) <= self.stride
+    check(fits, f"rows of {self.stride} bytes, {kept}, cannot hold {self.dim} elements as {format}")
+
+  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    self._check_format(format)
     mine = self.mine
     row = mine.back_ND.new_empty(num_rows, self.dim)
     gate, origin = mine.gate_C.new_empty(num_rows), mine.origin_C.new_empty(num_rows)
     if num_rows:
-      run = compile_receive(self.dtype, self.dim, self.mxfp8)
+      run = compile_receive(self.dtype, self.dim, format, self.stride)
       run(mine.row_CD, mine.gate_C, mine.origin_C, row, gate, origin)
     return row, gate, origin
 

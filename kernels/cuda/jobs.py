@@ -12,7 +12,7 @@ from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.buffers import COUNTS, BufferLayout, Buffers, Route
+from kernels.buffers import COUNTS, PAYLOADS, BufferLayout, Buffers, Route
 from kernels.build import Shapes
 from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
@@ -31,6 +31,7 @@ from kernels.cuda.optim import adamw, newton_schulz
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
 from kernels.ops import Product, Recipe, RouterSpec
+from kernels.reference.blockscale import quantize_rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GRADIENTS = ("bf16", "fp32", "added")  # of weights: in bf16, made in fp32, added to one in fp32
@@ -77,8 +78,7 @@ def _combine(s: Shapes) -> None:
 
 def _mover(s: Shapes) -> Exchange:
   rows = s.batch * s.seq_len * s.top_k
-  mxfp8 = s.payload == "mxfp8"
-  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16, mxfp8)
+  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16, s.payload)
   block = Buffers(*(meta(*shape, dtype=t, grad=False) for shape, t in sizes.fields.values()))
   return Exchange([block] * s.ranks, 0, 1.0)
 
@@ -91,11 +91,17 @@ def _exchange(s: Shapes) -> None:
   route = Route(expert_TK, layout(expert_TK, s.num_experts), base_RE, base_RE)
   mover.post_counts(1, meta(s.num_experts, dtype=torch.int32))
   mover.places(1)
-  for gate in (None, gate_TK):
-    mover.send(1, x_TD, gate, route, 0)
-    row_CD, gate_C, origin_C = mover.receive(mover.capacity)
+  for gate, format in zip((None, gate_TK), PAYLOADS[s.payload], strict=True):
+    mover.send(1, x_TD, gate, route, 0, format)
+    row_CD, gate_C, origin_C = mover.receive(mover.capacity, format)
     mover.reply(1, origin_C, row_CD, None if gate is None else gate_C, route, 0)
   mover.wait(COUNTS, 1)
+
+
+def _payload(s: Shapes) -> None:
+  """What one rank, which sends nothing, does to its rows."""
+  for format in PAYLOADS[s.payload]:
+    quantize_rows(meta(s.batch * s.seq_len, s.dim, grad=False), format, quantize)
 
 
 def _norms(s: Shapes) -> None:
@@ -159,7 +165,7 @@ def _experts(s: Shapes, recipe: Recipe, kind: str) -> None:
 def _owner(s: Shapes, recipe: Recipe, kind: str) -> None:
   """What RDEP runs on the received rows; the products' rows for a reply, and without one."""
   mover, w = _mover(s), _expert_weights(s, kind)
-  x_CD, _, origin_C = mover.receive(mover.capacity)
+  x_CD, _, origin_C = mover.receive(mover.capacity, PAYLOADS[s.payload].x)
   gate_C, offset_E1 = (
     meta(len(x_CD), dtype=FP32, grad=False),
     meta(len(w[0]) + 1, dtype=torch.int32),
@@ -216,7 +222,7 @@ def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
     yield name, partial(job, shapes)
   if ranks:
     yield "exchange", partial(_exchange, shapes)
-  elif shapes.payload == "mxfp8":
-    yield "payload", partial(quantize, meta(shapes.batch * shapes.seq_len, shapes.dim), "fp8")
+  elif shapes.payload != "bf16":
+    yield "payload", partial(_payload, shapes)
   if shapes.muon:
     yield "newton_schulz", partial(_newton_schulz, shapes)

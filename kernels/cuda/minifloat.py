@@ -11,6 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint16, Uint32, const_expr
 
 from kernels.cuda.jit import ARCH
+from kernels.reference.blockscale import SMALLEST_ROW_SCALE
 
 FINITE = 0x7F800000  # magnitudes below it are finite
 E4M3_NAN = 0x7F
@@ -114,6 +115,16 @@ def nvfp4_scale(amax_bits: Int32, encode: Float32, tensor_scale: Float32):
   return code, factor
 
 
+@cute.jit
+def nvfp4_row_code(amax_bits: Int32) -> Int32:
+  """The scale of a row with this largest magnitude, a power of two, as an E8M0 code."""
+  code = Int32(127)
+  if amax_bits < FINITE:
+    sixth = divide(amax_bits.bitcast(Float32), 6.0)
+    code = cutlass.max(e8m0_code(sixth.bitcast(Int32)), Int32(SMALLEST_ROW_SCALE))
+  return code
+
+
 def e4m3_codes(low: Float32, high: Float32, low_factor: Float32, high_factor: Float32) -> Uint32:
   """The E4M3 codes of two products value · factor, with the values' signs, in the low 16 bits."""
   magnitudes = (
@@ -208,6 +219,41 @@ def e2m1_pair(low: Float32, high: Float32) -> Uint32:
     )
     return cute.arch.inline_ptx(ptx, write_only_types=[Uint32], read_only_args=[high, low])
   return _e2m1_nearest(low) | (_e2m1_nearest(high) << 4)
+
+
+def e2m1_value(code: Uint32) -> Float32:
+  """The value of the E2M1 code in the low 4 bits, exact: its fields as the lowest of fp32's."""
+  bits = ((code & 7) << 22) | ((code & 8) << 28)
+  return multiply(bits.bitcast(Float32), Float32(2.0**126))
+
+
+@cute.jit
+def nvfp4_block_encode(rX: cute.Tensor, row_factor: Float32):
+  """(words of E2M1 codes, E4M3 code) of a block of fp32 numbers, times the factor, of a tensor of
+  scale 1.
+  """
+  size = const_expr(cute.size(rX))
+  amax = Int32(0)
+  for e in cutlass.range_constexpr(size):
+    rX[e] = multiply(rX[e], row_factor)
+    amax = cutlass.max(amax, magnitude_bits(rX[e]))
+  scale, factor = nvfp4_scale(amax, Float32(1.0), Float32(1.0))
+  rCode = cute.make_rmem_tensor(size // 8, Uint32)
+  rCode.fill(0)
+  for p in cutlass.range_constexpr(size // 2):
+    pair = e2m1_pair(multiply(rX[2 * p], factor), multiply(rX[2 * p + 1], factor))
+    rCode[p // 4] = rCode[p // 4] | (pair << (p % 4 * 8))
+  return rCode, scale
+
+
+@cute.jit
+def nvfp4_block_decode(rCode: cute.Tensor, scale: Uint32, row_scale: Float32) -> cute.Tensor:
+  """The values of words of E2M1 codes under one E4M3 code and the row's scale, exact."""
+  factor = multiply(e4m3_value(scale), row_scale)
+  rX = cute.make_rmem_tensor(8 * const_expr(cute.size(rCode)), Float32)
+  for e in cutlass.range_constexpr(8 * const_expr(cute.size(rCode))):
+    rX[e] = multiply(e2m1_value(rCode[e // 8] >> (e % 8 * 4)), factor)
+  return rX
 
 
 def _mix(h: Uint32) -> Uint32:

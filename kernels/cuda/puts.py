@@ -126,8 +126,18 @@ class Exchange(direct.Exchange):
     self._put(self.count_piece)
     self._signal(COUNTS, trip)
 
-  def send(self, trip: int, x_TD: Tensor, gate_TK: Tensor | None, route: Route, low: int) -> None:
-    self._launch_send(x_TD, gate_TK, route, low, packed=True)
+  def send(
+    self,
+    trip: int,
+    x_TD: Tensor,
+    gate_TK: Tensor | None,
+    route: Route,
+    low: int,
+    format: str,
+  ) -> None:
+    """Rows go as they are, since results come back over the same bytes."""
+    check(format == "bf16", f'puts move rows as they are, not as {format}; use payload "bf16"')
+    self._launch_send(x_TD, gate_TK, route, low, format, packed=True)
     place, packed, rows = (t[self.rank] for t in self._blocks(route, low))
     experts = torch.arange(len(rows), device=rows.device)
     owner = experts // (len(rows) // len(self.peers))
@@ -136,7 +146,7 @@ class Exchange(direct.Exchange):
       self._put(self._pieces(("back_gate_N", packed), ("gate_C", place), rows, owner))
     self._signal(DISPATCH, trip)
 
-  def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
     mine = self.mine
     row, gate, origin = (t[:num_rows] for t in (mine.row_CD, mine.gate_C, mine.origin_C))
     return row.clone(), gate.clone(), origin

@@ -15,6 +15,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 
 from kernels.buffers import COUNTS, SIGNAL_STRIDE, Buffers
 from kernels.cuda.jit import cached, compile_kernel, fake
+from kernels.cuda.rows import pointer, put
 
 THREADS = 512  # of the one block: ranks at most
 
@@ -37,17 +38,6 @@ def _trap(*, loc=None, ip=None) -> None:
 
 
 @cute.jit
-def pointer_to(dtype: cutlass.Constexpr[type], address: Int64, align: cutlass.Constexpr[int]):
-  return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-
-
-@cute.jit
-def put_element(dtype: cutlass.Constexpr[type], address: Int64, value) -> None:
-  """Store one element at an address of its own alignment."""
-  cute.make_tensor(pointer_to(dtype, address, dtype.width // 8), cute.make_layout(1))[0] = value
-
-
-@cute.jit
 def _signal(mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64) -> None:
   """Thread r stores `trip` as this rank's signal on rank r, after all that it saw before."""
   peer, _, _ = cute.arch.thread_idx()
@@ -55,7 +45,7 @@ def _signal(mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64) -> None:
   if peer < ranks:
     cute.arch.fence_acq_rel_sys()
     address = mTable[SIGNAL, peer] + (Int64(kind) * ranks + rank) * (8 * SIGNAL_STRIDE)
-    cute.arch.store(pointer_to(Int64, address, 8), trip, sem="release", scope="sys")
+    cute.arch.store(pointer(Int64, address, 8), trip, sem="release", scope="sys")
 
 
 class Signal:
@@ -87,7 +77,7 @@ class PostCounts:
     experts, ranks = mCount.shape[0], mTable.shape[1]
     for i in cutlass.range(tidx, ranks * experts, THREADS):
       peer, expert = i // experts, i % experts
-      put_element(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
+      put(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
     cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
     _signal(mTable, Int32(COUNTS), rank, trip)
@@ -128,9 +118,9 @@ class Wait:
       waiting = (seen < trip) & (cute.arch.globaltimer() - begun < deadline_ns)
     if seen < trip:
       record = mRecord[0]
-      put_element(Int64, record, Int64(kind))
-      put_element(Int64, record + 8, trip)
-      put_element(Int64, record + 16 + 8 * Int64(peer), Int64(1))
+      put(Int64, record, Int64(kind))
+      put(Int64, record + 8, trip)
+      put(Int64, record + 16 + 8 * Int64(peer), Int64(1))
       cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
     if seen < trip:

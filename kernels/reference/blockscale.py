@@ -23,11 +23,19 @@ Stochastic rounding (E2M1 only): with f the fraction of q before rounding and
 r = random_bits(seed, i) >> 8, q is rounded up if r · 2^-24 < f; i is the element's row-major index
 in the tensor given to `quantize`. The mean is exact to 2^-24, but for elements that saturate
 because `scale` was rounded down.
+
+Rows that are quantized each by itself (`quantize_rows`) have in NVFP4 a power of two of their own
+in place of the tensor's scale:
+  row_scale = 2^ceil(log2(row's amax / 2688)), at least 2^-123  (1 if the amax is not finite)
+and x / row_scale is quantized under a tensor's scale of 1. Since E2M1 · E4M3 has 6 significant bits
+and no digit below 2^-10, what they dequantize to is exact in bf16: infinite only in a block with a
+magnitude above 1.96875 · 2^127.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +46,7 @@ from kernels.ops import check
 
 MASK = 0xFFFFFFFF
 HADAMARD = 16  # elements that one random rotation mixes
+SMALLEST_ROW_SCALE = 127 - 123  # as an E8M0 code: 2^-10 of it is bf16's smallest number
 
 
 class Minifloat(NamedTuple):
@@ -54,6 +63,7 @@ class Minifloat(NamedTuple):
 E4M3 = Minifloat(3, -6, 448.0)
 E2M1 = Minifloat(1, 0, 6.0)
 BLOCK = {"fp8": 32, "nvfp4": 16}
+NVFP4_LARGEST = E2M1.largest * E4M3.largest  # 2688, of a number over its tensor's scale
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class BlockScaled:
   format: str  # "fp8" or "nvfp4"
   data: Tensor  # fp8: float8_e4m3fn [..., R, C]; nvfp4: uint8 pairs along axis, low nibble first
   scale: Tensor  # float8_e8m0fnu or float8_e4m3fn [..., ⌈R / block[0]⌉, ⌈C / block[1]⌉]
-  tensor_scale: Tensor | None  # nvfp4: fp32 0-d
+  tensor_scale: Tensor | None  # nvfp4: fp32 0-d, or [..., R, 1] of quantize_rows
   axis: int  # -1 or -2, the dimension that a product sums over
   block: tuple[int, int]  # rows and columns under one scale
 
@@ -117,6 +127,25 @@ def quantize(
   data = encode(scaled, E2M1, None if seed is None else random_bits(seed, x.shape, x.device))
   scale = scale.view(torch.float8_e4m3fn)
   return BlockScaled(format, pack(data, axis), scale, tensor_scale, axis, block)
+
+
+def quantize_rows(x: Tensor, format: str, quantize: Callable = quantize) -> BlockScaled:
+  """Block-scale x [..., R, C] along C, every row as if it were alone, to nearest.
+
+  fp8 is that of `quantize`, this module's or kernels.cuda's; nvfp4's tensor_scale is [..., R, 1].
+  """
+  if format == "fp8":
+    return quantize(x, format)
+  scale = row_scale(x)  # the quotients are exact in x's dtype, but for some that are 0 in E2M1
+  largest = scale.new_full((), NVFP4_LARGEST)
+  return replace(quantize(x / scale.to(x.dtype), format, tensor_amax=largest), tensor_scale=scale)
+
+
+def row_scale(x: Tensor) -> Tensor:
+  """fp32 [..., R, 1]: the power of two that is an NVFP4 row's scale."""
+  amax = x.abs().amax(-1).float()
+  code = scale_e8m0(_divide(amax, E2M1.largest)).clamp(min=SMALLEST_ROW_SCALE)
+  return torch.where(amax.isfinite(), decode_e8m0(code), 1.0)[..., None]
 
 
 def _check(
@@ -200,7 +229,7 @@ def _scale_nvfp4(amax: Tensor, tensor_amax: Tensor | None) -> tuple[Tensor, Tens
   """(tensor_scale, what the elements are multiplied by, E4M3 codes of the blocks' scales)."""
   if tensor_amax is None:
     tensor_amax = amax.max() if amax.numel() else amax.new_zeros(())
-  encode_scale = _divide(E2M1.largest * E4M3.largest, tensor_amax.float())
+  encode_scale = _divide(NVFP4_LARGEST, tensor_amax.float())
   usable = encode_scale.isfinite() & (encode_scale > 0)
   encode_scale = torch.where(usable, encode_scale, 1.0)
   tensor_scale = _divide(1.0, encode_scale)

@@ -11,12 +11,11 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.buffers import COUNTS, DISPATCH, MXFP8_BLOCK, RETURN, Buffers, Route
+from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route, row_parts
 from kernels.ops import Product
-from kernels.reference.blockscale import BlockScaled, quantize
+from kernels.reference.blockscale import BLOCK, BlockScaled, quantize_rows
 from kernels.reference.places import Places, places
 from kernels.reference.products import multiply
 
@@ -49,7 +48,6 @@ class Exchange:
     self.peers, self.rank, self.deadline_s = peers, rank, deadline_s
     self.mine = peers[rank]
     self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
-    self.mxfp8 = self.mine.row_CD.dtype == torch.uint8
     self.mine.origin_C.fill_(-1)
     self.blocks: int | None = None
     self.fused = True
@@ -67,13 +65,15 @@ class Exchange:
     gate_TK: Tensor | None,
     route: Route,
     low: int,
+    format: str,
   ) -> None:
     """Write row (t, k) of x to its place in its owner's buffer, if that is in low : low + C.
 
     The rows of an expert follow its base in the layout's order. Gates go along if given. Every rank
-    is signalled, with or without rows. If the buffers are MXFP8's, x is quantized here.
+    is signalled, with or without rows. x is quantized here, but as "bf16" travels as it is; all
+    ranks send and receive one format in one trip.
     """
-    row_TD = self._packed(x_TD) if self.mxfp8 else x_TD
+    row_TD = x_TD if format == "bf16" else packed(x_TD, format)
     expert_N, base_E = route.expert_TK.flatten().long(), route.base_RE[self.rank]
     owner_N = expert_N // (base_E.shape[0] // len(self.peers))
     within_N = route.layout.row_TK.flatten() - route.layout.offset_E1[expert_N]
@@ -82,22 +82,23 @@ class Exchange:
     for rank, peer in enumerate(self.peers):
       item = (inside_N & (owner_N == rank)).nonzero().flatten()
       place = place_N[item]
-      peer.row_CD.index_copy_(0, place, row_TD[item // route.expert_TK.shape[1]])
+      row = row_TD[item // route.expert_TK.shape[1]]
+      peer.row_CD[:, : row.shape[1]].index_copy_(0, place, row)
       if gate_TK is not None:
         peer.gate_C.index_copy_(0, place, gate_TK.flatten()[item])
       peer.origin_C.index_copy_(0, place, (item + self.rank * self.rows).int())
     self._signal(DISPATCH, trip)
 
-  def receive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
     """Copies of the first rows [n, D], gates [n] and origins [n]; rows that nobody sent are zero.
 
-    To be called after the wait for DISPATCH. The buffer's origins are reset. MXFP8's rows are
-    dequantized: of rows that were bf16, exactly.
+    To be called after the wait for DISPATCH. The buffer's origins are reset. Rows that were sent in
+    another format than "bf16" are dequantized, in bf16 exactly.
     """
     origin = self.mine.origin_C[:num_rows].clone()
     self.mine.origin_C[:num_rows] = -1
     row = self.mine.row_CD[:num_rows]
-    row = self._unpacked(row) if self.mxfp8 else row.clone()
+    row = row.clone() if format == "bf16" else unpacked(row, format, self.mine.back_ND)
     row[origin < 0] = 0
     return row, self.mine.gate_C[:num_rows].clone(), origin
 
@@ -168,20 +169,6 @@ class Exchange:
     """x on its way to the host."""
     return Fetched(x.tolist())
 
-  def _packed(self, x_TD: Tensor) -> Tensor:
-    """uint8: the rows as MXFP8, as kernels.buffers places it."""
-    q = quantize(x_TD, "fp8")
-    row = torch.cat([q.data.view(torch.uint8), q.scale.view(torch.uint8)], 1)
-    return F.pad(row, (0, self.mine.row_CD.shape[1] - row.shape[1]))
-
-  def _unpacked(self, row_C: Tensor) -> Tensor:
-    back_ND = self.mine.back_ND
-    dim = back_ND.shape[1]
-    scales = dim // MXFP8_BLOCK
-    data, scale = row_C[:, : dim + scales].split([dim, scales], 1)
-    data, scale = data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
-    return BlockScaled("fp8", data, scale, None, -1, (1, MXFP8_BLOCK)).values(back_ND.dtype)
-
   def _write_back(self, origin_C: Tensor, row_CD: Tensor, gate_C: Tensor | None) -> None:
     source_C = torch.where(origin_C < 0, -1, origin_C // self.rows)
     for rank, peer in enumerate(self.peers):
@@ -194,3 +181,21 @@ class Exchange:
   def _signal(self, kind: int, trip: int) -> None:
     for peer in self.peers:
       peer.signal_KRS[kind, self.rank, 0] = trip
+
+
+def packed(x_TD: Tensor, format: str) -> Tensor:
+  """uint8 [T, …]: the rows' bytes without padding, as kernels.buffers orders them."""
+  q = quantize_rows(x_TD, format)
+  parts = (q.data, q.scale) if q.tensor_scale is None else (q.data, q.tensor_scale, q.scale)
+  return torch.cat([part.view(torch.uint8) for part in parts], 1)
+
+
+def unpacked(row_C: Tensor, format: str, like_ND: Tensor) -> Tensor:
+  """The rows [C, D] that these bytes stand for, in the other tensor's width and dtype."""
+  sizes = row_parts(like_ND.shape[1], format)
+  data, own, scale = row_C[:, : sum(sizes)].split(sizes, 1)
+  if format == "fp8":
+    data, scale, own = data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu), None
+  else:
+    scale, own = scale.view(torch.float8_e4m3fn), own.view(torch.float32)
+  return BlockScaled(format, data, scale, own, -1, (1, BLOCK[format])).dequantize(like_ND.dtype)

@@ -36,7 +36,7 @@ class Copies(puts.Exchange):
   def _signal(self, kind: int, trip: int) -> None:
     pass
 
-  def _launch_send(self, x_TD, gate_TK, route: Route, low: int, packed: bool) -> None:
+  def _launch_send(self, x_TD, gate_TK, route: Route, low: int, format: str, packed: bool) -> None:
     """What the kernel Send does when packed: rows of this window to the layout's order."""
     assert packed
     expert_N = route.expert_TK.flatten().long()
@@ -77,11 +77,11 @@ def check(capacity: int, seed: int, tokens: list[int]) -> int:
     for low in range(0, rounds * capacity, capacity):
       for group in (movers, wanted):
         for r, mover in enumerate(group):
-          mover.send(DISPATCH, x[r], gates and gates[r], routes[r], low)
+          mover.send(DISPATCH, x[r], gates and gates[r], routes[r], low, "bf16")
       for r, (mover, other) in enumerate(zip(movers, wanted, strict=True)):
         num_rows = min(max(int(where.end_R[r]) - low, 0), capacity)
-        row, gate, origin = mover.receive(num_rows)
-        want_row, want_gate, want_origin = other.receive(num_rows)
+        row, gate, origin = mover.receive(num_rows, "bf16")
+        want_row, want_gate, want_origin = other.receive(num_rows, "bf16")
         assert torch.equal(row, want_row)
         assert gates is None or torch.equal(gate, want_gate)
         mover.reply(1, origin, row * 3, gate if gates else None, routes[r], low)

@@ -51,14 +51,15 @@ GROUPED = replace(
 
 
 def shapes(arch: str) -> list[Shapes]:
-  """One GPU, eight ranks with expert groups, both block-scaled formats, eight ranks' MXFP8 rows."""
+  """One GPU, eight ranks with expert groups, both block-scaled formats, packed rows of eight."""
   scaled = replace(
     MOONLET,
     dense_dim=MOONLET.num_shared * MOONLET.expert_dim,
     emulate_blockscale=arch != "sm_100a",
   )
   formats = [replace(scaled, dtype=dtype) for dtype in ("fp8", "nvfp4")]
-  return [MOONLET, GROUPED, *formats, replace(GROUPED, payload="mxfp8")]
+  packed = [replace(GROUPED, payload=payload) for payload in ("mxfp8", "nvfp4")]
+  return [MOONLET, GROUPED, *formats, *packed]
 
 
 def rows(arch: str) -> list[dict[str, str]]:

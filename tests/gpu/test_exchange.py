@@ -6,17 +6,22 @@ import torch
 from gpu.oracle import FOUR, normal, roundings
 from gpu.test_blockscale import samples
 from kernels import reference
-from kernels.buffers import ALIGNMENT, MXFP8_BLOCK, BufferLayout, Buffers, Route
+from kernels.buffers import ALIGNMENT, PAYLOADS, BufferLayout, Buffers, Route, row_parts
+from kernels.cuda.blockscale import quantize
 from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.layout import layout
+from kernels.cuda.rows import CODES
 from kernels.ops import Product, Recipe
+from kernels.reference.blockscale import quantize_rows
 from kernels.reference.exchange import Exchange as ReferenceExchange
 from kernels.reference.places import places
 
 pytestmark = pytest.mark.gpu
 RANKS, E, K, D, F, TOKENS = 2, 8, 3, 320, 136, 600
 ROUTINGS = {"uniform": range(E), "one rank gets none": range(E // 2), "one expert": [E - 1]}
+PACKED = {"fp8": "mxfp8", "nvfp4": "nvfp4"}  # a row's format: a payload that has it
+DIMS = [n * CODES for n in (2, 20, 32, 66)]  # a warp takes 32 · CODES at a time
 
 
 def blocks(sizes: BufferLayout, device: str) -> list[Buffers]:
@@ -28,8 +33,8 @@ def blocks(sizes: BufferLayout, device: str) -> list[Buffers]:
   return found
 
 
-def movers(capacity: int, mxfp8: bool) -> list[Exchange]:
-  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, torch.bfloat16, mxfp8)
+def movers(capacity: int, payload: str) -> list[Exchange]:
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, torch.bfloat16, payload)
   peers = blocks(sizes, "cuda")
   return [Exchange(peers, rank, 1.0) for rank in range(RANKS)]
 
@@ -46,7 +51,7 @@ def routed(kind: str, alignment: int):
   return [Route(e, order, count_RE, where.base_RE) for e, order in pairs], where
 
 
-def layer(kind: str, fused: bool, alignment: int = 1, mxfp8: bool = False):
+def layer(kind: str, fused: bool, alignment: int = 1, payload: str = "bf16"):
   """y, dx, dgate of each rank's tokens and dw13, dw2 of its experts, as RDEP moves them."""
   torch.manual_seed(0)
   routes, where = routed(kind, alignment)
@@ -55,15 +60,17 @@ def layer(kind: str, fused: bool, alignment: int = 1, mxfp8: bool = False):
   w13 = normal(E, 2 * F, D, scale=D**-0.5).detach()
   w2 = normal(E, D, F, scale=F**-0.5).detach()
   weights = [[w[r * E // RANKS : (r + 1) * E // RANKS].clone() for w in (w13, w2)] for r in (0, 1)]
-  exchanges = movers(max(int(where.end_R.max()), 1), mxfp8)
+  exchanges, format = movers(max(int(where.end_R.max()), 1), payload), PAYLOADS[payload]
   for exchange in exchanges:
     exchange.fused = fused
   for mover, x_TD, route in zip(exchanges, x, routes, strict=True):
-    mover.send(1, x_TD, None, route, 0)
+    mover.send(1, x_TD, None, route, 0, format.x)
   kept = []
   for r, mover in enumerate(exchanges):
     mine = slice(r * E // RANKS, (r + 1) * E // RANKS)
-    rows, _, origin = mover.receive(mover.capacity)  # rows beyond end_R[r], or all, are zero
+    rows, _, origin = mover.receive(
+      mover.capacity, format.x
+    )  # rows beyond end_R[r], or all, are zero
     offset = torch.cat([where.start_E[mine], where.end_R[r : r + 1]]).int()
     y, state = grouped_mlp_forward(rows, offset, *weights[r], Recipe(), True)
     y = mover.multiply(y, origin) if isinstance(y, Product) else y
@@ -71,10 +78,10 @@ def layer(kind: str, fused: bool, alignment: int = 1, mxfp8: bool = False):
     kept.append((state, origin))
   out = [m.collect(r)[0].clone() for m, r in zip(exchanges, routes, strict=True)]
   for r, mover in enumerate(exchanges):
-    mover.send(2, dy[r], gate[r], routes[r], 0)
+    mover.send(2, dy[r], gate[r], routes[r], 0, format.dy)
   gradients = []
   for r, mover in enumerate(exchanges):
-    rows, gate_C, _ = mover.receive(mover.capacity)
+    rows, gate_C, _ = mover.receive(mover.capacity, format.dy)
     state, origin = kept[r]
     dx, dgate, rest = grouped_mlp_backward(state, rows, gate_C, *weights[r])
     dx = mover.multiply(dx, origin, dgate) if isinstance(dx, Product) else dx
@@ -118,10 +125,12 @@ def test_rows_that_return_from_the_product_are_the_same(kind, alignment):
   assert all(torch.equal(a, b) for a, b in zip(apart, fused, strict=True))
 
 
+@pytest.mark.parametrize("payload", PACKED.values())
 @pytest.mark.parametrize("kind", ROUTINGS)
-def test_a_layer_with_mxfp8_rows_is_the_definition_with_quantized_rows(kind):
-  found, (x, expert, gate, dy, *weights) = layer(kind, False, mxfp8=True)
-  x, dy = (reference.quantize(t, "fp8").values(t.dtype) for t in (x, dy))
+def test_a_layer_with_packed_rows_is_the_definition_with_quantized_rows(kind, payload):
+  found, (x, expert, gate, dy, *weights) = layer(kind, False, payload=payload)
+  pairs = zip((x, dy), PAYLOADS[payload], strict=True)
+  x, dy = (quantize_rows(t, format).dequantize(t.dtype) for t, format in pairs)
   want = definition(x, expert, gate, dy, *weights)
   for name, got, exact in zip("y dx dgate dw13 dw2".split(), found, want, strict=True):
     assert roundings(got, exact) <= FOUR, name
@@ -138,32 +147,48 @@ def bits(row: torch.Tensor) -> torch.Tensor:
   return torch.where(row.isnan(), torch.nan, row).view(torch.int16)
 
 
-@pytest.mark.parametrize("dim", [32, 320, 512, 1056])
+def rows_with_ends(num_rows: int, dim: int) -> torch.Tensor:
+  """`samples` with rows that are not finite, the largest, and the smallest."""
+  x = samples(num_rows, dim)
+  x[5, 3], x[7, 9], x[8], x[9] = torch.nan, -torch.inf, 2.0**-130, 6 * 2.0**-133
+  x[10, 1], x[11, 2] = 1.96875 * 2.0**127, torch.finfo(x.dtype).max
+  return x
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("format", PACKED)
+def test_one_rank_quantizes_as_the_reference_does(format, dim):
+  x = rows_with_ends(TOKENS, dim)
+  ours = quantize_rows(x.cuda(), format, quantize).dequantize(x.dtype)
+  assert torch.equal(bits(ours), bits(quantize_rows(x, format).dequantize(x.dtype)))
+
+
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("kind", ROUTINGS)
-def test_mxfp8_rows_are_the_reference_bit_for_bit(kind, alignment, dim):
+@pytest.mark.parametrize("format", PACKED)
+def test_packed_rows_are_the_reference_bit_for_bit(format, kind, alignment, dim):
   """Codes, scales and what is received, in two rounds, with gates in the second."""
   torch.manual_seed(2)
   routes, where = routed(kind, alignment)
   capacity = -(-int(where.end_R.max()) // 2)
-  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, dim, torch.bfloat16, mxfp8=True)
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, dim, torch.bfloat16, PACKED[format])
   ours, theirs = blocks(sizes, "cuda"), blocks(sizes, "cpu")
   pairs = [(Exchange(ours, r, 1.0), ReferenceExchange(theirs, r, 1.0)) for r in range(RANKS)]
-  x = [samples(len(r.expert_TK), dim) for r in routes]
-  x[0][5, 3], x[1][7, 9], x[1][8] = torch.nan, -torch.inf, 2.0**-130
+  x = [rows_with_ends(len(r.expert_TK), dim) for r in routes]
   gates = [torch.rand(r.expert_TK.shape) for r in routes]
   for low in (0, capacity):
     for r, (mover, other) in enumerate(pairs):
       gate = gates[r] if low else None
-      mover.send(1, x[r].cuda(), gate if gate is None else gate.cuda(), routes[r], low)
-      other.send(1, x[r], gate, on_cpu(routes[r]), low)
+      mover.send(1, x[r].cuda(), gate if gate is None else gate.cuda(), routes[r], low, format)
+      other.send(1, x[r], gate, on_cpu(routes[r]), low, format)
     for r, (mover, other) in enumerate(pairs):
       num_rows = min(max(int(where.end_R[r]) - low, 0), capacity)
       there = other.mine.origin_C[:num_rows] >= 0
-      size = dim + dim // MXFP8_BLOCK
+      size = sum(row_parts(dim, format))
       travelled = [b[r].row_CD[:num_rows, :size].cpu()[there] for b in (ours, theirs)]
       assert torch.equal(*travelled)
-      found, want = mover.receive(num_rows), other.receive(num_rows)
+      found, want = mover.receive(num_rows, format), other.receive(num_rows, format)
       assert torch.equal(bits(found[0]), bits(want[0]))
       assert torch.equal(found[2].cpu(), want[2])
       assert not low or torch.equal(found[1].cpu()[there], want[1][there])

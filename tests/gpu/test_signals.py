@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_counts_and_signals_reach_every_rank() -> None:
-  exchanges = movers(8, mxfp8=False)
+  exchanges = movers(8, "bf16")
   counts = torch.randint(100, (RANKS, E), device="cuda", dtype=torch.int32)
   for mover, count_E in zip(exchanges, counts, strict=True):
     mover.post_counts(3, count_E)
@@ -28,7 +28,7 @@ def test_counts_and_signals_reach_every_rank() -> None:
 
 
 def test_a_wait_ends_when_the_last_signal_comes() -> None:
-  first, second = movers(8, mxfp8=False)
+  first, second = movers(8, "bf16")
   compile_signal()(first.table, RETURN, 0, 7)
   seen = torch.zeros(1, device="cuda")
   waiting = torch.cuda.Stream()

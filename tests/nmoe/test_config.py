@@ -49,6 +49,7 @@ micro_batch = 16
 """
 BASE = loads(BASE_TEXT, env={})
 MXFP8 = {"target.dtype": "bf16", "rdep.payload": "mxfp8"}
+NVFP4 = MXFP8 | {"rdep.payload": "nvfp4"}
 HINTS = {
   f"{section}.{f.name}": get_type_hints(cls)[f.name]
   for section, cls in SECTIONS.items()
@@ -353,6 +354,10 @@ def test_a_default_root_expands_too(tmp_path):
     ("rdep.payload", {"rdep.payload": "mxfp8"}, 'target.dtype is "fp32"; set it to "bf16"'),
     ("rdep.payload", MXFP8 | {"model.dim": 80}, "model.dim is 80; make it a multiple of 32"),
     ("rdep.payload", MXFP8 | {"rdep.peer_access": False}, "is not for rdep.peer_access = false"),
+    ("rdep.payload", {"rdep.payload": "nvfp4"}, 'target.dtype is "fp32"; set it to "bf16"'),
+    ("rdep.payload", NVFP4 | {"model.dim": 80}, "model.dim is 80; make it a multiple of 32"),
+    ("rdep.payload", NVFP4 | {"rdep.peer_access": False}, "is not for rdep.peer_access = false"),
+    ("rdep.payload", {"rdep.payload": "nvfp8"}, "nvfp4"),
     ("target.dtype", {"target.arch": "sm_90a"}, 'fp32 is for arch = "cpu"'),
     ("target.dtype", {"target.dtype": "fp8"}, "set target.emulate_blockscale = true"),
     ("target.emulate_blockscale", {"target.emulate_blockscale": True}, "nothing to emulate"),

@@ -39,7 +39,7 @@ layouts = st.builds(
   **sizes,
   dim=st.integers(1, 10).map(lambda blocks: 32 * blocks),
   dtype=st.just(torch.bfloat16),
-  mxfp8=st.just(True),
+  payload=st.sampled_from(["mxfp8", "nvfp4"]),
 )
 
 

@@ -205,10 +205,13 @@ def test_one_micro_batch_keeps_gradients_in_bf16_and_never_all_of_them_with_all_
   assert sum(transient) >= 2 * one.parameters.total
 
 
-@pytest.mark.parametrize("payload", [{}, {"rdep__payload": "mxfp8", "target__dtype": "bf16"}])
+@pytest.mark.parametrize(
+  ("dtype", "payload"), [("fp32", "bf16"), ("bf16", "mxfp8"), ("bf16", "nvfp4")]
+)
 @pytest.mark.parametrize("capacity", [0.5, 1.0, 1.5])
-def test_rdep_bytes_are_those_of_the_heap(capacity, payload):
-  config = tiny(launch__ranks=2, schedule__batch_tokens=96, rdep__capacity=capacity, **payload)
+def test_rdep_bytes_are_those_of_the_heap(capacity, dtype, payload):
+  values = {"target__dtype": dtype, "rdep__payload": payload, "rdep__capacity": capacity}
+  config = tiny(launch__ranks=2, schedule__batch_tokens=96, **values)
   assert plan(config).rdep.capacity == buffer_layout(config).nbytes
   even = config.with_values(**{"rdep.capacity": 1.0})
   assert plan(config).rdep.balanced == buffer_layout(even).nbytes

@@ -604,10 +604,10 @@ def test_rows_are_conserved(data: st.DataObject) -> None:
     for r, mover in enumerate(movers):
       token_T = torch.arange(len(routing[r]))
       x_TD = torch.stack([torch.full_like(token_T, r), token_T], 1).float()
-      mover.send(number + 1, x_TD, None, routes[r], low)
+      mover.send(number + 1, x_TD, None, routes[r], low, "bf16")
     for owner, mover in enumerate(movers):
       num_rows = min(max(int(where.end_R[owner]) - low, 0), capacity)
-      row_CD, _, origin_C = mover.receive(num_rows)
+      row_CD, _, origin_C = mover.receive(num_rows, "bf16")
       assert (origin_C >= 0).all() and (blocks[owner].origin_C == -1).all()
       for row, (origin, x) in enumerate(zip(origin_C.tolist(), row_CD.tolist(), strict=True)):
         source, item = divmod(origin, 8)
