@@ -163,6 +163,7 @@ def adamw(
   scale = grad_scale.view(1)
   for tensors in zip(params, grads, masters, exp_avgs, exp_avg_sqs, strict=True):
     _adamw_one(*(t.detach() for t in tensors), scale, factors)
+  torch.autograd.graph.increment_version(params)  # the kernel's writes are not torch's
 
 
 def _symmetric(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:

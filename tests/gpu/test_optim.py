@@ -9,6 +9,7 @@ from kernels.ops import KernelError
 pytestmark = pytest.mark.gpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
+ONE = torch.tensor(1.0)
 RULE = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
@@ -46,6 +47,16 @@ def test_nan_scale_leaves_everything():
   adamw(*ours, step=1, grad_scale=torch.tensor(torch.nan, device="cuda"), **RULE)
   for group, kept in zip(ours, before, strict=True):
     assert all(torch.equal(a, b) for a, b in zip(group, kept, strict=True))
+
+
+@pytest.mark.parametrize("param", [BF16, FP32])
+def test_a_step_counts_as_a_write(param):
+  """Autograd and kernels.copies tell by torch's count that a tensor has changed; views share it."""
+  ours = state([1000, 3], param, BF16, FP32)
+  before = [p._version for p in ours[0]]
+  views = [p.detach()[:1] for p in ours[0]]
+  adamw(views, *([t[:1] for t in g] for g in ours[1:]), step=1, grad_scale=ONE.cuda(), **RULE)
+  assert all(p._version > version for p, version in zip(ours[0], before, strict=True))
 
 
 def test_repeats_bit_for_bit():
