@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Key(NamedTuple):
+  format: str
+  emulate: bool
+  leg: str
+  salt: int
 
 
 class Copy(NamedTuple):
@@ -22,12 +29,13 @@ class Copies:
   rows, a checkpoint, an initialisation) need not know of copies, nor come in any order; what writes
   through a raw pointer must raise the count (torch.autograd.graph.increment_version), as it must
   for autograd. Only writes through `Tensor.data` stay unseen: nothing here writes weights so.
+  A kernel that writes a weight may write its current copies too, and say so (`renew`).
   """
 
   def __init__(self) -> None:
-    self.made: dict[Hashable, Copy] = {}
+    self.made: dict[Key, Copy] = {}
 
-  def get(self, key: Hashable, weight: Tensor, make: Callable[[], Any]) -> Any:
+  def get(self, key: Key, weight: Tensor, make: Callable[[], Any]) -> Any:
     """The copy `key` of the weight, by `make()` if the weight is not what it was."""
     if not self._is_current(key, weight):
       self.made.pop(key, None)  # first, so that the new one can take its memory
@@ -35,7 +43,16 @@ class Copies:
       self.made[key] = Copy(weight.detach(), version, make())
     return self.made[key].quantized
 
-  def _is_current(self, key: Hashable, weight: Tensor) -> bool:
+  def current(self, weight: Tensor) -> dict[Key, Any]:
+    """All copies of the weight as it is."""
+    return {key: c.quantized for key, c in self.made.items() if self._is_current(key, weight)}
+
+  def renew(self, keys: Iterable[Key], weight: Tensor) -> None:
+    """Say that these copies were written with the weight: they are of what it is now."""
+    for key in keys:
+      self.made[key] = self.made[key]._replace(version=weight._version)
+
+  def _is_current(self, key: Key, weight: Tensor) -> bool:
     copy = self.made.get(key)
     return copy is not None and all(
       (w.data_ptr(), w.shape, w.stride(), w.dtype, w._version)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.copies import Copies
+from kernels.copies import Copies, Key
 from kernels.errors import KernelError as KernelError
 
 
@@ -88,7 +88,7 @@ class Recipe:
     """What `make()` quantizes the weight of a leg and product (`Operand`) to."""
     if self.copies is None:
       return make()
-    return self.copies.get((self.format, self.emulate, leg, salt), weight, make)
+    return self.copies.get(Key(self.format, self.emulate, leg, salt), weight, make)
 
 
 class Routing(NamedTuple):
@@ -222,11 +222,13 @@ class Ops(Protocol):
     eps: float,
     weight_decay: float,
     grad_scale: Tensor,
+    copies: list[Copies | None] | None = None,
   ) -> None:
     """Decoupled AdamW in place on fp32 masters; params (maybe the same tensors) get them rounded.
 
     grad_scale is a 0-d fp32 tensor on the device (the clip factor); if it is NaN, nothing changes.
-    step counts from 1. Moments may be bf16, and grads fp32 where params are bf16.
+    step counts from 1. Moments may be bf16, and grads fp32 where params are bf16. copies: of each
+    parameter that keeps some (`Recipe.copies`), which may be brought up to date with it.
     """
 
   def quantize(

@@ -327,6 +327,16 @@ def _quantized(layers: nn.ModuleList) -> dict[tuple[int, str], Linear | Mlp | Ex
   }
 
 
+def copies_of(model: nn.Module) -> dict[str, Copies]:
+  """What keeps the quantized copies of a parameter, by its name."""
+  return {
+    f"{path}.{name}": module.recipe.copies
+    for path, module in model.named_modules()
+    if isinstance(module, (Linear, Mlp, Experts)) and module.recipe.copies is not None
+    for name, _ in module.named_parameters(recurse=False)
+  }
+
+
 def update_router_bias(model: Model, count_LE: Tensor, rate: float) -> None:
   """One step of bias balancing from the step's global counts; see nmoe.router.update_bias."""
   update_bias(model.routers, count_LE, rate)

@@ -1,4 +1,5 @@
-"""When kernels.cuda quantizes a weight, seen on meta tensors: at its first use after a change.
+"""When kernels.cuda quantizes a weight, seen on meta tensors: at its first use after a change, or
+with the step of AdamW that changes it.
 
 Started by test_copies_compile.py in the environment of an architecture. Nothing is launched.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 from kernels.copies import Copies
 from kernels.cuda import products
 from kernels.cuda.build import compile_only
+from kernels.cuda.dense import linear
 from kernels.cuda.experts import grouped_mlp, grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.jit import ARCH
 from kernels.cuda.jobs import backward, meta
@@ -34,10 +36,10 @@ def watch(name: str) -> None:
   setattr(products, name, counted)
 
 
-def step(w: Tensor) -> None:
+def step(w: Tensor, copies: Copies | None) -> None:
   """AdamW of one weight."""
   state = [[torch.empty_like(w, dtype=torch.float32)] for _ in range(4)]
-  rule = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+  rule = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "copies": [copies]}
   adamw([w.detach()], *state, step=1, grad_scale=meta(dtype=torch.float32, grad=False), **rule)
 
 
@@ -61,6 +63,8 @@ def seen() -> set[tuple[int, ...]]:
 
 
 def check(recipe: Recipe) -> None:
+  """Only MXFP8 operands of tensor cores are written with the weight."""
+  written = recipe.format == "fp8" and not recipe.emulate
   w13, w2 = meta(E, 2 * F, D), meta(E, D, F)
   for run in (together, halves):
     kept = replace(recipe, copies=Copies())
@@ -68,9 +72,33 @@ def check(recipe: Recipe) -> None:
     assert seen() == SHAPES
     run(kept, w13, w2)
     assert seen() == set()
-    step(w2)
+    step(w2, None)
     run(kept, w13, w2)
     assert seen() == {(E, D, F), (E, F, D)}
+    step(w2, kept.copies)
+    run(kept, w13, w2)
+    assert seen() == (set() if written else {(E, D, F), (E, F, D)})
+    step(w2, None)
+    step(w2, kept.copies)  # which are not of the weight by then
+    run(kept, w13, w2)
+    assert seen() == {(E, D, F), (E, F, D)}
+
+
+def check_linear(recipe: Recipe) -> None:
+  """A weight of two dimensions, and rows of it that a rank owns."""
+  written = recipe.format == "fp8" and not recipe.emulate
+  w, kept = meta(2 * F, D), replace(recipe, copies=Copies())
+  shapes = {(1, 2 * F, D), (1, D, 2 * F)}
+
+  def run() -> set[tuple[int, ...]]:
+    backward(linear(meta(N, D), w, kept))
+    return seen()
+
+  assert run() == shapes
+  step(w, kept.copies)
+  assert run() == (set() if written else shapes)
+  step(w.detach()[:F], kept.copies)
+  assert run() == shapes
 
 
 if __name__ == "__main__":
@@ -78,4 +106,5 @@ if __name__ == "__main__":
     watch(name)
   with compile_only():
     for name in ("fp8", "nvfp4"):
-      check(Recipe(name, emulate=not ARCH.block_scaled))
+      for function in (check, check_linear):
+        function(Recipe(name, emulate=not ARCH.block_scaled))

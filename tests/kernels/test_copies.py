@@ -97,6 +97,20 @@ def test_a_copy_keeps_its_weight_s_address():
     del weight, found
 
 
+def test_copies_written_with_their_weight_are_of_it():
+  (a, b), copies = weights((4, 6), (4, 6)), Copies()
+  for key, weight in (("a", a), ("a too", a), ("b", b)):
+    get(copies, weight, key)
+  assert copies.current(a).keys() == {"a", "a too"} and copies.current(b).keys() == {"b"}
+  with torch.no_grad():
+    a.add_(1)
+  assert copies.current(a) == {}
+  copies.renew(["a"], a.detach())
+  assert copies.current(a).keys() == {"a"} and not get(copies, a, "a")[1]
+  assert get(copies, a, "a too")[1]
+  assert copies.current(b[:2]) == {}
+
+
 @pytest.fixture
 def quantized(monkeypatch):
   """The shapes that the reference's products quantize, in order."""

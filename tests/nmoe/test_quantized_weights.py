@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,27 @@ def test_copies_are_of_the_weights_as_they_are(name: str, dtype: str, tmp_path: 
   micro_batch(model, 3)
   after = check_copies(model, dtype)
   assert not any(same(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_adamw_is_given_what_keeps_each_weight_s_copies(rows: int | None) -> None:
+  """In each parameter's place, also of the rows that a rank owns; None where nothing is kept."""
+  config = config_of("fp8", precision__linears=("o", "shared"))
+  model, given = model_of(config), {}
+
+  def adamw(params: list, *_: list, copies: list, **rule: Any) -> None:
+    given.update({p.data_ptr(): c for p, c in zip(params, copies, strict=True)})
+
+  owned = rows and {name: (0, min(rows, len(p))) for name, p in model.named_parameters()}
+  model.zero_grad()
+  optimizer = Optimizer(model, config, SimpleNamespace(adamw=adamw), owned)
+  for parameter in model.parameters():
+    parameter.grad = torch.zeros_like(parameter).to(parameter.grad_dtype)
+  optimizer.step(1.0, ONE)
+  want = dict.fromkeys((p.data_ptr() for p in model.parameters()), None)
+  for module in model.quantized.values():
+    want |= {p.data_ptr(): module.recipe.copies for p in module.parameters()}
+  assert given == want and len(set(map(id, want.values()))) == len(model.quantized) + 1
 
 
 def steps(model: Model, optimizer: Optimizer, together: Parallel) -> list[torch.Tensor]:
