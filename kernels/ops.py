@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.copies import Copies, Key
 from kernels.errors import KernelError as KernelError
 
 
@@ -71,6 +72,8 @@ class Recipe:
   products are those of the tensor cores, exactly; only the order of the sum differs. Without it
   block-scaled tensor cores are required (sm_100a). `forward_only_bf16` keeps the forward product in
   the tensors' own dtype while both gradients stay quantized (2509.25149 section 5).
+
+  With `copies`, which serve one module, its weights are quantized once for each change of them.
   """
 
   format: str = "bf16"
@@ -79,6 +82,13 @@ class Recipe:
   seed: int = 0  # of the Hadamard signs: one for the whole run
   draw: int = 0  # of stochastic rounding, with `seed`: another one for each layer and step
   observe: Callable[[Operand], None] | None = field(default=None, compare=False)  # sees operands
+  copies: Copies | None = field(default=None, compare=False)  # None: quantize at every use
+
+  def quantized(self, leg: str, salt: int, weight: Tensor, make: Callable[[], Any]) -> Any:
+    """What `make()` quantizes the weight of a leg and product (`Operand`) to."""
+    if self.copies is None:
+      return make()
+    return self.copies.get(Key(self.format, self.emulate, leg, salt), weight, make)
 
 
 class Routing(NamedTuple):
@@ -212,11 +222,13 @@ class Ops(Protocol):
     eps: float,
     weight_decay: float,
     grad_scale: Tensor,
+    copies: list[Copies | None] | None = None,
   ) -> None:
     """Decoupled AdamW in place on fp32 masters; params (maybe the same tensors) get them rounded.
 
     grad_scale is a 0-d fp32 tensor on the device (the clip factor); if it is NaN, nothing changes.
-    step counts from 1. Moments may be bf16, and grads fp32 where params are bf16.
+    step counts from 1. Moments may be bf16, and grads fp32 where params are bf16. copies: of each
+    parameter that keeps some (`Recipe.copies`), which may be brought up to date with it.
     """
 
   def quantize(

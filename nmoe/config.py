@@ -224,6 +224,13 @@ class Config:
     """The ranks that hold one set of routed experts: those of an RDEP group."""
     return self.rdep.group or self.launch.ranks
 
+  def quantizes(self, product: str, layer: int) -> bool:
+    """Whether a product is block-scaled: "experts" or one of precision.linears' names."""
+    p = self.precision
+    chosen = p.experts if product == "experts" else product in p.linears
+    inner = p.bf16_first_layers <= layer < self.model.num_layers - p.bf16_last_layers
+    return self.target.dtype in ("fp8", "nvfp4") and chosen and inner
+
   def with_values(self, **values: Any) -> Config:
     """A copy with dotted keys replaced, e.g. with_values(**{"train.seed": 1}).
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels.copies import Copies
 from kernels.gradient import gradient
 from kernels.ops import Recipe
 from kernels.reference.blockscale import derive
@@ -326,6 +327,16 @@ def _quantized(layers: nn.ModuleList) -> dict[tuple[int, str], Linear | Mlp | Ex
   }
 
 
+def copies_of(model: nn.Module) -> dict[str, Copies]:
+  """What keeps the quantized copies of a parameter, by its name."""
+  return {
+    f"{path}.{name}": module.recipe.copies
+    for path, module in model.named_modules()
+    if isinstance(module, (Linear, Mlp, Experts)) and module.recipe.copies is not None
+    for name, _ in module.named_parameters(recurse=False)
+  }
+
+
 def update_router_bias(model: Model, count_LE: Tensor, rate: float) -> None:
   """One step of bias balancing from the step's global counts; see nmoe.router.update_bias."""
   update_bias(model.routers, count_LE, rate)
@@ -337,13 +348,14 @@ def parameter_dtype(config: Config) -> torch.dtype:
 
 
 def recipe_for(config: Config, name: str, layer: int) -> Recipe:
-  """The arithmetic of one product: `name` is "experts" or one of precision.linears' names."""
-  p, t = config.precision, config.target
-  chosen = p.experts if name == "experts" else name in p.linears
-  inner = p.bf16_first_layers <= layer < config.model.num_layers - p.bf16_last_layers
-  if t.dtype not in ("fp8", "nvfp4") or not chosen or not inner:
+  """The arithmetic of one module's products, and if quantized the keeper of its weights' copies.
+
+  `name` is "experts" or one of precision.linears' names.
+  """
+  t = config.target
+  if not config.quantizes(name, layer):
     return Recipe()
-  return Recipe(t.dtype, emulate=t.emulate_blockscale, seed=config.train.seed)
+  return Recipe(t.dtype, emulate=t.emulate_blockscale, seed=config.train.seed, copies=Copies())
 
 
 def softmax_mscale(yarn: YarnConfig) -> float:

@@ -22,10 +22,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from kernels.copies import Copies
 from nmoe.checkpoint import Part
 from nmoe.config import Config
 from nmoe.errors import CheckpointError, RunError
-from nmoe.model import Rows, matrix_blocks
+from nmoe.model import Rows, copies_of, matrix_blocks
 from nmoe.owners import Span, parameter_group
 
 GROUPS = ("dense", "router", "expert")
@@ -43,6 +44,7 @@ class Slot:
   data: Tensor  # the rows without autograd
   master: Tensor  # fp32; `data` itself if that is fp32
   moments: dict[str, Tensor]  # exp_avg and exp_avg_sq, or momentum; of the rows' shape
+  copies: Copies | None  # where the parameter is kept quantized
 
   @property
   def grad(self) -> Tensor:
@@ -87,12 +89,13 @@ class Optimizer:
     several = config.schedule.batch_tokens > (
       config.data.seq_len * config.train.micro_batch * config.launch.ranks
     )
+    copies = copies_of(model)
     for name, param in model.named_parameters():
       if several:
         param.grad_dtype = torch.float32
       if owned is None or name in owned:
         rows = slice(0, len(param)) if owned is None else slice(*owned[name])
-        self._add(name, param, rows, self._blocks(name, param, config))
+        self._add(name, param, rows, self._blocks(name, param, config), copies.get(name))
 
   def _blocks(self, name: str, param: Tensor, config: Config) -> tuple[Rows, ...]:
     """The blocks that Muon orthogonalises, or () for AdamW."""
@@ -100,12 +103,19 @@ class Optimizer:
     chosen = self.config.experts if expert else self.config.matrices
     return matrix_blocks(name, tuple(param.shape), config) if chosen == "muon" else ()
 
-  def _add(self, name: str, param: nn.Parameter, rows: slice, blocks: tuple[Rows, ...]) -> None:
+  def _add(
+    self,
+    name: str,
+    param: nn.Parameter,
+    rows: slice,
+    blocks: tuple[Rows, ...],
+    copies: Copies | None,
+  ) -> None:
     group, data = parameter_group(name), param.detach()[rows]
     dtype = torch.bfloat16 if self.config.moments == "bf16" else torch.float32
     names = ("momentum",) if blocks else ("exp_avg", "exp_avg_sq")
     moments = {n: torch.zeros_like(data, dtype=dtype) for n in names}
-    slot = Slot(name, param, rows, data, data.float(), moments)
+    slot = Slot(name, param, rows, data, data.float(), moments, copies)
     self.slots[group].append(slot)
     self._batch(group, slot, blocks).slots.append(slot)
 
@@ -187,6 +197,7 @@ class Optimizer:
       eps=o.eps,
       weight_decay=batch.weight_decay,
       grad_scale=grad_scale,
+      copies=[slot.copies for slot in slots],
     )
 
   def _muon(self, batch: Batch, lr_factor: float, grad_scale: Tensor) -> None:

@@ -326,8 +326,36 @@ def _held(config: Config) -> Iterator[Term]:
     yield Term("fp32 masters", f"{own.masters:,} · 4{of}", own.masters * 4)
   formula = f"({own.adamw:,} AdamW · 2 + {own.muon:,} Muon) · {moment}{of}"
   yield Term("moments", formula, (2 * own.adamw + own.muon) * moment)
+  elements, (formula, each) = _quantized_elements(config), _copy_bytes(config)
+  yield Term("quantized weights", f"{elements:,} · 2 · ({formula})", elements * 2 * each)
   received = rdep_bytes(config).capacity
   yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
+
+
+def _quantized_elements(config: Config) -> int:
+  """Elements of this rank's weights of which two quantized copies are kept (kernels.copies)."""
+  total = 0
+  for name, shape in parameter_shapes(config).items():
+    if name.startswith("layers.") and config.quantizes(
+      _product(name, shape), int(name.split(".")[1])
+    ):
+      total += math.prod(shape) // (config.expert_ranks if ".experts." in name else 1)
+  return total
+
+
+def _product(name: str, shape: tuple[int, ...]) -> str:
+  """What the precision section calls the product of a layer's weight."""
+  part = _part(name, shape)
+  linear = name.split(".")[3]
+  return {"q_a": "q", "q_b": "q"}.get(linear, linear) if part == "attention" else part
+
+
+def _copy_bytes(config: Config) -> tuple[str, float]:
+  """Of an element in one copy: data and scale; tensor cores want a 16 x 16 square's in each row."""
+  if config.target.dtype == "nvfp4":
+    rows = 256 if config.target.emulate_blockscale else 16
+    return f"1/2 + 1/{rows}", 1 / 2 + 1 / rows
+  return "1 + 1/32", 1 + 1 / 32
 
 
 @dataclass

@@ -76,13 +76,18 @@ class Randomness(NamedTuple):
 
 
 @cute.jit
-def _store_words(mData: cute.Tensor, offset: Int64, rWords: cute.Tensor):
+def store_words(mData: cute.Tensor, offset: Int64, rWords: cute.Tensor):
   """Store words at a byte offset that is a multiple of all their bytes."""
   count = const_expr(cute.size(rWords))
   align = const_expr(count * rWords.element_type.width // 8)
   address = mData.iterator.toint() + offset
   pointer = cute.make_ptr(rWords.element_type, address, cute.AddressSpace.gmem, assumed_align=align)
   cute.autovec_copy(rWords, cute.make_tensor(pointer, cute.make_layout(count)))
+
+
+def atom_byte(row, block):
+  """Where a row's block has its scale in the atom that holds it."""
+  return row % 32 * 16 + row // 32 % 4 * 4 + block % ATOM_BLOCKS
 
 
 class _Quantize:
@@ -223,7 +228,7 @@ class Rows(_Quantize):
           self.store(rX, mData, start, factor, random)
         if column % self.size == 0:
           inside = row < count and atom * ATOM_BLOCKS + block < self.blocks
-          sScale[row % 32 * 16 + row // 32 * 4 + block] = Uint8(code if inside else Uint32(0))
+          sScale[atom_byte(row, block)] = Uint8(code if inside else Uint32(0))
     if const_expr(mode.amax_only):
       self.raise_amax(largest, mAmax)
     else:
@@ -264,7 +269,7 @@ class Rows(_Quantize):
         codes = self.codes(rX[e], rX[e + 1], factor, factor, index, index + 1, random)
         word = word | (codes << (32 // per_word * i))
       rWords[w] = word
-    _store_words(mData, start * 4 // per_word, rWords)
+    store_words(mData, start * 4 // per_word, rWords)
 
   @cute.jit
   def store_scales(self, sScale, mScale, tile, atom, first, count, rows: Int32):
@@ -275,7 +280,7 @@ class Rows(_Quantize):
         rWords = cute.make_rmem_tensor(1, Uint32)
         rWords[0] = cute.recast_tensor(sScale, Uint32)[tidx]
         offset = (Int64(tile) * self.across + atom) * ATOM_BYTES + tidx * 4
-        _store_words(mScale, offset, rWords)
+        store_words(mScale, offset, rWords)
       else:
         plain_row, writes = Int64(first) + tidx, tidx < count
         if const_expr(self.mode.square):
@@ -285,7 +290,7 @@ class Rows(_Quantize):
         for b in cutlass.range_constexpr(ATOM_BLOCKS):
           block = atom * ATOM_BLOCKS + b
           if writes and block < self.blocks:
-            mScale[plain_row * self.blocks + block] = sScale[tidx % 32 * 16 + tidx // 32 * 4 + b]
+            mScale[plain_row * self.blocks + block] = sScale[atom_byte(tidx, b)]
 
 
 class Columns(_Quantize):
@@ -351,8 +356,7 @@ class Columns(_Quantize):
       tiles = const_expr(-(-self.mode.columns // ATOM_ROWS))
       across = cute.ceil_div(blocks, ATOM_BLOCKS)
       atom = (Int64(batch) * tiles + column // ATOM_ROWS) * across + block // ATOM_BLOCKS
-      inside = column % 32 * 16 + column // 32 % 4 * 4 + block % ATOM_BLOCKS
-      mScale[atom * ATOM_BYTES + inside] = code
+      mScale[atom * ATOM_BYTES + atom_byte(column, block)] = code
     elif const_expr(self.mode.square):
       width = const_expr(-(-self.mode.columns // 16))
       if column % 16 == 0:
@@ -393,7 +397,7 @@ class Columns(_Quantize):
             word = word | (byte << (8 * c))
         rWords = cute.make_rmem_tensor(1, Uint16)
         rWords[0] = Uint16(word)
-        _store_words(mData, row // together * width + column, rWords)
+        store_words(mData, row // together * width + column, rWords)
 
 
 @cached

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.buffers import COUNTS, PAYLOADS, BufferLayout, Buffers, Route
 from kernels.build import Shapes
+from kernels.copies import Copies
 from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
@@ -186,12 +187,26 @@ def _loss(s: Shapes) -> None:
   backward(linear_cross_entropy(x, weight, target, s.loss_chunk)[0])
 
 
+def _copies(s: Shapes, weight: Tensor) -> Copies:
+  """What a quantized product of the run keeps of a weight."""
+  copies = Copies()
+  if s.dtype != "bf16":
+    recipe = Recipe(s.dtype, s.emulate_blockscale, copies=copies)
+    backward(linear(meta(s.batch, s.seq_len, weight.shape[1]), weight, recipe))
+  return copies
+
+
 def _adamw(s: Shapes) -> None:
   moment = BF16 if s.moments == "bf16" else FP32
+  scale = meta(dtype=FP32, grad=False)
+  rule = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
   for param, grad in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
-    tensors = [[meta(s.dim, dtype=t, grad=False)] for t in (param, grad, FP32, moment, moment)]
-    scale = meta(dtype=FP32, grad=False)
-    adamw(*tensors, step=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, grad_scale=scale)
+    weight = meta(s.dim, s.dim, dtype=param)
+    state = [[meta(s.dim, s.dim, dtype=t, grad=False)] for t in (grad, FP32, moment, moment)]
+    step = partial(adamw, [weight], *state, step=1, **rule, grad_scale=scale)
+    step()
+    if param == BF16:
+      step(copies=[_copies(s, weight)])
 
 
 def _newton_schulz(s: Shapes) -> None:

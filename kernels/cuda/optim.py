@@ -8,6 +8,11 @@ Each thread owns 8 neighbouring elements. With fp32 moments and a bf16 gradient 
 element moves 28 bytes (reads 14, writes 14); with bf16 moments 20. A NaN grad_scale leaves
 everything as it is, decided on the device.
 
+A weight whose MXFP8 operands are kept gets them written by the same kernel. Per element, with fp32
+moments and gradient: 30 + 2 · (1 + 1/32) = 32.06 bytes. The step and then the quantizer move 40.06:
+2 + 1 + 1/32 along rows, 2 + 2 for a transposed bf16 copy, and 2 + 1 + 1/32 again. Compiled, not
+run: only sm_100a has such operands, and no such GPU was at hand.
+
 Newton-Schulz (arXiv 2502.16982 Eq 3-4): G = X Xᵀ and P = b G + c G² are symmetric, so each is
 computed as half its tiles; X = a X + P X. Batched over the leading dimensions, in bf16 with fp32
 accumulation.
@@ -24,11 +29,22 @@ import math
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int64, const_expr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.memory import SmemAllocator
 from quack.gemm import gemm
 from quack.gemm_symmetric import gemm_symmetric
 from torch import Tensor
 
+from kernels.copies import Copies, Key
+from kernels.cuda import minifloat as mf
+from kernels.cuda.blockscale import (
+  ATOM_BLOCKS,
+  ATOM_BYTES,
+  ATOM_ROWS,
+  Operand,
+  atom_byte,
+  store_words,
+)
 from kernels.cuda.jit import (
   ARCH,
   DTYPES,
@@ -41,12 +57,44 @@ from kernels.cuda.jit import (
   store_vector,
 )
 from kernels.ops import check, check_same_device
+from kernels.reference.blockscale import BLOCK
 
 THREADS = 256
 WIDTH = 8
+SIZE = BLOCK["fp8"]
+EDGE = ATOM_ROWS  # of a tile: also ATOM_BLOCKS blocks
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
 CLUSTER = (2, 1)  # makes the tile of sm_90a square, as a symmetric product wants
+
+
+@cute.jit
+def _update(
+  mParam,
+  mGrad,
+  mMaster,
+  mM,
+  mV,
+  scale: Float32,
+  factors: tuple,
+  start: Int64,
+  width: cutlass.Constexpr[int],
+):
+  """The step of elements start : start + width; returns them before they are rounded."""
+  one_minus_beta1, beta2, one_minus_beta2, decay, size, inverse_root, eps = factors
+  grad = load_vector(mGrad, start, width).load().to(Float32) * scale
+  m = load_vector(mM, start, width).load().to(Float32)
+  v = load_vector(mV, start, width).load().to(Float32)
+  master = load_vector(mMaster, start, width).load()
+  m = m + one_minus_beta1 * (grad - m)
+  v = beta2 * v + one_minus_beta2 * (grad * grad)
+  master = decay * master - size * (m / (cute.math.sqrt(v) * inverse_root + eps))
+  store_vector(mM, start, m)
+  store_vector(mV, start, v)
+  store_vector(mMaster, start, master)
+  if const_expr(mParam is not None):
+    store_vector(mParam, start, master)
+  return master
 
 
 class AdamW:
@@ -67,38 +115,118 @@ class AdamW:
     start = (Int64(bidx) * THREADS + tidx) * WIDTH
     if scale == scale:
       if start + WIDTH <= mMaster.shape[0]:
-        self.update(mParam, mGrad, mMaster, mM, mV, scale, factors, start, WIDTH)
+        _update(mParam, mGrad, mMaster, mM, mV, scale, factors, start, WIDTH)
       else:
         for i in cutlass.range(start, Int64(mMaster.shape[0])):
-          self.update(mParam, mGrad, mMaster, mM, mV, scale, factors, i, 1)
+          _update(mParam, mGrad, mMaster, mM, mV, scale, factors, i, 1)
+
+
+class AdamWMxfp8:
+  """The step of bf16 matrices, and their MXFP8 operands along rows and along columns.
+
+  A thread block owns 128 x 128 elements: an atom of scales of the matrix and one of its transpose.
+  It updates them and quantizes along rows in registers, four lanes to a block; then each thread
+  takes blocks of columns from the bf16 tile in shared memory. Sides are multiples of 32. An operand
+  is (data, scales).
+  """
 
   @cute.jit
-  def update(
+  def __call__(
     self,
     mParam,
     mGrad,
     mMaster,
     mM,
     mV,
-    scale,
-    factors,
-    start: Int64,
-    width: cutlass.Constexpr[int],
+    mScale,
+    operand: tuple,
+    transposed: tuple,
+    rows: Int32,
+    columns: Int32,
+    factors: tuple,
+    stream,
   ):
-    """Elements start : start + width."""
-    one_minus_beta1, beta2, one_minus_beta2, decay, size, inverse_root, eps = factors
-    grad = load_vector(mGrad, start, width).load().to(Float32) * scale
-    m = load_vector(mM, start, width).load().to(Float32)
-    v = load_vector(mV, start, width).load().to(Float32)
-    master = load_vector(mMaster, start, width).load()
-    m = m + one_minus_beta1 * (grad - m)
-    v = beta2 * v + one_minus_beta2 * (grad * grad)
-    master = decay * master - size * (m / (cute.math.sqrt(v) * inverse_root + eps))
-    store_vector(mM, start, m)
-    store_vector(mV, start, v)
-    store_vector(mMaster, start, master)
-    if const_expr(mParam is not None):
-      store_vector(mParam, start, master)
+    state = (mParam, mGrad, mMaster, mM, mV, mScale)
+    tiles = cute.ceil_div(rows, EDGE) * cute.ceil_div(columns, EDGE)
+    self.kernel(*state, operand, transposed, rows, columns, factors).launch(
+      grid=[mMaster.shape[0] // (rows * columns) * tiles, 1, 1],
+      block=[THREADS, 1, 1],
+      stream=stream,
+    )
+
+  @cute.kernel
+  def kernel(
+    self,
+    mParam,
+    mGrad,
+    mMaster,
+    mM,
+    mV,
+    mScale,
+    operand: tuple,
+    transposed: tuple,
+    rows: Int32,
+    columns: Int32,
+    factors: tuple,
+  ):
+    tidx, _, _ = cute.arch.thread_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    mData, mDataScale = operand
+    mTransposed, mTransposedScale = transposed
+    down, across = cute.ceil_div(rows, EDGE), cute.ceil_div(columns, EDGE)
+    matrix, tile = bidx // (down * across), bidx % (down * across)
+    first_row, first_column = tile // across * EDGE, tile % across * EDGE
+    smem = SmemAllocator()
+    tile_layout = cute.make_layout((EDGE, EDGE // WIDTH, WIDTH), stride=(EDGE, WIDTH, 1))
+    sX = smem.allocate_tensor(BFloat16, tile_layout, 16)
+    sDataScale = smem.allocate_tensor(Uint8, cute.make_layout(ATOM_BYTES), 16)
+    sTransposedScale = smem.allocate_tensor(Uint8, cute.make_layout(ATOM_BYTES), 16)
+    scale = mScale[0]
+    if scale == scale:
+      for i in cutlass.range(EDGE * EDGE // WIDTH // THREADS, unroll=1):
+        slot = i * THREADS + tidx
+        row, vector = slot // (EDGE // WIDTH), slot % (EDGE // WIDTH)
+        column = vector * WIDTH
+        inside = first_row + row < rows and first_column + column < columns
+        start = (Int64(matrix) * rows + first_row + row) * columns + first_column + column
+        rX = cute.make_rmem_tensor(WIDTH, BFloat16)
+        rX.fill(0.0)
+        if inside:
+          master = _update(mParam, mGrad, mMaster, mM, mV, scale, factors, start, WIDTH)
+          rX.store(master.to(BFloat16))
+        cute.autovec_copy(rX, sX[row, vector, None])
+        rWide = cute.make_rmem_tensor(WIDTH, Float32)
+        rWide.store(rX.load().to(Float32))
+        rCode, code = mf.mxfp8_encode(rWide, SIZE)
+        if inside:
+          store_words(mData, start, rCode)
+        if column % SIZE == 0:
+          sDataScale[atom_byte(row, column // SIZE)] = Uint8(code)
+      cute.arch.sync_threads()
+      for i in cutlass.range(EDGE * ATOM_BLOCKS // THREADS, unroll=1):
+        slot = i * THREADS + tidx
+        column, block = slot % EDGE, slot // EDGE
+        row = block * SIZE
+        rBlock = cute.make_rmem_tensor(SIZE, Float32)
+        for r in cutlass.range_constexpr(SIZE):
+          rBlock[r] = sX[row + r, column // WIDTH, column % WIDTH].to(Float32)
+        rCode, code = mf.mxfp8_encode(rBlock, SIZE)
+        if first_row + row < rows and first_column + column < columns:
+          start = (Int64(matrix) * columns + first_column + column) * rows + first_row + row
+          store_words(mTransposed, start, rCode)
+        sTransposedScale[atom_byte(column, block)] = Uint8(code)
+      cute.arch.sync_threads()
+      if tidx < ATOM_BYTES // 4:
+        self.store_atom(sDataScale, mDataScale, bidx, tidx)
+        atom = (matrix * across + tile % across) * down + tile // across
+        self.store_atom(sTransposedScale, mTransposedScale, atom, tidx)
+
+  @cute.jit
+  def store_atom(self, sScale, mScale, atom: Int32, tidx: Int32):
+    """Write the thread's four bytes of an atom."""
+    rWord = cute.make_rmem_tensor(1, Uint32)
+    rWord[0] = cute.recast_tensor(sScale, Uint32)[tidx]
+    store_words(mScale, Int64(atom) * ATOM_BYTES + tidx * 4, rWord)
 
 
 @cached
@@ -111,8 +239,35 @@ def compile_adamw(param, grad, moment):
   return compile_kernel(AdamW(), mParam, fake(DTYPES[grad], None), master, *moments, scale, factors)
 
 
+@cached
+def compile_adamw_mxfp8(grad, moment):
+  """Dtypes of the gradient and the moments."""
+  master, scale = fake(Float32, None), fake(Float32, 1, align=4)
+  moments = (fake(DTYPES[moment], None) for _ in range(2))
+  operands = ((fake(Uint8, None), fake(Uint8, None)) for _ in range(2))
+  return compile_kernel(
+    AdamWMxfp8(),
+    fake(BFloat16, None),
+    fake(DTYPES[grad], None),
+    master,
+    *moments,
+    scale,
+    *operands,
+    Int32(1),
+    Int32(1),
+    (Float32(0.0),) * 7,
+  )
+
+
 def _adamw_one(
-  param: Tensor, grad: Tensor, master: Tensor, m: Tensor, v: Tensor, scale: Tensor, factors: tuple
+  param: Tensor,
+  grad: Tensor,
+  master: Tensor,
+  m: Tensor,
+  v: Tensor,
+  scale: Tensor,
+  factors: tuple,
+  operands: list[Operand],
 ) -> None:
   check_device(check_same_device(param, grad, master, m, v, scale))
   check(master.dtype == torch.float32, f"adamw: a master is {master.dtype}; need torch.float32")
@@ -128,10 +283,26 @@ def _adamw_one(
   contiguous(parameter=param, gradient=grad, master=master, exp_avg=m, exp_avg_sq=v)
   if master.numel() == 0:
     return
+  if operands:
+    run = compile_adamw_mxfp8(grad.dtype, m.dtype)
+    flat = [t.view(-1) for t in (param, grad, master, m, v)]
+    bytes_of = [tuple(t.view(torch.uint8).view(-1) for t in q[:2]) for q in operands]
+    run(*flat, scale, *bytes_of, *param.shape[-2:], factors)
+    return
   own = param.dtype == master.dtype and param.data_ptr() == master.data_ptr()
   run = compile_adamw(None if own else param.dtype, grad.dtype, m.dtype)
   flat = [None if own else param.view(-1), *(t.view(-1) for t in (grad, master, m, v))]
   run(*flat, scale, factors)
+
+
+def _kept(copies: Copies | None, param: Tensor) -> dict[Key, Operand]:
+  """The current MXFP8 operands of tensor cores, along rows and then columns: both or none."""
+  if copies is None:
+    return {}
+  current = copies.current(param)
+  found = {key.leg: key for key in current if (key.format, key.emulate) == ("fp8", False)}
+  legs = ("fprop_w", "dgrad_w")
+  return {found[leg]: current[found[leg]] for leg in legs} if found.keys() == set(legs) else {}
 
 
 @torch.no_grad()
@@ -148,6 +319,7 @@ def adamw(
   eps: float,
   weight_decay: float,
   grad_scale: Tensor,
+  copies: list[Copies | None] | None = None,
 ) -> None:
   """See kernels.ops.Ops.adamw. Tensors contiguous; one launch each, bit-identical results."""
   check(step >= 1, f"adamw: step {step} must count from 1")
@@ -161,8 +333,15 @@ def adamw(
   size, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
   factors = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, size, inverse_root, eps)
   scale = grad_scale.view(1)
-  for tensors in zip(params, grads, masters, exp_avgs, exp_avg_sqs, strict=True):
-    _adamw_one(*(t.detach() for t in tensors), scale, factors)
+  copies = [None] * len(params) if copies is None else copies
+  kept = [_kept(own, param) for own, param in zip(copies, params, strict=True)]
+  tensors = zip(params, grads, masters, exp_avgs, exp_avg_sqs, strict=True)
+  for one, operands in zip(tensors, kept, strict=True):
+    _adamw_one(*(t.detach() for t in one), scale, factors, list(operands.values()))
+  torch.autograd.graph.increment_version(params)  # the kernel's writes are not torch's
+  for own, param, operands in zip(copies, params, kept, strict=True):
+    if operands:
+      own.renew(operands, param)
 
 
 def _symmetric(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:

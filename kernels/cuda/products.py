@@ -4,6 +4,11 @@
   dx = dy · w   dy along O, stochastically rounded (nvfp4); w along O (fp8) or the same squares
   dw = dyᵀ · x  both along the rows of each expert, from the unquantized tensors; rotated (nvfp4)
 
+A weight is quantized twice, as it is and transposed; with `Recipe.copies` at the first forward and
+backward pass after it changed. Per element that moves 2 + 1 and 2 + 2 (the transposed copy in bf16)
++ 2 + 1 bytes in MXFP8, besides scales, for a step instead of for each of its micro-batches. What
+AdamW writes with the weight (kernels.cuda.optim: MXFP8 for the tensor cores) is not quantized here.
+
 Quantization is kernels.cuda.blockscale; the tensors' scales multiply the fp32 sums, which are
 rounded once, or for dw not at all (kernels.ops: gradients of weights). With `emulate` the operands'
 values, exact in bf16, are multiplied by the bf16 kernels of `gemms`. Without it (sm_100a only)
@@ -74,12 +79,11 @@ class _Product(torch.autograd.Function):
   def forward(ctx, x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, salt: int) -> Tensor:
     ctx.save_for_backward(x, w, offset)
     ctx.recipe, ctx.salt = recipe, salt
-    w = _of_experts(w)
     if recipe.forward_only_bf16:
-      return zero_tail(gemms.rows(x, w, offset), offset)
+      return zero_tail(gemms.rows(x, _of_experts(w), offset), offset)
     x = _without_tail(x, offset)
     _show_forward(recipe, salt, x, w, offset)
-    return _rows(x, w, offset, recipe)
+    return _rows(x, _forward_weight(recipe, salt, w), offset, recipe)
 
   @staticmethod
   @once_differentiable
@@ -87,9 +91,8 @@ class _Product(torch.autograd.Function):
     x, w, offset = ctx.saved_tensors
     recipe, salt = ctx.recipe, ctx.salt
     dy = _without_tail(dy.contiguous(), offset)
-    w_EIO = _of_experts(w).mT.contiguous()
-    _show_backward(recipe, salt, dy, w_EIO, offset)
-    dx = _rows(dy, w_EIO, offset, recipe, _seed(recipe, salt))
+    _show_backward(recipe, salt, dy, w, offset)
+    dx = _rows(dy, _backward_weight(recipe, salt, w), offset, recipe, _seed(recipe, salt))
     return dx, _weight_gradient(w, dy, x, offset, recipe, salt), None, None, None
 
 
@@ -113,18 +116,17 @@ class _BlockScaledMlp(torch.autograd.Function):
   @staticmethod
   def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, offset: Tensor, recipe: Recipe) -> Tensor:
     ctx.recipe = recipe
-    w13_EFD, w2_EDF = _of_experts(w13), _of_experts(w2)
     if recipe.forward_only_bf16:
-      preact, act = gemms.gated(x, w13_EFD, offset=offset)
+      preact, act = gemms.gated(x, _of_experts(w13), offset=offset)
       ctx.save_for_backward(x, preact, w13, w2, offset)
-      return zero_tail(gemms.rows(act, w2_EDF, offset), offset)
+      return zero_tail(gemms.rows(act, _of_experts(w2), offset), offset)
     rows = _without_tail(x, offset)
-    _show_forward(recipe, 0, rows, w13_EFD, offset)
-    operands = _quantized(rows, w13_EFD, offset, recipe)
+    _show_forward(recipe, 0, rows, w13, offset)
+    operands = _operands(rows, _forward_weight(recipe, 0, w13), offset, recipe)
     preact, act = blockscaled_gemm.gated(FORMATS[recipe.format], *operands)
     ctx.save_for_backward(x, preact, w13, w2, offset)
-    _show_forward(recipe, 1, zero_tail(act, offset), w2_EDF, offset)
-    return _rows(act, w2_EDF, offset, recipe)
+    _show_forward(recipe, 1, zero_tail(act, offset), w2, offset)
+    return _rows(act, _forward_weight(recipe, 1, w2), offset, recipe)
 
   @staticmethod
   @once_differentiable
@@ -132,14 +134,14 @@ class _BlockScaledMlp(torch.autograd.Function):
     x, preact, w13, w2, offset = ctx.saved_tensors
     recipe = ctx.recipe
     dy = _without_tail(dy.contiguous(), offset)
-    w2_EFD, w13_EDF = (_of_experts(w).mT.contiguous() for w in (w2, w13))
-    _show_backward(recipe, 1, dy, w2_EFD, offset)
-    dy_q, w2_q, *rest = _quantized(dy, w2_EFD, offset, recipe, _seed(recipe, 1))
+    _show_backward(recipe, 1, dy, w2, offset)
+    w2_q = _backward_weight(recipe, 1, w2)
+    dy_q, w2_q, *rest = _operands(dy, w2_q, offset, recipe, _seed(recipe, 1))
     fmt = FORMATS[recipe.format]
     dpreact, act = blockscaled_gemm.dgated(fmt, dy_q, w2_q, preact, *rest)
     dpreact = zero_tail(dpreact, offset)
-    _show_backward(recipe, 0, dpreact, w13_EDF, offset)
-    dx = _rows(dpreact, w13_EDF, offset, recipe, _seed(recipe, 0))
+    _show_backward(recipe, 0, dpreact, w13, offset)
+    dx = _rows(dpreact, _backward_weight(recipe, 0, w13), offset, recipe, _seed(recipe, 0))
     dw13 = _weight_gradient(w13, dpreact, x, offset, recipe, 0)
     return dx, dw13, _weight_gradient(w2, dy, act, offset, recipe, 1), None, None
 
@@ -154,12 +156,26 @@ def _seed(recipe: Recipe, salt: int) -> int | None:
   return derive(recipe.seed, recipe.draw, salt, 0) if recipe.format == "nvfp4" else None
 
 
-def _quantized(
-  x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, seed: int | None = None
+def _forward_weight(recipe: Recipe, salt: int, w: Tensor) -> BlockScaled | Quantized:
+  """[E, O, I] of a weight, quantized along I; nvfp4: in squares."""
+  return recipe.quantized("fprop_w", salt, w, lambda: _quantized(recipe, _of_experts(w)))
+
+
+def _backward_weight(recipe: Recipe, salt: int, w: Tensor) -> BlockScaled | Quantized:
+  """[E, I, O] of a weight, quantized along O; nvfp4: in the same squares."""
+  return recipe.quantized("dgrad_w", salt, w, lambda: _quantized(recipe, _of_experts(w).mT))
+
+
+def _quantized(recipe: Recipe, w: Tensor) -> BlockScaled | Quantized:
+  function = quantize if recipe.emulate else quantize_operand
+  return function(w, recipe.format, square=recipe.format == "nvfp4")
+
+
+def _operands(
+  x: Tensor, w_q: Quantized, offset: Tensor, recipe: Recipe, seed: int | None = None
 ) -> tuple[Quantized, Quantized, Tensor, Tensor | float]:
   """(x, w, offset, scale): operands for the tensor cores, and what multiplies their product."""
   x_q = quantize_operand(x, recipe.format, seed=seed, offset_E1=offset)
-  w_q = quantize_operand(w, recipe.format, square=recipe.format == "nvfp4")
   return x_q, w_q, offset, alpha(x_q.tensor_scale, w_q.tensor_scale)
 
 
@@ -169,15 +185,20 @@ def _without_tail(x: Tensor, offset: Tensor) -> Tensor:
   return torch.where((row < offset[-1])[:, None], x, 0)
 
 
-def _rows(x: Tensor, w: Tensor, offset: Tensor, recipe: Recipe, seed: int | None = None) -> Tensor:
-  """x [N', K] · w[e]ᵀ over K, both quantized along it; w [E, M, K] in squares if nvfp4."""
-  name, square = recipe.format, recipe.format == "nvfp4"
+def _rows(
+  x: Tensor,
+  w_q: BlockScaled | Quantized,
+  offset: Tensor,
+  recipe: Recipe,
+  seed: int | None = None,
+) -> Tensor:
+  """x [N', K] · w[e]ᵀ over K, x quantized along it; w_q of [E, M, K]."""
   if recipe.emulate:
-    x_q, w_q = quantize(x, name, seed=seed), quantize(w, name, square=square)
+    x_q = quantize(x, recipe.format, seed=seed)
     scale = alpha(x_q.tensor_scale, w_q.tensor_scale)
     return zero_tail(gemms.rows(values(x_q), values(w_q), offset, scale), offset)
-  operands = _quantized(x, w, offset, recipe, seed)
-  return zero_tail(gemms.rows_block_scaled(FORMATS[name], *operands), offset)
+  operands = _operands(x, w_q, offset, recipe, seed)
+  return zero_tail(gemms.rows_block_scaled(FORMATS[recipe.format], *operands), offset)
 
 
 def _weight_gradient(
@@ -212,12 +233,12 @@ def _weight_gradient(
 
 def _show_forward(recipe: Recipe, salt: int, x: Tensor, w: Tensor, offset: Tensor) -> None:
   _show(recipe, "fprop_x", salt, x, offset)
-  _show(recipe, "fprop_w", salt, w, None, square=recipe.format == "nvfp4")
+  _show(recipe, "fprop_w", salt, _of_experts(w), None, square=recipe.format == "nvfp4")
 
 
 def _show_backward(recipe: Recipe, salt: int, dy: Tensor, w: Tensor, offset: Tensor) -> None:
   _show(recipe, "dgrad_dy", salt, dy, offset, seed=_seed(recipe, salt))
-  _show(recipe, "dgrad_w", salt, w, None, square=recipe.format == "nvfp4")
+  _show(recipe, "dgrad_w", salt, _of_experts(w).mT, None, square=recipe.format == "nvfp4")
 
 
 def _show(

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.copies import Copies
 from kernels.ops import check
 from kernels.reference.dtypes import wide
 
@@ -43,10 +44,12 @@ def adamw(
   eps: float,
   weight_decay: float,
   grad_scale: Tensor,
+  copies: list[Copies | None] | None = None,
 ) -> None:
   """See Ops.adamw (arXiv 1711.05101 Algorithm 2). Reads grad_scale on the host.
 
-  Arithmetic is in the masters' dtype; bf16 moments are rounded when they are stored.
+  Arithmetic is in the masters' dtype; bf16 moments are rounded when they are stored. Copies are
+  left as they are, to be made anew.
   """
   check(step >= 1, f"adamw: step {step} must count from 1")
   lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]

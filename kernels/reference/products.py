@@ -11,6 +11,7 @@ rounded once. E experts, N' rows, I and O the weight's [E, O, I].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -114,8 +115,9 @@ def _weight_gradient(
 def _quantized(
   leg: str, x: Tensor, offsets: list[int] | None, recipe: Recipe, salt: int, **how: Any
 ) -> BlockScaled:
-  """x quantized as `how` says, and shown to the recipe's observer."""
-  q = quantize(x, recipe.format, **how)
+  """x, without offsets a weight, quantized as `how` says, and shown to the recipe's observer."""
+  make = partial(quantize, x, recipe.format, **how)
+  q = recipe.quantized(leg, salt, x, make) if offsets is None else make()
   if recipe.observe is not None:
     recipe.observe(Operand(leg, salt, x, q, offsets, how.get("hadamard")))
   return q

@@ -1,14 +1,19 @@
+from functools import partial
+
 import pytest
 import torch
 
 from gpu.oracle import relative
 from kernels import reference
+from kernels.copies import Copies
+from kernels.cuda.blockscale import quantize_operand
 from kernels.cuda.optim import adamw, newton_schulz
-from kernels.ops import KernelError
+from kernels.ops import KernelError, Recipe
 
 pytestmark = pytest.mark.gpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
+ONE = torch.tensor(1.0)
 RULE = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
@@ -46,6 +51,76 @@ def test_nan_scale_leaves_everything():
   adamw(*ours, step=1, grad_scale=torch.tensor(torch.nan, device="cuda"), **RULE)
   for group, kept in zip(ours, before, strict=True):
     assert all(torch.equal(a, b) for a, b in zip(group, kept, strict=True))
+
+
+@pytest.mark.parametrize("param", [BF16, FP32])
+def test_a_step_counts_as_a_write(param):
+  """Autograd and kernels.copies tell by torch's count that a tensor has changed; views share it."""
+  ours = state([1000, 3], param, BF16, FP32)
+  before = [p._version for p in ours[0]]
+  views = [p.detach()[:1] for p in ours[0]]
+  adamw(views, *([t[:1] for t in g] for g in ours[1:]), step=1, grad_scale=ONE.cuda(), **RULE)
+  assert all(p._version > version for p, version in zip(ours[0], before, strict=True))
+
+
+def kept(weight):
+  """(Copies, the MXFP8 operands of tensor cores that it keeps of the weight)."""
+  copies = Copies()
+  recipe = Recipe("fp8", copies=copies)
+  sides = (("fprop_w", weight), ("dgrad_w", weight.mT))
+  return copies, lambda: [
+    recipe.quantized(leg, 0, weight, partial(quantize_operand, side, "fp8")) for leg, side in sides
+  ]
+
+
+def assert_fresh(operands, weight):
+  for found, side in zip(operands, (weight, weight.mT), strict=True):
+    want = quantize_operand(side, "fp8")
+    assert torch.equal(found.data.view(torch.uint8), want.data.view(torch.uint8))
+    assert torch.equal(found.scale.view(torch.uint8), want.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("grad", [BF16, FP32])
+@pytest.mark.parametrize("moment", [BF16, FP32])
+@pytest.mark.parametrize("shape", [(3, 160, 224), (2, 256, 128), (32, 416), (5, 384, 32)])
+def test_mxfp8_operands_are_written_with_the_weight(shape, moment, grad):
+  """The weight and its state as by the other kernel, the operands as by the quantizer."""
+  ours = state([shape], BF16, grad, moment)
+  ours[2][0].mul_(torch.exp2(torch.randint(-30, 10, shape, device="cuda").float()))
+  for group in ours[1:4]:
+    group[0][..., :32, :32] = 0  # blocks of zeros
+  other = [[t.clone() for t in group] for group in ours]
+  weight, (copies, operands) = ours[0][0], kept(ours[0][0])
+  before = operands()
+  for operand in before:
+    operand.data.view(torch.uint8).fill_(0x55)
+    operand.scale.view(torch.uint8).fill_(0x33)
+  scale = torch.tensor(0.7, device="cuda")
+  adamw(*ours, step=1, grad_scale=scale, copies=[copies], **RULE)
+  adamw(*other, step=1, grad_scale=scale, **RULE)
+  assert all(torch.equal(a[0], b[0]) for a, b in zip(ours, other, strict=True))
+  assert all(a is b for a, b in zip(before, operands(), strict=True))
+  assert_fresh(before, weight)
+
+
+def test_operands_of_another_weight_are_not_written():
+  ours = state([(2, 64, 96)], BF16, BF16, FP32)
+  weight, (copies, operands) = ours[0][0], kept(ours[0][0])
+  before = operands()
+  weight.neg_()
+  adamw(*ours, step=1, grad_scale=ONE.cuda(), copies=[copies], **RULE)
+  assert not any(a is b for a, b in zip(before, operands(), strict=True))
+  assert_fresh(operands(), weight)
+
+
+def test_nan_scale_leaves_the_operands():
+  ours = state([(2, 64, 96)], BF16, BF16, FP32)
+  weight, (copies, operands) = ours[0][0], kept(ours[0][0])
+  before = operands()
+  nan = torch.tensor(torch.nan, device="cuda")
+  adamw(*ours, step=1, grad_scale=nan, copies=[copies], **RULE)
+  assert all(a is b for a, b in zip(before, operands(), strict=True))
+  assert_fresh(before, weight)
 
 
 def test_repeats_bit_for_bit():
