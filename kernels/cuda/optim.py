@@ -10,8 +10,9 @@ everything as it is, decided on the device.
 
 A weight whose MXFP8 operands are kept gets them written by the same kernel. Per element, with fp32
 moments and gradient: 30 + 2 · (1 + 1/32) = 32.06 bytes. The step and then the quantizer move 40.06:
-2 + 1 + 1/32 along rows, 2 + 2 for a transposed bf16 copy, and 2 + 1 + 1/32 again. Compiled, not
-run: only sm_100a has such operands, and no such GPU was at hand.
+2 + 1 + 1/32 along rows, 2 + 2 for a transposed bf16 copy, and 2 + 1 + 1/32 again. On one H100 the
+operands equal the quantizer's bit for bit; on sm_100a, which alone multiplies them, it is compiled
+and not run.
 
 Newton-Schulz (arXiv 2502.16982 Eq 3-4): G = X Xᵀ and P = b G + c G² are symmetric, so each is
 computed as half its tiles; X = a X + P X. Batched over the leading dimensions, in bf16 with fp32

@@ -2,8 +2,8 @@
 
 One block. A thread per expert sums the counts of all ranks; then it sums the padded totals of its
 owner's experts before it, from shared memory, and writes the places of all ranks' rows for it.
-Integers only. R · E counts in, 2 · R · E places out: latency is all that matters; the same in a
-dozen launches of torch took 60 us of the device's time and 200 of the host's.
+Integers only. R · E counts in, 2 · R · E places out: latency is all that matters, and in torch the
+same is a dozen launches.
 """
 
 from __future__ import annotations
