@@ -15,6 +15,7 @@ node (rdep.peer_access = false).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import cutlass.cute as cute
 import torch
@@ -91,11 +92,17 @@ class SignalPut:
       signal_op(mine, Uint64(trip), Int32(SignalOp.SIGNAL_SET), peer)
 
 
-def _compile(kernel: Callable, *args) -> Callable:
-  """Compiled and, where there is a device, made known to NVSHMEM; kept by the caller."""
+@cache
+def _kernels() -> tuple[Callable, Callable]:
+  """Put and SignalPut, compiled and, where there is a device, made known to NVSHMEM.
+
+  Kept for good: NVSHMEM remembers a library by its handle, and would take the next one that the
+  driver gives the handle of an unloaded one for initialized.
+  """
+  calls = (Put(), Int64(0), Int32(1), Int64(0)), (SignalPut(), Int64(0), Int32(0), Int64(0))
   if compiling():
-    return cute.compile(kernel, *args, make_fake_stream())
-  return cute_compile_helper(kernel, *args, make_fake_stream())[0]
+    return tuple(cute.compile(*call, make_fake_stream()) for call in calls)
+  return tuple(cute_compile_helper(*call, make_fake_stream())[0] for call in calls)
 
 
 def allocate(nbytes: int, group: dist.ProcessGroup) -> list[Tensor]:
@@ -114,8 +121,7 @@ class Exchange(direct.Exchange):
     device = mine.count_RE.device
     self.base = min(t.data_ptr() for t in mine)
     self.start = {name: t.data_ptr() - self.base for name, t in mine._asdict().items()}
-    self.put = _compile(Put(), Int64(0), Int32(1), Int64(0))
-    self.signal = _compile(SignalPut(), Int64(0), Int32(0), Int64(0))
+    self.put, self.signal = _kernels()
     size = 4 * mine.count_RE.shape[1]
     at = self.start["count_RE"] + rank * size
     rows = [[at, at, size, peer] for peer in range(ranks) if peer != rank]
