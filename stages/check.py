@@ -38,8 +38,8 @@ STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weigh
   "optimizer steps": ("steps",),
 }
 # Steps after a change of ranks within which the bounds must hold: of losses as many as `check ep`
-# trains by default, of updates and loads as many as in bf16.
-LOSSES, UPDATES = 6, parity.BF16.loads
+# trains by default, of the rest as many as in bf16.
+AFTER = parity.BF16._replace(losses=6)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def shortened(config: Config, name: str, steps: int, ranks: Sequence[int] = ()) 
   """The configuration with `steps` steps: warm-up and decay a quarter each, a checkpoint at every
   fourth part less one step, so that a kill costs some steps.
 
-  If ranks change, at every UPDATES steps at least, and all are kept.
+  If ranks change, at every step, and all are kept.
   """
   batch, change = config.schedule.batch_tokens, len(set(ranks)) > 1
   every = max(1, steps // 4 - 1)
@@ -144,7 +144,7 @@ def shortened(config: Config, name: str, steps: int, ranks: Sequence[int] = ()) 
       "schedule.decay_tokens": steps // 4 * batch,
       "train.log_every": 1,
       "train.eval_every": 0,
-      "train.checkpoint_every": min(every, UPDATES) if change else every,
+      "train.checkpoint_every": 1 if change else every,
       "train.keep_checkpoints": steps if change else 2,
       "experiment.name": f"check-resume-{name}-{time.strftime('%H%M%S')}",
       "experiment.statement": statement,
@@ -175,13 +175,13 @@ def _changed(
 ) -> tuple[list[Row], list[parity.Claim]]:
   """Of a run that changed its ranks: what must be the same bits, what may be another rounding."""
   since = next(r.step for r in restarts if r.before != r.after)
-  if since + UPDATES > steps:
+  if since + AFTER.loads > steps:
     raise RunError(f"run {killed.id} changed ranks at step {since} of {steps}; raise --steps")
   rows = _named(f"step {since} in both runs", compare(root, whole, killed, since))
   for r in restarts:
     rows += _named(f"step {r.step}, saved by {r.before}, loaded by {r.after}", handed_over(r))
   ranks = ", ".join(dict.fromkeys(str(r.after) for r in restarts if r.step >= since))
-  until = parity.Until(min(steps, since + LOSSES), since + UPDATES, since + UPDATES)
+  until = parity.Until(*(min(steps, since + step) for step in AFTER))
   return rows, list(parity.deviations(root, ranks, whole, killed, since, until))
 
 
