@@ -66,6 +66,7 @@ class Session:
   meta: dict[str, Any]  # written into every checkpoint's manifest
   profiler: Profiler  # its `step` is called after every step
   startup: StartUp = field(default_factory=StartUp)
+  first: Path | None = None  # a folder for the state before and after the first step
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 
 
@@ -90,6 +91,8 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
   watch = Watch(session, state.step, total)
   clock, flight = watch.clock, FlightRecorder(state.model, c.train.flight_every)
+  begun = state.step
+  save_aside(session, state)
   while state.step < total and not ranks.any(session.stop):
     session.checkpoints.check()
     clock.start("load")
@@ -128,6 +131,8 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     if due(state.step, c.train.checkpoint_every) or state.step == total:
       clock.start("checkpoint")
       save(session, state, watch)
+    if state.step == begun + 1:
+      save_aside(session, state)
     session.profiler.step()
   if state.step < total:
     save(session, state, watch)
@@ -161,6 +166,18 @@ def save(session: Session, state: TrainState, watch: Watch) -> None:
   watch.add(state.step, {"checkpoint/stall_s": time.perf_counter() - begun})
   session.metrics.flush()
   writer.start(state.step, session.meta)
+
+
+def save_aside(session: Session, state: TrainState) -> None:
+  """Write the state into the session's folder for the first step's, if it has one; waits for the
+  checkpoint under way, which speaks over the same group.
+  """
+  if session.first is not None:
+    ranks = session.parallel
+    session.checkpoints.wait()
+    checkpoint.save(
+      session.first, state.step, state.tensors(), ranks.first_expert, session.meta, ranks.saving
+    )
 
 
 def resume(session: Session, state: TrainState) -> None:
@@ -251,15 +268,12 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
     meta,
     Profiler(options.trace, config.schedule.total_tokens // config.schedule.batch_tokens),
     startup,
+    options.first,
   )
   startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)
   resume(session, state)
-  if options.loaded is not None:
-    checkpoint.save(
-      options.loaded, state.step, state.tensors(), ranks.first_expert, meta, ranks.saving
-    )
   startup.end("model")
   try:
     with session.checkpoints, ranks.explained():
@@ -301,7 +315,7 @@ def main() -> int:
     "--trace", type=Path, help="profile a few steps of this rank into this folder"
   )
   parser.add_argument(
-    "--loaded", type=Path, help="save what was loaded into this folder, before the first step"
+    "--first", type=Path, help="save the state before and after the first step into this folder"
   )
   try:
     return attempt(parser.parse_args())

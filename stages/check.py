@@ -3,8 +3,8 @@
 A run that goes on at another number of ranks sums in another order, so it cannot repeat the bits of
 one that does not. There the kill is judged in three parts: up to it the runs are bit-equal; the new
 ranks load bit for bit what the old ones saved; the steps from there on agree within the bounds of
-`nmoe check ep`. What was loaded is read from a checkpoint that the new ranks write before their
-first step: of what several of them hold, such as weights, it has one rank's copy.
+`nmoe check ep`. What was loaded is read from what the new ranks save before their first step: of
+what several of them hold, such as weights, it has one rank's copy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Restart:
   before: int
   after: int
   saved: Path  # the newest checkpoint at the kill
-  loaded: Path  # a folder with the one that `after` ranks wrote before their first step
+  loaded: Path  # a folder with what `after` ranks held before and after their first step
 
   @property
   def step(self) -> int:
@@ -164,7 +164,7 @@ def compare(root: Path, a: Run, b: Run, step: int) -> list[Row]:
 
 def handed_over(restart: Restart) -> list[Row]:
   """What the checkpoint held that the new ranks were to load, and what they did load."""
-  (step,) = checkpoint.steps(restart.loaded)
+  step = checkpoint.steps(restart.loaded)[0]
   place = [{"step": torch.tensor(s)} for s in (restart.step, step)]
   rows = _states(restart.saved, restart.loaded / f"step_{step:08d}")
   return [*rows, _row("data position", *place)]
@@ -244,7 +244,7 @@ def _killed(
   folder, ranks = checkpoint.directory(bench.root, run.id), [a.config.launch.ranks for a in arms]
   for number, at in enumerate(kills):
     progress.console.print(f"killed: SIGKILL at step {at}, launch.ranks = {ranks[number]}")
-    launch.run(bench.root, run.id, arms[number].config, lambda _: None, kill_at=at, loaded=loaded)
+    launch.run(bench.root, run.id, arms[number].config, lambda _: None, kill_at=at, first=loaded)
     bench.experiments.mark_interrupted()
     status = bench.experiments.run(run.id).status
     if status != "interrupted":
@@ -257,7 +257,7 @@ def _killed(
       saved = folder / f"step_{checkpoint.steps(folder)[-1]:08d}"
       loaded = folder / f"loaded_{at:08d}"
       restarts.append(Restart(*ranks[number : number + 2], saved, loaded))
-  done = bench.execute(experiment, run, arms[-1].config, "killed", progress, loaded=loaded)
+  done = bench.execute(experiment, run, arms[-1].config, "killed", progress, first=loaded)
   bench.check(experiment, [done])
   return done, restarts
 

@@ -32,13 +32,13 @@ def run(
   progress: Callable[[dict], None],
   kill_at: int | None = None,
   trace: Path | None = None,
-  loaded: Path | None = None,
+  first: Path | None = None,
 ) -> int:
   """Execute the run and return its exit status (0: completed); progress receives each line.
 
   kill_at: SIGKILL every rank once a line of that step or a later one came (a test of resuming).
   trace: a folder for a profile of rank 0 (nmoe.profiler).
-  loaded: a folder into which the ranks save what they loaded, before their first step.
+  first: a folder into which the ranks save their state before and after their first step.
 
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
   resumable.
@@ -46,11 +46,11 @@ def run(
   logs = folder(root, run_id)
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
-  first = [] if trace is None else ["--trace", str(trace)]
-  every = [] if loaded is None else ["--loaded", str(loaded)]
+  profiled = [] if trace is None else ["--trace", str(trace)]
+  every = [] if first is None else ["--first", str(first)]
   builder = compile_beside(root, config, logs)
   children = [
-    _spawn(root, run_id, config, rank, rendezvous, logs, every if rank else every + first)
+    _spawn(root, run_id, config, rank, rendezvous, logs, every if rank else every + profiled)
     for rank in range(config.launch.ranks)
   ]
   previous = signal.signal(signal.SIGTERM, _raise_interrupt)

@@ -2,8 +2,7 @@
 
 Every claim is read from what the runs recorded: losses and norms from the metrics, gradients from
 the first step's moments (an average that starts at zero holds the gradient times a constant),
-updates from the checkpoints, the first of which holds the initial weights, collective calls from a
-profile.
+updates from states that the run saved, the initial one among them, collective calls from a profile.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ TOLERANCE = {
   "bf16": {"first step": 1e-2, "later losses": 1e-2, "update": 2e-1, "later loads": 1e-1},
 }
 MOE_EVENTS = re.compile(r"_(Send|Receive)(Backward)?$")
-START = "start"  # where a run keeps what it began with, beside its checkpoints
+FIRST = "first"  # where a run's states before and after its first step are, beside its checkpoints
 COLLECTIVES = re.compile(r"nccl|gloo|c10d", re.IGNORECASE)
 
 
@@ -92,8 +91,8 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
 
     def train(ranks: int, name: str, trace: Path | None = None) -> Run:
       run = bench.start(experiment, Arm(name, arms[ranks], data), config.train.seed)
-      start = checkpoint.directory(bench.root, run.id) / START
-      return bench.execute(experiment, run, arms[ranks], name, progress, trace, loaded=start)
+      first = checkpoint.directory(bench.root, run.id) / FIRST
+      return bench.execute(experiment, run, arms[ranks], name, progress, trace, first=first)
 
     runs = {r: train(r, f"{r} ranks", traces if r == most else None) for r in ranks}
     again = train(most, f"{most} ranks again")
@@ -135,7 +134,7 @@ def at_ranks(config: Config, ranks: int) -> Config:
 
 
 def shortened(config: Config, name: str, steps: int) -> Config:
-  """The configuration with `steps` steps at its full rates, a checkpoint at each of them."""
+  """The configuration with `steps` steps at its full rates, and a checkpoint after the last."""
   return config.with_values(
     **{
       "schedule.total_tokens": steps * config.schedule.batch_tokens,
@@ -143,8 +142,8 @@ def shortened(config: Config, name: str, steps: int) -> Config:
       "schedule.decay_tokens": 0,
       "train.log_every": 1,
       "train.eval_every": 0,
-      "train.checkpoint_every": 1,
-      "train.keep_checkpoints": steps,
+      "train.checkpoint_every": 0,
+      "train.keep_checkpoints": 1,
       "experiment.name": f"check-ep-{name}-{time.strftime('%H%M%S')}",
       "experiment.statement": "Any number of ranks trains the same model.",
       "experiment.direction": "none",
@@ -176,19 +175,19 @@ def _claims(
 def deviations(root: Path, ranks: str, a: Run, b: Run, since: int, until: Until) -> Iterator[Claim]:
   """What two runs that hold the same bits after step `since` make of the steps from there on.
 
-  Both logged every step and kept the checkpoints of `since` and `until.updates`; if since is 0, of
-  step 1 too. ranks: those of b, as the claims name them.
+  Both logged every step and kept the states of `since` and `until.updates`; if since is 0, of step
+  1 too. ranks: those of b, as the claims name them.
   """
   dtype = configs.loads(a.toml).target.dtype
   bound = TOLERANCE["fp32" if dtype == "fp32" else "bf16"]
   first, later = slice(since, since + 1), slice(since + 1, until.losses)
   for tag in ("train/loss", "grad_norm/all"):
     yield _series(root, ranks, a, b, tag, first, bound["first step"])
-  if since == 0:
-    gradients = [_gradients(_state(root, run, 1)) for run in (a, b)]
-    yield _largest(ranks, "gradient", *gradients, bound["first step"])
-  yield _series(root, ranks, a, b, "train/loss", later, bound["later losses"])
   begin, end = ([_state(root, run, step) for run in (a, b)] for step in (since, until.updates))
+  if since == 0:
+    one = end if until.updates == 1 else [_state(root, run, 1) for run in (a, b)]
+    yield _largest(ranks, "gradient", *map(_gradients, one), bound["first step"])
+  yield _series(root, ranks, a, b, "train/loss", later, bound["later losses"])
   what = f"update, {_steps(since + 1, until.updates)}"
   yield _largest(ranks, what, *map(_updates, begin, end), bound["update"])
   yield from _loads(root, ranks, a, b, since, until.loads, bound["later loads"])
@@ -196,7 +195,7 @@ def deviations(root: Path, ranks: str, a: Run, b: Run, since: int, until: Until)
 
 def _state(root: Path, run: Run, step: int) -> dict[str, Tensor]:
   folder = checkpoint.directory(root, run.id)
-  return checkpoint.read((folder if step else folder / START) / f"step_{step:08d}")
+  return checkpoint.read((folder / FIRST if step < 2 else folder) / f"step_{step:08d}")
 
 
 def _gradients(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -206,11 +206,11 @@ class Workbench:
     progress: Progress,
     trace: Path | None = None,
     follow: Callable[[dict], None] = lambda _: None,
-    loaded: Path | None = None,
+    first: Path | None = None,
   ) -> Run:
     """Train a recorded run and return it, completed or failed; RunError if it stopped before.
 
-    trace, loaded: folders, as for launch.run.
+    trace, first: folders, as for launch.run.
     """
     total = config.schedule.total_tokens // config.schedule.batch_tokens
     task = progress.add_task(label, total=total, note=f"starting {run.id}")
@@ -222,7 +222,7 @@ class Workbench:
 
     self.experiments.set_status(experiment.id, "running")
     try:
-      status = launch.run(self.root, run.id, config, show, trace=trace, loaded=loaded)
+      status = launch.run(self.root, run.id, config, show, trace=trace, first=first)
     except KeyboardInterrupt:
       raise self._stopped(experiment, run, label, "it was told to") from None
     found = self.experiments.run(run.id)

@@ -129,9 +129,9 @@ class Lab:
     self.records.release(run.id)
     return run.id
 
-  def attempt(self, run_id: str, loaded: Path | None = None) -> int:
+  def attempt(self, run_id: str, first: Path | None = None) -> int:
     """Execute a recorded run in this process as a child of the launcher would."""
-    return train.attempt(options(self.root, run_id, loaded))
+    return train.attempt(options(self.root, run_id, first))
 
   def run(self, run_id: str) -> Run:
     return self.records.run(run_id)
@@ -174,10 +174,8 @@ def open_lab(folder: Path) -> Iterator[Lab]:
   torch.use_deterministic_algorithms(deterministic)
 
 
-def options(root: Path, run_id: str, loaded: Path | None = None) -> argparse.Namespace:
-  return argparse.Namespace(
-    root=root, run=run_id, rank=0, rendezvous=None, trace=None, loaded=loaded
-  )
+def options(root: Path, run_id: str, first: Path | None = None) -> argparse.Namespace:
+  return argparse.Namespace(root=root, run=run_id, rank=0, rendezvous=None, trace=None, first=first)
 
 
 class Launches:

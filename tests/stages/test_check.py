@@ -74,7 +74,7 @@ def test_a_bit_that_changes_at_the_restart_is_seen(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", spoilt)
     lab.records.update_run(run_id, status="interrupted")
     shutil.rmtree(lab.checkpoints(run_id) / "step_00000012", ignore_errors=True)
-    lab.attempt(run_id, loaded=tmp_path / name)
+    lab.attempt(run_id, first=tmp_path / name)
     saved = lab.checkpoints(run_id) / "step_00000009"
     rows = check.handed_over(check.Restart(1, 1, saved, tmp_path / name))
     assert {row.what: row.compared for row in rows}["data position"] == 1
