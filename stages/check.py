@@ -37,9 +37,7 @@ STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weigh
   "router biases": ("bias",),
   "optimizer steps": ("steps",),
 }
-# Steps after a change of ranks within which the bounds must hold: of losses as many as `check ep`
-# trains by default, of the rest as many as in bf16.
-AFTER = parity.BF16._replace(losses=6)
+AFTER = parity.BF16  # steps after a change of ranks within which the bounds must hold
 
 
 @dataclass(frozen=True)

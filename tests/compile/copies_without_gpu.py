@@ -1,7 +1,7 @@
 """When kernels.cuda quantizes a weight, seen on meta tensors: at its first use after a change, or
 with the step of AdamW that changes it.
 
-Started by test_copies_compile.py in the environment of an architecture. Nothing is launched.
+Started by test_without_gpu.py in the environment of an architecture. Nothing is launched.
 """
 
 from __future__ import annotations

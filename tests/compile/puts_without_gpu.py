@@ -1,7 +1,7 @@
 """The host side of kernels.cuda.puts against kernels.reference.exchange, ranks in one process.
 
-Started by test_puts.py in the environment of an architecture. Device code is compiled, and its
-effect (bytes from one block to another) is done here by copies.
+Started by test_without_gpu.py in the environment of an architecture. Device code is compiled, and
+its effect (bytes from one block to another) is done here by copies.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def check(capacity: int, seed: int, tokens: list[int]) -> int:
   expert = [torch.randint(0, E, (t, K), dtype=torch.int32) for t in tokens]
   order = [reference.layout(e, E) for e in expert]
   movers = [Copies(memory, ours, r) for r in range(R)]
+  assert all((m.put, m.signal) == puts._kernels() for m in movers)  # one library a process
   wanted = [Exchange(theirs, r, 1.0) for r in range(R)]
   for group in (movers, wanted):
     for r, mover in enumerate(group):
