@@ -12,10 +12,11 @@ GEMMs, of which three gather:
 FLOPs: 18 · N · D · F. Every sum has a fixed order: results are bit-identical from run to run.
 
 One H200, D 2048, forward and backward with router, layout and combine; medians of 20 interleaved
-runs, dense: an 8192³ bf16 product in the same run (the board's power limit holds it at 630):
-  T 32768, F 1408, E 64, K 6     17.23 ms, 592 TFLOP/s, 0.93 of dense    (SonicMoE 0.1.2: 18.06 ms)
-  T 4096, the same                3.58 ms, 357 TFLOP/s, 0.48 of dense    (SonicMoE 0.1.2:  3.67 ms)
-  T 32768, routing given         17.10 ms; the heaviest expert at 5 times the mean: 17.33 ms
+runs, dense: an 8192³ bf16 product in the same run (the board's power limit holds it at 660):
+  T 32768, F 1408, E 64, K 6     18.15 ms, 562 TFLOP/s, 0.85 of dense    (SonicMoE 0.1.2: 19.00 ms)
+  T 32768, F 512, E 256, K 8     10.69 ms, 463 TFLOP/s, 0.70 of dense    (SonicMoE 0.1.2: 10.86 ms)
+  T 4096, F 1408, E 64, K 6       3.17 ms, 402 TFLOP/s, 0.57 of dense    (SonicMoE 0.1.2:  3.92 ms)
+The heaviest expert at 5 times the mean, routing given: 17.33 ms in place of 17.10 (another run).
 
 fp8 and nvfp4 (kernels.cuda.products) gather the rows first; emulated, SwiGLU is on its own.
 """
