@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from kernels.copies import Copies
 from kernels.gradient import gradient
-from kernels.ops import Recipe
+from kernels.ops import Recipe, Routing
 from kernels.reference.blockscale import derive
 from nmoe.config import Config, ModelConfig, YarnConfig
 from nmoe.errors import ConfigError
@@ -170,7 +170,6 @@ class Moe(nn.Module):
   def __init__(self, config: Config, layer: int, ops: ModuleType, rdep: Any):
     super().__init__()
     e, dim = config.moe, config.model.dim
-    self.alpha = e.balance_alpha
     self.router = Router(dim, e, ops)
     self.experts = Experts(config, layer, rdep)
     self.shared = None
@@ -178,17 +177,12 @@ class Moe(nn.Module):
       recipe = recipe_for(config, "shared", layer)
       self.shared = Mlp(dim, e.num_shared * e.expert_dim, parameter_dtype(config), recipe, ops)
 
-  def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(output [B, S, D], weighted balance loss 0-d, int32 counts [E])."""
+  def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    """The output [B, S, D], and where the router sent the tokens."""
     x_TD = x_BSD.flatten(0, 1)
     routing = self.router(x_TD)
     y_TD = self.experts(x_TD, routing.expert_TK, routing.gate_TK, self.shared)
-    if self.alpha:
-      top_k = self.router.spec.top_k
-      balance = self.alpha * balance_loss(routing.score_TE, x_BSD.shape[0], top_k)
-    else:
-      balance = routing.score_TE.new_zeros(())
-    return y_TD.view_as(x_BSD), balance, routing.count_E
+    return y_TD.view_as(x_BSD), routing
 
 
 class Block(nn.Module):
@@ -242,7 +236,9 @@ class Model(nn.Module):
     return self.embed.weight if self.config.model.tie_embeddings else self.head.weight
 
   def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(normed last states [B, S, D], weighted balance losses, counts [E]) of the MoE layers."""
+    """The normed last states [B, S, D]; of the MoE layers the scores [T, E], none if no balance
+    loss wants them, and the counts [E].
+    """
     num_positions = tokens_BS.shape[1]
     if num_positions > self.cos.shape[0]:
       raise ConfigError(
@@ -251,28 +247,30 @@ class Model(nn.Module):
       )
     cos, sin = self.cos[:num_positions], self.sin[:num_positions]
     branch, residual = None, _Embedding.apply(tokens_BS, self.embed.weight)
-    balances, counts = [], []
+    scores, counts = [], []
     for block in self.layers:
       x, residual = block.attention_norm.add(branch, residual)
       x, residual = block.mlp_norm.add(block.attention(x, cos, sin), residual)
       if block.dense:
         branch = block.mlp(x)
       else:
-        branch, balance, count_E = block.moe(x)
-        balances.append(balance)
-        counts.append(count_E)
-    return self.norm.add(branch, residual)[0], balances, counts
+        branch, routing = block.moe(x)
+        scores += [routing.score_TE] if self.config.moe.balance_alpha else []
+        counts.append(routing.count_E)
+    return self.norm.add(branch, residual)[0], scores, counts
 
   def forward(self, tokens_BS: Tensor, target_BS: Tensor) -> ModelOutput:
     """Losses of tokens against targets, int64 [B, S]; a target of -1 is ignored."""
-    x_BSD, balances, counts = self.hidden(tokens_BS)
+    x_BSD, scores, counts = self.hidden(tokens_BS)
     loss_sum, loss_T = self.ops.linear_cross_entropy(
       x_BSD.flatten(0, 1), self.head_weight, target_BS.flatten(), self.config.train.loss_chunk
     )
-    if counts:
-      return ModelOutput(loss_sum, loss_T, torch.stack(balances).sum(), torch.stack(counts))
-    count_LE = torch.empty(0, self.config.moe.num_experts, dtype=torch.int32, device=loss_T.device)
-    return ModelOutput(loss_sum, loss_T, loss_sum.new_zeros(()), count_LE)
+    e, balance = self.config.moe, loss_sum.new_zeros(())
+    if scores:  # of all layers at once: many small operations, which are the host's time
+      losses_L = balance_loss(torch.stack(scores), tokens_BS.shape[0], e.top_k)
+      balance = e.balance_alpha * losses_L.sum()
+    empty_LE = torch.empty(0, e.num_experts, dtype=torch.int32, device=loss_T.device)
+    return ModelOutput(loss_sum, loss_T, balance, torch.stack(counts) if counts else empty_LE)
 
   def logits(self, tokens_BS: Tensor) -> Tensor:
     """The next-token logits [B, S, V] in the parameters' dtype, for short texts and tests."""

@@ -417,18 +417,30 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
     head * 4 + dx + chunk * m.vocab_size * width,
     f"{head:,} · 4 head gradient, {dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
   )
+  scores = (m.num_layers - m.num_dense_layers) * tokens * config.moe.num_experts * 4
+  scores *= config.moe.balance_alpha > 0  # their gradient, as long as a layer still wants it
+  yield _Moment(
+    "balance loss, backward",
+    sum(layers) + ends,
+    made * grad,
+    head * 4 + dx + 4 * scores,
+    f"{head:,} · 4 head gradient, {dx:,} dx, 4 · {scores:,} scores",
+  )
   scaled = 0 if several and width < 4 else width  # or added to the fp32 gradient as it is scaled
   yield _Moment(
     "loss, backward",
     sum(layers) + ends,
     made * grad,
-    head * (4 + scaled) + 2 * dx,
-    f"{head:,} · {4 + scaled} head gradient, 2 · {dx:,} dx",
+    head * (4 + scaled) + 2 * dx + scores,
+    f"{head:,} · {4 + scaled} head gradient, 2 · {dx:,} dx, {scores:,} scores",
   )
   made = made or head
   for i in reversed(range(m.num_layers)):
     extra, formula = _backward_workspace(config, i)
-    yield _Moment(f"layer {i}, backward", sum(layers[: i + 1]), made * grad, extra, formula)
+    formula += f", {scores:,} scores"
+    yield _Moment(
+      f"layer {i}, backward", sum(layers[: i + 1]), made * grad, extra + scores, formula
+    )
     made += 0 if several else sum(grads[i])
   yield _Moment("optimizer step", 0, total * grad, 0, "none")
 
@@ -458,8 +470,10 @@ def _kept_terms(config: Config, layer: int) -> dict[str, float]:
   if layer < m.num_dense_layers:
     return terms | {"SwiGLU inputs": 2 * m.dense_dim * width}
   terms["routing"] = 20 * e.top_k
-  if e.balance_alpha or e.score == "softmax":
-    terms["routing"] += 4 * (e.num_experts + 1)
+  if e.balance_alpha:  # the scores, those of all layers side by side, and their sum
+    terms["routing"] += 4 * (2 * e.num_experts + 1)
+  elif e.score == "softmax":
+    terms["routing"] += 4 * e.num_experts
   terms["SwiGLU inputs"] = 2 * (e.top_k + e.num_shared) * e.expert_dim * width
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1

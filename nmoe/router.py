@@ -53,21 +53,22 @@ def force_balance(routing: Routing, spec: RouterSpec) -> Routing:
   return Routing(expert_TK.int(), gate_TK * spec.scale, routing.score_TE, count_E)
 
 
-def balance_loss(score_TE: Tensor, num_sequences: int, top_k: int) -> Tensor:
-  """The sequence-wise balance loss (2412.19437 Eq 17-20) before its weight: 0-d fp32, 1 when even.
+def balance_loss(score_LTE: Tensor, num_sequences: int, top_k: int) -> Tensor:
+  """The sequence-wise balance losses (2412.19437 Eq 17-20) of L layers before their weight: fp32
+  [L], 1 when even.
 
-  score_TE holds the unbiased scores of `num_sequences` sequences of equal length, over which the
+  score_LTE holds the unbiased scores of `num_sequences` sequences of equal length, over which a
   loss is averaged. Counts come from the unbiased top-k over all experts, whatever the bias or the
   groups then select.
   """
-  num_experts = score_TE.shape[1]
+  num_experts = score_LTE.shape[2]
   with torch.no_grad():
-    chosen_TK = score_TE.topk(top_k, dim=1).indices
-    chosen_TE = torch.zeros_like(score_TE).scatter_(1, chosen_TK, 1.0)
-    load_BE = chosen_TE.view(num_sequences, -1, num_experts).mean(1) * (num_experts / top_k)
-  share_TE = score_TE / score_TE.sum(1, keepdim=True)
-  share_BE = share_TE.view(num_sequences, -1, num_experts).mean(1)
-  return (load_BE * share_BE).sum(1).mean()
+    chosen_LTK = score_LTE.topk(top_k).indices
+    chosen_LTE = torch.zeros_like(score_LTE).scatter_(2, chosen_LTK, 1.0)
+    load_LBE = chosen_LTE.unflatten(1, (num_sequences, -1)).mean(2) * (num_experts / top_k)
+  share_LTE = score_LTE / score_LTE.sum(2, keepdim=True)
+  share_LBE = share_LTE.unflatten(1, (num_sequences, -1)).mean(2)
+  return (load_LBE * share_LBE).sum(2).mean(1)
 
 
 @torch.no_grad()

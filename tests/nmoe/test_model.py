@@ -184,23 +184,28 @@ def test_forced_balance_gates_are_those_of_the_scores():
 
 def test_balance_loss_equals_its_definition_sequence_by_sequence():
   generator = torch.Generator().manual_seed(0)
-  score_TE = torch.rand(10, 6, generator=generator, dtype=torch.float64).requires_grad_()
-  losses = []
-  for sequence in score_TE.split(5):  # 2412.19437 Eq 17-20, T = 5, K = 2, N_r = 6
-    share = (sequence / sequence.sum(1, keepdim=True)).mean(0)
-    top = [set(row.argsort(descending=True)[:2].tolist()) for row in sequence.detach()]
-    load = torch.tensor([sum(i in chosen for chosen in top) for i in range(6)]) * 6 / (2 * 5)
-    losses.append((load * share).sum())
-  wanted = sum(losses) / 2
-  found = balance_loss(score_TE, num_sequences=2, top_k=2)
+  score_LTE = torch.rand(3, 10, 6, generator=generator, dtype=torch.float64).requires_grad_()
+  wanted = []
+  for score_TE in score_LTE:
+    losses = []
+    for sequence in score_TE.split(5):  # 2412.19437 Eq 17-20, T = 5, K = 2, N_r = 6
+      share = (sequence / sequence.sum(1, keepdim=True)).mean(0)
+      top = [set(row.argsort(descending=True)[:2].tolist()) for row in sequence.detach()]
+      load = torch.tensor([sum(i in chosen for chosen in top) for i in range(6)]) * 6 / (2 * 5)
+      losses.append((load * share).sum())
+    wanted.append(sum(losses) / 2)
+  wanted = torch.stack(wanted)
+  found = balance_loss(score_LTE, num_sequences=2, top_k=2)
   torch.testing.assert_close(found, wanted)
-  grads = [torch.autograd.grad(loss, score_TE)[0] for loss in (found, wanted)]
+  weight_L = torch.tensor([1.0, 2.0, 3.0])
+  grads = [torch.autograd.grad((weight_L * loss).sum(), score_LTE)[0] for loss in (found, wanted)]
   torch.testing.assert_close(*grads)
 
 
 def test_balance_loss_is_one_when_even():
-  score_TE = torch.eye(8).repeat(3, 1) + 1e-3
-  assert balance_loss(score_TE, num_sequences=3, top_k=1).item() == pytest.approx(1, rel=1e-6)
+  score_LTE = torch.eye(8).repeat(2, 3, 1) + 1e-3
+  losses = balance_loss(score_LTE, num_sequences=3, top_k=1).tolist()
+  assert losses == pytest.approx([1, 1], rel=1e-6)
 
 
 def test_balance_loss_of_the_model_is_alpha_times_the_layers_sum():
