@@ -16,7 +16,12 @@ class Clock:
     self.start("step")
 
   def start(self, phase: str) -> None:
-    """End the current phase and begin `phase`; on CUDA also an NVTX range of that name."""
+    """End the current phase and begin `phase`; on CUDA also an NVTX range of that name.
+
+    While a CUDA graph is captured nothing runs, and the phase goes on.
+    """
+    if self.cuda and torch.cuda.is_current_stream_capturing():
+      return
     if self.cuda:
       if self.marks:
         torch.cuda.nvtx.range_pop()

@@ -185,6 +185,7 @@ class TrainConfig:
   seed: int = identity(0)
   micro_batch: int = schedule()  # sequences of one forward pass on one rank
   loss_chunk: int = free(4096)  # tokens whose logits live at a time
+  cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
   log_every: int = free(10)
   flight_every: int = free(0)  # steps; 0: never measure what quantization loses (nmoe.flight)
   eval_every: int = free(0)  # steps; 0: only at the end
@@ -558,6 +559,10 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
     'to study the numerics, or target.arch = "sm_100a"'
   )
   yield "target.dtype", block and t.arch != "sm_100a" and not t.emulate_blockscale, need
+  need = "is for one GPU without block scales: set it to false, or "
+  yield "train.cuda_graph", c.train.cuda_graph and t.arch == "cpu", need + 'target.arch = "sm_100a"'
+  yield "train.cuda_graph", c.train.cuda_graph and block, need + 'target.dtype = "bf16"'
+  yield "train.cuda_graph", c.train.cuda_graph and c.launch.ranks > 1, need + "launch.ranks = 1"
   need = 'has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'
   yield "target.emulate_blockscale", t.emulate_blockscale and not block, need
   for key, value in (("model.dim", c.model.dim), ("moe.expert_dim", c.moe.expert_dim)):

@@ -261,7 +261,19 @@ def memory(config: Config) -> tuple[Term, ...]:
   held.append(Term("activations", f"{peak.name}: {_kept_formula(config)}", peak.activations))
   held.append(Term("gradients", f"{peak.name}: {_grad_width(config)} bytes each", peak.gradients))
   held.append(Term("workspace", f"{peak.name}: {peak.formula}", peak.workspace))
+  if config.train.cuda_graph:
+    held.append(_evaluation(config))
   return tuple(term for term in held if term.value)
+
+
+def _evaluation(config: Config) -> Term:
+  """A forward pass without gradients, which cannot use the memory that a graph keeps."""
+  m, tokens, width = config.model, _tokens(config), _width(config)
+  chunk, residual = min(config.train.loss_chunk, tokens), 2 * tokens * m.dim * width
+  layer = max(_kept_per_token(config, i) * tokens for i in range(m.num_layers))
+  formula = f"{residual:,} residual, the greater of {layer:,.0f} of a layer and {chunk} · "
+  formula += f"{m.vocab_size} · {width} logits"
+  return Term("evaluation", formula, residual + max(layer, chunk * m.vocab_size * width))
 
 
 def rdep_bytes(config: Config) -> RdepBytes:

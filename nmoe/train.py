@@ -26,6 +26,7 @@ from nmoe.errors import CheckpointError, ConfigError, DivergedError, NmoeError
 from nmoe.evals import evaluate
 from nmoe.experiments import Experiments, Run
 from nmoe.flight import FlightRecorder
+from nmoe.graph import Graph
 from nmoe.metrics import Metrics
 from nmoe.model import Model, update_router_bias
 from nmoe.optim import Optimizer
@@ -89,18 +90,10 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     device=target.device,
   )
   validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
-  watch = Watch(session, state.step, total)
-  clock, flight = watch.clock, FlightRecorder(state.model, c.train.flight_every)
-  begun = state.step
-  save_aside(session, state)
-  while state.step < total and not ranks.any(session.stop):
-    session.checkpoints.check()
-    clock.start("load")
-    tokens, targets = next(batches)
-    state.model.set_forward_bf16(finishing(c, state.step))
-    flight.start(state.step + 1)
-    loss = torch.zeros((), device=target.device)
-    counts = 0
+
+  def passes(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's gradients. Returns this rank's sum of losses, counts, last micro-batch's losses."""
+    loss, counts = torch.zeros((), device=target.device), 0
     for micro, (x, y) in enumerate(zip(tokens.chunk(micros), targets.chunk(micros), strict=True)):
       clock.start("forward")
       state.model.set_draw(state.step, micro, ranks.rank)
@@ -110,6 +103,24 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
       mean.backward()
       loss += out.loss_sum.detach()
       counts = counts + out.count_LE
+    return loss, counts, out.loss_T
+
+  graph = Graph(state.model, passes) if c.train.cuda_graph else None
+  watch = Watch(session, state.step, total, graph)
+  clock, flight = watch.clock, FlightRecorder(state.model, c.train.flight_every)
+  begun = state.step
+  save_aside(session, state)
+  while state.step < total and not ranks.any(session.stop):
+    session.checkpoints.check()
+    clock.start("load")
+    tokens, targets = next(batches)
+    state.model.set_forward_bf16(finishing(c, state.step))
+    flight.start(state.step + 1)
+    if graph is None:
+      loss, counts, loss_T = passes(tokens, targets)
+    else:
+      clock.start("graph")
+      loss, counts, loss_T = graph(tokens, targets)
     clock.start("clip")
     ranks.reduce_gradients(state.model)
     loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
@@ -124,7 +135,8 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     clock.start("log")
     watch.add(state.step, flight.stop())
     if state.step % c.train.log_every == 0 or state.step == total:
-      watch.log(state, factor, loss, norms, counts, out.loss_T, y, batches.wait_s())
+      last = targets.chunk(micros)[-1]
+      watch.log(state, factor, loss, norms, counts, loss_T, last, batches.wait_s())
     if due(state.step, c.train.eval_every) or state.step == total:
       clock.start("eval")
       watch.add(state.step, evaluate(session, state.model, validation))

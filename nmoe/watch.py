@@ -18,6 +18,7 @@ from nmoe import plan
 from nmoe.clock import Clock
 from nmoe.data import bits_per_byte
 from nmoe.errors import DivergedError
+from nmoe.graph import Graph
 from nmoe.model import Model
 from nmoe.optim import clip_factor
 from nmoe.rdep import Rdep
@@ -28,8 +29,8 @@ PROGRESS_FD = 1  # standard output, which the launcher reads
 class Watch:
   """`session` is a nmoe.train.Session; start, total: the run's first step and their number."""
 
-  def __init__(self, session: Any, start: int, total: int):
-    self.session, self.total = session, total
+  def __init__(self, session: Any, start: int, total: int, graph: Graph | None):
+    self.session, self.total, self.graph = session, total, graph
     self.config, self.target = session.config, session.target
     device = session.target.device
     self.token_bytes_V = torch.from_numpy(session.data.tokenizer.token_bytes()).to(device)
@@ -144,7 +145,8 @@ class Watch:
 
   def _peak(self) -> int:
     if self.target.device.type == "cuda":
-      return torch.cuda.max_memory_allocated()
+      idle = 0 if self.graph is None else self.graph.idle_bytes
+      return torch.cuda.max_memory_allocated() + idle
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
   def _progress(self, step: int, values: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ from nmoe.startup import PHASES as STARTUP
 from nmoe.startup import process_age
 from stages.runs import Workbench, progress_display
 
-COMPUTE = ("forward", "backward", "clip", "step")
+COMPUTE = ("forward", "backward", "graph", "clip", "step")
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
 
 

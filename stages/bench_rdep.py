@@ -78,6 +78,7 @@ def layer_config(
     "rdep.group": 0,
     "data.seq_len": tokens,
     "train.micro_batch": 1,
+    "train.cuda_graph": False,
     "schedule.batch_tokens": tokens * ranks,
     "schedule.total_tokens": tokens * ranks,
     "schedule.warmup_tokens": 0,

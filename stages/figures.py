@@ -16,11 +16,12 @@ from stages.statistics import Paired, band
 
 COLORS = ("#8a929c", "#1f5fbf", "#c2571a", "#0b7a5c", "#7a4fb5", "#b3366b")
 LOAD_SCALE = ((0.0, "#f4f6f9"), (0.25, "#c5d7ee"), (0.6, "#4f86c9"), (1.0, "#12305e"))
-PHASES = ("load", "forward", "backward", "clip", "step", "log", "eval", "checkpoint")
+PHASES = ("load", "forward", "backward", "graph", "clip", "step", "log", "eval", "checkpoint")
 PHASE_COLORS = (
   "#c9ced6",
   "#7fa8dc",
   "#1f5fbf",
+  "#55b1c9",
   "#e0a86a",
   "#12305e",
   "#9aa3ae",

@@ -129,6 +129,7 @@ def at_ranks(config: Config, ranks: int) -> Config:
       "launch.ranks": ranks,
       "rdep.group": group[ranks],
       "train.micro_batch": math.gcd(micro, sequences // ranks),
+      "train.cuda_graph": config.train.cuda_graph and ranks == 1,
     }
   )
 

@@ -69,8 +69,10 @@ def test_gradients_err_at_most_twice_as_much_as_the_reference_in_bf16(forced_bal
   assert not worse
 
 
-def test_the_host_waits_for_nothing_between_logs(tmp_path: Path) -> None:
-  config = small(20, **{"run.root": str(tmp_path), "train.log_every": 20})
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_host_waits_for_nothing_between_logs(graph: bool, tmp_path: Path) -> None:
+  values = {"run.root": str(tmp_path), "train.log_every": 20, "train.cuda_graph": graph}
+  config = small(20, **values)
   bench = Workbench.open(str(tmp_path), Console())
   arm = bench.arm("small", config)
   experiment = bench.experiment("research", config, [arm])
@@ -91,14 +93,22 @@ def test_the_host_waits_for_nothing_between_logs(tmp_path: Path) -> None:
   assert not [name for name in calls if name in WAITS]
 
 
-def test_two_runs_are_equal_bit_for_bit(tmp_path: Path) -> None:
-  config = small(12, **{"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": 16})
+@pytest.mark.parametrize("micro_batch", [16, 32])
+def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
+  micro_batch: int, tmp_path: Path
+) -> None:
+  values = {"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": micro_batch}
+  values |= {"train.eval_every": 6, "train.cuda_graph": False}
+  config = small(12, **values)
   bench = Workbench.open(str(tmp_path), Console())
-  arm = bench.arm("small", config)
-  experiment = bench.experiment("research", config, [arm])
+  arms = [bench.arm("eager", config), bench.arm("eager", config)]
+  arms.append(bench.arm("graph", config.with_values(**{"train.cuda_graph": True})))
+  experiment = bench.experiment("research", config, arms)
   with progress_display(bench.console) as progress:
-    runs = [bench.repeat(experiment, arm, 0, progress) for _ in range(2)]
-  first, second = (read(tmp_path, run.id) for run in runs)
-  for tag in ("train/loss", "grad_norm/all"):
-    assert len(first[tag][2]) == 12
-    assert np.array_equal(first[tag][2], second[tag][2])
+    runs = [bench.repeat(experiment, arm, 0, progress) for arm in arms]
+  first, *others = (read(tmp_path, run.id) for run in runs)
+  assert "time/graph_s" in others[-1]
+  for tag in ("train/loss", "grad_norm/all", "val/loss"):
+    assert len(first[tag][2]) == (2 if tag == "val/loss" else 12)
+    for other in others:
+      assert np.array_equal(first[tag][2], other[tag][2])

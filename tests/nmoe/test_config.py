@@ -48,6 +48,7 @@ warmup_tokens = 81920
 micro_batch = 16
 """
 BASE = loads(BASE_TEXT, env={})
+GRAPH = {"target.arch": "sm_100a", "target.dtype": "bf16", "train.cuda_graph": True}
 MXFP8 = {"target.dtype": "bf16", "rdep.payload": "mxfp8"}
 NVFP4 = MXFP8 | {"rdep.payload": "nvfp4"}
 HINTS = {
@@ -361,6 +362,13 @@ def test_a_default_root_expands_too(tmp_path):
     ("target.dtype", {"target.arch": "sm_90a"}, 'fp32 is for arch = "cpu"'),
     ("target.dtype", {"target.dtype": "fp8"}, "set target.emulate_blockscale = true"),
     ("target.emulate_blockscale", {"target.emulate_blockscale": True}, "nothing to emulate"),
+    ("train.cuda_graph", {"train.cuda_graph": True}, 'or target.arch = "sm_100a"'),
+    (
+      "train.cuda_graph",
+      GRAPH | {"launch.ranks": 2, "train.micro_batch": 8},
+      "or launch.ranks = 1",
+    ),
+    ("train.cuda_graph", GRAPH | {"target.dtype": "fp8"}, 'or target.dtype = "bf16"'),
     (
       "moe.expert_dim",
       {"target.dtype": "fp8", "target.emulate_blockscale": True, "moe.expert_dim": 48},

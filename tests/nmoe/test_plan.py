@@ -205,6 +205,14 @@ def test_one_micro_batch_keeps_gradients_in_bf16_and_never_all_of_them_with_all_
   assert sum(transient) >= 2 * one.parameters.total
 
 
+def test_an_evaluation_comes_beside_what_a_graph_keeps():
+  config = load(CONFIGS / "moonlet" / "small.toml", env={})
+  terms = {term.name: term.value for term in plan(config).memory}
+  without = plan(config.with_values(**{"train.cuda_graph": False}))
+  assert plan(config).peak_bytes == without.peak_bytes + terms["evaluation"]
+  assert terms["evaluation"] >= config.train.loss_chunk * config.model.vocab_size * 2
+
+
 @pytest.mark.parametrize(
   ("dtype", "payload"), [("fp32", "bf16"), ("bf16", "mxfp8"), ("bf16", "nvfp4")]
 )

@@ -1,0 +1,61 @@
+"""The forward and backward passes of a step as one CUDA graph: the host queues it with one call.
+
+A small model is not limited by its GPU but by the host, which queues about a thousand kernels a
+step. A graph queues them at once; it computes what they compute, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Passes = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class Graph:
+  """`passes` of one shape on a GPU: the first call runs it, the second captures it, and from then
+  on calls replay the capture.
+
+  passes(tokens, targets) leaves gradients in the parameters of `model`, which have none before, and
+  returns tensors. Between calls the host may change weights in place and drop gradients. Results
+  and gradients are overwritten by the next call. The memory of the passes stays theirs:
+  `idle_bytes` of it are free between calls, and not for others.
+  """
+
+  def __init__(self, model: nn.Module, passes: Passes):
+    self.params, self.passes = list(model.parameters()), passes
+    self.graph: torch.cuda.CUDAGraph | None = None
+    self.warm = False
+    self.idle_bytes = 0
+
+  def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    if not self.warm:  # compiles kernels and lets libraries set themselves up
+      self.warm = True
+      return self.passes(tokens, targets)
+    if self.graph is None:
+      self._capture(tokens, targets)
+    for static, given in zip(self.inputs, (tokens, targets), strict=True):
+      static.copy_(given)
+    for param, grad in zip(self.params, self.grads, strict=True):
+      param.grad = grad
+    self.graph.replay()
+    return self.results
+
+  def _capture(self, tokens: Tensor, targets: Tensor) -> None:
+    """Record the passes, which computes nothing. Other threads may use the GPU meanwhile."""
+    self.inputs = (tokens.clone(), targets.clone())
+    self.graph = torch.cuda.CUDAGraph()
+    torch.cuda.empty_cache()
+    before = _idle_bytes()
+    with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+      self.results = self.passes(*self.inputs)
+    self.grads = [param.grad for param in self.params]
+    self.idle_bytes = _idle_bytes() - before
+    torch.cuda.reset_peak_memory_stats()  # of the first call, whose memory is free again
+
+
+def _idle_bytes() -> int:
+  """Bytes that torch holds and no tensor uses."""
+  return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
