@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from nmoe import plan
 from nmoe.config import Config
 from nmoe.errors import ConfigError
 from nmoe.experiments import Run
-from nmoe.metrics import read
+from nmoe.metrics import Series, read
 from nmoe.startup import PHASES as STARTUP
 from nmoe.startup import process_age
 from stages.runs import Workbench, progress_display
@@ -113,11 +114,7 @@ def _measure(
 ) -> StepBench:
   series = read(bench.root, run.id)
   logged = series["train/loss"][0]
-  phases = {
-    tag.removeprefix("time/").removesuffix("_s"): (1e3 * values[1:] / np.diff(logged)).tolist()
-    for tag, (_, _, values) in series.items()
-    if tag.startswith("time/")
-  }
+  phases = phases_ms(series)
   ms = np.sum(list(phases.values()), axis=0).tolist()
   rate = config.schedule.batch_tokens / float(np.median(ms)) * 1e3
   return StepBench(
@@ -136,6 +133,21 @@ def _measure(
     data_s=data_s,
     startup_s={phase: float(series[f"startup/{phase}_s"][2][0]) for phase in STARTUP},
   )
+
+
+def phases_ms(series: Mapping[str, Series]) -> dict[str, list[float]]:
+  """Milliseconds a step of each phase in every stretch between logs but the first; zero where a
+  stretch does not enter it. Phases that only the first enters are left out.
+  """
+  logged = series["train/loss"][0]
+  found = {}
+  for tag, (steps, _, seconds) in series.items():
+    if tag.startswith("time/"):
+      ms = np.zeros(len(logged))
+      ms[np.searchsorted(logged, steps)] = 1e3 * seconds
+      if ms[1:].any():
+        found[tag.removeprefix("time/").removesuffix("_s")] = (ms[1:] / np.diff(logged)).tolist()
+  return found
 
 
 def loader_rate(config: Config, data: Path) -> float:

@@ -51,6 +51,18 @@ def test_a_measurement(lab, launches):
   assert (lab.records.list()[0].stage, lab.records.list()[0].verdict) == ("bench", "measured")
 
 
+def test_a_phase_that_not_every_stretch_enters():
+  """As with a CUDA graph, which takes the passes over from the second step on."""
+  loss, forward, graph = np.array([5, 10, 20]), np.array([5]), np.array([10, 20])
+  series = {
+    "train/loss": (loss, loss, loss),
+    "time/forward_s": (forward, forward, np.array([1.0])),
+    "time/graph_s": (graph, graph, np.array([0.5, 2.0])),
+    "time/clip_s": (forward + 5, forward, np.array([0.01])),
+  }
+  assert bench.phases_ms(series) == {"graph": [100, 200], "clip": [2, 0]}
+
+
 def test_against_an_earlier_measurement(lab, launches):
   """The interval is Welch's; a measurement against itself is no change."""
   file = lab.root / "before.json"
