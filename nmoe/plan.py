@@ -540,8 +540,8 @@ def _adds_in_place(config: Config) -> bool:
 def fits(plan: Plan, bytes_available: int) -> Misfit | None:
   """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
 
-  In this order: smaller micro-batches, a smaller loss chunk, bf16 moments, a smaller RDEP capacity,
-  more ranks, fewer layers; of each the smallest change that fits.
+  In this order: smaller micro-batches, no CUDA graph, a smaller loss chunk, bf16 moments, a smaller
+  RDEP capacity, more ranks, fewer layers; of each the smallest change that fits.
   """
   if plan.peak_bytes <= bytes_available:
     return None
@@ -558,6 +558,7 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
   """Keys in order of what a change costs; values from the smallest change on."""
   c = config
   yield "train.micro_batch", list(range(c.train.micro_batch - 1, 0, -1))
+  yield "train.cuda_graph", [False] if c.train.cuda_graph else []
   yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
   yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
   yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []

@@ -273,6 +273,8 @@ def test_remedies_go_from_cheap_to_dear():
   keys = [fits(plan(config), size * GIB).remedy.key for size in (110, 80)]
   assert keys == ["optim.moments", "launch.ranks"]
   assert "no single line" in str(fits(plan(config), GIB))
+  config = config.with_values(**{"train.cuda_graph": True})
+  assert fits(plan(config), plan(config).peak_bytes - 1).remedy.key == "train.cuda_graph"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.toml")), ids=lambda p: p.stem)
