@@ -227,12 +227,14 @@ def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -
     raise CheckpointError(f"{path} does not hold this run's state: {_cause(error)}") from error
 
 
-def read(path: Path) -> dict[str, Tensor]:
-  """Every tensor of a finished checkpoint on the CPU, experts under their global ids."""
+def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+  """Every wanted tensor of a finished checkpoint on the CPU, experts under their global ids."""
   verify(path)
   stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
   state = {
-    name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()
+    name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in stored.items()
+    if wanted(name)
   }
   with _alone():
     dcp.load(state, checkpoint_id=path, no_dist=True)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,12 @@ TOLERANCE = {
 }
 MOE_EVENTS = re.compile(r"_(Send|Receive)(Backward)?$")
 FIRST = "first"  # where a run's states before and after its first step are, beside its checkpoints
+AVERAGES = (".exp_avg", ".momentum")
+NO_WEIGHTS = (*AVERAGES, ".exp_avg_sq", ".bias", "optimizer.steps")  # of a state's names
 COLLECTIVES = re.compile(r"nccl|gloo|c10d", re.IGNORECASE)
+
+
+Pair = tuple[str, Tensor, Tensor]
 
 
 class Until(NamedTuple):
@@ -184,43 +189,51 @@ def deviations(root: Path, ranks: str, a: Run, b: Run, since: int, until: Until)
   first, later = slice(since, since + 1), slice(since + 1, until.losses)
   for tag in ("train/loss", "grad_norm/all"):
     yield _series(root, ranks, a, b, tag, first, bound["first step"])
-  begin, end = ([_state(root, run, step) for run in (a, b)] for step in (since, until.updates))
   if since == 0:
-    one = end if until.updates == 1 else [_state(root, run, 1) for run in (a, b)]
-    yield _largest(ranks, "gradient", *map(_gradients, one), bound["first step"])
+    x, y = (_gradients(root, run) for run in (a, b))
+    pairs = ((name, x[name], y[name]) for name in x)
+    yield _largest(ranks, "gradient", pairs, bound["first step"])
   yield _series(root, ranks, a, b, "train/loss", later, bound["later losses"])
   what = f"update, {_steps(since + 1, until.updates)}"
-  yield _largest(ranks, what, *map(_updates, begin, end), bound["update"])
+  yield _largest(ranks, what, _updates(root, (a, b), since, until.updates), bound["update"])
   yield from _loads(root, ranks, a, b, since, until.loads, bound["later loads"])
 
 
-def _state(root: Path, run: Run, step: int) -> dict[str, Tensor]:
+def _state(
+  root: Path, run: Run, step: int, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
   folder = checkpoint.directory(root, run.id)
-  return checkpoint.read((folder / FIRST if step < 2 else folder) / f"step_{step:08d}")
+  return checkpoint.read((folder / FIRST if step < 2 else folder) / f"step_{step:08d}", wanted)
 
 
-def _gradients(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(root: Path, run: Run) -> dict[str, Tensor]:
   """The first step's gradients, up to a constant factor per parameter."""
-  kinds = (".exp_avg", ".momentum")
-  return {name.rpartition(".")[0]: t for name, t in state.items() if name.endswith(kinds)}
+  averages = _state(root, run, 1, lambda name: name.endswith(AVERAGES))
+  return {name.rpartition(".")[0]: t for name, t in averages.items()}
 
 
-def _updates(first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> dict[str, Tensor]:
-  """What the steps between two checkpoints did to every fp32 weight."""
-  return {
-    name: last[master].double() - first[master].double()
-    for name in _gradients(first)
-    for master in (f"{name}.master" if f"{name}.master" in first else name,)
-  }
+def _weights(root: Path, run: Run, step: int) -> dict[str, Tensor]:
+  """The fp32 weights after a step, by the names of their masters, or their own without one."""
+  state = _state(root, run, step, lambda name: not name.endswith(NO_WEIGHTS))
+  return {name: t for name, t in state.items() if f"{name}.master" not in state}
 
 
-def _largest(
-  ranks: str, what: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], bound: float
-) -> Claim:
-  """The largest ‖a - b‖ / ‖a‖ over parameters; a zero in both deviates by nothing."""
+def _updates(root: Path, runs: tuple[Run, Run], since: int, until: int) -> Iterator[Pair]:
+  """What the steps between two states did to every fp32 weight in both runs."""
+  first, last = ([_weights(root, run, step) for run in runs] for step in (since, until))
+  for name in first[0]:
+    x, y = (
+      after[name].double() - before[name].double()
+      for before, after in zip(first, last, strict=True)
+    )
+    yield name.removesuffix(".master"), x, y
+
+
+def _largest(ranks: str, what: str, pairs: Iterable[Pair], bound: float) -> Claim:
+  """The largest ‖a - b‖ / ‖a‖ over parameters (name, a, b); a zero in both deviates by nothing."""
   found = {}
-  for name, x in a.items():
-    distance = (x.double() - b[name].double()).norm()
+  for name, x, y in pairs:
+    distance = (x.double() - y.double()).norm()
     found[name] = float(distance / x.double().norm()) if distance else 0.0
   where = max(found, key=found.get)
   return Claim(ranks, f"{what}, largest over {len(found)} parameters", found[where], bound, where)

@@ -64,14 +64,16 @@ def test_no_ranks_are_refused(lab, ranks):
 
 
 def test_a_deviation_is_found_and_named():
-  a = {"w": torch.ones(4), "v": torch.zeros(2)}
-  assert parity._largest("2", "gradient", a, {**a}, 0.0).holds
-  b = {"w": torch.tensor([1.0, 1, 1, 1.1]), "v": torch.zeros(2)}
-  claim = parity._largest("2", "gradient", a, b, 1e-3)
+  one, zero = torch.ones(4), torch.zeros(2)
+  same = [("w", one, one.clone()), ("v", zero, zero.clone())]
+  assert parity._largest("2", "gradient", same, 0.0).holds
+  claim = parity._largest(
+    "2", "gradient", [("w", one, torch.tensor([1.0, 1, 1, 1.1])), same[1]], 1e-3
+  )
   assert not claim.holds
   assert claim.where == "w"
   assert claim.found == pytest.approx(0.05)
-  assert not parity._largest("2", "gradient", a, {**a, "v": torch.ones(2)}, 1e9).holds
+  assert not parity._largest("2", "gradient", [same[0], ("v", zero, torch.ones(2))], 1e9).holds
 
 
 def test_deviations_after_a_step(lab):
