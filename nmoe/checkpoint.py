@@ -40,6 +40,12 @@ from nmoe.errors import CheckpointError, CommError
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})")
+STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weights are the rest
+  "moments": ("exp_avg", "exp_avg_sq", "momentum"),
+  "masters": ("master",),
+  "router biases": ("bias",),
+  "optimizer steps": ("steps",),
+}
 _EXPERT = re.compile(r"(.*\.experts)\.(w13|w2)(\..*)?")
 
 
@@ -239,6 +245,12 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[
   with _alone():
     dcp.load(state, checkpoint_id=path, no_dist=True)
   return state
+
+
+def kind(name: str) -> str:
+  """What a tensor of a checkpoint is: a key of STATE, or "weights"."""
+  last = name.rpartition(".")[2]
+  return next((what for what, names in STATE.items() if last in names), "weights")
 
 
 def manifest(path: Path) -> dict[str, Any]:

@@ -560,9 +560,12 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   )
   yield "target.dtype", block and t.arch != "sm_100a" and not t.emulate_blockscale, need
   need = "is for one GPU without block scales: set it to false, or "
-  yield "train.cuda_graph", c.train.cuda_graph and t.arch == "cpu", need + 'target.arch = "sm_100a"'
-  yield "train.cuda_graph", c.train.cuda_graph and block, need + 'target.dtype = "bf16"'
-  yield "train.cuda_graph", c.train.cuda_graph and c.launch.ranks > 1, need + "launch.ranks = 1"
+  for misfit, other in (
+    (t.arch == "cpu", 'target.arch = "sm_100a"'),
+    (block, 'target.dtype = "bf16"'),
+    (c.launch.ranks > 1, "launch.ranks = 1"),
+  ):
+    yield "train.cuda_graph", c.train.cuda_graph and misfit, need + other
   need = 'has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'
   yield "target.emulate_blockscale", t.emulate_blockscale and not block, need
   for key, value in (("model.dim", c.model.dim), ("moe.expert_dim", c.moe.expert_dim)):

@@ -49,7 +49,7 @@ class Graph:
     """Record the passes, which computes nothing. Other threads may use the GPU meanwhile."""
     self.inputs = (tokens.clone(), targets.clone())
     self.graph = torch.cuda.CUDAGraph()
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # else what the first call left would count as idle before
     before = _idle_bytes()
     with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
       self.results = self.passes(*self.inputs)

@@ -31,12 +31,6 @@ from stages import launch, parity
 from stages.runs import Arm, Workbench, progress_display
 
 LOGGED = ("train/loss", "train/bpb", "val/loss", "grad_norm/", "lr/", "moe/")  # prefixes of tags
-STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weights are the rest
-  "moments": ("exp_avg", "exp_avg_sq", "momentum"),
-  "masters": ("master",),
-  "router biases": ("bias",),
-  "optimizer steps": ("steps",),
-}
 AFTER = parity.BF16  # steps after a change of ranks within which the bounds must hold
 
 
@@ -191,16 +185,12 @@ def _states(a: Path, b: Path) -> list[Row]:
   """All that two checkpoints hold, by kind."""
   states = [checkpoint.read(path) for path in (a, b)]
   rows = [
-    _row(what, *({n: t for n, t in state.items() if kind(n) == what} for state in states))
-    for what in ("weights", *STATE)
+    _row(
+      what, *({n: t for n, t in state.items() if checkpoint.kind(n) == what} for state in states)
+    )
+    for what in ("weights", *checkpoint.STATE)
   ]
   return [row for row in rows if row.compared]
-
-
-def kind(name: str) -> str:
-  """What a tensor of a checkpoint is: a key of STATE, or "weights"."""
-  last = name.rpartition(".")[2]
-  return next((what for what, names in STATE.items() if last in names), "weights")
 
 
 def _logged(series: Mapping[str, Series], last: int) -> dict[str, Tensor]:

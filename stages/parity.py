@@ -41,11 +41,8 @@ TOLERANCE = {
 }
 MOE_EVENTS = re.compile(r"_(Send|Receive)(Backward)?$")
 FIRST = "first"  # where a run's states before and after its first step are, beside its checkpoints
-AVERAGES = (".exp_avg", ".momentum")
-NO_WEIGHTS = (*AVERAGES, ".exp_avg_sq", ".bias", "optimizer.steps")  # of a state's names
+AVERAGES = (".exp_avg", ".momentum")  # of gradients, by the ends of their names
 COLLECTIVES = re.compile(r"nccl|gloo|c10d", re.IGNORECASE)
-
-
 Pair = tuple[str, Tensor, Tensor]
 
 
@@ -214,7 +211,7 @@ def _gradients(root: Path, run: Run) -> dict[str, Tensor]:
 
 def _weights(root: Path, run: Run, step: int) -> dict[str, Tensor]:
   """The fp32 weights after a step, by the names of their masters, or their own without one."""
-  state = _state(root, run, step, lambda name: not name.endswith(NO_WEIGHTS))
+  state = _state(root, run, step, lambda name: checkpoint.kind(name) in ("weights", "masters"))
   return {name: t for name, t in state.items() if f"{name}.master" not in state}
 
 
