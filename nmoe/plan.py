@@ -267,13 +267,14 @@ def memory(config: Config) -> tuple[Term, ...]:
 
 
 def _evaluation(config: Config) -> Term:
-  """A forward pass without gradients, which cannot use the memory that a graph keeps."""
+  """A forward pass without gradients, which cannot use the memory that a graph keeps.
+
+  The loss stores no logits then (kernels.cuda.loss).
+  """
   m, tokens, width = config.model, _tokens(config), _width(config)
-  chunk, residual = min(config.train.loss_chunk, tokens), 2 * tokens * m.dim * width
+  residual = 2 * tokens * m.dim * width
   layer = max(_kept_per_token(config, i) * tokens for i in range(m.num_layers))
-  formula = f"{residual:,} residual, the greater of {layer:,.0f} of a layer and {chunk} · "
-  formula += f"{m.vocab_size} · {width} logits"
-  return Term("evaluation", formula, residual + max(layer, chunk * m.vocab_size * width))
+  return Term("evaluation", f"{residual:,} residual, {layer:,.0f} of a layer", residual + layer)
 
 
 def rdep_bytes(config: Config) -> RdepBytes:

@@ -66,6 +66,7 @@ def config_of(name: str, emulate: bool, kind: str) -> Config:
     "model.num_layers": 2,
     "data.tokenizer": "byte",
     "train.micro_batch": 2,
+    "train.cuda_graph": False,
     "schedule.batch_tokens": 4096,
     "schedule.total_tokens": 8192,
     "schedule.warmup_tokens": 0,

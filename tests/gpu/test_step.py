@@ -17,10 +17,12 @@ from nmoe import config as configs
 from nmoe.config import Config
 from nmoe.metrics import read
 from nmoe.model import Model
+from nmoe.plan import plan
 from stages.runs import Workbench, progress_display
 
 pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"
+PLANNED = 0.05  # how far a run's peak memory may be from what nmoe.plan says
 ROUNDING = 2.0**-9  # of one value to bf16, at most
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -97,6 +99,7 @@ def test_the_host_waits_for_nothing_between_logs(graph: bool, tmp_path: Path) ->
 def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
   micro_batch: int, tmp_path: Path
 ) -> None:
+  """And each uses, evaluations included, the memory that was planned for it."""
   values = {"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": micro_batch}
   values |= {"train.eval_every": 6, "train.cuda_graph": False}
   config = small(12, **values)
@@ -106,9 +109,12 @@ def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
   experiment = bench.experiment("research", config, arms)
   with progress_display(bench.console) as progress:
     runs = [bench.repeat(experiment, arm, 0, progress) for arm in arms]
-  first, *others = (read(tmp_path, run.id) for run in runs)
+  first, *others = found = [read(tmp_path, run.id) for run in runs]
   assert "time/graph_s" in others[-1]
   for tag in ("train/loss", "grad_norm/all", "val/loss"):
     assert len(first[tag][2]) == (2 if tag == "val/loss" else 12)
     for other in others:
       assert np.array_equal(first[tag][2], other[tag][2])
+  planned = np.array([plan(arm.config).peak_bytes for arm in arms])
+  used = np.array([series["memory/peak_bytes"][2].max() for series in found])
+  assert (abs(used / planned - 1) <= PLANNED).all(), used / planned
