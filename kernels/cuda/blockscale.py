@@ -85,6 +85,14 @@ def store_words(mData: cute.Tensor, offset: Int64, rWords: cute.Tensor):
   cute.autovec_copy(rWords, cute.make_tensor(pointer, cute.make_layout(count)))
 
 
+@cute.jit
+def raise_amax(amax_bits: Int32, mAmaxBits: cute.Tensor):
+  """Raise the tensor's largest magnitude to the warp's: an integer maximum, in any order."""
+  largest = cute.arch.warp_redux_sync(amax_bits, "max")
+  if cute.arch.lane_idx() == 0 and largest > mAmaxBits[0]:
+    cute.arch.atomic_max(mAmaxBits.iterator, largest)
+
+
 def atom_byte(row, block):
   """Where a row's block has its scale in the atom that holds it."""
   return row % 32 * 16 + row // 32 % 4 * 4 + block % ATOM_BLOCKS
@@ -119,13 +127,6 @@ class _Quantize:
     else:
       encode, tensor_scale = factors
       return mf.nvfp4_scale(amax_bits, encode, tensor_scale)
-
-  @cute.jit
-  def raise_amax(self, amax_bits: Int32, mAmaxBits):
-    """Raise the tensor's largest magnitude to the warp's: an integer maximum, in any order."""
-    largest = cute.arch.warp_redux_sync(amax_bits, "max")
-    if cute.arch.lane_idx() == 0 and largest > mAmaxBits[0]:
-      cute.arch.atomic_max(mAmaxBits.iterator, largest)
 
   @cute.jit
   def codes(self, low, high, low_factor, high_factor, low_index, high_index, random) -> Uint32:
@@ -230,7 +231,7 @@ class Rows(_Quantize):
           inside = row < count and atom * ATOM_BLOCKS + block < self.blocks
           sScale[atom_byte(row, block)] = Uint8(code if inside else Uint32(0))
     if const_expr(mode.amax_only):
-      self.raise_amax(largest, mAmax)
+      raise_amax(largest, mAmax)
     else:
       cute.arch.sync_threads()
       self.store_scales(sScale, mScale, tile, atom, first, count, rows)
@@ -340,7 +341,7 @@ class Columns(_Quantize):
       rAmax.fill(amax)
     factors = self.tensor_factors(mAmax, mTensorScale)
     if const_expr(mode.amax_only):
-      self.raise_amax(cutlass.max(rAmax[0], rAmax[1]), mAmax)
+      raise_amax(cutlass.max(rAmax[0], rAmax[1]), mAmax)
     elif valid:
       rFactor = cute.make_rmem_tensor(PAIR, Float32)
       for c in cutlass.range_constexpr(PAIR):

@@ -7,7 +7,7 @@
 A weight is quantized twice, as it is and transposed; with `Recipe.copies` at the first forward and
 backward pass after it changed. Per element that moves 2 + 1 and 2 + 2 (the transposed copy in bf16)
 + 2 + 1 bytes in MXFP8, besides scales, for a step instead of for each of its micro-batches. What
-AdamW writes with the weight (kernels.cuda.optim: MXFP8 for the tensor cores) is not quantized here.
+AdamW writes with the weight (kernels.cuda.optim: for the tensor cores) is not quantized here.
 
 Quantization is kernels.cuda.blockscale; the tensors' scales multiply the fp32 sums, which are
 rounded once, or for dw not at all (kernels.ops: gradients of weights). With `emulate` the operands'

@@ -56,8 +56,6 @@ def adamw(
   check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
   if grad_scale.isnan():
     return
-  if grad_scale.isnan():
-    return
   beta1, beta2 = betas
   size = lr / (1 - beta1**step)
   root = math.sqrt(1 - beta2**step)

@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ONE = torch.tensor(1.0)
+FORMATS = ["fp8", "nvfp4"]
 RULE = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
@@ -63,27 +65,36 @@ def test_a_step_counts_as_a_write(param):
   assert all(p._version > version for p, version in zip(ours[0], before, strict=True))
 
 
-def kept(weight):
-  """(Copies, the MXFP8 operands of tensor cores that it keeps of the weight)."""
+def quantized(weight, format):
+  """An operand of tensor cores, as kernels.cuda.products makes it of a weight."""
+  return quantize_operand(weight, format, square=format == "nvfp4")
+
+
+def kept(weight, format):
+  """(Copies, the operands of tensor cores that it keeps of the weight)."""
   copies = Copies()
-  recipe = Recipe("fp8", copies=copies)
+  recipe = Recipe(format, copies=copies)
   sides = (("fprop_w", weight), ("dgrad_w", weight.mT))
   return copies, lambda: [
-    recipe.quantized(leg, 0, weight, partial(quantize_operand, side, "fp8")) for leg, side in sides
+    recipe.quantized(leg, 0, weight, partial(quantized, side, format)) for leg, side in sides
   ]
 
 
-def assert_fresh(operands, weight):
+def bits(operand):
+  return [t.view(-1).view(torch.uint8) for t in operand if t is not None]
+
+
+def assert_fresh(operands, weight, format):
   for found, side in zip(operands, (weight, weight.mT), strict=True):
-    want = quantize_operand(side, "fp8")
-    assert torch.equal(found.data.view(torch.uint8), want.data.view(torch.uint8))
-    assert torch.equal(found.scale.view(torch.uint8), want.scale.view(torch.uint8))
+    want = quantized(side, format)
+    assert all(torch.equal(a, b) for a, b in zip(bits(found), bits(want), strict=True))
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grad", [BF16, FP32])
 @pytest.mark.parametrize("moment", [BF16, FP32])
 @pytest.mark.parametrize("shape", [(3, 160, 224), (2, 256, 128), (32, 416), (5, 384, 32)])
-def test_mxfp8_operands_are_written_with_the_weight(shape, moment, grad):
+def test_operands_are_written_with_the_weight(shape, moment, grad, format):
   """The weight and its state as by the other kernel but for the last bits, which the compiler may
   round once less in one of them; the operands are the quantizer's, bit for bit.
   """
@@ -92,11 +103,10 @@ def test_mxfp8_operands_are_written_with_the_weight(shape, moment, grad):
   for group in ours[1:4]:
     group[0][..., :32, :32] = 0  # blocks of zeros
   other = [[t.clone() for t in group] for group in ours]
-  weight, (copies, operands) = ours[0][0], kept(ours[0][0])
+  weight, (copies, operands) = ours[0][0], kept(ours[0][0], format)
   before = operands()
-  for operand in before:
-    operand.data.view(torch.uint8).fill_(0x55)
-    operand.scale.view(torch.uint8).fill_(0x33)
+  for part in itertools.chain(*map(bits, before)):
+    part.fill_(0x55)
   scale = torch.tensor(0.7, device="cuda")
   adamw(*ours, step=1, grad_scale=scale, copies=[copies], **RULE)
   adamw(*other, step=1, grad_scale=scale, **RULE)
@@ -104,27 +114,47 @@ def test_mxfp8_operands_are_written_with_the_weight(shape, moment, grad):
     rtol = 2.0**-7 if a.dtype == BF16 else 2.0**-18
     torch.testing.assert_close(a, b, rtol=rtol, atol=2.0**-24)
   assert all(a is b for a, b in zip(before, operands(), strict=True))
-  assert_fresh(before, weight)
+  assert_fresh(before, weight, format)
 
 
-def test_operands_of_another_weight_are_not_written():
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+def test_operands_of_a_weight_of_no_numbers(value, format):
+  """All zeros; one element that is no number, in a weight and so in its tensor's scale."""
   ours = state([(2, 64, 96)], BF16, BF16, FP32)
-  weight, (copies, operands) = ours[0][0], kept(ours[0][0])
+  if value == 0:
+    for group in ours[1:4]:
+      group[0].zero_()
+  else:
+    ours[2][0][1, 40, 50] = value
+  copies, operands = kept(ours[0][0], format)
+  before = operands()
+  adamw(*ours, step=1, grad_scale=ONE.cuda(), copies=[copies], **RULE)
+  assert all(a is b for a, b in zip(before, operands(), strict=True))
+  assert value == 0 or not ours[0][0].isfinite().all()
+  assert_fresh(before, ours[0][0], format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_operands_of_another_weight_are_not_written(format):
+  ours = state([(2, 64, 96)], BF16, BF16, FP32)
+  weight, (copies, operands) = ours[0][0], kept(ours[0][0], format)
   before = operands()
   weight.neg_()
   adamw(*ours, step=1, grad_scale=ONE.cuda(), copies=[copies], **RULE)
   assert not any(a is b for a, b in zip(before, operands(), strict=True))
-  assert_fresh(operands(), weight)
+  assert_fresh(operands(), weight, format)
 
 
-def test_nan_scale_leaves_the_operands():
+@pytest.mark.parametrize("format", FORMATS)
+def test_nan_scale_leaves_the_operands(format):
   ours = state([(2, 64, 96)], BF16, BF16, FP32)
-  weight, (copies, operands) = ours[0][0], kept(ours[0][0])
+  weight, (copies, operands) = ours[0][0], kept(ours[0][0], format)
   before = operands()
   nan = torch.tensor(torch.nan, device="cuda")
   adamw(*ours, step=1, grad_scale=nan, copies=[copies], **RULE)
   assert all(a is b for a, b in zip(before, operands(), strict=True))
-  assert_fresh(before, weight)
+  assert_fresh(before, weight, format)
 
 
 def test_repeats_bit_for_bit():
