@@ -78,18 +78,17 @@ def build(
   """Fill cache_root/arch with the kernels of these shapes; one record per kernel compiled.
 
   env is the environment that the child starts from. Records hold the kernel's job, name and compile
-  seconds; with `inspect` the cache is left alone, every kernel is compiled, one after the other,
-  and the records also hold registers, spills, shared memory and tensor-core instructions. Raises
-  KernelError with the child's last lines if it fails.
+  seconds; with `inspect` the kernels are compiled one after the other and the records also hold
+  registers, spills, shared memory and tensor-core instructions. Raises KernelError with the child's
+  last lines if it fails.
   """
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder, "records.json")
     command, child = _child(shapes, arch, cache_root, env)
     if inspect:
-      child |= {"QUACK_CACHE_ENABLED": "0", "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": folder}
+      child |= {"CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": folder}
       command += ["--workers", "1"]
-    else:
-      command += ["--stamps", *(str(stamp(one, arch, cache_root)) for one in shapes)]
+    command += ["--stamps", *(str(stamp(one, arch, cache_root)) for one in shapes)]
     command += ["--records", str(out)]
     done = subprocess.run(command, env=child, capture_output=True, text=True)
     if done.returncode:

@@ -62,7 +62,7 @@ def _run(name: str, *arguments: str) -> str:
 
 def opcodes(cubin: Path) -> Counter:
   """How often each SASS opcode (with modifiers) occurs."""
-  return Counter(OPCODE.findall(_run("nvdisasm", "-c", str(cubin))))
+  return Counter(OPCODE.findall(_run("nvdisasm", "-c", "-ndf", str(cubin))))
 
 
 def short_name(symbol: str) -> str:

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from kernels.arch import ARCHS
@@ -62,10 +63,9 @@ def shapes(arch: str) -> list[Shapes]:
   return [MOONLET, GROUPED, *formats, *packed]
 
 
-def rows(arch: str) -> list[dict[str, str]]:
+def rows(arch: str, cache: Path) -> list[dict[str, str]]:
   """Compile everything for an architecture: one row per kernel, in the order of compilation."""
-  with tempfile.TemporaryDirectory() as cache:
-    records = build(shapes(arch), arch, cache, os.environ, inspect=True)
+  records = build(shapes(arch), arch, cache, os.environ, inspect=True)
   seen, table = Counter(), []
   for record in records:
     key = record["job"], record["kernel"]
@@ -77,10 +77,10 @@ def rows(arch: str) -> list[dict[str, str]]:
   return table
 
 
-def compiled() -> list[dict[str, str]]:
-  """All rows as compiled now; the architectures compile side by side."""
+def compiled(cache: Path) -> list[dict[str, str]]:
+  """All rows as compiled now into an empty cache; the architectures compile side by side."""
   with ThreadPoolExecutor() as pool:
-    return [row for part in pool.map(rows, ARCHS) for row in part]
+    return [row for part in pool.map(partial(rows, cache=cache), ARCHS) for row in part]
 
 
 def read() -> list[dict[str, str]]:
@@ -91,7 +91,8 @@ def read() -> list[dict[str, str]]:
 
 def write() -> None:
   """Replace the committed table by what is compiled now."""
-  now = compiled()
+  with tempfile.TemporaryDirectory() as cache:
+    now = compiled(Path(cache))
   with TABLE.open("w", newline="") as file:
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -25,8 +25,8 @@ INSTRUCTIONS = {
 
 
 @pytest.fixture(scope="module")
-def rows():
-  return table.compiled()
+def rows(compiled):
+  return compiled.rows
 
 
 def test_table_is_current(rows):
@@ -59,12 +59,14 @@ def test_products_run_on_the_tensor_cores(rows, arch):
   assert found == {True: INSTRUCTIONS[arch], False: {""}}
 
 
-def test_the_cache_is_filled_once(tmp_path):
-  first = build([table.MOONLET], "sm_90a", tmp_path, os.environ)
-  again = build([table.MOONLET], "sm_90a", tmp_path, os.environ)
-  objects = list((tmp_path / "sm_90a").rglob("*.o"))
-  assert len(first) == len(objects) > 30 and again == []
-  assert start(table.MOONLET, "sm_90a", tmp_path, os.environ, tmp_path / "log.txt") is None
+def test_the_cache_is_filled_once(compiled):
+  """Each kernel has a place of its own there, and none is compiled again."""
+  rows = [row for row in compiled.rows if row["arch"] == "sm_90a"]
+  objects = set((compiled.cache / "sm_90a").rglob("*.o"))
+  assert len(objects) == len(rows) > 30
+  assert build([table.MOONLET], "sm_90a", compiled.cache, os.environ) == []
+  assert set((compiled.cache / "sm_90a").rglob("*.o")) == objects
+  assert start(table.MOONLET, "sm_90a", compiled.cache, os.environ, Path(os.devnull)) is None
 
 
 def child(env):

@@ -24,13 +24,12 @@ SCRIPTS = ("copies", "puts")
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> dict[tuple[str, str], subprocess.CompletedProcess]:
+def done(compiled) -> dict[tuple[str, str], subprocess.CompletedProcess]:
   """Every script on every architecture, as many at once as there are cores."""
 
   def run(case: tuple[str, str]) -> subprocess.CompletedProcess:
     script, arch = case
-    cache = tmp_path_factory.mktemp(f"{script}_{arch}")
-    env = {**os.environ, **environment(arch, cache), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **environment(arch, compiled.cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(Path(__file__).with_name(f"{script}_without_gpu.py"))]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
