@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from table import MOONLET  # whose kernels are in the cache
 from torch import Tensor
 
 from kernels.copies import Copies
@@ -21,7 +22,8 @@ from kernels.cuda.jobs import backward, meta
 from kernels.cuda.optim import adamw
 from kernels.ops import Recipe
 
-E, D, F, N = 2, 128, 96, 256
+E, D, F = MOONLET.num_experts, MOONLET.dim, MOONLET.expert_dim
+N = MOONLET.batch * MOONLET.seq_len * MOONLET.top_k
 SHAPES = {(E, 2 * F, D), (E, D, 2 * F), (E, D, F), (E, F, D)}  # of w13 and w2, and transposed
 quantized: list[tuple[int, ...]] = []
 
