@@ -32,7 +32,7 @@ from kernels.cuda.router import route
 from kernels.ops import Product, Recipe, RouterSpec
 
 WARMUP, REPEATS, SETS = 5, 20, 3
-BURST = 15.0  # ms
+BURST, SHORT = 300.0, 15.0  # ms of a run, and of one after a rest
 PEAK = 8192
 CYCLES = 1_500_000  # of an idling GPU's clock in a millisecond, about
 BF16 = Recipe()
@@ -104,13 +104,14 @@ def interleaved(
 ) -> dict[str, list[float]]:
   """Milliseconds per call of each variant's runs, sorted; a run lasts about BURST or one call.
 
-  variant(i) works on input set i. Runs of several calls keep the GPU's queue full. rest: ms of
-  idling before each run.
+  variant(i) works on input set i. A run of a single call would count what the host takes to queue
+  its first kernels, and would end before the board's power limit is felt. rest: ms of idling before
+  each run, while the host fills the queue; a run is SHORT then, so that the GPU stays cool.
   """
   calls = {}
   for name, variant in variants.items():
     elapsed(variant, SETS, 0)
-    calls[name] = max(1, round(BURST / elapsed(variant, SETS, 0)))
+    calls[name] = max(1, round((SHORT if rest else BURST) / elapsed(variant, SETS, 0)))
   times: dict[str, list[float]] = {name: [] for name in variants}
   for run in range(WARMUP + REPEATS):
     for name, variant in variants.items():
