@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+from bisect import bisect
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from kernels.ops import KernelError
 
 MMA = re.compile(r"UTC\w*MMA|[HQI]GMMA|[HQ]MMA")
-OPCODE = re.compile(
-  r"^\s+/\*[0-9a-f]+\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+OPCODE = re.compile(  # an instruction's address, and its opcode
+  r"^\s+/\*([0-9a-f]+)\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
 )
+PROGBITS, EXECUTABLE = 1, 4  # of an ELF section: its type and a flag
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 # The host code stores the dynamic shared memory into the third field of cudaLaunchConfig_t.
 LAUNCH = r"struct<\(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32\)>"
@@ -60,9 +66,32 @@ def _run(name: str, *arguments: str) -> str:
   return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def opcodes(cubin: Path) -> Counter:
-  """How often each SASS opcode (with modifiers) occurs."""
-  return Counter(OPCODE.findall(_run("nvdisasm", "-c", "-ndf", str(cubin))))
+def code(cubin: bytes) -> bytes:
+  """The instructions of a cubin: its executable sections (ELF-64)."""
+  (table,) = struct.unpack_from("<Q", cubin, 0x28)
+  size, count = struct.unpack_from("<HH", cubin, 0x3A)
+  sections = (struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count))
+  return b"".join(
+    cubin[start : start + length]
+    for _, kind, flags, _, start, length in sections
+    if kind == PROGBITS and flags & EXECUTABLE
+  )
+
+
+def opcodes(codes: Sequence[bytes], arch: str) -> list[Counter]:
+  """How often each SASS opcode (with modifiers) occurs in each code of an architecture.
+
+  In one run of nvdisasm over all of them: its start takes half a second.
+  """
+  found = [Counter() for _ in codes]
+  ends = list(accumulate(len(one) for one in codes))
+  with tempfile.NamedTemporaryFile() as file:
+    file.write(b"".join(codes))
+    file.flush()
+    sass = _run("nvdisasm", "-b", arch.replace("sm_", "SM"), "-ndf", file.name) if codes else ""
+  for address, name in OPCODE.findall(sass):
+    found[bisect(ends, int(address, 16))][name] += 1
+  return found
 
 
 def short_name(symbol: str) -> str:
@@ -82,18 +111,23 @@ def dynamic_shared(host_code: str) -> int:
   return max(sizes)
 
 
-def inspect(job: str, function, seconds: float) -> Inspection:
-  """The record of one compiled function."""
-  cubin = function.__cubin__
-  if not cubin:
-    return Inspection(job, seconds)
+def inspect(found: Sequence[tuple[str, Any, float]], arch: str) -> list[Inspection]:
+  """The records of compiled functions, of each (job, function, seconds)."""
+  codes = [code(function.__cubin__) for _, function, _ in found if function.__cubin__]
+  counted = iter(opcodes(codes, arch))
+  return [
+    _record(*one, next(counted)) if one[1].__cubin__ else Inspection(one[0], one[2])
+    for one in found
+  ]
+
+
+def _record(job: str, function: Any, seconds: float, ops: Counter) -> Inspection:
   with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(cubin)
+    file.write(function.__cubin__)
     file.flush()
     symbol, registers, stack, shared = USAGE.search(
       _run("cuobjdump", "-res-usage", file.name)
     ).groups()
-    ops = opcodes(Path(file.name))
   base = Counter()
   for name, count in ops.items():
     base[name.split(".")[0]] += count

@@ -131,26 +131,28 @@ def build(shapes: Iterable[Shapes], workers: int) -> list[Inspection]:
   with compile_only() as compiled:
     run = partial(_run, todo, compiled)
     if workers == 1:
-      return list(itertools.chain.from_iterable(map(run, range(len(todo)))))
+      found = itertools.chain.from_iterable(map(run, range(len(todo))))
+      return inspect(list(found), jit.ARCH.name)
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(min(workers, len(todo)), fork, _remember, (run,)) as pool:
       return list(itertools.chain.from_iterable(pool.map(_work, range(len(todo)))))
 
 
-def _run(todo: list[tuple[str, Callable]], compiled: list, index: int) -> list[Inspection]:
+def _run(todo: list[tuple[str, Callable]], compiled: list, index: int) -> list[tuple]:
+  """(job, function, seconds) of what one operation compiles."""
   name, job = todo[index]
   compiled.clear()
   job()
-  return [inspect(name, function, seconds) for function, seconds in compiled]
+  return [(name, function, seconds) for function, seconds in compiled]
 
 
-def _remember(run: Callable[[int], list[Inspection]]) -> None:
+def _remember(run: Callable[[int], list[tuple]]) -> None:
   """A worker's start: what it runs came with the fork, and only indices and records are sent."""
   _work.run = run
 
 
 def _work(index: int) -> list[Inspection]:
-  return _work.run(index)
+  return inspect(_work.run(index), jit.ARCH.name)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """What is read out of NVIDIA's tools and of the compiler's host code."""
 
 import shutil
+import struct
+from collections import Counter
 
 import pytest
 
@@ -27,9 +29,41 @@ HOST = """
 
 
 def test_opcodes_of_sass():
-  found = inspect.OPCODE.findall(SASS)
+  found = [name for _, name in inspect.OPCODE.findall(SASS)]
   assert found == ["LDC", "LDG.E.128", "HGMMA.64x256x16.F32.BF16"[:8], "UTCOMMA.2CTA.4X", "STL"]
   assert [bool(inspect.MMA.match(name)) for name in found] == [False, False, True, True, False]
+
+
+def test_opcodes_of_several_kernels_in_one_run(monkeypatch):
+  """Instructions of 16 bytes; what is disassembled is all code, one after the other."""
+  codes, seen = [b"a" * 32, b"", b"b" * 16, b"c" * 32], []
+
+  def run(name, *arguments):
+    with open(arguments[-1], "rb") as file:
+      seen.append((name, arguments[:-1], file.read()))
+    return SASS
+
+  monkeypatch.setattr(inspect, "_run", run)
+  found = inspect.opcodes(codes, "sm_90a")
+  assert seen == [("nvdisasm", ("-b", "SM90a", "-ndf"), b"".join(codes))]
+  assert found == [
+    Counter(["LDC", "LDG.E.128"]),
+    Counter(),
+    Counter(["HGMMA.64"]),
+    Counter(["UTCOMMA.2CTA.4X", "STL"]),
+  ]
+  assert inspect.opcodes([], "sm_90a") == [] and len(seen) == 1
+
+
+def test_the_code_of_a_cubin():
+  """Of an ELF file with sections of data, code, notes marked executable, and more code."""
+  body = b"datacodeNOTEmore"
+  sections = [(1, 2, 0, 4), (1, 6, 4, 4), (7, 4, 8, 4), (1, 4, 12, 4)]  # type, flags, start, length
+  table = [struct.pack("<IIQQQQ24x", 0, k, f, 0, 64 + at, n) for k, f, at, n in sections]
+  header = bytearray(64)
+  struct.pack_into("<Q", header, 0x28, 64 + len(body))
+  struct.pack_into("<HH", header, 0x3A, 64, len(table))
+  assert inspect.code(bytes(header) + body + b"".join(table)) == b"codemore"
 
 
 def test_dynamic_shared_memory_of_the_launch():
