@@ -217,9 +217,7 @@ class Rows(_Quantize):
       rX.store(rAll[None, i].load().to(Float32))
       if const_expr(mode.hadamard):
         self.rotate(rX, random)
-      amax = mf.magnitude_bits(rX[0])
-      for e in cutlass.range_constexpr(1, WIDTH):
-        amax = cutlass.max(amax, mf.magnitude_bits(rX[e]))
+      amax = mf.largest_bits(rX)
       if const_expr(mode.amax_only):
         largest = cutlass.max(largest, amax)
       else:

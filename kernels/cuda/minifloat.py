@@ -48,6 +48,15 @@ def magnitude_bits(value: Float32) -> Int32:
   return value.bitcast(Int32) & 0x7FFFFFFF
 
 
+@cute.jit
+def largest_bits(rX: cute.Tensor) -> Int32:
+  """The bits of the largest magnitude of fp32 numbers."""
+  largest = magnitude_bits(rX[0])
+  for e in cutlass.range_constexpr(1, cute.size(rX)):
+    largest = cutlass.max(largest, magnitude_bits(rX[e]))
+  return largest
+
+
 def e4m3_pair(low: Float32, high: Float32) -> Uint32:
   """The E4M3 codes of two numbers in the low 16 bits: nearest even, saturating, NaN 0x7F."""
   ptx = "cvt.rn.satfinite.e4m3x2.f32 {$w0}, {$r0}, {$r1};"
@@ -150,9 +159,7 @@ def e4m3_values(pair: Uint32):
 def mxfp8_encode(rX: cute.Tensor, block: cutlass.Constexpr[int]):
   """(words of E4M3 codes, E8M0 code) of fp32 numbers; neighbouring lanes together hold a block."""
   size = const_expr(cute.size(rX))
-  amax = magnitude_bits(rX[0])
-  for e in cutlass.range_constexpr(1, size):
-    amax = cutlass.max(amax, magnitude_bits(rX[e]))
+  amax = largest_bits(rX)
   for step in cutlass.range_constexpr((block // size).bit_length() - 1):
     amax = cutlass.max(amax, cute.arch.shuffle_sync_bfly(amax, 1 << step))
   scale = e8m0_code(amax)
@@ -221,6 +228,18 @@ def e2m1_pair(low: Float32, high: Float32) -> Uint32:
   return _e2m1_nearest(low) | (_e2m1_nearest(high) << 4)
 
 
+@cute.jit
+def e2m1_words(rX: cute.Tensor, factor: Float32) -> cute.Tensor:
+  """The E2M1 codes of fp32 numbers times the factor, to nearest even, eight in a word."""
+  size = const_expr(cute.size(rX))
+  rCode = cute.make_rmem_tensor(size // 8, Uint32)
+  rCode.fill(0)
+  for p in cutlass.range_constexpr(size // 2):
+    pair = e2m1_pair(multiply(rX[2 * p], factor), multiply(rX[2 * p + 1], factor))
+    rCode[p // 4] = rCode[p // 4] | (pair << (p % 4 * 8))
+  return rCode
+
+
 def e2m1_value(code: Uint32) -> Float32:
   """The value of the E2M1 code in the low 4 bits, exact: its fields as the lowest of fp32's."""
   bits = ((code & 7) << 22) | ((code & 8) << 28)
@@ -232,18 +251,10 @@ def nvfp4_block_encode(rX: cute.Tensor, row_factor: Float32):
   """(words of E2M1 codes, E4M3 code) of a block of fp32 numbers, times the factor, of a tensor of
   scale 1.
   """
-  size = const_expr(cute.size(rX))
-  amax = Int32(0)
-  for e in cutlass.range_constexpr(size):
+  for e in cutlass.range_constexpr(cute.size(rX)):
     rX[e] = multiply(rX[e], row_factor)
-    amax = cutlass.max(amax, magnitude_bits(rX[e]))
-  scale, factor = nvfp4_scale(amax, Float32(1.0), Float32(1.0))
-  rCode = cute.make_rmem_tensor(size // 8, Uint32)
-  rCode.fill(0)
-  for p in cutlass.range_constexpr(size // 2):
-    pair = e2m1_pair(multiply(rX[2 * p], factor), multiply(rX[2 * p + 1], factor))
-    rCode[p // 4] = rCode[p // 4] | (pair << (p % 4 * 8))
-  return rCode, scale
+  scale, factor = nvfp4_scale(largest_bits(rX), Float32(1.0), Float32(1.0))
+  return e2m1_words(rX, factor), scale
 
 
 @cute.jit

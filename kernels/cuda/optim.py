@@ -132,8 +132,7 @@ class AdamW:
           master = _update(mParam, mGrad, mMaster, mM, mV, scale, factors, start, WIDTH)
           rX = cute.make_rmem_tensor(WIDTH, Float32)
           rX.store(master.to(mParam.element_type).to(Float32))
-          for e in cutlass.range_constexpr(WIDTH):
-            largest = cutlass.max(largest, mf.magnitude_bits(rX[e]))
+          largest = mf.largest_bits(rX)
         raise_amax(largest, mAmax)
       elif start + WIDTH <= mMaster.shape[0]:
         _update(mParam, mGrad, mMaster, mM, mV, scale, factors, start, WIDTH)

@@ -109,16 +109,9 @@ class Squares:
     """(codes of the lane's 8 elements, code of the scale) of the square that a warp holds."""
     rWide = cute.make_rmem_tensor(WIDTH, Float32)
     rWide.store(rX.load().to(Float32))
-    amax = mf.magnitude_bits(rWide[0])
-    for e in cutlass.range_constexpr(1, WIDTH):
-      amax = cutlass.max(amax, mf.magnitude_bits(rWide[e]))
-    amax = cute.arch.warp_redux_sync(amax, "max")
+    amax = cute.arch.warp_redux_sync(mf.largest_bits(rWide), "max")
     code, factor = mf.nvfp4_scale(amax, encode, tensor_scale)
-    word = Uint32(0)
-    for e in cutlass.range_constexpr(0, WIDTH, 2):
-      pair = mf.e2m1_pair(mf.multiply(rWide[e], factor), mf.multiply(rWide[e + 1], factor))
-      word = word | (pair << (4 * e))
-    return word, code
+    return mf.e2m1_words(rWide, factor)[0], code
 
   @cute.jit
   def write(
