@@ -88,7 +88,9 @@ def opcodes(codes: Sequence[bytes], arch: str) -> list[Counter]:
   with tempfile.NamedTemporaryFile() as file:
     file.write(b"".join(codes))
     file.flush()
-    sass = _run("nvdisasm", "-b", arch.replace("sm_", "SM"), "-ndf", file.name) if codes else ""
+    sass = (
+      _run("nvdisasm", "-b", arch.replace("sm_", "SM"), "-ndf", file.name) if any(codes) else ""
+    )
   for address, name in OPCODE.findall(sass):
     found[bisect(ends, int(address, 16))][name] += 1
   return found
@@ -113,15 +115,14 @@ def dynamic_shared(host_code: str) -> int:
 
 def inspect(found: Sequence[tuple[str, Any, float]], arch: str) -> list[Inspection]:
   """The records of compiled functions, of each (job, function, seconds)."""
-  codes = [code(function.__cubin__) for _, function, _ in found if function.__cubin__]
-  counted = iter(opcodes(codes, arch))
-  return [
-    _record(*one, next(counted)) if one[1].__cubin__ else Inspection(one[0], one[2])
-    for one in found
-  ]
+  cubins = [function.__cubin__ for _, function, _ in found]
+  counted = opcodes([code(cubin) if cubin else b"" for cubin in cubins], arch)
+  return [_record(*one, ops) for one, ops in zip(found, counted, strict=True)]
 
 
 def _record(job: str, function: Any, seconds: float, ops: Counter) -> Inspection:
+  if not function.__cubin__:
+    return Inspection(job, seconds)
   with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(function.__cubin__)
     file.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ def fp32_grads(
     torch.autograd.backward(outs, dys)
   assert all(weight.grad.dtype == torch.float32 for weight in weights)
   return [weight.grad for weight in weights]
+
+
+def raw_bytes(parts: Iterable[Tensor | None]) -> list[Tensor]:
+  """The bytes of a quantized tensor's parts, of those that it has."""
+  return [part.view(-1).view(torch.uint8) for part in parts if part is not None]
 
 
 def normal(*shape: int, scale: float = 1.0, dtype=torch.bfloat16, grad: bool = True) -> Tensor:

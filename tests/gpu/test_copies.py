@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels.cuda
-from gpu.oracle import normal
+from gpu.oracle import normal, raw_bytes
 from kernels.copies import Copies
 from kernels.cuda.blockscale import quantize, quantize_operand
 from kernels.cuda.dense import linear, mlp
@@ -41,11 +41,8 @@ def fresh(recipe: Recipe, leg: str, weight: Tensor) -> Any:
 
 def same(a: Any, b: Any) -> bool:
   """Whether two quantized tensors have the same data, scales and tensor's scale."""
-  parts = [(a.data, b.data), (a.scale, b.scale)]
-  parts = [(x.view(torch.uint8), y.view(torch.uint8)) for x, y in parts]
-  if a.tensor_scale is not None:
-    parts.append((a.tensor_scale, b.tensor_scale))
-  return all(torch.equal(x, y) for x, y in parts)
+  parts = (raw_bytes((q.data, q.scale, q.tensor_scale)) for q in (a, b))
+  return all(torch.equal(x, y) for x, y in zip(*parts, strict=True))
 
 
 def held(model: Model) -> Iterator[tuple[Recipe, str, Tensor, Any]]:

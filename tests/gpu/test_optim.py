@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from gpu.oracle import relative
+from gpu.oracle import raw_bytes, relative
 from kernels import reference
 from kernels.copies import Copies
 from kernels.cuda.blockscale import quantize_operand
@@ -80,14 +80,10 @@ def kept(weight, format):
   ]
 
 
-def bits(operand):
-  return [t.view(-1).view(torch.uint8) for t in operand if t is not None]
-
-
 def assert_fresh(operands, weight, format):
   for found, side in zip(operands, (weight, weight.mT), strict=True):
     want = quantized(side, format)
-    assert all(torch.equal(a, b) for a, b in zip(bits(found), bits(want), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(raw_bytes(found), raw_bytes(want), strict=True))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -105,7 +101,7 @@ def test_operands_are_written_with_the_weight(shape, moment, grad, format):
   other = [[t.clone() for t in group] for group in ours]
   weight, (copies, operands) = ours[0][0], kept(ours[0][0], format)
   before = operands()
-  for part in itertools.chain(*map(bits, before)):
+  for part in itertools.chain(*map(raw_bytes, before)):
     part.fill_(0x55)
   scale = torch.tensor(0.7, device="cuda")
   adamw(*ours, step=1, grad_scale=scale, copies=[copies], **RULE)

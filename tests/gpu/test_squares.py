@@ -1,7 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
-from gpu.oracle import normal
+from gpu.oracle import normal, raw_bytes
 from kernels.cuda.blockscale import quantize_operand
 from kernels.cuda.squares import write_squares
 from kernels.ops import KernelError
@@ -13,8 +15,8 @@ ONE = torch.ones(1)
 def operands(w):
   """Of a weight and its transpose, with other bits in all of their places."""
   made = [quantize_operand(side, "nvfp4", square=True) for side in (w, w.mT)]
-  for part in (part for one in made for part in one):
-    part.view(-1).view(torch.uint8).fill_(0x55)
+  for part in itertools.chain(*map(raw_bytes, made)):
+    part.fill_(0x55)
   return made
 
 
@@ -34,15 +36,15 @@ def test_equal_to_the_quantizer_bit_for_bit(shape, range):
   write_squares(w, amax, ONE.cuda(), found)
   for one, side in zip(found, (w, w.mT), strict=True):
     want = quantize_operand(side, "nvfp4", square=True)
-    for a, b in zip(one, want, strict=True):
-      assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    for a, b in zip(raw_bytes(one), raw_bytes(want), strict=True):
+      assert torch.equal(a, b)
 
 
 def test_nothing_is_written_under_a_scale_that_is_no_number():
   w = normal(64, 96, grad=False)
   found = operands(w)
   write_squares(w, ONE.cuda(), ONE.cuda() * torch.nan, found)
-  assert all((part.view(-1).view(torch.uint8) == 0x55).all() for one in found for part in one)
+  assert all((part == 0x55).all() for part in itertools.chain(*map(raw_bytes, found)))
 
 
 def test_other_sides_and_dtypes_are_refused():
