@@ -24,8 +24,8 @@ from kernels.errors import KernelError
 
 @dataclass(frozen=True)
 class Shapes:
-  """What the kernels of a run depend on. The fields are those of nmoe.config's sections; E is per
-  rank.
+  """What the kernels of a run depend on. The fields are those of nmoe.config.file's sections;
+  E is per rank.
   """
 
   batch: int
@@ -58,7 +58,7 @@ class Shapes:
 
   @classmethod
   def of(cls, config) -> Shapes:
-    """The shapes of a configuration (an object with the sections of nmoe.config.Config)."""
+    """The shapes of a configuration (an object with the sections of nmoe.config.file.Config)."""
     sections = (config.model, config.moe, config.data, config.launch, config.target, config.optim)
     sections += (config.rdep,)
     named = {key: value for section in sections for key, value in vars(section).items()}

@@ -3,7 +3,7 @@
 Two packages implement it: `kernels.reference` (plain PyTorch, any device and dtype) and
 `kernels.cuda` (CuTeDSL and QuACK on sm_90a and sm_100a). Each exports one module-level function for
 every method of `Ops`, with the same name and parameters; `tests/kernels/test_ops.py` compares them.
-A target picks one package, once, at start (`nmoe.target`).
+A target picks one package, once, at start (`nmoe.machine.target`).
 
 Shape letters: T tokens, D model width, F expert width, E experts on this rank, K top-k, N = T·K
 rows, H heads, S sequence, B batch, V vocabulary. Every function that returns a floating tensor is

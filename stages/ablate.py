@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from nmoe import config as configs
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError
 from stages.runs import Arm, Workbench, progress_display, seeds_of, value
 from stages.statistics import paired

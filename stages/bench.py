@@ -15,14 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nmoe import config as configs
-from nmoe import plan
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config import plan
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError
-from nmoe.experiments import Run
-from nmoe.metrics import Series, read
-from nmoe.startup import PHASES as STARTUP
-from nmoe.startup import process_age
+from nmoe.records.experiments import Run
+from nmoe.records.metrics import Series, read
+from nmoe.train.startup import PHASES as STARTUP
+from nmoe.train.startup import process_age
 from stages.runs import Workbench, progress_display
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step")
@@ -153,7 +153,7 @@ def phases_ms(series: Mapping[str, Series]) -> dict[str, list[float]]:
 def loader_rate(config: Config, data: Path) -> float:
   """Tokens per second of the loader alone, in a process of its own: this one never needs torch."""
   given = (str(data), str(config.data.seq_len), str(config.train.seed))
-  command = [sys.executable, "-m", "nmoe.loader_bench", *given]
+  command = [sys.executable, "-m", "nmoe.bench.loader", *given]
   return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

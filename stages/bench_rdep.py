@@ -1,6 +1,6 @@
 """`nmoe bench rdep`: RDEP's rows and its MoE layer, measured by child processes, one a rank.
 
-This parent never imports torch. What is measured, and how, is in nmoe.rdep_bench.
+This parent never imports torch. What is measured, and how, is in nmoe.bench.rdep.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.arch import environment
-from nmoe import config as configs
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
-from nmoe.experiments import provenance
+from nmoe.records.experiments import provenance
 from stages.launch import kernel_cache, parent_environment
 
 REPO = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def _measured(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def _spawn(config: Config, rank: int, repeats: int, folder: Path) -> subprocess.Popen:
-  command = [sys.executable, "-m", "nmoe.rdep_bench", str(folder / "config.toml")]
+  command = [sys.executable, "-m", "nmoe.bench.rdep", str(folder / "config.toml")]
   command += ["--rank", str(rank), "--rendezvous", str(folder / "rendezvous")]
   command += ["--repeats", str(repeats)]
   env = parent_environment()

@@ -21,12 +21,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from nmoe import checkpoint
-from nmoe import config as configs
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
-from nmoe.experiments import Experiment, Run
-from nmoe.metrics import Series, read
+from nmoe.records import checkpoint
+from nmoe.records.experiments import Experiment, Run
+from nmoe.records.metrics import Series, read
 from stages import launch, parity
 from stages.runs import Arm, Workbench, progress_display
 

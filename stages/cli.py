@@ -70,7 +70,7 @@ def research_run(config: File, seeds: Seeds = None) -> None:
 @app.command()
 def plan(config: File) -> None:
   """Parameters, FLOPs per token and memory of a configuration, computed without building it."""
-  from nmoe import config as configs
+  from nmoe.config import file as configs
   from stages import show
 
   show.plan(configs.load(config), _console())
@@ -132,7 +132,7 @@ def experiments_show(experiment: str, root: Root = ROOT) -> None:
 @config_app.command("show")
 def config_show(config: File) -> None:
   """The resolved TOML: every key, extends and overrides applied."""
-  from nmoe import config as configs
+  from nmoe.config import file as configs
 
   typer.echo(configs.to_toml(configs.load(config)))
 
@@ -140,7 +140,7 @@ def config_show(config: File) -> None:
 @config_app.command("diff")
 def config_diff(a: File, b: File) -> None:
   """The keys that differ between two configurations."""
-  from nmoe import config as configs
+  from nmoe.config import file as configs
 
   for key, (left, right) in configs.diff(configs.load(a), configs.load(b)).items():
     typer.echo(f"{key} ({configs.kind(key)}): {left!r} -> {right!r}")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kernels import build
 from kernels.arch import environment
-from nmoe.config import Config
+from nmoe.config.file import Config
 
 GRACE_S = 30.0  # a rank may live this long after another one failed, and then after SIGTERM
 SAVE_S = 900.0  # a run that is told to stop may take this long to save its state
@@ -37,7 +37,7 @@ def run(
   """Execute the run and return its exit status (0: completed); progress receives each line.
 
   kill_at: SIGKILL every rank once a line of that step or a later one came (a test of resuming).
-  trace: a folder for a profile of rank 0 (nmoe.profiler).
+  trace: a folder for a profile of rank 0 (nmoe.train.profiler).
   first: a folder into which the ranks save their state before and after their first step.
 
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
@@ -116,7 +116,7 @@ def _spawn(
   logs: Path,
   more: list[str],
 ) -> subprocess.Popen:
-  command = [sys.executable, "-m", "nmoe.train", "--root", str(root), "--run", run_id]
+  command = [sys.executable, "-m", "nmoe.train.loop", "--root", str(root), "--run", run_id]
   command += ["--rank", str(rank), "--rendezvous", str(rendezvous), *more]
   env = parent_environment()
   if config.target.arch != "cpu":

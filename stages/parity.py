@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from nmoe import checkpoint
-from nmoe import config as configs
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
-from nmoe.experiments import Run
-from nmoe.metrics import read
+from nmoe.records import checkpoint
+from nmoe.records.experiments import Run
+from nmoe.records.metrics import read
 from stages.runs import Arm, Workbench, progress_display
 
 # Largest relative deviation from one rank. At the first step the weights are the same bits, and

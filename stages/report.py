@@ -17,10 +17,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nmoe import config as configs
-from nmoe import metrics
+from nmoe.config import file as configs
 from nmoe.errors import ConfigError, RecordError
-from nmoe.experiments import Experiment, Experiments, Link, Run
+from nmoe.records import metrics
+from nmoe.records.experiments import Experiment, Experiments, Link, Run
 from stages import figures
 from stages.figures import Arm
 from stages.page import definitions, facts, folded, page, section, table

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from nmoe import config as configs
+from nmoe.config import file as configs
 from nmoe.errors import RunError
-from nmoe.metrics import read
+from nmoe.records.metrics import read
 from stages.runs import Arm, Workbench, progress_display, seeds_of, value
 from stages.statistics import single
 

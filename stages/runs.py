@@ -15,12 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nmoe import config as configs
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config.file import Config
+from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
-from nmoe.experiments import Experiment, Experiments, Run, provenance
-from nmoe.prepare import load_mixture, prepare
-from nmoe.tokenizer import get as get_tokenizer
+from nmoe.records.experiments import Experiment, Experiments, Run, provenance
 from stages import launch
 from stages.report import terminal_summary, write_report
 

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from kernels.arch import ARCHS
 from kernels.build import Shapes, build
-from nmoe import config as configs
-from nmoe import plan as plans
-from nmoe.config import Config
-from nmoe.doctor import examine
+from nmoe.config import file as configs
+from nmoe.config import plan as plans
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError
-from nmoe.experiments import Experiments
+from nmoe.machine.doctor import examine
+from nmoe.records.experiments import Experiments
 from stages import launch
 from stages.report import terminal_summary
 

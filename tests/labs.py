@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe import checkpoint, metrics, train
-from nmoe import config as configs
-from nmoe.config import Config
+from nmoe.config import file as configs
+from nmoe.config.file import Config
+from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.tokenizer import get
 from nmoe.errors import NmoeError
-from nmoe.experiments import Experiments, Run
-from nmoe.prepare import load_mixture, prepare
-from nmoe.tokenizer import get
+from nmoe.records import checkpoint, metrics
+from nmoe.records.experiments import Experiments, Run
+from nmoe.train import loop as train
 
 TINY = """
 [experiment]

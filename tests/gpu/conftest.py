@@ -13,5 +13,7 @@ collect_ignore_glob = [] if ON_GPU else ["test_*.py"]
 if ON_GPU:
   found = torch.cuda.get_device_capability()
   arch = next(arch.name for arch in ARCHS.values() if arch.capability == found)
-  torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as nmoe.target does
+  torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
+    False  # as nmoe.machine.target does
+  )
   os.environ.update(environment(arch, Path.home() / ".cache" / "nmoe" / "kernels"))

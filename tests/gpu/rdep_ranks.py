@@ -24,9 +24,9 @@ from gpu.oracle import FOUR, relative, roundings
 from kernels.arch import ARCHS
 from kernels.cuda import puts, symmetric
 from kernels.ops import Recipe
-from nmoe.config import Config, loads
+from nmoe.config.file import Config, loads
+from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError
-from nmoe.rdep import Rdep
 
 E, K, D, F = 16, 4, 512, 256
 TOKENS = 768  # the most that a rank may hold

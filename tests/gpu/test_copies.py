@@ -19,11 +19,11 @@ from kernels.cuda.dense import linear, mlp
 from kernels.cuda.experts import grouped_mlp, grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.jit import ARCH
 from kernels.ops import Recipe
-from nmoe import checkpoint
-from nmoe import config as configs
-from nmoe.config import Config
-from nmoe.model import Linear, Model
-from nmoe.optim import Optimizer
+from nmoe.config import file as configs
+from nmoe.config.file import Config
+from nmoe.model.decoder import Linear, Model
+from nmoe.records import checkpoint
+from nmoe.train.optim import Optimizer
 
 pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"

@@ -13,16 +13,16 @@ from rich.console import Console
 import kernels.cuda
 import kernels.reference
 from gpu.oracle import relative
-from nmoe import config as configs
-from nmoe.config import Config
-from nmoe.metrics import read
-from nmoe.model import Model
-from nmoe.plan import plan
+from nmoe.config import file as configs
+from nmoe.config.file import Config
+from nmoe.config.plan import plan
+from nmoe.model.decoder import Model
+from nmoe.records.metrics import read
 from stages.runs import Workbench, progress_display
 
 pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"
-PLANNED = 0.05  # how far a run's peak memory may be from what nmoe.plan says
+PLANNED = 0.05  # how far a run's peak memory may be from what nmoe.config.plan says
 ROUNDING = 2.0**-9  # of one value to bf16, at most
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nmoe.config import Config, loads
+from nmoe.config.file import Config, loads
 
 TINY = """
 [experiment]

@@ -12,9 +12,9 @@ import torch
 from labs import same_bits
 from torch import Tensor
 
-from nmoe import checkpoint
-from nmoe.checkpoint import Part
 from nmoe.errors import CheckpointError
+from nmoe.records import checkpoint
+from nmoe.records.checkpoint import Part
 
 META = {"config": "[model]", "run": "r"}
 

@@ -13,9 +13,10 @@ import torch
 from labs import STEPS, same_bits
 from torch import Tensor
 
-from nmoe import checkpoint, metrics, train
-from nmoe.checkpoint import Writer
 from nmoe.errors import CheckpointError, CommError, DataError
+from nmoe.records import checkpoint, metrics
+from nmoe.records.checkpoint import Writer
+from nmoe.train import loop as train
 
 
 def a_state(seed: int, numbers: int = 8) -> dict[str, Tensor]:

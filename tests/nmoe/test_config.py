@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nmoe import config as configs
-from nmoe.config import SECTIONS, Config, diff, fingerprint, kind, leaves, load, loads, to_toml
+from nmoe.config import file as configs
+from nmoe.config.file import SECTIONS, Config, diff, fingerprint, kind, leaves, load, loads, to_toml
 from nmoe.errors import ConfigError
 
 BASE_TEXT = """

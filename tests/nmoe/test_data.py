@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe import tokenizer
-from nmoe.data import (
+from nmoe.data import tokenizer
+from nmoe.data.loader import (
   CYCLE,
   Loader,
   Prefetcher,
@@ -26,11 +26,11 @@ from nmoe.data import (
   shares,
   unigram_bpb,
 )
+from nmoe.data.mixture import FilesSource, Mixture
+from nmoe.data.permutation import key, permute
+from nmoe.data.prepare import prepare
+from nmoe.data.shards import Stream, digest
 from nmoe.errors import ConfigError, DataError
-from nmoe.mixture import FilesSource, Mixture
-from nmoe.permutation import key, permute
-from nmoe.prepare import prepare
-from nmoe.shards import Stream, digest
 
 BYTE = tokenizer.get("byte")
 
@@ -64,8 +64,8 @@ def folder(tmp_path_factory):
       (root / name / f"{i:03d}.txt").write_text(text, encoding="utf-8")
     sources.append(FilesSource(name=name, paths=(str(root / name / "*"),), format="text"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr("nmoe.shards.SHARD_TOKENS", 8192)
-    patch.setattr("nmoe.prepare.BATCH_BYTES", 4096)
+    patch.setattr("nmoe.data.shards.SHARD_TOKENS", 8192)
+    patch.setattr("nmoe.data.prepare.BATCH_BYTES", 4096)
     return prepare(Mixture(sources=tuple(sources), holdout=0.1), BYTE, root)
 
 

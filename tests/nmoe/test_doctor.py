@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nmoe import doctor
-from nmoe.config import Config, load
+from nmoe.config.file import Config, load
+from nmoe.machine import doctor
 
 
 def config(root: Path, **values) -> Config:

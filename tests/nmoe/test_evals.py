@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nmoe import train
-from nmoe.data import Validation, open_data
-from nmoe.evals import evaluate
+from nmoe.data.loader import Validation, open_data
+from nmoe.evals.heldout import evaluate
+from nmoe.train import loop as train
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from nmoe import experiments
 from nmoe.errors import RecordError
-from nmoe.experiments import Experiments, provenance
+from nmoe.records import experiments
+from nmoe.records.experiments import Experiments, provenance
 
 HYPOTHESIS = {
   "stage": "ablate",
@@ -45,7 +45,7 @@ def start(db, experiment_id, seed=0, arm="baseline", **changed):
 
 def child(root, code):
   """A Python process with `db` open."""
-  head = "import sys, time; from nmoe.experiments import Experiments"
+  head = "import sys, time; from nmoe.records.experiments import Experiments"
   return subprocess.Popen(
     [sys.executable, "-c", f"{head}; db = Experiments({str(root)!r})\n{code}"],
     stdin=subprocess.PIPE,
@@ -325,7 +325,8 @@ def test_provenance_without_git(tmp_path, monkeypatch):
 
 def test_the_module_needs_no_torch():
   code = (
-    "import sys, nmoe.experiments; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    "import sys, nmoe.records.experiments; "
+    "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
 

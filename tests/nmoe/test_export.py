@@ -12,8 +12,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kernels import reference
 from nmoe.errors import CheckpointError, ConfigError
-from nmoe.export import from_hf, hf_config, to_hf
-from nmoe.model import Model
+from nmoe.model.decoder import Model
+from nmoe.model.export import from_hf, hf_config, to_hf
 
 CONFIGS = {
   "plain": {},

@@ -8,18 +8,19 @@ from model_configs import tiny
 
 from kernels import reference
 from kernels.reference import quantize
-from nmoe import metrics, parallel
-from nmoe.checkpoint import Writer
-from nmoe.config import to_toml
-from nmoe.data import open_data
-from nmoe.flight import FlightRecorder
-from nmoe.metrics import Metrics
-from nmoe.mixture import FilesSource, Mixture
-from nmoe.model import Model
-from nmoe.prepare import prepare
-from nmoe.target import select
-from nmoe.tokenizer import get
-from nmoe.train import Session, build, resume, train
+from nmoe.config.file import to_toml
+from nmoe.data.loader import open_data
+from nmoe.data.mixture import FilesSource, Mixture
+from nmoe.data.prepare import prepare
+from nmoe.data.tokenizer import get
+from nmoe.distributed import parallel
+from nmoe.machine.target import select
+from nmoe.model.decoder import Model
+from nmoe.records import metrics
+from nmoe.records.checkpoint import Writer
+from nmoe.records.metrics import Metrics
+from nmoe.train.flight import FlightRecorder
+from nmoe.train.loop import Session, build, resume, train
 
 LINEARS = ("q", "kv_a", "kv_b", "o", "dense", "shared")
 LEGS = {"fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x", "wgrad_dy"}

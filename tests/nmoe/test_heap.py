@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from kernels.buffers import ALIGNMENT, BufferLayout, Buffers
 from kernels.ops import KernelError
 from kernels.reference import symmetric
+from nmoe.distributed.heap import Heap
 from nmoe.errors import CommError
-from nmoe.heap import Heap
 
 LAYOUT = BufferLayout(ranks=2, experts=4, capacity=10, rows=6, dim=8, dtype=torch.bfloat16)
 

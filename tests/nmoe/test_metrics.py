@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe import metrics
 from nmoe.errors import RecordError
-from nmoe.metrics import Metrics, read
+from nmoe.records import metrics
+from nmoe.records.metrics import Metrics, read
 
 REPO = Path(__file__).resolve().parents[2]
 RUN = "20261123-142233-ab12"
@@ -87,7 +87,7 @@ def test_a_resumed_run_logs_each_row_once(tmp_path):
 def test_a_writer_killed_between_flushes_loses_only_what_it_held(tmp_path):
   writer = child(
     f"""
-from nmoe.metrics import Metrics
+from nmoe.records.metrics import Metrics
 import time
 m = Metrics({str(tmp_path)!r}, {RUN!r})
 m.add(1, 10, {{"a": 1.0, "b": 2.0}})
@@ -105,7 +105,7 @@ time.sleep(60)
 
 def test_a_writer_killed_at_any_moment_leaves_whole_batches(tmp_path):
   code = f"""
-from nmoe.metrics import Metrics
+from nmoe.records.metrics import Metrics
 m = Metrics({str(tmp_path)!r}, {RUN!r}, batch=10**9)
 print("up", flush=True)
 step = STEP
@@ -133,7 +133,7 @@ while True:
 def test_a_live_run_is_read_while_it_is_written(tmp_path):
   writer = child(
     f"""
-from nmoe.metrics import Metrics
+from nmoe.records.metrics import Metrics
 m = Metrics({str(tmp_path)!r}, {RUN!r}, batch=10**9)
 print("up", flush=True)
 for step in range(1, 41):

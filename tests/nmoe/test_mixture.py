@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nmoe.data.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource, load_mixture
 from nmoe.errors import ConfigError
-from nmoe.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource, load_mixture
 
 FILES = '[[source]]\nname = "a"\nkind = "files"\npaths = ["a.txt"]\nformat = "text"\n'
 HUB = '[[source]]\nname = "h"\nkind = "huggingface"\ndataset = "o/n"\n'

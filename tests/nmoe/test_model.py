@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kernels import reference
-from nmoe.config import Config
+from nmoe.config.file import Config
 from nmoe.errors import ConfigError
-from nmoe.export import hf_config, to_hf
-from nmoe.model import (
+from nmoe.model.decoder import (
   Model,
   _Embedding,
   matrix_blocks,
@@ -23,7 +22,8 @@ from nmoe.model import (
   softmax_mscale,
   update_router_bias,
 )
-from nmoe.router import balance_loss
+from nmoe.model.export import hf_config, to_hf
+from nmoe.model.router import balance_loss
 
 ORACLE = {
   "plain": {},

@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim import _muon
 
 from kernels import reference
-from nmoe import optim
-from nmoe.config import Config, load
+from nmoe.config.file import Config, load
+from nmoe.config.owners import owners
 from nmoe.errors import CheckpointError, RunError
-from nmoe.model import Model, matrix_blocks, parameter_group
-from nmoe.optim import GROUPS, UPDATE_RMS, Optimizer, clip_factor
-from nmoe.owners import owners
+from nmoe.model.decoder import Model, matrix_blocks, parameter_group
+from nmoe.train import optim
+from nmoe.train.optim import GROUPS, UPDATE_RMS, Optimizer, clip_factor
 
 ONE = torch.tensor(1.0)
 TINY = {

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_configs import tiny
 
-from nmoe.config import load
-from nmoe.model import matrix_blocks
-from nmoe.owners import is_matrix, owners, parameter_group
-from nmoe.plan import owned_rows, parameter_shapes
+from nmoe.config.file import load
+from nmoe.config.owners import is_matrix, owners, parameter_group
+from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.model.decoder import matrix_blocks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("embed.weight", "layers.0.attention.o.weight", "layers.1.moe.experts.w2", "norm.weight")

@@ -20,16 +20,16 @@ from torch import nn
 
 import kernels.reference as ops
 from kernels.reference import symmetric
-from nmoe import parallel
-from nmoe.checkpoint import split_experts
-from nmoe.config import Config
+from nmoe.config.file import Config
+from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.distributed import parallel
+from nmoe.distributed.parallel import Parallel, Shared
+from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
-from nmoe.model import Model, parameter_group, update_router_bias
-from nmoe.optim import Optimizer, clip_factor
-from nmoe.parallel import Parallel, Shared
-from nmoe.plan import owned_rows, parameter_shapes
-from nmoe.rdep import Rdep
-from nmoe.target import select
+from nmoe.machine.target import select
+from nmoe.model.decoder import Model, parameter_group, update_router_bias
+from nmoe.records.checkpoint import split_experts
+from nmoe.train.optim import Optimizer, clip_factor
 
 STEPS, BATCH = 3, 8
 # Adam divides a gradient by its own size, so rounding shows in the updates of the smallest ones.
@@ -66,7 +66,7 @@ def gather(config: Config, group) -> Parallel:
 
 
 def train(group, num_ranks: int, capacity: float, expert_ranks: int) -> Trace:
-  """Three steps of two micro-batches each, as nmoe.train does them."""
+  """Three steps of two micro-batches each, as nmoe.train.loop does them."""
   parallel.BUCKET = 5000  # this process's: parameters and parts lie across buckets
   config = settings(num_ranks, capacity, expert_ranks)
   together = gather(config, group) if num_ranks > 1 else Parallel()

@@ -32,9 +32,9 @@ from kernels.reference.blockscale import (
 )
 from kernels.reference.exchange import Exchange
 from kernels.reference.places import places
-from nmoe.config import Config, loads
-from nmoe.model import Model
-from nmoe.rdep import Rdep
+from nmoe.config.file import Config, loads
+from nmoe.distributed.rdep import Rdep
+from nmoe.model.decoder import Model
 
 E, K, D, F, TOKENS = 8, 2, 64, 32, 24
 FIELDS = ("y_TD", "dx_TD", "dgate_TK", "dw13", "dw2")

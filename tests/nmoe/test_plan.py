@@ -14,12 +14,12 @@ import torch
 from model_configs import tiny
 
 from kernels import reference
-from nmoe.config import Config, diff, load
-from nmoe.heap import buffer_layout
-from nmoe.model import Model, parameter_group
-from nmoe.optim import Optimizer
-from nmoe.parallel import shared
-from nmoe.plan import DEVICES, fits, parameter_shapes, peak_flops, plan
+from nmoe.config.file import Config, diff, load
+from nmoe.config.plan import DEVICES, fits, parameter_shapes, peak_flops, plan
+from nmoe.distributed.heap import buffer_layout
+from nmoe.distributed.parallel import shared
+from nmoe.model.decoder import Model, parameter_group
+from nmoe.train.optim import Optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 1 << 30
@@ -307,5 +307,5 @@ def test_peak_flops():
 
 
 def test_planning_does_not_import_torch():
-  code = "import sys, nmoe.plan; assert 'torch' not in sys.modules"
+  code = "import sys, nmoe.config.plan; assert 'torch' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmoe import prepare as preparation
-from nmoe import shards, sources_python, tokenizer
+from nmoe.data import prepare as preparation
+from nmoe.data import shards, sources_python, tokenizer
+from nmoe.data.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource
+from nmoe.data.prepare import prepare
+from nmoe.data.shards import read_manifest
 from nmoe.errors import DataError
-from nmoe.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource
-from nmoe.prepare import prepare
-from nmoe.shards import read_manifest
 
 BYTE = tokenizer.get("byte")
 DOCUMENTS = [f"document {i}: " + "lorem ipsum é " * (i % 7) for i in range(400)]
@@ -381,7 +381,7 @@ PREPARER = """
 import resource, sys
 from nmoe import prepare as p, tokenizer
 from nmoe.errors import DataError
-from nmoe.mixture import FilesSource, Mixture
+from nmoe.data.mixture import FilesSource, Mixture
 root, pattern, limit = sys.argv[1:]
 if int(limit):
   resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))

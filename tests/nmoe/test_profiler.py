@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmoe.profiler import Profiler
+from nmoe.train.profiler import Profiler
 
 
 @pytest.mark.parametrize("total", [2, 3, 4, 20])

@@ -18,13 +18,14 @@ from model_configs import tiny
 from kernels import reference
 from kernels.reference import quantize, symmetric
 from kernels.reference.blockscale import BlockScaled
-from nmoe import checkpoint, parallel
-from nmoe.config import Config
-from nmoe.model import Linear, Model
-from nmoe.optim import Optimizer
-from nmoe.parallel import Parallel
-from nmoe.plan import plan
-from nmoe.rdep import Rdep
+from nmoe.config.file import Config
+from nmoe.config.plan import plan
+from nmoe.distributed import parallel
+from nmoe.distributed.parallel import Parallel
+from nmoe.distributed.rdep import Rdep
+from nmoe.model.decoder import Linear, Model
+from nmoe.records import checkpoint
+from nmoe.train.optim import Optimizer
 
 ONE = torch.tensor(1.0)
 LINEARS = ("q", "kv_a", "kv_b", "o", "dense", "shared")

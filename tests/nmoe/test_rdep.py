@@ -19,10 +19,10 @@ import kernels.reference as ops
 from kernels.buffers import COUNTS, DISPATCH, RETURN
 from kernels.ops import Recipe
 from kernels.reference import exchange, symmetric
-from nmoe.config import Config, loads
+from nmoe.config.file import Config, loads
+from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError
-from nmoe.rdep import Rdep
-from nmoe.watch import rdep_values
+from nmoe.train.watch import rdep_values
 
 E, K, D, F, TOKENS = 8, 2, 16, 8, 40  # TOKENS: the most that a rank may hold
 ITERATIONS = 6

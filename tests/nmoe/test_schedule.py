@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmoe.config import ScheduleConfig
-from nmoe.schedule import lr_factor
+from nmoe.config.file import ScheduleConfig
+from nmoe.train.schedule import lr_factor
 
 BATCH = 100
 

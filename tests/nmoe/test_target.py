@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kernels import reference
-from nmoe import target
-from nmoe.config import Config, load
+from nmoe.config.file import Config, load
 from nmoe.errors import TargetError
-from nmoe.model import Model
-from nmoe.versions import Requirement, python_clauses, requirements, satisfies
+from nmoe.machine import target
+from nmoe.machine.versions import Requirement, python_clauses, requirements, satisfies
+from nmoe.model.decoder import Model
 
 SMALL = {"data.seq_len": 32, "train.micro_batch": 1, "schedule.batch_tokens": 128}
 
@@ -138,7 +138,7 @@ def test_a_gpu_picks_the_cuda_operations(monkeypatch):
 
 def test_the_cpu_target_never_imports_the_cuda_stack():
   code = (
-    "import sys; from nmoe.config import load; from nmoe.target import select; "
+    "import sys; from nmoe.config.file import load; from nmoe.machine.target import select; "
     "select(load('configs/moonlet/cpu.toml')); "
     "print([m for m in ('cutlass', 'quack', 'nvshmem', 'kernels.cuda') if m in sys.modules])"
   )
@@ -171,6 +171,6 @@ def test_requirements_are_the_project_files(monkeypatch, tmp_path):
   assert Requirement("nvidia-cutlass-dsl", "nvidia-cutlass-dsl[cu13]==4.8.1", "cuda") in from_file
   assert python_clauses() == ">=3.11,<3.13"
   lines = [f'{r.line}; extra == "{r.extra}"' if r.extra else r.line for r in from_file]
-  monkeypatch.setattr("nmoe.versions._PROJECT", tmp_path / "pyproject.toml")
-  monkeypatch.setattr("nmoe.versions.metadata.requires", lambda name: lines)
+  monkeypatch.setattr("nmoe.machine.versions._PROJECT", tmp_path / "pyproject.toml")
+  monkeypatch.setattr("nmoe.machine.versions.metadata.requires", lambda name: lines)
   assert requirements() == from_file

@@ -9,7 +9,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe import tokenizer
+from nmoe.data import tokenizer
 from nmoe.errors import ConfigError, DataError
 
 TEXTS = [

@@ -14,13 +14,15 @@ import torch
 from labs import STEPS, Lab, open_lab, options, same_bits
 from torch import Tensor
 
-from nmoe import checkpoint, metrics, train, watch
-from nmoe import config as configs
-from nmoe.data import Prefetcher
+from nmoe.config import file as configs
+from nmoe.data.loader import Prefetcher
 from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
-from nmoe.experiments import Experiments
-from nmoe.model import Model
-from nmoe.startup import PHASES as STARTUP
+from nmoe.model.decoder import Model
+from nmoe.records import checkpoint, metrics
+from nmoe.records.experiments import Experiments
+from nmoe.train import loop as train
+from nmoe.train import watch
+from nmoe.train.startup import PHASES as STARTUP
 
 SHORT = {
   "schedule__total_tokens": 1024,

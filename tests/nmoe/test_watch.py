@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmoe import clock, watch
-from nmoe.clock import Clock
 from nmoe.errors import DivergedError
-from nmoe.watch import Watch, load_values
+from nmoe.train import clock, watch
+from nmoe.train.clock import Clock
+from nmoe.train.watch import Watch, load_values
 
 
 class Session:

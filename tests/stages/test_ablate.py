@@ -8,11 +8,11 @@ import pytest
 from labs import Lab, write_files, write_variant
 from rich.console import Console
 
-from nmoe import train
-from nmoe.data import Prefetcher
+from nmoe.data.loader import Prefetcher
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
-from nmoe.experiments import Experiments
-from nmoe.model import Model
+from nmoe.model.decoder import Model
+from nmoe.records.experiments import Experiments
+from nmoe.train import loop as train
 from stages import ablate, runs
 
 MUON = """

@@ -12,10 +12,11 @@ import pytest
 from labs import Lab
 from rich.console import Console
 
-from nmoe import metrics, plan
+from nmoe.bench.loader import loader_rate
+from nmoe.config import plan
 from nmoe.errors import ConfigError, RunError
-from nmoe.loader_bench import loader_rate
-from nmoe.startup import process_age
+from nmoe.records import metrics
+from nmoe.train.startup import process_age
 from stages import bench, runs
 
 
@@ -102,7 +103,7 @@ def test_the_first_line_counts_from_the_command(lab, monkeypatch):
 def test_the_age_of_a_process():
   """Against the time at which another process started it."""
   code = (
-    "import time; from nmoe.startup import process_age; time.sleep(0.2);"
+    "import time; from nmoe.train.startup import process_age; time.sleep(0.2);"
     "print(process_age(), time.monotonic())"
   )
   begun = time.monotonic()

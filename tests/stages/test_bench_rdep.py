@@ -13,12 +13,12 @@ from rich.console import Console
 from kernels import reference
 from kernels.ops import Recipe
 from kernels.reference import symmetric
-from nmoe import config as configs
+from nmoe.bench.rdep import NAMES, Bench
+from nmoe.config import file as configs
+from nmoe.distributed.parallel import Parallel
+from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError, ConfigError, RunError
-from nmoe.parallel import Parallel
-from nmoe.rdep import Rdep
-from nmoe.rdep_bench import NAMES, Bench
-from nmoe.target import Target
+from nmoe.machine.target import Target
 from stages import bench_rdep
 
 TOKENS, TOP_K, DIM = 48, 2, 32

@@ -8,11 +8,11 @@ import torch
 from labs import STEPS, write_variant
 from rich.console import Console
 
-from nmoe import checkpoint
-from nmoe import config as configs
+from nmoe.config import file as configs
 from nmoe.errors import ConfigError, RunError
-from nmoe.experiments import Experiments
-from nmoe.metrics import Metrics, read
+from nmoe.records import checkpoint
+from nmoe.records.experiments import Experiments
+from nmoe.records.metrics import Metrics, read
 from stages import check, parity
 
 

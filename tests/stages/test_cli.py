@@ -10,7 +10,7 @@ import pytest
 from labs import write_variant
 from typer.testing import CliRunner
 
-from nmoe import config as configs
+from nmoe.config import file as configs
 from nmoe.errors import ConfigError
 from stages import runs
 from stages.cli import app

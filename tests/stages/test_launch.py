@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from labs import Lab, same_bits
 
-from nmoe import train
+from nmoe.train import loop as train
 from stages import launch
 
 
 def child(lab: Lab, run: str) -> list[str]:
-  return [sys.executable, "-m", "nmoe.train", "--root", str(lab.root), "--run", run]
+  return [sys.executable, "-m", "nmoe.train.loop", "--root", str(lab.root), "--run", run]
 
 
 def test_interrupted_and_finished(lab):
@@ -54,7 +54,7 @@ def test_a_child_whose_parent_vanished(lab):
 
 @pytest.fixture
 def scripts(lab, monkeypatch):
-  """Children that run a given line of Python in place of nmoe.train."""
+  """Children that run a given line of Python in place of nmoe.train.loop."""
 
   def use(*lines: str):
     def spawn(root, run_id, config, rank, rendezvous, logs, more):

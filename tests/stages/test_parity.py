@@ -10,15 +10,16 @@ from labs import same_bits, write_files, write_variant
 from rich.console import Console
 
 from kernels import reference
-from nmoe import checkpoint, parallel
-from nmoe import config as configs
+from nmoe.config import file as configs
+from nmoe.distributed import parallel
+from nmoe.distributed.parallel import Parallel
 from nmoe.errors import ConfigError, RunError
-from nmoe.experiments import Experiments
-from nmoe.metrics import Metrics, read
-from nmoe.model import Model
-from nmoe.optim import Optimizer
-from nmoe.parallel import Parallel
-from nmoe.train import TrainState
+from nmoe.model.decoder import Model
+from nmoe.records import checkpoint
+from nmoe.records.experiments import Experiments
+from nmoe.records.metrics import Metrics, read
+from nmoe.train.loop import TrainState
+from nmoe.train.optim import Optimizer
 from stages import parity
 
 

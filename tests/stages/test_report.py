@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nmoe import config as configs
+from nmoe.config import file as configs
 from nmoe.errors import RecordError
-from nmoe.experiments import Experiments
-from nmoe.metrics import Metrics
+from nmoe.records.experiments import Experiments
+from nmoe.records.metrics import Metrics
 from stages.report import gather, terminal_summary, write_report
 from stages.statistics import paired
 

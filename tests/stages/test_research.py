@@ -8,11 +8,11 @@ import pytest
 from labs import Lab
 from rich.console import Console
 
-from nmoe import train
-from nmoe.data import open_data, unigram_bpb
+from nmoe.data.loader import open_data, unigram_bpb
+from nmoe.data.shards import read_manifest
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
-from nmoe.model import Model
-from nmoe.shards import read_manifest
+from nmoe.model.decoder import Model
+from nmoe.train import loop as train
 from stages import research, runs
 
 

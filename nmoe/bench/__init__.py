@@ -1,0 +1,1 @@
+"""Ranks of the benchmarks: expert parallelism, the loader alone."""

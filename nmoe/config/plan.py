@@ -1,0 +1,581 @@
+"""What a configuration costs, by arithmetic alone: parameters, FLOPs per token, memory of a rank.
+
+Nothing is built and torch is not imported. Every figure is a list of terms with the formula that
+gave it, so that a reader can check the sum.
+
+FLOPs follow Megatron-LM's convention: 6 per active parameter of a matrix product (forward 2,
+backward 4; the embedding's lookup is free), and for the attention core 6·H·(d_qk + d_v)·S/2 per
+layer, the causal half. Recomputation does not count.
+
+Memory is that of one rank at the moment of a step when most is alive, with what kernels.cuda keeps
+for backward; the cpu target's plain operations use more beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nmoe.config.file import Config, leaves
+from nmoe.config.owners import Span, is_matrix, owners, parameter_group
+from nmoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Term:
+  name: str
+  formula: str
+  value: float
+
+
+@dataclass(frozen=True)
+class Parameters:
+  """Counts. `active` are those that one token meets: K of the E routed experts, the rest whole."""
+
+  embedding: int
+  head: int  # 0 when tied
+  attention: int
+  dense: int
+  router: int
+  shared: int
+  experts: int
+  norms: int
+  active_experts: int
+
+  @property
+  def total(self) -> int:
+    return self.embedding + self.head + self.body
+
+  @property
+  def body(self) -> int:
+    """All but embedding and head."""
+    parts = self.attention + self.dense + self.router + self.shared + self.experts
+    return parts + self.norms
+
+  @property
+  def active_body(self) -> int:
+    return self.body - self.experts + self.active_experts
+
+  @property
+  def active(self) -> int:
+    return self.total - self.experts + self.active_experts
+
+
+@dataclass(frozen=True)
+class RdepBytes:
+  """Symmetric buffers of one rank, in bytes, for three numbers of rows received."""
+
+  balanced: int
+  capacity: int
+  worst: int
+
+
+@dataclass(frozen=True)
+class Plan:
+  config: Config
+  parameters: Parameters
+  flops: tuple[Term, ...]  # per token, forward and backward
+  memory: tuple[Term, ...]  # bytes of a rank that live together at the step's peak
+  rdep: RdepBytes
+
+  @property
+  def flops_per_token(self) -> float:
+    return sum(term.value for term in self.flops)
+
+  @property
+  def peak_bytes(self) -> int:
+    return int(sum(term.value for term in self.memory))
+
+
+@dataclass(frozen=True)
+class Remedy:
+  """The one line that makes a configuration fit."""
+
+  key: str
+  old: object
+  new: object
+  peak_bytes: int  # after the change
+
+
+@dataclass(frozen=True)
+class Misfit:
+  needed: int
+  available: int
+  remedy: Remedy | None
+
+  def __str__(self) -> str:
+    found = (
+      f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there: "
+      f"{_gib(self.needed - self.available)} too much"
+    )
+    if self.remedy is None:
+      return f"{found}; no single line makes it fit: lower model.dim and model.num_layers"
+    r = self.remedy
+    return f"{found}; set {r.key} = {r.new} (now {r.old}), which needs {_gib(r.peak_bytes)}"
+
+
+@dataclass(frozen=True)
+class Device:
+  """An accelerator: bytes of memory, dense peaks in FLOP/s (data sheets, without sparsity)."""
+
+  name: str
+  arch: str
+  memory_bytes: int
+  peak: dict[str, float]
+
+
+DEVICES = (
+  Device("B200", "sm_100a", 183359 << 20, {"bf16": 2.25e15, "fp8": 4.5e15, "nvfp4": 9e15}),
+  Device("H200", "sm_90a", 143771 << 20, {"bf16": 989e12}),
+  Device("H100", "sm_90a", 81559 << 20, {"bf16": 989e12}),
+)
+
+
+def peak_flops(config: Config) -> float | None:
+  """Dense peak FLOP/s of one device in the arithmetic that runs; emulation runs in bf16.
+
+  None for arch = "cpu", whose peak is measured.
+  """
+  dtype = "bf16" if config.target.emulate_blockscale else config.target.dtype
+  peaks = {device.peak[dtype] for device in DEVICES if device.arch == config.target.arch}
+  assert len(peaks) <= 1
+  return peaks.pop() if peaks else None
+
+
+def plan(config: Config) -> Plan:
+  return Plan(config, parameters(config), flops(config), memory(config), rdep_bytes(config))
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of every parameter of Model(config) with all experts, in its order."""
+  m, e = config.model, config.moe
+  shapes = {"embed.weight": (m.vocab_size, m.dim)}
+  for layer in range(m.num_layers):
+    block = _attention_shapes(config)
+    if layer < m.num_dense_layers:
+      block |= _mlp_shapes("mlp.", m.dim, m.dense_dim)
+    else:
+      block["moe.router.weight"] = (e.num_experts, m.dim)
+      block |= _mlp_shapes("moe.experts.", m.dim, e.expert_dim, (e.num_experts,))
+      if e.num_shared:
+        block |= _mlp_shapes("moe.shared.", m.dim, e.num_shared * e.expert_dim)
+    shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+  shapes["norm.weight"] = (m.dim,)
+  if not m.tie_embeddings:
+    shapes["head.weight"] = (m.vocab_size, m.dim)
+  return shapes
+
+
+def owned_rows(config: Config) -> dict[str, list[dict[str, Span]]]:
+  """The owners of the parameters of each group: group -> member -> parameter -> rows.
+
+  The members are the ranks that hold the same: of dense parameters and routers all R, of experts
+  the R / G replicas. Their rows are the E / G experts of a rank.
+  """
+  ranks, group = config.launch.ranks, config.expert_ranks
+  shapes = parameter_shapes(config)
+  for name, shape in shapes.items():
+    if parameter_group(name) == "expert":
+      shapes[name] = (shape[0] // group, *shape[1:])
+  return {
+    kind: owners({n: s for n, s in shapes.items() if parameter_group(n) == kind}, members)
+    for kind, members in (("dense", ranks), ("router", ranks), ("expert", ranks // group))
+  }
+
+
+def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  m = config.model
+  q_dim = m.num_heads * (m.qk_nope_dim + m.qk_rope_dim)
+  shapes = {"attention_norm.weight": (m.dim,)}
+  if m.q_lora_rank:
+    shapes["attention.q_a.weight"] = (m.q_lora_rank, m.dim)
+    shapes["attention.q_norm.weight"] = (m.q_lora_rank,)
+    shapes["attention.q_b.weight"] = (q_dim, m.q_lora_rank)
+  else:
+    shapes["attention.q.weight"] = (q_dim, m.dim)
+  shapes["attention.kv_a.weight"] = (m.kv_lora_rank + m.qk_rope_dim, m.dim)
+  shapes["attention.kv_norm.weight"] = (m.kv_lora_rank,)
+  shapes["attention.kv_b.weight"] = (m.num_heads * (m.qk_nope_dim + m.v_dim), m.kv_lora_rank)
+  shapes["attention.o.weight"] = (m.dim, m.num_heads * m.v_dim)
+  shapes["mlp_norm.weight"] = (m.dim,)
+  return shapes
+
+
+def _mlp_shapes(
+  prefix: str, dim: int, width: int, lead: tuple[int, ...] = ()
+) -> dict[str, tuple[int, ...]]:
+  return {f"{prefix}w13": (*lead, 2 * width, dim), f"{prefix}w2": (*lead, dim, width)}
+
+
+def _part(name: str, shape: tuple[int, ...]) -> str:
+  """The field of Parameters that a parameter counts under."""
+  if len(shape) == 1:
+    return "norms"
+  if name in ("embed.weight", "head.weight"):
+    return {"embed.weight": "embedding", "head.weight": "head"}[name]
+  part = name.split(".")[2]
+  return {"attention": "attention", "mlp": "dense"}.get(part) or name.split(".")[3]
+
+
+def parameters(config: Config) -> Parameters:
+  counts = dict.fromkeys(
+    ("embedding", "head", "attention", "dense", "router", "shared", "experts", "norms"), 0
+  )
+  for name, shape in parameter_shapes(config).items():
+    counts[_part(name, shape)] += math.prod(shape)
+  e = config.moe
+  return Parameters(**counts, active_experts=counts["experts"] // e.num_experts * e.top_k)
+
+
+def flops(config: Config) -> tuple[Term, ...]:
+  """FLOPs of one token, forward and backward, by term."""
+  m, p, seq_len = config.model, parameters(config), config.data.seq_len
+  terms = [
+    Term(name, f"6 · {count:,} active parameters", 6 * count)
+    for name, count in (
+      ("attention projections", p.attention),
+      ("dense blocks", p.dense),
+      ("routers", p.router),
+      ("shared experts", p.shared),
+      ("routed experts", p.active_experts),
+      ("head", m.vocab_size * m.dim),
+    )
+    if count
+  ]
+  qk = m.qk_nope_dim + m.qk_rope_dim
+  core = m.num_layers * 6 * m.num_heads * (qk + m.v_dim) * seq_len / 2
+  formula = (
+    f"{m.num_layers} layers · 6 · {m.num_heads} heads · ({qk} + {m.v_dim}) · {seq_len} / 2 causal"
+  )
+  return (*terms, Term("attention core", formula, core))
+
+
+def memory(config: Config) -> tuple[Term, ...]:
+  """Bytes of a rank that live together at the step's peak: what is always held, then the peak's.
+
+  A rank holds all dense parameters and E/G experts, and the masters and moments of what it owns.
+  """
+  held = [*_held(config)]
+  peak = max(_moments_of_step(config), key=lambda moment: moment.total)
+  held.append(Term("activations", f"{peak.name}: {_kept_formula(config)}", peak.activations))
+  held.append(Term("gradients", f"{peak.name}: {_grad_width(config)} bytes each", peak.gradients))
+  held.append(Term("workspace", f"{peak.name}: {peak.formula}", peak.workspace))
+  if config.train.cuda_graph:
+    held.append(_evaluation(config))
+  return tuple(term for term in held if term.value)
+
+
+def _evaluation(config: Config) -> Term:
+  """A forward pass without gradients, which cannot use the memory that a graph keeps.
+
+  The loss stores no logits then (kernels.cuda.loss).
+  """
+  m, tokens, width = config.model, _tokens(config), _width(config)
+  residual = 2 * tokens * m.dim * width
+  layer = max(_kept_per_token(config, i) * tokens for i in range(m.num_layers))
+  return Term("evaluation", f"{residual:,} residual, {layer:,.0f} of a layer", residual + layer)
+
+
+def rdep_bytes(config: Config) -> RdepBytes:
+  """The symmetric heap of one rank (kernels.buffers). One rank alone copies no rows."""
+  c = config
+  if c.expert_ranks == 1:
+    return RdepBytes(0, 0, 0)
+  num_local = c.moe.num_experts // c.expert_ranks
+  rows = _tokens(c) * c.moe.top_k
+  worst = _tokens(c) * min(c.moe.top_k, num_local) * c.expert_ranks
+  return RdepBytes(*(_heap(c, n) for n in (rows, math.ceil(c.rdep.capacity * rows), worst)))
+
+
+def _heap(config: Config, received: int) -> int:
+  """Bytes of one rank's block when it can receive this many rows in a round."""
+  ranks, rows = config.expert_ranks, _tokens(config) * config.moe.top_k
+  align = config.rdep.alignment
+  places = max(-(-received // align), 1) * align
+  row = config.model.dim * _width(config)
+  received_row = row
+  if config.rdep.payload != "bf16":  # dy's are the longest: a byte, and a scale per 32, in 16s
+    received_row = -(-config.model.dim * 33 // (32 * 16)) * 16
+  sizes = (ranks * config.moe.num_experts * 4, places * received_row, places * 4, places * 4)
+  sizes += (rows * row, rows * 4, 3 * ranks * 16 * 8)
+  return sum(-(-size // 256) * 256 for size in sizes)
+
+
+def _tokens(config: Config) -> int:
+  return config.train.micro_batch * config.data.seq_len
+
+
+def _width(config: Config) -> int:
+  """Bytes of a parameter or an activation."""
+  return 4 if config.target.dtype == "fp32" else 2
+
+
+def _several(config: Config) -> bool:
+  """Whether a step has several micro-batches, whose gradients are summed in fp32."""
+  return config.schedule.batch_tokens > _tokens(config) * config.launch.ranks
+
+
+def _grad_width(config: Config) -> int:
+  return 4 if _several(config) else _width(config)
+
+
+def _held(config: Config) -> Iterator[Term]:
+  """What stays in memory from step to step."""
+  p, width = parameters(config), _width(config)
+  experts = p.experts // config.expert_ranks
+  others = p.total - p.experts
+  count = others + experts
+  formula = f"({others:,} + {experts:,} of experts) · {width}, routers in fp32"
+  yield Term("parameters", formula, count * width + p.router * (4 - width))
+  moment = 2 if config.optim.moments == "bf16" else 4
+  master = 4 if width < 4 else 0
+  state = [
+    (own, own.masters * master + (2 * own.adamw + own.muon) * moment) for own in _owned(config)
+  ]
+  own, _ = max(state, key=lambda pair: pair[1])
+  of = f", the largest of {len(state)} owners" if len(state) > 1 else ""
+  if master:
+    yield Term("fp32 masters", f"{own.masters:,} · 4{of}", own.masters * 4)
+  formula = f"({own.adamw:,} AdamW · 2 + {own.muon:,} Muon) · {moment}{of}"
+  yield Term("moments", formula, (2 * own.adamw + own.muon) * moment)
+  elements, (formula, each) = _quantized_elements(config), _copy_bytes(config)
+  yield Term("quantized weights", f"{elements:,} · 2 · ({formula})", elements * 2 * each)
+  received = rdep_bytes(config).capacity
+  yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
+
+
+def _quantized_elements(config: Config) -> int:
+  """Elements of this rank's weights of which two quantized copies are kept (kernels.copies)."""
+  total = 0
+  for name, shape in parameter_shapes(config).items():
+    if name.startswith("layers.") and config.quantizes(
+      _product(name, shape), int(name.split(".")[1])
+    ):
+      total += math.prod(shape) // (config.expert_ranks if ".experts." in name else 1)
+  return total
+
+
+def _product(name: str, shape: tuple[int, ...]) -> str:
+  """What the precision section calls the product of a layer's weight."""
+  part = _part(name, shape)
+  linear = name.split(".")[3]
+  return {"q_a": "q", "q_b": "q"}.get(linear, linear) if part == "attention" else part
+
+
+def _copy_bytes(config: Config) -> tuple[str, float]:
+  """Of an element in one copy: data and scale; tensor cores want a 16 x 16 square's in each row."""
+  if config.target.dtype == "nvfp4":
+    rows = 256 if config.target.emulate_blockscale else 16
+    return f"1/2 + 1/{rows}", 1 / 2 + 1 / rows
+  return "1 + 1/32", 1 + 1 / 32
+
+
+@dataclass
+class _Own:
+  """Elements that a rank owns: those with an fp32 master beside bf16, and by optimizer."""
+
+  masters: int = 0
+  adamw: int = 0
+  muon: int = 0
+
+
+def _owned(config: Config) -> list[_Own]:
+  """What each rank owns."""
+  shapes, rows = parameter_shapes(config), owned_rows(config)
+  o, ranks = config.optim, [_Own() for _ in range(config.launch.ranks)]
+  for kind, members in rows.items():
+    chosen = o.experts if kind == "expert" else o.matrices
+    for r, own in enumerate(ranks):
+      for name, (start, stop) in members[r * len(members) // len(ranks)].items():
+        count = (stop - start) * math.prod(shapes[name][1:])
+        own.masters += count if kind != "router" else 0
+        if chosen == "muon" and is_matrix(name, shapes[name]):
+          own.muon += count
+        else:
+          own.adamw += count
+  return ranks
+
+
+@dataclass(frozen=True)
+class _Moment:
+  """A moment of the step and what lives then beside what is always held."""
+
+  name: str
+  activations: float
+  gradients: float
+  workspace: float
+  formula: str
+
+  @property
+  def total(self) -> float:
+    return self.activations + self.gradients + self.workspace
+
+
+def _moments_of_step(config: Config) -> Iterator[_Moment]:
+  """The moments at which memory can peak, of the last micro-batch of a step."""
+  m, tokens, width, grad = config.model, _tokens(config), _width(config), _grad_width(config)
+  several = _several(config)
+  layers = [_kept_per_token(config, i) * tokens for i in range(m.num_layers)]
+  grads = _layer_elements(config)
+  total = parameters(config).total - parameters(config).experts + sum(e for _, e in grads)
+  ends = tokens * (2 * m.dim * width + 4)  # the last norm's sum and result
+  head, dx = m.vocab_size * m.dim, tokens * m.dim * width
+  made = total if several else 0
+  chunk = min(config.train.loss_chunk, tokens)
+  yield _Moment(
+    "loss, forward",
+    sum(layers) + ends,
+    made * grad,
+    head * 4 + dx + chunk * m.vocab_size * width,
+    f"{head:,} · 4 head gradient, {dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
+  )
+  scores = (m.num_layers - m.num_dense_layers) * tokens * config.moe.num_experts * 4
+  scores *= config.moe.balance_alpha > 0  # their gradient, as long as a layer still wants it
+  yield _Moment(
+    "balance loss, backward",
+    sum(layers) + ends,
+    made * grad,
+    head * 4 + dx + 4 * scores,
+    f"{head:,} · 4 head gradient, {dx:,} dx, 4 · {scores:,} scores",
+  )
+  scaled = 0 if several and width < 4 else width  # or added to the fp32 gradient as it is scaled
+  yield _Moment(
+    "loss, backward",
+    sum(layers) + ends,
+    made * grad,
+    head * (4 + scaled) + 2 * dx + scores,
+    f"{head:,} · {4 + scaled} head gradient, 2 · {dx:,} dx, {scores:,} scores",
+  )
+  made = made or head
+  for i in reversed(range(m.num_layers)):
+    extra, formula = _backward_workspace(config, i)
+    formula += f", {scores:,} scores"
+    yield _Moment(
+      f"layer {i}, backward", sum(layers[: i + 1]), made * grad, extra + scores, formula
+    )
+    made += 0 if several else sum(grads[i])
+  yield _Moment("optimizer step", 0, total * grad, 0, "none")
+
+
+def _layer_elements(config: Config) -> list[tuple[int, int]]:
+  """(parameters but routed experts, this rank's routed experts) of each layer."""
+  counts = [[0, 0] for _ in range(config.model.num_layers)]
+  for name, shape in parameter_shapes(config).items():
+    if name.startswith("layers."):
+      expert = ".experts." in name
+      share = config.expert_ranks if expert else 1
+      counts[int(name.split(".")[1])][expert] += math.prod(shape) // share
+  return [(dense, experts) for dense, experts in counts]
+
+
+def _kept_terms(config: Config, layer: int) -> dict[str, float]:
+  """Bytes per token that a layer keeps for backward, by what they are."""
+  m, e, width = config.model, config.moe, _width(config)
+  qk = m.qk_nope_dim + m.qk_rope_dim
+  terms = {
+    "residual sums and norms": 4 * m.dim * width + 8,
+    "q, k, v, o": m.num_heads * (2 * (qk + m.v_dim) * width + 4),
+    "latents": (2 * m.kv_lora_rank + m.qk_rope_dim) * width + 4,
+  }
+  if m.q_lora_rank:
+    terms["latents"] += 2 * m.q_lora_rank * width + 4
+  if layer < m.num_dense_layers:
+    return terms | {"SwiGLU inputs": 2 * m.dense_dim * width}
+  terms["routing"] = 20 * e.top_k
+  if e.balance_alpha:  # the scores, those of all layers side by side, and their sum
+    terms["routing"] += 4 * (2 * e.num_experts + 1)
+  elif e.score == "softmax":
+    terms["routing"] += 4 * e.num_experts
+  terms["SwiGLU inputs"] = 2 * (e.top_k + e.num_shared) * e.expert_dim * width
+  if config.expert_ranks > 1:
+    spare = max(config.rdep.capacity, 1) - 1
+    terms["SwiGLU inputs"] += 2 * spare * e.top_k * e.expert_dim * width
+    terms["received rows"] = (1 + spare) * e.top_k * m.dim * width
+    if config.target.dtype in ("fp8", "nvfp4"):
+      terms["results of received rows"] = terms["received rows"]
+  return terms
+
+
+def _kept_per_token(config: Config, layer: int) -> float:
+  return sum(_kept_terms(config, layer).values())
+
+
+def _kept_formula(config: Config) -> str:
+  m = config.model
+  parts = []
+  for kind, layers in (("dense", range(m.num_dense_layers)), ("MoE", range(m.num_layers))):
+    if kind == "MoE":
+      layers = layers[m.num_dense_layers :]
+    if layers:
+      terms = _kept_terms(config, layers[0])
+      inside = " + ".join(f"{value:,.0f} {name}" for name, value in terms.items())
+      parts.append(f"{len(layers)} {kind} layers · ({inside})")
+  return f"{_tokens(config):,} tokens · [{' + '.join(parts)}]"
+
+
+def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
+  """Gradients of activations inside one layer's backward pass, and of weights not yet added."""
+  m, e, width = config.model, config.moe, _width(config)
+  dense, experts = _layer_elements(config)[layer]
+  if layer < m.num_dense_layers:
+    rows, ffn = _tokens(config), m.dense_dim
+  else:
+    rows, ffn = _tokens(config) * e.top_k, e.expert_dim
+  inner = rows * (3 * ffn + m.dim) * width + 3 * _tokens(config) * m.dim * width
+  formula = (
+    f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {_tokens(config):,} · {m.dim} · {width}"
+  )
+  if _several(config) and width < 4 and not _adds_in_place(config):
+    block = experts or 3 * m.dim * m.dense_dim
+    inner += block * width + block * 2 / 3 * 4
+    formula += f", {block:,} weight gradients · {width} and two thirds · 4"
+  return inner, formula
+
+
+def _adds_in_place(config: Config) -> bool:
+  """Whether the experts' products add to the fp32 gradients themselves (kernels.ops): on a GPU."""
+  return config.target.arch != "cpu"
+
+
+def fits(plan: Plan, bytes_available: int) -> Misfit | None:
+  """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
+
+  In this order: smaller micro-batches, no CUDA graph, a smaller loss chunk, bf16 moments, a smaller
+  RDEP capacity, more ranks, fewer layers; of each the smallest change that fits.
+  """
+  if plan.peak_bytes <= bytes_available:
+    return None
+  for key, values in _candidates(plan.config):
+    for value in values:
+      peak = _peak_with(plan.config, key, value)
+      if peak is not None and peak <= bytes_available:
+        remedy = Remedy(key, leaves(plan.config)[key], value, peak)
+        return Misfit(plan.peak_bytes, bytes_available, remedy)
+  return Misfit(plan.peak_bytes, bytes_available, None)
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, list]]:
+  """Keys in order of what a change costs; values from the smallest change on."""
+  c = config
+  yield "train.micro_batch", list(range(c.train.micro_batch - 1, 0, -1))
+  yield "train.cuda_graph", [False] if c.train.cuda_graph else []
+  yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
+  yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
+  yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []
+  ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
+  yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]
+  yield "model.num_layers", list(range(c.model.num_layers - 1, c.model.num_dense_layers, -1))
+
+
+def _peak_with(config: Config, key: str, value: object) -> int | None:
+  """Peak bytes of the changed configuration; None if it is not a valid one."""
+  try:
+    changed = config.with_values(**{key: value})
+  except ConfigError:
+    return None
+  return plan(changed).peak_bytes
+
+
+def _gib(count: float) -> str:
+  return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,1 @@
+"""Text to batches: mixtures, sources, tokenizer, shards, the loader as a pure function."""

@@ -1,0 +1,372 @@
+"""Prepared data and the loader: sample n of a run as a pure function of (seed, n, mixture).
+
+Samples: the shares p_i of the sources are rounded to whole counts c_i of a cycle of CYCLE samples
+(largest remainders, at least 1). Any CYCLE consecutive samples hold exactly c_i of source i. The
+sources are interleaved evenly: any m consecutive samples hold m · c_i / CYCLE of source i, with an
+error of at most 1 + S · c_i / CYCLE among S sources. The order of sources is the same for all
+seeds.
+
+Windows: a source's training documents, each followed by the separator, form one circular stream
+of L tokens. An epoch cuts it at a keyed phase into L // seq_len windows (seq_len inputs, and the
+token after them as the last target) and visits them in a keyed permutation: no input position
+repeats within an epoch, and at most seq_len - 1 tokens are left out, others in each epoch.
+Windows cross documents and attention is not masked (concat-and-split packing, as DeepSeek-V3,
+arXiv 2412.19437 section 4.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmoe.data import tokenizer
+from nmoe.data.permutation import key, mix, permute
+from nmoe.data.shards import Stream, check_files, load_array, open_stream, read_manifest
+from nmoe.data.tokenizer import Tokenizer
+from nmoe.errors import ConfigError, DataError
+
+CYCLE = 1 << 16
+PREFETCH = 2  # batches that are made ahead
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+  name: str
+  weight: float | None
+  folder: Path
+  manifest: dict[str, Any]
+  train: Stream
+  heldout: Stream
+
+  def counts(self, split: str) -> np.ndarray:
+    """int64 [V], how often each id occurs in "train" or "heldout"."""
+    return load_array(self.folder / f"{split}-counts.npy")
+
+  def hashes(self, split: str) -> np.ndarray:
+    """uint64 [documents] of "train" or "heldout": the first 8 bytes of each text's sha256."""
+    return load_array(self.folder / f"{split}-hashes.npy")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+  digest: str  # of the mixture, its content and its tokenizer
+  tokenizer: Tokenizer
+  temperature: float
+  sources: tuple[PreparedSource, ...]
+
+  @property
+  def train_tokens(self) -> dict[str, int]:
+    return {source.name: source.train.length for source in self.sources}
+
+  @property
+  def heldout_tokens(self) -> dict[str, int]:
+    return {source.name: source.heldout.length for source in self.sources}
+
+
+def open_data(folder: Path, verify: bool = True) -> PreparedData:
+  """Open a prepared mixture. `verify` hashes every file; without it only sizes are compared.
+
+  Raises DataError naming the file, what was found, what was expected and the remedy.
+  """
+  folder = Path(folder)
+  manifest = read_manifest(folder)
+  store = folder.parent / "sources"
+  sources = tuple(_open_source(store / e["source"], e, verify) for e in manifest["sources"])
+  return PreparedData(
+    digest=folder.name,
+    tokenizer=tokenizer.get(manifest["tokenizer"]),
+    temperature=float(manifest["temperature"]),
+    sources=sources,
+  )
+
+
+def _open_source(folder: Path, entry: dict[str, Any], verify: bool) -> PreparedSource:
+  manifest = read_manifest(folder)
+  check_files(folder, manifest, hashes=verify)
+  return PreparedSource(
+    name=entry["name"],
+    weight=entry["weight"],
+    folder=folder,
+    manifest=manifest,
+    train=open_stream(folder, manifest["train"]),
+    heldout=open_stream(folder, manifest["heldout"]),
+  )
+
+
+def shares(data: PreparedData, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+  """The shares p_i of the sources, of samples and so of tokens; they sum to 1.
+
+  From `weights` if given (source name -> weight), else from the mixture's weights, else
+  p_i = n_i^(1/temperature) / Σ_j n_j^(1/temperature) over training tokens n_i (temperature 1:
+  proportional, inf: uniform). Raises ConfigError when `weights` does not name every source once.
+  """
+  names = [source.name for source in data.sources]
+  if weights is not None and sorted(weights) != sorted(names):
+    raise ConfigError(f"weights name {sorted(weights)}; the mixture's sources are {sorted(names)}")
+  if weights is None and data.sources[0].weight is not None:
+    weights = {source.name: source.weight for source in data.sources}
+  if weights is None:
+    weights = {n: t ** (1 / data.temperature) for n, t in data.train_tokens.items()}
+  total = math.fsum(weights.values())
+  if any(w < 0 for w in weights.values()) or not 0 < total < math.inf:
+    raise ConfigError(
+      f"weights {dict(weights)} must not be negative and must have a finite sum > 0"
+    )
+  return {name: weights[name] / total for name in names}
+
+
+def cycle_counts(share: np.ndarray) -> np.ndarray:
+  """Whole counts of CYCLE samples for shares that sum to 1: largest remainders, at least 1.
+
+  A share of 0 gets 0; what the raised ones cost is taken from the largest.
+  """
+  counts = _allot(CYCLE, share)
+  counts[(share > 0) & (counts == 0)] = 1
+  counts[np.argmax(counts)] -= int(counts.sum()) - CYCLE
+  return counts
+
+
+class Loader:
+  """The training samples of a run; it has no state, so to resume is to ask for the next n.
+
+  data: prepared data; seq_len: input tokens a sample; seed: of the order; weights: see `shares`.
+  Raises DataError when a source with a positive share is shorter than one window.
+  """
+
+  def __init__(
+    self,
+    data: PreparedData,
+    *,
+    seq_len: int,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+  ):
+    self.data, self.seq_len, self.seed = data, seq_len, seed
+    self.shares = shares(data, weights)
+    counts = cycle_counts(np.array(list(self.shares.values())))
+    for source, count in zip(data.sources, counts, strict=True):
+      if count and source.train.length <= seq_len:
+        raise DataError(
+          f"source {source.name!r} has {source.train.length} training tokens, a sample of seq_len "
+          f"{seq_len} needs {seq_len + 1}; shorten data.seq_len, add text or drop the source"
+        )
+    self._streams = [source.train for source in data.sources]
+    self._length = np.array([s.length for s in self._streams], dtype=np.uint64)
+    self._windows = np.maximum(self._length // np.uint64(seq_len), np.uint64(1))
+    self._keys = np.array([key("order", seed, s.name) for s in data.sources], dtype=np.uint64)
+    self._counts = counts.astype(np.uint64)
+    self._pattern, self._rank = _interleave(counts)
+
+  def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where samples lie: (source index, epoch, first token in the source's stream) of each id."""
+    ids = np.asarray(ids, dtype=np.uint64)
+    cycle, slot = np.divmod(ids, np.uint64(CYCLE))
+    source = self._pattern[slot]
+    ordinal = cycle * self._counts[source] + self._rank[slot]
+    windows, length = self._windows[source], self._length[source]
+    epoch, index = np.divmod(ordinal, windows)
+    keys = mix(self._keys[source] ^ mix(epoch))
+    phase = mix(keys) % length
+    window = permute(index, windows, keys)
+    return source, epoch, (phase + window * np.uint64(self.seq_len)) % length
+
+  def samples(self, ids: np.ndarray) -> np.ndarray:
+    """int64 [len(ids), seq_len + 1]: the inputs and, shifted by one, the targets."""
+    rows = np.empty((len(ids), self.seq_len + 1), dtype=np.int64)
+    source, _, offset = self.locate(ids)
+    for row, s, o in zip(rows, source.tolist(), offset.tolist(), strict=True):
+      self._streams[s].read(o, row)
+    return rows
+
+  def sample(self, n: int) -> np.ndarray:
+    """int64 [seq_len + 1], sample n >= 0."""
+    return self.samples(np.array([n], dtype=np.uint64))[0]
+
+  def batch(
+    self, step: int, batch_size: int, rank: int = 0, ranks: int = 1
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """This rank's slice of a step's global batch: tokens and targets, int64 [b, seq_len].
+
+    The global batch is samples step · batch_size + i, i < batch_size; rank r has the r-th of
+    `ranks` equal runs of i, b = batch_size / ranks.
+    """
+    if batch_size % ranks:
+      raise ConfigError(f"batch of {batch_size} samples is not divisible by {ranks} ranks")
+    local = batch_size // ranks
+    first = step * batch_size + rank * local
+    rows = self.samples(np.arange(first, first + local, dtype=np.uint64))
+    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+  def document_starts(self, n: int) -> np.ndarray:
+    """int64 positions 1 .. seq_len - 1 of sample n's inputs at which another document begins."""
+    return np.flatnonzero(self.sample(n)[: self.seq_len - 1] == self.data.tokenizer.eot) + 1
+
+  def epochs(self, tokens: int) -> dict[str, float]:
+    """How often each source has been read through after `tokens` of training, by its share."""
+    samples = tokens / self.seq_len
+    part = self._counts / CYCLE * samples / self._windows
+    return dict(zip(self.shares, part.tolist(), strict=True))
+
+
+def _interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The source of each slot of a cycle, and which of its source's samples it is (uint64).
+
+  Source i's sample j of c_i lies at (j + 1/2) / c_i of the cycle.
+  """
+  source = np.repeat(np.arange(len(counts)), counts)
+  rank = np.concatenate([np.arange(c, dtype=np.uint64) for c in counts])
+  order = np.argsort((rank + 0.5) / counts[source], kind="stable")
+  return source[order], rank[order]
+
+
+class Prefetcher:
+  """The batches of steps `start` .. `stop` - 1, made ahead by a thread and moved to `device`.
+
+  Yields tokens and targets, int64 [b, seq_len]. What the loader raises is raised by `next`.
+  """
+
+  def __init__(
+    self,
+    loader: Loader,
+    batch_size: int,
+    *,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    ranks: int = 1,
+    device: torch.device | str = "cpu",
+  ):
+    self._make = lambda step: _tensors(loader.batch(step, batch_size, rank, ranks), self._device)
+    self._device = torch.device(device)
+    self._steps = iter(range(start, stop))
+    self._pool = ThreadPoolExecutor(1, "prefetch")
+    self._pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
+    self._waited = 0.0
+    for _ in range(PREFETCH):
+      self._submit()
+
+  def wait_s(self) -> float:
+    """Seconds that `next` has waited for batches since this was last asked."""
+    waited, self._waited = self._waited, 0.0
+    return waited
+
+  def _submit(self) -> None:
+    step = next(self._steps, None)
+    if step is not None:
+      self._pending.append(self._pool.submit(self._make, step))
+
+  def __iter__(self) -> Prefetcher:
+    return self
+
+  def __next__(self) -> tuple[Tensor, Tensor]:
+    if not self._pending:
+      raise StopIteration
+    begin = perf_counter()
+    tokens, targets = self._pending.popleft().result()
+    self._waited += perf_counter() - begin
+    self._submit()
+    return (
+      tokens.to(self._device, non_blocking=True),
+      targets.to(self._device, non_blocking=True),
+    )
+
+
+def _tensors(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Tensor, ...]:
+  tensors = tuple(map(torch.from_numpy, arrays))
+  return tuple(t.pin_memory() for t in tensors) if device.type == "cuda" else tensors
+
+
+class Validation:
+  """The held-out set: one frozen packing, whatever the seed, the weights and the number of ranks.
+
+  Each source's held-out documents, each followed by the separator, are cut into windows of seq_len
+  inputs from the first token on. At most tokens // seq_len windows are taken: of each source in
+  proportion to what it has, evenly spaced. Losses of different seq_len must not be compared.
+
+  Raises DataError when no source has held out one whole window.
+  """
+
+  def __init__(self, data: PreparedData, *, seq_len: int, tokens: int):
+    self.seq_len = seq_len
+    self._streams = [source.heldout for source in data.sources]
+    self._token_bytes_V = data.tokenizer.token_bytes()
+    have = np.array([max(0, stream.length - 1) // seq_len for stream in self._streams])
+    if not have.any():
+      raise DataError(
+        f"the held-out documents have {data.heldout_tokens} tokens, a validation window needs "
+        f"{seq_len + 1}; raise mixture.holdout, add text or shorten data.seq_len"
+      )
+    take = have if have.sum() * seq_len <= tokens else _allot(max(1, tokens // seq_len), have)
+    chosen = [(np.arange(n) * 2 + 1) * h // (2 * n) for n, h in zip(take, have, strict=True) if n]
+    self.source_W = np.repeat(np.arange(len(take)), take)  # of each window
+    self._offset_W = np.concatenate(chosen) * seq_len
+
+  @property
+  def num_tokens(self) -> int:
+    """Targets in the set."""
+    return len(self._offset_W) * self.seq_len
+
+  def batches(
+    self, batch_size: int, rank: int = 0, ranks: int = 1
+  ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's tokens and targets, int64, and bytes of the targets, int32, each [batch_size, S].
+
+    Every rank gets equally many batches. Missing windows of the last ones are padding: token 0,
+    target -1, 0 bytes. Separators have 0 bytes too.
+    """
+    for first in range(rank * batch_size, self._padded(batch_size * ranks), ranks * batch_size):
+      rows = np.zeros((batch_size, self.seq_len + 1), dtype=np.int64)
+      rows[:, 1:] = -1
+      for row, w in zip(rows, range(first, len(self._offset_W)), strict=False):
+        self._streams[self.source_W[w]].read(int(self._offset_W[w]), row)
+      targets = rows[:, 1:].copy()
+      num_bytes = np.where(targets >= 0, self._token_bytes_V[targets], 0).astype(np.int32)
+      tokens = np.maximum(rows[:, :-1], 0)
+      yield torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(num_bytes)
+
+  def _padded(self, multiple: int) -> int:
+    return -(-len(self._offset_W) // multiple) * multiple
+
+
+def _allot(total: int, have: np.ndarray) -> np.ndarray:
+  """`total` in proportion to `have`, whole numbers by largest remainders."""
+  ideal = total * have / have.sum()
+  take = np.floor(ideal).astype(np.int64)
+  take[np.argsort(take - ideal, kind="stable")[: total - int(take.sum())]] += 1
+  return take
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+  """nats / (ln 2 · bytes): the summed loss of the targets that have bytes over their raw bytes.
+
+  Special tokens have no bytes; they are in neither sum. Across ranks sum both before dividing.
+  """
+  return nats / (math.log(2) * num_bytes)
+
+
+def unigram_bpb(data: PreparedData) -> float:
+  """Bits per byte on all held-out tokens of the best model that ignores context.
+
+  Its probabilities are the sources' id frequencies in training text, each count raised by one,
+  mixed by the mixture's shares. A baseline: a trained model must be far below it.
+  """
+  share = shares(data)
+  p_V = np.zeros(data.tokenizer.vocab_size)
+  heldout_V = np.zeros(data.tokenizer.vocab_size, dtype=np.int64)
+  for source in data.sources:
+    counts_V = source.counts("train") + 1
+    p_V += share[source.name] * counts_V / counts_V.sum()
+    heldout_V += source.counts("heldout")
+  bytes_V = data.tokenizer.token_bytes()
+  counted_V = np.where(bytes_V > 0, heldout_V, 0)
+  return bits_per_byte(-(counted_V * np.log(p_V)).sum(), (counted_V * bytes_V).sum())

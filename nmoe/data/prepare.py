@@ -1,0 +1,265 @@
+"""Prepare a mixture: read its sources, tokenize, write shards.
+
+    {root}/data/sources/{digest}/   one prepared source (see nmoe.data.shards), shared by mixtures
+    {root}/data/{digest}/           one mixture: a manifest naming its sources, weights, temperature
+
+A source's digest covers its content, the tokenizer and the holdout, so changed weights cost no new
+tokenization. Both kinds of folders are written beside and renamed: what is visible is complete.
+
+Held-out documents are chosen by the sha256 of their text (of their group, where a source gives
+one), so equal documents fall into the same split in every source. A second copy in a source is
+dropped. Near-duplicates are not looked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nmoe.data.mixture import Mixture, Source, load_mixture
+from nmoe.data.shards import FORMAT, SplitWriter, digest, list_files, write_manifest
+from nmoe.data.sources import Document, Skip, reader
+from nmoe.data.tokenizer import Tokenizer
+from nmoe.errors import DataError
+
+__all__ = ["Progress", "load_mixture", "prepare"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a source's name, the documents read so far and the bytes of text read so far."""
+
+BATCH_BYTES = 1 << 22
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+  text: str
+  hash: int
+  num_bytes: int
+  heldout: bool
+
+
+def prepare(
+  mixture: Mixture, tokenizer: Tokenizer, root: Path, progress: Progress | None = None
+) -> Path:
+  """The folder of the prepared mixture under `root`; complete parts are reused.
+
+  Raises DataError when a source is missing, unreadable or empty, or when writing fails; nothing
+  unfinished becomes visible then. Several processes may prepare at once.
+  """
+  store = Path(root) / "data"
+  entries = []
+  for source in mixture.sources:
+    folder = _prepare_source(source, mixture.holdout, tokenizer, store / "sources", progress)
+    entries.append({"name": source.name, "weight": source.weight, "source": folder.name})
+  content = {
+    "format": FORMAT,
+    "tokenizer": tokenizer.name,
+    "temperature": repr(mixture.temperature),
+    "sources": entries,
+  }
+  folder = store / digest(content)[:16]
+  with _writing(folder) as partial:
+    if partial:
+      write_manifest(partial, content)
+  return folder
+
+
+def _prepare_source(
+  source: Source, holdout: float, tokenizer: Tokenizer, store: Path, progress: Progress | None
+) -> Path:
+  described = {k: v for k, v in asdict(source).items() if k not in ("name", "weight")}
+  key = {
+    "format": FORMAT,
+    "kind": source.kind,
+    "source": {k: v for k, v in described.items() if k != "paths"},
+    "content": digest(reader(source).identity(source)),
+    "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot},
+    "holdout": holdout,
+  }
+  folder = store / digest(key)[:16]
+  with _writing(folder) as partial:
+    if partial:
+      counts = _write_source(source, holdout, tokenizer, partial, progress)
+      write_manifest(partial, {**key, "source": described, **counts, "files": list_files(partial)})
+  return folder
+
+
+def _write_source(
+  source: Source, holdout: float, tokenizer: Tokenizer, folder: Path, progress: Progress | None
+) -> dict[str, Any]:
+  """Tokenize one source into the folder; returns its counts for the manifest.
+
+  Two batches are in flight: threads encode one while this thread reads the next (tiktoken releases
+  the interpreter's lock).
+  """
+  skipped: Counter[str] = Counter()
+  with (
+    SplitWriter(folder, "train", tokenizer.vocab_size) as train,
+    SplitWriter(folder, "heldout", tokenizer.vocab_size) as heldout,
+    ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+  ):
+    writers = dict(zip(SPLITS, (train, heldout), strict=True))
+    pending: tuple[list[_Text], Iterable[np.ndarray]] = ([], [])
+    for texts in _batches(source, holdout, skipped, progress):
+      following = (texts, pool.map(tokenizer.encode, [t.text for t in texts]))
+      _append(writers, tokenizer.eot, *pending)
+      pending = following
+    _append(writers, tokenizer.eot, *pending)
+    splits = {split: writer.finish() for split, writer in writers.items()}
+  if splits["train"]["documents"] == 0:
+    rest = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "none skipped"
+    raise DataError(
+      f"source {source.name!r} has no document to train on "
+      f"({splits['heldout']['documents']} held out, {rest}); correct its paths or text_field, "
+      "or remove it from the mixture"
+    )
+  return {"skipped": dict(skipped), **splits}
+
+
+def _append(
+  writers: dict[str, SplitWriter], eot: int, texts: list[_Text], encoded: Iterable[np.ndarray]
+) -> None:
+  ids = [np.append(e, np.uint32(eot)) for e in encoded]
+  for split, heldout in zip(SPLITS, (False, True), strict=True):
+    mine = [i for i, text in enumerate(texts) if text.heldout == heldout]
+    hashes = np.array([texts[i].hash for i in mine], dtype=np.uint64)
+    writers[split].append([ids[i] for i in mine], hashes, sum(texts[i].num_bytes for i in mine))
+
+
+def _batches(
+  source: Source, holdout: float, skipped: Counter[str], progress: Progress | None
+) -> Iterator[list[_Text]]:
+  """The source's distinct, non-empty documents in lists of about BATCH_BYTES of text."""
+  seen = _Seen()
+  batch: list[_Text] = []
+  size = num_read = bytes_read = 0
+  for document in islice(reader(source).documents(source), source.max_documents or None):
+    num_read += 1
+    if isinstance(document, Skip):
+      skipped[document.reason] += 1
+    elif not document.text:
+      skipped["empty"] += 1
+    else:
+      batch.append(_text(document, holdout))
+      size += batch[-1].num_bytes
+    if size >= BATCH_BYTES:
+      yield _distinct(batch, seen, skipped)
+      bytes_read += size
+      batch, size = [], 0
+      if progress:
+        progress(source.name, num_read, bytes_read)
+  yield _distinct(batch, seen, skipped)
+  if progress:
+    progress(source.name, num_read, bytes_read + size)
+
+
+def _text(document: Document, holdout: float) -> _Text:
+  data = document.text.encode("utf-8", errors="replace")
+  content = hashlib.sha256(data).digest()
+  group = content if document.group is None else hashlib.sha256(document.group).digest()
+  heldout = int.from_bytes(group[8:16], "little") < holdout * 2**64
+  return _Text(document.text, int.from_bytes(content[:8], "little"), len(data), heldout)
+
+
+def _distinct(batch: list[_Text], seen: _Seen, skipped: Counter[str]) -> list[_Text]:
+  """The batch without texts that were seen before."""
+  fresh = seen.add(np.array([text.hash for text in batch], dtype=np.uint64))
+  skipped["duplicate"] += len(batch) - int(fresh.sum())
+  return [text for text, new in zip(batch, fresh, strict=True) if new]
+
+
+class _Seen:
+  """A growing set of uint64 in sorted runs, each at least twice as long as the next."""
+
+  def __init__(self) -> None:
+    self._runs: list[np.ndarray] = []
+
+  def add(self, values: np.ndarray) -> np.ndarray:
+    """Add the values; True where a value is met for the first time."""
+    fresh = np.zeros(len(values), dtype=bool)
+    fresh[np.unique(values, return_index=True)[1]] = True
+    for run in self._runs:
+      at = np.minimum(np.searchsorted(run, values), len(run) - 1)
+      fresh &= run[at] != values
+    if fresh.any():
+      self._runs.append(np.sort(values[fresh]))
+    while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+      self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]))]
+    return fresh
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[Path | None]:
+  """A folder to fill, renamed to `folder` at the end; None when `folder` is there already.
+
+  One process at a time fills it (where the filesystem has locks; elsewhere the first rename wins).
+  Whatever fails, no unfinished folder stays.
+  """
+  if folder.exists():
+    yield None
+    return
+  partial = None
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+      if folder.exists():
+        yield None
+        return
+      partial = Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent)
+      )
+      yield partial
+      os.chmod(partial, 0o755)
+      _publish(partial, folder)
+  except OSError as error:
+    raise DataError(
+      f"{folder}: cannot be written: {error}; {_free_space(folder.parent)}; make room or permit "
+      "writing, or set run.root to another disk, then run again"
+    ) from error
+  finally:
+    if partial:
+      shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+  """Wait for other preparers of this folder; clear what a killed one left behind."""
+  with (folder.parent / f".{folder.name}.lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      stale = list(folder.parent.glob(f".{folder.name}-*.partial"))
+    except OSError:  # no locks on this filesystem: what is there may be in use
+      stale = []
+    for left in stale:
+      shutil.rmtree(left, ignore_errors=True)
+    yield
+
+
+def _publish(partial: Path, folder: Path) -> None:
+  """Rename, unless another process was faster; the caller drops the partial folder then."""
+  try:
+    partial.rename(folder)
+  except OSError:
+    if not folder.exists():
+      raise
+
+
+def _free_space(folder: Path) -> str:
+  try:
+    return f"{shutil.disk_usage(folder).free:,} bytes are free"
+  except OSError:
+    return "free space unknown"

@@ -1,0 +1,1 @@
+"""What ranks share: their groups and sums, symmetric memory, RDEP."""

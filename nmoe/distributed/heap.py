@@ -1,0 +1,56 @@
+"""The symmetric heap: every rank's buffers, mapped on every rank that can reach them.
+
+What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (the module
+`symmetric` of its kernels: POSIX shared memory on the cpu, NVSHMEM on GPUs).
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from kernels.buffers import BufferLayout, Buffers
+from kernels.ops import KernelError
+from nmoe.config.file import Config
+from nmoe.errors import CommError
+
+
+def buffer_layout(config: Config) -> BufferLayout:
+  """One rank's block: ⌈capacity · T·K⌉ received rows, rounded up to the alignment."""
+  rows = config.train.micro_batch * config.data.seq_len * config.moe.top_k
+  align = config.rdep.alignment
+  received = math.ceil(config.rdep.capacity * rows)
+  return BufferLayout(
+    ranks=config.expert_ranks,
+    experts=config.moe.num_experts,
+    capacity=max(math.ceil(received / align), 1) * align,
+    rows=rows,
+    dim=config.model.dim,
+    dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
+    payload=config.rdep.payload,
+  )
+
+
+class Heap:
+  """All ranks' blocks: `peers[r]` are the buffers of rank r, `mine` this rank's own.
+
+  Collective over `group` (gloo). An Rdep owns it. Raises CommError if the memory cannot be had.
+  """
+
+  def __init__(self, layout: BufferLayout, symmetric: ModuleType, group: dist.ProcessGroup):
+    self._release = symmetric.release
+    try:
+      blocks = symmetric.allocate(layout.nbytes, group)
+    except KernelError as error:
+      raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
+    self._mine = blocks[group.rank()]
+    self.peers: list[Buffers] = [layout.views(block) for block in blocks]
+    self.mine = self.peers[group.rank()]
+
+  def close(self) -> None:
+    """Give the memory back; the buffers may not be used after. Collective."""
+    del self.peers, self.mine
+    self._release(self._mine)

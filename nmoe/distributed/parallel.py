@@ -1,0 +1,250 @@
+"""The ranks of a run: what dense parameters, sums and control need of torch.distributed.
+
+Dense and router parameters are on every rank. Routed experts lie over the G ranks of an RDEP group
+(rdep.group): rank r is in group r // G and holds the experts r mod G, like R / G - 1 other ranks.
+Of what several ranks hold each row has one owner (nmoe.config.owners), to which the gradients are
+summed and from which the updated weights come. Losses are divided by the global number of tokens before
+backward, so sums are right and nothing is averaged. With one rank everything here is a no-op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nmoe.config.file import Config
+from nmoe.config.owners import Span
+from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.distributed.rdep import Rdep
+from nmoe.errors import CommError
+from nmoe.machine.target import Target
+
+SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
+BUCKET = 16 * 2**20  # elements of one collective: 64 MiB of fp32 gradients
+
+
+class Piece(NamedTuple):
+  """Consecutive elements of a parameter and their place in a bucket [N, C]."""
+
+  name: str
+  start: int
+  stop: int
+  owner: int
+  at: int  # the first one's place in the owner's part
+
+  def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors[self.name].view(-1)[self.start : self.stop]
+
+  def inside(self, bucket_NC: Tensor) -> Tensor:
+    return bucket_NC[self.owner, self.at : self.at + self.stop - self.start]
+
+
+def buckets(owned: Sequence[Mapping[str, Span]], row: Mapping[str, int]) -> list[list[Piece]]:
+  """What each owner's rows [start, stop) are cut into: one after the other over the owner's parts.
+
+  row: elements of a row, by parameter. A bucket has at most BUCKET elements.
+  """
+  width, found = -(-BUCKET // len(owned)), defaultdict(list)
+  for owner, rows in enumerate(owned):
+    place = 0
+    for name, (first, last) in rows.items():
+      start, stop = first * row[name], last * row[name]
+      while start < stop:
+        number, at = divmod(place, width)
+        count = min(stop - start, width - at)
+        found[number].append(Piece(name, start, start + count, owner, at))
+        start, place = start + count, place + count
+  return [found[number] for number in sorted(found)]
+
+
+class Shared:
+  """Parameters of one dtype that all N members of a group hold, each row owned by one of them.
+
+  owned: the rows of each member; row: elements of a row, by parameter. group: the members, in that
+  order; None: all ranks. Collective.
+  """
+
+  def __init__(
+    self,
+    owned: Sequence[Mapping[str, Span]],
+    row: Mapping[str, int],
+    member: int,
+    group: dist.ProcessGroup | None = None,
+  ):
+    self.members, self.member, self.group = len(owned), member, group
+    self.owned = owned[member]
+    self.buckets = buckets(owned, row) if self.members > 1 else []
+
+  def reduce(self, grads: Mapping[str, Tensor]) -> None:
+    """Sum the owned rows of the gradients over the members, in fp32, rounded once. Other rows keep
+    what they are.
+    """
+    for pieces in self.buckets:
+      bucket_NC = self._bucket(pieces, grads, torch.float32)
+      _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
+      dist.reduce_scatter(bucket_NC[self.member], list(bucket_NC), group=self.group)
+      mine = [p for p in pieces if p.owner == self.member]
+      _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
+
+  def gather(self, weights: Mapping[str, Tensor]) -> None:
+    """Give every member the owners' rows, bit for bit."""
+    for pieces in self.buckets:
+      bucket_NC = self._bucket(pieces, weights, weights[pieces[0].name].dtype)
+      mine = [p for p in pieces if p.owner == self.member]
+      _copy([p.inside(bucket_NC) for p in mine], [p.of(weights) for p in mine])
+      dist.all_gather(list(bucket_NC), bucket_NC[self.member], group=self.group)
+      others = [p for p in pieces if p.owner != self.member]
+      _copy([p.of(weights) for p in others], [p.inside(bucket_NC) for p in others])
+
+  def _bucket(
+    self, pieces: list[Piece], tensors: Mapping[str, Tensor], dtype: torch.dtype
+  ) -> Tensor:
+    width = max(p.at + p.stop - p.start for p in pieces)
+    device = tensors[pieces[0].name].device
+    return torch.zeros(self.members, width, dtype=dtype, device=device)
+
+
+def shared(
+  config: Config, rank: int, replicas: dist.ProcessGroup | None = None
+) -> tuple[Shared, ...]:
+  """All parameters of a run over several ranks, by optimizer group.
+
+  replicas: the ranks that hold the experts of `rank`; None: no other does.
+  """
+  row = {name: math.prod(shape[1:]) for name, shape in parameter_shapes(config).items()}
+  place = {"expert": (rank // config.expert_ranks, replicas)}
+  return tuple(
+    Shared(owned, row, *place.get(kind, (rank, None))) for kind, owned in owned_rows(config).items()
+  )
+
+
+@dataclass
+class Parallel:
+  """This process among the ranks. Every method is collective, and the same on all ranks."""
+
+  rank: int = 0
+  ranks: int = 1
+  rdep: Rdep | None = None  # None with one rank
+  first_expert: int = 0  # global id of this rank's first routed expert
+  control: dist.ProcessGroup | None = None  # gloo, for host values
+  saving: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
+  shared: tuple[Shared, ...] = ()  # every parameter, with more than one rank
+
+  @property
+  def owned(self) -> dict[str, Span] | None:
+    """The rows of each parameter that this rank updates; None, with one rank: all."""
+    if self.ranks == 1:
+      return None
+    return {name: rows for part in self.shared for name, rows in part.owned.items()}
+
+  def sum(self, x: Tensor) -> Tensor:
+    """Σ over ranks, in place; the same bits on every rank."""
+    if self.ranks > 1:
+      dist.all_reduce(x)
+    return x
+
+  def any(self, flag: bool) -> bool:
+    """Whether the flag is set on some rank: what all must decide alike. Host values only."""
+    if self.ranks == 1:
+      return flag
+    told = torch.tensor(int(flag))
+    dist.all_reduce(told, dist.ReduceOp.MAX, self.control)
+    return bool(told)
+
+  @torch.no_grad()
+  def reduce_gradients(self, model: nn.Module) -> None:
+    """Make the gradients of the owned rows those of the global batch; the others are spent."""
+    grads = {name: param.grad for name, param in model.named_parameters()}
+    for part in self.shared:
+      part.reduce(grads)
+
+  @torch.no_grad()
+  def gather_weights(self, model: nn.Module) -> None:
+    """After the optimizer's step: all rows of all parameters, from their owners."""
+    weights = dict(model.named_parameters())
+    for part in self.shared:
+      part.gather(weights)
+
+  @contextmanager
+  def explained(self) -> Iterator[None]:
+    """Around the step loop: errors of lost or late ranks become a CommError that says so."""
+    try:
+      with nullcontext() if self.rdep is None else self.rdep.explained():
+        yield
+    except RuntimeError as error:
+      if self.ranks == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        raise
+      raise CommError(
+        f"rank {self.rank} of {self.ranks}: a collective failed ({str(error).splitlines()[0]}); "
+        "another rank stopped or was late: see its log"
+      ) from error
+
+  def close(self) -> None:
+    """Leave the run: the counterpart of `init`.
+
+    A group's threads end with its last reference; one that outlives the interpreter may abort it.
+    """
+    if self.ranks > 1:
+      self.rdep.close()
+      self.rdep, self.control, self.saving, self.shared = None, None, None, ()
+      dist.destroy_process_group()
+
+
+def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> Parallel:
+  """Join the run's other ranks, who meet in the file `rendezvous`, and open all communicators.
+
+  Gradients and weights travel over NCCL on GPUs, over gloo on the cpu and where ranks share a GPU
+  (NCCL refuses that). RDEP's heap is allocated here. Raises CommError.
+  """
+  ranks = config.launch.ranks
+  if ranks == 1:
+    return Parallel()
+  alone = target.device.type == "cuda" and ranks <= torch.cuda.device_count()
+  timeout = timedelta(seconds=config.rdep.deadline_s)
+  dist.init_process_group(
+    "nccl" if alone else "gloo",
+    init_method=f"file://{rendezvous}",
+    rank=rank,
+    world_size=ranks,
+    timeout=timeout,
+    device_id=target.device if alone else None,
+  )
+  control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
+  saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
+  expert_ranks, replicas = expert_groups(config, control, timeout)
+  rdep = Rdep(config, target.ops, expert_ranks, target.symmetric)
+  parts = shared(config, rank, replicas)
+  return Parallel(rank, ranks, rdep, rdep.first, control, saving, parts)
+
+
+def expert_groups(
+  config: Config, control: dist.ProcessGroup, timeout: timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+  """(this rank's RDEP group, by gloo; the ranks that hold its experts, or None if no other does).
+
+  control: all ranks, by gloo. Collective.
+  """
+  ranks, group = config.launch.ranks, config.expert_ranks
+  if group == ranks:
+    return control, None
+  rdep = [list(range(first, first + group)) for first in range(0, ranks, group)]
+  replicas = [list(range(first, ranks, group)) for first in range(group)]
+  return (
+    dist.new_subgroups_by_enumeration(rdep, timeout=timeout, backend="gloo")[0],
+    dist.new_subgroups_by_enumeration(replicas, timeout=timeout)[0],
+  )
+
+
+def _copy(into: list[Tensor], of: list[Tensor]) -> None:
+  if into:
+    torch._foreach_copy_(into, of)

@@ -1,0 +1,481 @@
+"""RDEP: expert parallelism by direct writes, forward and backward, without all-to-all.
+
+R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank:
+  1. counts   write the tokens per expert into every rank's count[source]; all ranks then hold the
+              same [R, E] matrix and compute the same places: expert-major, then source rank, then
+              token, then k.
+  2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, as
+              rdep.payload says, quantized at the source (kernels.buffers) and dequantized there.
+  3. experts  the owner copies the rows out and runs the grouped products over them.
+  4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
+              reply, or, with `exchange.fused`, by the last product itself.
+  5. combine  y[t] = Σ_k gate[t, k] · back[t, k] in fp32, k ascending.
+Backward dispatches dy and the gates to the same places, and returns dx rows and one gate gradient
+per row; the products of the weights' gradients come after, while rows travel. A place is a pure
+function of the routing, so N ranks multiply the same rows in the same order as one.
+
+Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; with "nvfp4" x
+has 18 and a scale per row, dy is MXFP8 (kernels.buffers says why). The returned rows stay bf16
+(DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in bf16 (infinite
+from 1.9375 · 2^127 on in MXFP8, above 1.96875 · 2^127 in NVFP4). Recipe "fp8", which quantizes x's
+along D again, finds MXFP8's values again, but rounds NVFP4's once more, as recipe "nvfp4" does. One
+rank sends nothing, but quantizes x and dy too, so that N ranks train the same model. The
+dequantized x's gradient is taken for x's.
+
+Rounds. A rank's buffer holds C = capacity · T·K rows. If some rank has more, all ranks know it from
+the counts and run ⌈rows / C⌉ rounds over windows of C places; nothing is dropped. The first round
+keeps for backward what grouped_mlp_forward keeps (in bf16 the received rows and the pre-activation,
+C rows a layer); later rounds keep nothing: backward dispatches their x again. So neither buffers
+nor kept activations exceed C rows, whatever the imbalance.
+
+The host. Every size is C's, and where the rows end is known on the device, so the host queues a
+layer's first round without knowing the counts. It waits for them only then, to learn the number of
+rounds, while the device works on what is queued.
+
+Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
+graph is a part of this layer's node, as autograd would run their backward pass after it.
+
+Why buffers are never overwritten too early, without a barrier. Trip s (see
+kernels.reference.exchange) is: all send, all receive, all reply to all, all wait for the replies.
+Each rank goes through the trips in order, and it signals every rank in every trip, with or without
+rows.
+  * row, gate, origin of q are written by r in trip s+1 only after r had the reply s of q, which q
+    sends after it has copied its rows of trip s out.
+  * back of r is written by q in trip s+1 only after q had the rows s+1 of r, which r sends after it
+    has read what it wanted from trip s. Rounds of one pass write disjoint items of back, and r
+    reads them after the last.
+  * count of q is written by r for the next layer only after r had the reply of q to the layer
+    before, which q sends after it has used the counts.
+A rank that stops stops the others at their deadline, before they use anything incomplete.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
+from kernels.ops import Product, Recipe
+from kernels.reference.blockscale import quantize_rows
+from kernels.reference.places import places
+from nmoe.config.file import Config
+from nmoe.distributed.heap import Heap, buffer_layout
+from nmoe.errors import CommError
+
+KIND_NAMES = {COUNTS: "counts", DISPATCH: "rows", RETURN: "returned rows"}
+
+
+def unknown() -> None:
+  """The counts of a trip that no rank has sent yet."""
+
+
+class _Trip(NamedTuple):
+  """What the post-mortem of a handshake says about it."""
+
+  number: int
+  layer: int
+  phase: str
+  round: int
+  counts: Callable[[], list | None]  # [R, E] on the host, once they are there
+
+
+class Rdep:
+  """The communication of all MoE layers of one process; owns the symmetric heap.
+
+  `ops` and `symmetric` are of the target's kernels: the contract's operations, and the shared
+  memory with its row movers. group: the ranks, a gloo group; None for one rank, needing only ops.
+  Collective. Of each layer's last forward pass, `rounds[layer]` is the number of rounds and
+  `counts[layer]` the tokens [R, E] that each rank sent to each expert, on the host.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    ops: ModuleType,
+    group: dist.ProcessGroup | None = None,
+    symmetric: ModuleType | None = None,
+  ):
+    self.config, self.ops = config, ops
+    self.payload = PAYLOADS[config.rdep.payload]
+    self.rank, self.num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    self.names = [0] if group is None else dist.get_process_group_ranks(group)  # in the whole run
+    self.num_experts = config.moe.num_experts
+    self.num_local = self.num_experts // self.num_ranks
+    self.first = self.num_local * self.rank
+    self.rounds: dict[int, int] = {}
+    self.counts: dict[int, Tensor] = {}
+    self.done = 0  # the last trip whose replies have all come
+    self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, unknown)], maxlen=1024)
+    if self.num_ranks > 1:
+      self.heap = Heap(buffer_layout(config), symmetric, group)
+      self.exchange = symmetric.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
+
+  def experts(
+    self,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    recipe: Recipe,
+    *,
+    layer: int,
+    shared: Callable[[Tensor], Tensor] | None = None,
+  ) -> Tensor:
+    """Σ_k gate · expert(x), plus shared(x) if given, which runs while rows travel: [T, D].
+
+    Collective: every rank calls it for the same layers in the same order, each with its own T (0
+    included, at most micro_batch · seq_len). w13 [E/R, 2F, D] and w2 [E/R, D, F] are this rank's
+    experts; their gradients sum over the tokens of all ranks. expert_TK holds global ids. Raises
+    CommError when a peer misses the deadline.
+    """
+    if self.num_ranks == 1:
+      self.rounds[layer] = 1
+      layout = self.ops.layout(expert_TK, self.num_experts)
+      sent_TD = self._as_received(x_TD, of_gradient=False)
+      y_TD = self.ops.experts(sent_TD, gate_TK, layout, w13, w2, recipe)
+      y_TD = self._as_received(y_TD, of_gradient=True)
+      return y_TD if shared is None else y_TD + shared(x_TD)
+    grad = torch.is_grad_enabled()
+    if grad and not x_TD.requires_grad:
+      x_TD = x_TD.detach().requires_grad_()  # all ranks must come to the backward pass
+    call = _Call(self, layer, recipe, keep=grad)
+    sent = _Send.apply(call, x_TD, gate_TK, expert_TK)
+    return _Receive.apply(call, sent, x_TD, w13, w2, shared)
+
+  def received(self) -> tuple[int, int]:
+    """Rows that came to this rank in each layer's last forward pass, summed over layers; and those
+    of them that came after the first round, which backward dispatches again.
+    """
+    mine = slice(self.first, self.first + self.num_local)
+    rows = sum(int(count_RE[:, mine].sum()) for count_RE in self.counts.values())
+    first = sum(sum(self._expected(DISPATCH, count_RE, 0)) for count_RE in self.counts.values())
+    return rows, rows - first
+
+  @contextmanager
+  def explained(self) -> Iterator[None]:
+    """Around device work: an error that a missed deadline caused becomes a CommError."""
+    try:
+      yield
+    except RuntimeError as error:
+      late = self.exchange.late() if self.num_ranks > 1 else None
+      if late is None:
+        raise
+      raise CommError(self.post_mortem(*late)) from error
+
+  def post_mortem(self, kind: int, number: int, late: list[int]) -> str:
+    """Who is late, at what, and how many rows were expected and have arrived."""
+    trip = next(t for t in reversed(self.trips) if t.number == number)
+    counts = trip.counts()
+    if counts is None:
+      rows = "the number of rows was not yet known"
+    else:
+      expected_R = self._expected(kind, torch.tensor(counts), trip.round)
+      here = sum(n for r, n in enumerate(expected_R) if r not in late)
+      missing = ", ".join(f"{expected_R[r]} from rank {self.names[r]}" for r in late)
+      rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
+    others = ", ".join(str(self.names[r]) for r in late)
+    return (
+      f"rank {self.names[self.rank]} of {self.config.launch.ranks}, layer {trip.layer}, "
+      f"{trip.phase}, round {trip.round}: {KIND_NAMES[kind]} of rank {others} did not come within "
+      f"{self.config.rdep.deadline_s:g} s ({rows}). See that rank's log; if it is alive but slow, "
+      "raise rdep.deadline_s"
+    )
+
+  def close(self) -> None:
+    """Give the heap back. Collective; to be called after the last backward pass."""
+    if self.num_ranks > 1:
+      del self.exchange
+      self.heap.close()
+
+  def _as_received(self, x_TD: Tensor, *, of_gradient: bool) -> Tensor:
+    """On one rank: x, or its gradient, with the values that the payload would leave it."""
+    format = self.payload.dy if of_gradient else self.payload.x
+    if format == "bf16":
+      return x_TD
+    return _Received.apply(x_TD, self.ops.quantize, format, of_gradient)
+
+  def _expected(self, kind: int, count_RE: Tensor, number: int) -> list[int]:
+    """Rows of a round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
+    base_RE = places(count_RE, self.config.rdep.alignment).base_RE
+    begin = number * self.exchange.capacity
+    low = base_RE.clamp(min=begin)
+    high = (base_RE + count_RE).clamp(max=begin + self.exchange.capacity)
+    rows_RE = (high - low).clamp(min=0)
+    if kind == DISPATCH:
+      return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
+    return rows_RE[self.rank].view(self.num_ranks, -1).sum(1).tolist()
+
+
+class _Received(torch.autograd.Function):
+  """x through a row's format and its gradient as it is, or the other way round."""
+
+  @staticmethod
+  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, format: str, of_gradient: bool) -> Tensor:
+    ctx.quantize, ctx.format = quantize, format if of_gradient else None
+    if of_gradient:
+      return x_TD.view_as(x_TD)
+    return quantize_rows(x_TD, format, quantize).dequantize(x_TD.dtype)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dx_TD: Tensor) -> tuple:
+    if ctx.format is not None:
+      dx_TD = quantize_rows(dx_TD, ctx.format, ctx.quantize).dequantize(dx_TD.dtype)
+    return dx_TD, None, None, None
+
+
+class _Send(torch.autograd.Function):
+  """Counts and the first dispatch; backward: the returned dx rows and gate gradients."""
+
+  @staticmethod
+  def forward(ctx: Any, call: _Call, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    ctx.call = call
+    call.start(x_TD, gate_TK, expert_TK)
+    return x_TD.new_empty(0)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, _: Tensor) -> tuple:
+    dx_TD, dgate_TK = ctx.call.finish_backward()
+    return None, dx_TD, dgate_TK, None
+
+
+class _Receive(torch.autograd.Function):
+  """Shared experts; experts, return, combine; backward: dispatch of dy, the shared experts'
+  gradients, the experts' gradients, return of dx.
+  """
+
+  @staticmethod
+  def forward(
+    ctx: Any,
+    call: _Call,
+    sent: Tensor,
+    x_TD: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    shared: Callable[[Tensor], Tensor] | None,
+  ) -> Tensor:
+    ctx.call = call
+    ctx.save_for_backward(w13, w2)
+    return call.forward(x_TD, w13, w2, shared)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dy_TD: Tensor) -> tuple:
+    dx_TD, dw13, dw2 = ctx.call.start_backward(dy_TD.contiguous(), *ctx.saved_tensors)
+    return None, dy_TD.new_empty(0), dx_TD, dw13, dw2, None
+
+
+class _Kept(NamedTuple):
+  """One round on the owner: what the experts need for backward, and the sources' items."""
+
+  experts: Any
+  origin_C: Tensor
+
+
+class _Beside(NamedTuple):
+  """The shared experts' graph: a leaf with the values of x, and what came of it."""
+
+  x_TD: Tensor
+  y_TD: Tensor
+
+
+class _Call:
+  """One layer's forward pass and its backward pass on one rank."""
+
+  def __init__(self, rdep: Rdep, layer: int, recipe: Recipe, *, keep: bool):
+    self.rdep, self.exchange, self.payload = rdep, rdep.exchange, rdep.payload
+    self.layer, self.recipe, self.keep = layer, recipe, keep
+    self.phase, self.counts = "forward", unknown
+    self.kept: _Kept | None = None
+    self.beside: _Beside | None = None
+    self.under_way: tuple = ()
+
+  def start(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> None:
+    """Counts and the first dispatch, beside what follows."""
+    self.x_TD, self.gate_TK = x_TD.detach(), gate_TK.detach()
+    self._check(expert_TK)
+    self._next(0)
+    with self.exchange.beside():
+      layout = self.rdep.ops.layout(expert_TK, self.rdep.num_experts)
+      self.exchange.post_counts(self.trip, layout.offset_E1.diff())
+      self._wait(COUNTS)
+      count_RE, self.places = self.exchange.places(self.rdep.config.rdep.alignment)
+      self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
+      self.fetched = self.exchange.fetch(count_RE)
+      self.counts = self.fetched.here
+      self.rdep.trips[-1] = self.rdep.trips[-1]._replace(counts=self.counts)
+      self._send(self.x_TD, None, self.payload.x)
+
+  def forward(
+    self,
+    x_TD: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    shared: Callable[[Tensor], Tensor] | None,
+  ) -> Tensor:
+    """[T, D] combined, plus shared(x); called after `start`."""
+    beside_TD = None if shared is None else self._run_beside(x_TD, shared)
+    self.exchange.join()
+    self._round_forward(w13, w2, self.keep)
+    self._plan()
+    self._wait(RETURN)
+    for number in range(1, self.rounds):
+      self._next(number)
+      self._send(self.x_TD, None, self.payload.x)
+      self._round_forward(w13, w2, False)
+      self._wait(RETURN)
+    if self.rounds == 1:
+      self.x_TD = None
+    y_TD = self.rdep.ops.combine(self.exchange.collect(self.route)[0], self.gate_TK)
+    return y_TD if beside_TD is None else y_TD + beside_TD
+
+  def start_backward(self, dy_TD: Tensor, w13: Tensor, w2: Tensor) -> list[Tensor | None]:
+    """The shared experts' dx, and the experts' gradients, summed over rounds in fp32 and rounded
+    once; leaves the last trip's replies under way for `finish_backward`.
+    """
+    assert self.kept is not None, "RDEP: backward ran twice, or after a pass without gradients"
+    self.phase, kept, self.kept = "backward", self.kept, None
+    self._next(0)
+    with self.exchange.beside():
+      self._send(dy_TD, self.gate_TK, self.payload.dy)
+    dx_TD = None if self.beside is None else self._back_beside(dy_TD)
+    self.exchange.join()
+    found = self._round_backward(kept, w13, w2)
+    dtypes = [None if part is None else part.dtype for part in found]
+    for number in range(1, self.rounds):
+      self.exchange.join()
+      self._wait(RETURN)
+      kept = self._again(number, w13, w2)
+      self._next(number)
+      self._send(dy_TD, self.gate_TK, self.payload.dy)
+      more = self._round_backward(kept, w13, w2)
+      found = [b if a is None else a.float().add_(b) for a, b in zip(found, more, strict=True)]
+    kinds = zip(found, dtypes, strict=True)
+    return [dx_TD, *(total if total is None else total.to(dtype) for total, dtype in kinds)]
+
+  def finish_backward(self) -> tuple[Tensor, Tensor]:
+    """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""
+    assert self.trip == self.rdep.trips[-1].number, "RDEP: another layer ran inside this one"
+    self.exchange.join()
+    self.under_way = ()
+    self._wait(RETURN)
+    dx_TKD, dgate_TK = self.exchange.collect(self.route)
+    dx_TD = self.rdep.ops.combine(dx_TKD, torch.ones_like(self.gate_TK))
+    return dx_TD, dgate_TK.to(self.gate_TK.dtype, copy=True)
+
+  def _plan(self) -> None:
+    """The number of rounds; waits for the counts, the layer's one host synchronisation."""
+    rdep = self.rdep
+    with rdep.explained():
+      count_RE = torch.tensor(self.fetched())
+    most = int(places(count_RE, rdep.config.rdep.alignment).end_R.max())
+    self.rounds = max(-(-most // self.exchange.capacity), 1)
+    rdep.rounds[self.layer], rdep.counts[self.layer] = self.rounds, count_RE
+
+  def _run_beside(self, x_TD: Tensor, shared: Callable[[Tensor], Tensor]) -> Tensor:
+    """shared(x), whose graph is kept for `_back_beside` if there is a backward pass."""
+    leaf_TD = x_TD.detach().requires_grad_(self.keep)
+    with torch.set_grad_enabled(self.keep):
+      y_TD = shared(leaf_TD)
+    if self.keep:
+      self.beside = _Beside(leaf_TD, y_TD)
+    return y_TD.detach()
+
+  def _back_beside(self, dy_TD: Tensor) -> Tensor | None:
+    """The shared experts' dx; the gradients of their weights go where autograd puts them."""
+    (x_TD, y_TD), self.beside = self.beside, None
+    y_TD.backward(dy_TD)
+    return x_TD.grad
+
+  def _round_forward(self, w13: Tensor, w2: Tensor, keep: bool) -> None:
+    """The rest of a trip: rows come, through the experts, and go back."""
+    x_CD, _, origin_C = self._receive(self.payload.x)
+    y, kept = self._run(x_CD, w13, w2, keep)
+    self._reply(origin_C, self._multiplied(y, origin_C, None), None)
+    if keep:
+      self.kept = _Kept(kept, origin_C)
+
+  def _round_backward(
+    self, kept: _Kept, w13: Tensor, w2: Tensor
+  ) -> tuple[Tensor | None, Tensor | None]:
+    """The rest of a trip: dy and gates come, dx rows and gate gradients go. Returns dw13, dw2."""
+    dy_CD, gate_C, _ = self._receive(self.payload.dy)
+    ops, origin_C = self.rdep.ops, kept.origin_C
+    dx, dgate_C, weights = ops.grouped_mlp_backward(kept.experts, dy_CD, gate_C, w13, w2)
+    dx_CD = self._multiplied(dx, origin_C, dgate_C)
+    with self.exchange.beside():
+      self._reply(origin_C, dx_CD, dgate_C)
+    self.under_way = (dx_CD, dgate_C, origin_C)  # read beside, so not to be freed before join
+    return weights()
+
+  def _again(self, number: int, w13: Tensor, w2: Tensor) -> _Kept:
+    """A later round's rows, from another dispatch of x, through the experts."""
+    self._next(number)
+    self._send(self.x_TD, None, self.payload.x)
+    x_CD, _, origin_C = self._receive(self.payload.x)
+    self._reply(origin_C, None, None)
+    self._wait(RETURN)
+    return _Kept(self._run(x_CD, w13, w2, True)[1], origin_C)
+
+  def _run(self, x_CD: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> tuple[Tensor | Product, Any]:
+    """The grouped experts over this round's rows: results, and what backward needs."""
+    rdep = self.rdep
+    offset_L1 = (self.places.edge_RL1[rdep.rank] - self._low()).clamp(0, x_CD.shape[0]).int()
+    return rdep.ops.grouped_mlp_forward(x_CD, offset_L1, w13, w2, self.recipe, keep)
+
+  def _multiplied(
+    self, rows: Tensor | Product, origin_C: Tensor, gate_C: Tensor | None
+  ) -> Tensor | None:
+    """The rows that are to be replied; None if they are on their way already."""
+    if isinstance(rows, Product):
+      return self.exchange.multiply(rows, origin_C, gate_C)
+    return rows
+
+  def _next(self, number: int) -> None:
+    """Begin this pass's next trip, of the given round. The one before it must be over."""
+    trips = self.rdep.trips
+    assert self.rdep.done == trips[-1].number, (
+      "RDEP: a backward pass was left unfinished; use Tensor.backward"
+    )
+    self.trip, self.round = trips[-1].number + 1, number
+    trips.append(_Trip(self.trip, self.layer, self.phase, number, self.counts))
+
+  def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str) -> None:
+    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low(), format)
+
+  def _reply(self, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None) -> None:
+    self.exchange.reply(self.trip, origin_C, row_CD, gate_C, self.route, self._low())
+
+  def _receive(self, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    self._wait(DISPATCH)
+    return self.exchange.receive(self.exchange.capacity, format)
+
+  def _low(self) -> int:
+    """The first place of this round."""
+    return self.round * self.exchange.capacity
+
+  def _wait(self, kind: int) -> None:
+    late = self.exchange.wait(kind, self.trip)
+    if late:
+      raise CommError(self.rdep.post_mortem(kind, self.trip, late))
+    if kind == RETURN:
+      self.rdep.done = self.trip
+
+  def _check(self, expert_TK: Tensor) -> None:
+    (num_tokens, top_k), rows = expert_TK.shape, self.exchange.rows
+    if num_tokens * top_k > rows:
+      raise CommError(
+        f"rank {self.rdep.rank}, layer {self.layer}: {num_tokens} tokens of {top_k} experts do not "
+        f"fit the {rows} rows of train.micro_batch · data.seq_len · moe.top_k; raise "
+        "train.micro_batch or pass fewer tokens"
+      )

@@ -1,0 +1,1 @@
+"""What a model is worth: the held-out loss."""

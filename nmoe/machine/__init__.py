@@ -1,0 +1,1 @@
+"""The machine: which target it is, what works on it, which versions it has."""

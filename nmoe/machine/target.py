@@ -1,0 +1,157 @@
+"""The machine that a run computes on: checked and chosen once, before anything is allocated.
+
+The only place that asks what hardware there is, and the only one that imports by name, so that a
+machine without the CUDA packages never imports them. There is no fallback: a machine that is not
+what [target] asks for is a TargetError. `python -m nmoe.machine.target` prints each architecture's
+check.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+
+import torch
+
+from kernels.arch import ARCHS
+from nmoe.config.file import Config
+from nmoe.config.plan import peak_flops
+from nmoe.errors import ConfigError, TargetError
+from nmoe.machine.versions import installed, pip_line, requirements
+
+
+@dataclass(frozen=True)
+class Target:
+  arch: str
+  name: str  # of the processor, e.g. "NVIDIA B200"
+  device: torch.device
+  ops: ModuleType  # satisfies kernels.ops.Ops
+  peak_flops: float  # dense FLOP/s of a rank: the data sheet's, on a CPU what a product reached
+  symmetric: ModuleType | None = None  # RDEP's memory and row movers; None with one rank
+
+
+def select(config: Config, rank: int = 0) -> Target:
+  """The machine as [target] asks for it, with torch's determinism and threads set.
+
+  rank picks the GPU, modulo those visible. Raises TargetError: what was found, what is wanted, and
+  the line to change or the command to run.
+  """
+  t = config.target
+  name = examine(t.arch, config.launch.ranks)
+  package = "kernels.reference" if t.arch == "cpu" else "kernels.cuda"
+  ops = _import(package)
+  symmetric = _import(f"{package}.{_memory(config)}") if config.launch.ranks > 1 else None
+  device = torch.device("cpu")
+  if t.arch != "cpu":
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+  torch.use_deterministic_algorithms(t.deterministic)
+  torch.utils.deterministic.fill_uninitialized_memory = False
+  torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+  cores = len(os.sched_getaffinity(0))
+  torch.set_num_threads(config.launch.threads or max(1, cores // config.launch.ranks))
+  peak = peak_flops(config) or _measured_peak()
+  return Target(t.arch, name, device, ops, peak, symmetric)
+
+
+def examine(arch: str, ranks: int = 1) -> str:
+  """The name of this machine's processor if it is an `arch` with the packages that `ranks` need.
+
+  Raises TargetError otherwise. Looks only: nothing is allocated and no CUDA context is made.
+  """
+  if arch == "cpu":
+    return _cpu_name()
+  wanted = ARCHS[arch].capability
+  where = f'target.arch = "{arch}" needs a GPU of compute capability {wanted[0]}.{wanted[1]}'
+  if not torch.cuda.is_available():
+    raise TargetError(
+      f"{where}; torch {torch.__version__} finds no CUDA device. Run on such a machine, or set "
+      'arch = "cpu" under [target]'
+    )
+  name, found = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+  if found != wanted:
+    fitting = [a.name for a in ARCHS.values() if a.capability == found] or ["cpu"]
+    raise TargetError(
+      f"{where}; found {name} ({found[0]}.{found[1]}). Run on such a GPU, or set "
+      f'arch = "{fitting[0]}" under [target]'
+    )
+  _check_packages(where, ranks)
+  return name
+
+
+def _check_packages(where: str, ranks: int) -> None:
+  """TargetError unless the [cuda] extra is there in the pinned versions (NVSHMEM from 2 ranks)."""
+  extra = [r for r in requirements() if r.extra == "cuda"]
+  needed = [r for r in extra if ranks > 1 or "nvshmem" not in r.name]
+  wrong = [r for r in needed if not r.allows(installed(r.name))]
+  if wrong:
+    found = ", ".join(f"{r.name} {installed(r.name) or 'not installed'}" for r in wrong)
+    raise TargetError(
+      f"{where} and {', '.join(r.line for r in needed)}; found {found}. Run: {pip_line(wrong)}"
+    )
+
+
+def _import(package: str) -> ModuleType:
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise TargetError(
+      f"{package} cannot be imported: {error}. Run `nmoe doctor CONFIG` for what is missing"
+    ) from error
+
+
+def _memory(config: Config) -> str:
+  """The module of RDEP's memory: direct stores, or puts without peer access."""
+  if config.rdep.peer_access:
+    return "symmetric"
+  if config.target.arch == "cpu":
+    raise ConfigError('rdep.peer_access = false is for GPUs; with arch = "cpu" set it to true')
+  if config.rdep.alignment > 1:
+    raise ConfigError(
+      "rdep.peer_access = false puts rows without padding, but rdep.alignment is "
+      f"{config.rdep.alignment}; set it to 1"
+    )
+  return "puts"
+
+
+def _measured_peak(size: int = 768, tries: int = 5) -> float:
+  """FLOP/s of the best of a few fp32 products [size, size] on this rank's CPU threads."""
+  a = torch.ones(size, size)
+  a @ a
+  seconds = []
+  for _ in range(tries):
+    begin = perf_counter()
+    a @ a
+    seconds.append(perf_counter() - begin)
+  return 2 * size**3 / min(seconds)
+
+
+def _cpu_name() -> str:
+  """The model name that Linux reports, or the machine's type."""
+  info = Path("/proc/cpuinfo")
+  text = info.read_text(errors="replace") if info.is_file() else ""
+  model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+  return model[1] if model else platform.machine()
+
+
+def main() -> None:
+  """Write JSON: arch -> {"name": ...} or {"error": ...}."""
+  answers = {}
+  for arch in ("cpu", *ARCHS):
+    try:
+      answers[arch] = {"name": examine(arch)}
+    except TargetError as error:
+      answers[arch] = {"error": str(error)}
+  sys.stdout.write(json.dumps(answers) + "\n")
+
+
+if __name__ == "__main__":
+  main()

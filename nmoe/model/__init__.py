@@ -1,0 +1,1 @@
+"""The decoder, its router, its initial weights, its HuggingFace names."""

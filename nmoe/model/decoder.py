@@ -1,0 +1,420 @@
+"""The decoder: pre-norm DeepSeek blocks of latent attention and routed experts.
+
+Source: DeepSeek-V3, arXiv 2412.19437 section 2.1. Shape letters as in kernels/ops.py. Every hot
+operation goes through `ops`, a module that satisfies kernels.ops.Ops. (branch, residual) pass from
+block to block, so that each residual sum is fused with the norm that follows it. The forward pass
+never synchronises with the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kernels.copies import Copies
+from kernels.gradient import gradient
+from kernels.ops import Recipe, Routing
+from kernels.reference.blockscale import derive
+from nmoe.config.file import Config, ModelConfig, YarnConfig
+from nmoe.config.owners import is_matrix, parameter_group
+from nmoe.distributed.rdep import Rdep
+from nmoe.errors import ConfigError
+from nmoe.model.init import NormalInit
+from nmoe.model.router import Router, balance_loss, update_bias
+
+
+class ModelOutput(NamedTuple):
+  loss_sum: Tensor  # fp32 0-d: Σ of the token losses, in nats
+  loss_T: Tensor  # fp32 [B·S], no gradient; 0 where the target is -1
+  balance_loss: Tensor  # fp32 0-d: alpha · Σ over layers of the sequences' mean
+  count_LE: Tensor  # int32 [MoE layers, E]: tokens that this rank's batch sends to each expert
+
+
+class _Embedding(torch.autograd.Function):
+  """weight[token], whose gradient is summed over equal tokens in fp32 and rounded once.
+
+  torch's on a CPU sums in the weight's dtype: in bf16 the sum for a frequent token loses terms.
+  """
+
+  @staticmethod
+  def forward(ctx: Any, token_BS: Tensor, weight_VD: Tensor) -> Tensor:
+    ctx.save_for_backward(token_BS, weight_VD)
+    return F.embedding(token_BS, weight_VD)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dy_BSD: Tensor) -> tuple[None, Tensor | None]:
+    token_BS, weight_VD = ctx.saved_tensors
+    wide = torch.promote_types(dy_BSD.dtype, torch.float32)
+    vocab = weight_VD.shape[0]
+
+    def product(out: Tensor, add: bool) -> None:
+      rows = torch.ops.aten.embedding_dense_backward(dy_BSD.to(wide), token_BS, vocab, -1, False)
+      (out.add_ if add else out.copy_)(rows)
+
+    return None, gradient(weight_VD, product)
+
+
+class Linear(nn.Module):
+  """weight [O, I], no bias, multiplied in the arithmetic of `recipe`."""
+
+  def __init__(
+    self, in_dim: int, out_dim: int, dtype: torch.dtype, recipe: Recipe, ops: ModuleType
+  ):
+    super().__init__()
+    self.ops, self.recipe = ops, recipe
+    self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+
+  def forward(self, x: Tensor) -> Tensor:
+    return self.ops.linear(x, self.weight, self.recipe)
+
+
+class Norm(nn.Module):
+  """RMSNorm's weight [D]; with a residual, the sum comes first and is returned too."""
+
+  def __init__(self, dim: int, eps: float, dtype: torch.dtype, ops: ModuleType):
+    super().__init__()
+    self.ops, self.eps = ops, eps
+    self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+
+  def forward(self, x: Tensor) -> Tensor:
+    return self.ops.rms_norm(x, self.weight, self.eps)
+
+  def add(self, branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(branch + residual), branch + residual); branch None is zero."""
+    if branch is None:
+      return self(residual), residual
+    return self.ops.add_rms_norm(branch, residual, self.weight, self.eps)
+
+
+class Mlp(nn.Module):
+  """A dense SwiGLU block: w13 [2F, D] with interleaved gate and up rows, w2 [D, F]."""
+
+  def __init__(self, dim: int, width: int, dtype: torch.dtype, recipe: Recipe, ops: ModuleType):
+    super().__init__()
+    self.ops, self.recipe = ops, recipe
+    self.w13 = nn.Parameter(torch.empty(2 * width, dim, dtype=dtype))
+    self.w2 = nn.Parameter(torch.empty(dim, width, dtype=dtype))
+
+  def forward(self, x: Tensor) -> Tensor:
+    return self.ops.mlp(x, self.w13, self.w2, self.recipe)
+
+
+class Attention(nn.Module):
+  """Multi-head latent attention (2412.19437 Eq 1-11), with YaRN's softmax scale when extended."""
+
+  def __init__(self, config: Config, layer: int, ops: ModuleType):
+    super().__init__()
+    m, dtype = config.model, parameter_dtype(config)
+    self.ops, self.model = ops, m
+    self.scale = (m.qk_nope_dim + m.qk_rope_dim) ** -0.5 * softmax_mscale(config.yarn) ** 2
+
+    def linear(in_dim: int, out_dim: int, name: str) -> Linear:
+      return Linear(in_dim, out_dim, dtype, recipe_for(config, name, layer), ops)
+
+    q_dim = m.num_heads * (m.qk_nope_dim + m.qk_rope_dim)
+    if m.q_lora_rank:
+      self.q_a = linear(m.dim, m.q_lora_rank, "q")
+      self.q_norm = Norm(m.q_lora_rank, m.norm_eps, dtype, ops)
+      self.q_b = linear(m.q_lora_rank, q_dim, "q")
+    else:
+      self.q = linear(m.dim, q_dim, "q")
+    self.kv_a = linear(m.dim, m.kv_lora_rank + m.qk_rope_dim, "kv_a")
+    self.kv_norm = Norm(m.kv_lora_rank, m.norm_eps, dtype, ops)
+    self.kv_b = linear(m.kv_lora_rank, m.num_heads * (m.qk_nope_dim + m.v_dim), "kv_b")
+    self.o = linear(m.num_heads * m.v_dim, m.dim, "o")
+
+  def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    m = self.model
+    heads = (*x_BSD.shape[:2], m.num_heads, -1)
+    q = self.q_b(self.q_norm(self.q_a(x_BSD))) if m.q_lora_rank else self.q(x_BSD)
+    latent, k_rope = self.kv_a(x_BSD).split([m.kv_lora_rank, m.qk_rope_dim], dim=-1)
+    kv = self.kv_b(self.kv_norm(latent))
+    q, k, v = self.ops.mla_qkv(q.view(heads), kv.view(heads), k_rope, cos, sin, m.qk_rope_dim)
+    return self.o(self.ops.attention(q, k, v, self.scale).flatten(2))
+
+
+class Experts(nn.Module):
+  """The routed experts of this rank: w13 [E_local, 2F, D], w2 [E_local, D, F].
+
+  Rank r of R holds the global experts r·E/R … (r + 1)·E/R - 1.
+  """
+
+  def __init__(self, config: Config, layer: int, rdep: Any):
+    super().__init__()
+    dtype, e, dim = parameter_dtype(config), config.moe, config.model.dim
+    self.rdep, self.layer = rdep, layer
+    self.recipe = recipe_for(config, "experts", layer)
+    num_local = e.num_experts // rdep.num_ranks
+    self.first = num_local * rdep.rank
+    self.w13 = nn.Parameter(torch.empty(num_local, 2 * e.expert_dim, dim, dtype=dtype))
+    self.w2 = nn.Parameter(torch.empty(num_local, dim, e.expert_dim, dtype=dtype))
+
+  def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, shared: Mlp | None) -> Tensor:
+    """Σ_k gate · expert(x), plus shared(x): [T, D]."""
+    return self.rdep.experts(
+      x_TD, expert_TK, gate_TK, self.w13, self.w2, self.recipe, layer=self.layer, shared=shared
+    )
+
+
+class Moe(nn.Module):
+  """Router, routed experts, and the shared experts as one block of num_shared · expert_dim."""
+
+  def __init__(self, config: Config, layer: int, ops: ModuleType, rdep: Any):
+    super().__init__()
+    e, dim = config.moe, config.model.dim
+    self.router = Router(dim, e, ops)
+    self.experts = Experts(config, layer, rdep)
+    self.shared = None
+    if e.num_shared:
+      recipe = recipe_for(config, "shared", layer)
+      self.shared = Mlp(dim, e.num_shared * e.expert_dim, parameter_dtype(config), recipe, ops)
+
+  def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    """The output [B, S, D], and where the router sent the tokens."""
+    x_TD = x_BSD.flatten(0, 1)
+    routing = self.router(x_TD)
+    y_TD = self.experts(x_TD, routing.expert_TK, routing.gate_TK, self.shared)
+    return y_TD.view_as(x_BSD), routing
+
+
+class Block(nn.Module):
+  """One layer: attention, then a dense MLP or experts, each after its norm."""
+
+  def __init__(self, config: Config, layer: int, ops: ModuleType, rdep: Any):
+    super().__init__()
+    m, dtype = config.model, parameter_dtype(config)
+    self.attention_norm = Norm(m.dim, m.norm_eps, dtype, ops)
+    self.attention = Attention(config, layer, ops)
+    self.mlp_norm = Norm(m.dim, m.norm_eps, dtype, ops)
+    self.dense = layer < m.num_dense_layers
+    if self.dense:
+      self.mlp = Mlp(m.dim, m.dense_dim, dtype, recipe_for(config, "dense", layer), ops)
+    else:
+      self.moe = Moe(config, layer, ops, rdep)
+
+
+class Model(nn.Module):
+  """The decoder with its loss. Parameters are uninitialised until `init_weights`.
+
+  `ops` satisfies kernels.ops.Ops. `rdep` (nmoe.distributed.rdep; None: of one rank) runs the
+  experts and has `rank`, `num_ranks` and `experts`. Parameters are created on torch's default device, be it `meta`
+  with `to_empty` after.
+  """
+
+  def __init__(self, config: Config, ops: ModuleType, rdep: Any = None):
+    super().__init__()
+    m, dtype = config.model, parameter_dtype(config)
+    self.config, self.ops = config, ops
+    rdep = rdep or Rdep(config, ops)
+    self.embed = nn.Module()
+    self.embed.weight = nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
+    self.layers = nn.ModuleList(Block(config, i, ops, rdep) for i in range(m.num_layers))
+    self.quantized = _quantized(self.layers)
+    self.norm = Norm(m.dim, m.norm_eps, dtype, ops)
+    if not m.tie_embeddings:
+      self.head = nn.Module()
+      self.head.weight = nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
+    shape = (config.data.seq_len, m.qk_rope_dim // 2)
+    self.cos = nn.Buffer(torch.empty(shape, dtype=torch.float32), persistent=False)
+    self.sin = nn.Buffer(torch.empty(shape, dtype=torch.float32), persistent=False)
+
+  @property
+  def routers(self) -> list[Router]:
+    """The routers of the MoE layers, in the order of ModelOutput.count_LE."""
+    return [block.moe.router for block in self.layers if not block.dense]
+
+  @property
+  def head_weight(self) -> Tensor:
+    return self.embed.weight if self.config.model.tie_embeddings else self.head.weight
+
+  def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The normed last states [B, S, D]; of the MoE layers the scores [T, E], none if no balance
+    loss wants them, and the counts [E].
+    """
+    num_positions = tokens_BS.shape[1]
+    if num_positions > self.cos.shape[0]:
+      raise ConfigError(
+        f"sequences of {num_positions} tokens, but data.seq_len is {self.cos.shape[0]}; "
+        "raise data.seq_len"
+      )
+    cos, sin = self.cos[:num_positions], self.sin[:num_positions]
+    branch, residual = None, _Embedding.apply(tokens_BS, self.embed.weight)
+    scores, counts = [], []
+    for block in self.layers:
+      x, residual = block.attention_norm.add(branch, residual)
+      x, residual = block.mlp_norm.add(block.attention(x, cos, sin), residual)
+      if block.dense:
+        branch = block.mlp(x)
+      else:
+        branch, routing = block.moe(x)
+        scores += [routing.score_TE] if self.config.moe.balance_alpha else []
+        counts.append(routing.count_E)
+    return self.norm.add(branch, residual)[0], scores, counts
+
+  def forward(self, tokens_BS: Tensor, target_BS: Tensor) -> ModelOutput:
+    """Losses of tokens against targets, int64 [B, S]; a target of -1 is ignored."""
+    x_BSD, scores, counts = self.hidden(tokens_BS)
+    loss_sum, loss_T = self.ops.linear_cross_entropy(
+      x_BSD.flatten(0, 1), self.head_weight, target_BS.flatten(), self.config.train.loss_chunk
+    )
+    e, balance = self.config.moe, loss_sum.new_zeros(())
+    if scores:  # of all layers at once: many small operations, which are the host's time
+      losses_L = balance_loss(torch.stack(scores), tokens_BS.shape[0], e.top_k)
+      balance = e.balance_alpha * losses_L.sum()
+    empty_LE = torch.empty(0, e.num_experts, dtype=torch.int32, device=loss_T.device)
+    return ModelOutput(loss_sum, loss_T, balance, torch.stack(counts) if counts else empty_LE)
+
+  def logits(self, tokens_BS: Tensor) -> Tensor:
+    """The next-token logits [B, S, V] in the parameters' dtype, for short texts and tests."""
+    return self.ops.linear(self.hidden(tokens_BS)[0], self.head_weight, Recipe())
+
+  def set_forward_bf16(self, on: bool) -> None:
+    """Whether quantized products run forward in bf16 (precision.finish_tokens)."""
+    for module in self.quantized.values():
+      module.recipe = replace(module.recipe, forward_only_bf16=on)
+
+  def set_draw(self, *place: int) -> None:
+    """Draw stochastic rounding anew for the forward and backward pass that comes.
+
+    The noise is a function of train.seed, of these integers (step, micro-batch, rank) and of the
+    product, so a resumed run repeats it.
+    """
+    for i, module in enumerate(self.quantized.values()):
+      module.recipe = replace(module.recipe, draw=derive(*place, i))
+
+  @torch.no_grad()
+  def init_weights(self, seed: int) -> None:
+    """Matrices normal with std model.init_std, norms 1, router biases 0, and the RoPE tables.
+
+    Bit-equal on any device. A parameter depends on the seed, its name and its shape, an expert's
+    also on its global id: arms of an ablation, and runs on other numbers of ranks, share them.
+    """
+    m = self.config.model
+    normal = NormalInit(seed, m.init_std, self.cos.device)
+    for name, parameter in self.named_parameters():
+      if parameter.ndim == 1:
+        parameter.fill_(1.0)
+      elif parameter_group(name) == "expert":
+        first = self.get_submodule(name.rpartition(".")[0]).first
+        for i, matrix in enumerate(parameter):
+          normal.fill_(matrix, f"{name}.{first + i}")
+      else:
+        normal.fill_(parameter, name)
+    for router in self.routers:
+      router.bias.zero_()
+    cos, sin = rope_tables(m, self.config.yarn, self.config.data.seq_len)
+    self.cos.copy_(cos)
+    self.sin.copy_(sin)
+
+
+def _quantized(layers: nn.ModuleList) -> dict[tuple[int, str], Linear | Mlp | Experts]:
+  """The block-scaled modules by layer and product: the module's own name, "dense" for a block's."""
+  return {
+    (layer, "dense" if name == "mlp" else name.rpartition(".")[2]): module
+    for layer, block in enumerate(layers)
+    for name, module in block.named_modules()
+    if isinstance(module, (Linear, Mlp, Experts)) and module.recipe.format != "bf16"
+  }
+
+
+def copies_of(model: nn.Module) -> dict[str, Copies]:
+  """What keeps the quantized copies of a parameter, by its name."""
+  return {
+    f"{path}.{name}": module.recipe.copies
+    for path, module in model.named_modules()
+    if isinstance(module, (Linear, Mlp, Experts)) and module.recipe.copies is not None
+    for name, _ in module.named_parameters(recurse=False)
+  }
+
+
+def update_router_bias(model: Model, count_LE: Tensor, rate: float) -> None:
+  """One step of bias balancing from the step's global counts; see nmoe.model.router.update_bias."""
+  update_bias(model.routers, count_LE, rate)
+
+
+def parameter_dtype(config: Config) -> torch.dtype:
+  """fp32 for dtype = "fp32", else bf16 (the optimizer holds fp32 masters). Routers are fp32."""
+  return torch.float32 if config.target.dtype == "fp32" else torch.bfloat16
+
+
+def recipe_for(config: Config, name: str, layer: int) -> Recipe:
+  """The arithmetic of one module's products, and if quantized the keeper of its weights' copies.
+
+  `name` is "experts" or one of precision.linears' names.
+  """
+  t = config.target
+  if not config.quantizes(name, layer):
+    return Recipe()
+  return Recipe(t.dtype, emulate=t.emulate_blockscale, seed=config.train.seed, copies=Copies())
+
+
+def softmax_mscale(yarn: YarnConfig) -> float:
+  """YaRN's attention temperature; the softmax scale gets its square (2412.19437 section 4.3)."""
+  return 0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1.0
+
+
+def rope_tables(m: ModelConfig, yarn: YarnConfig, seq_len: int) -> tuple[Tensor, Tensor]:
+  """cos and sin, fp32 [S, rope / 2] on the CPU; frequencies by YaRN (arXiv 2309.00071)."""
+  half = m.qk_rope_dim // 2
+  j = torch.arange(half, dtype=torch.float64)
+  frequency = m.rope_theta ** (-j / half)
+  if yarn.factor > 1:
+
+    def dim_of(rotations: float) -> float:
+      wavelength = yarn.original_seq_len / (2 * math.pi * rotations)
+      return half * math.log(wavelength) / math.log(m.rope_theta)
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), m.qk_rope_dim - 1)
+    ramp = ((j - low) / max(high - low, 1e-3)).clamp(0, 1)
+    frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
+  angle = torch.arange(seq_len, dtype=torch.float64)[:, None] * frequency
+  return angle.cos().float(), angle.sin().float()
+
+
+class Rows(NamedTuple):
+  """A logical matrix inside a stored weight: the rows r with start <= r mod period < stop."""
+
+  period: int
+  start: int
+  stop: int
+
+  def view(self, weight: Tensor) -> Tensor:
+    """A writable view [..., O / period, stop - start, I] of weight [..., O, I].
+
+    Its flatten(-3, -2) is the matrix.
+    """
+    return weight.unflatten(-2, (-1, self.period))[..., self.start : self.stop, :]
+
+
+def matrix_blocks(name: str, shape: tuple[int, ...], config: Config) -> tuple[Rows, ...]:
+  """The logical matrices in a parameter [..., O, I] that Muon orthogonalises one by one.
+
+  Leading dims (experts) are a batch. The matrices are those of the equations, not of the storage
+  (2412.19437 Eq 1-9): q into W_UQ and W_QR, kv_a into W_DKV and W_KR, kv_b into W_UK and W_UV, each
+  with the rows of all its heads (blocks of one head are the unstable case of arXiv 2502.16982), and
+  w13 into gate and up. () for what stays with AdamW: norms, embedding, head, router.
+  """
+  m = config.model
+  if not is_matrix(name, shape):
+    return ()
+  part = name.removesuffix(".weight").rpartition(".")[2]
+  sizes = {
+    "q": (m.qk_nope_dim, m.qk_rope_dim),
+    "q_b": (m.qk_nope_dim, m.qk_rope_dim),
+    "kv_a": (m.kv_lora_rank, m.qk_rope_dim),
+    "kv_b": (m.qk_nope_dim, m.v_dim),
+    "w13": (1, 1),
+  }.get(part)
+  if sizes is None:
+    return (Rows(shape[-2], 0, shape[-2]),)
+  first, second = sizes
+  return (Rows(first + second, 0, first), Rows(first + second, first, first + second))

@@ -1,0 +1,1 @@
+"""What a run leaves: experiments (SQLite), metrics (DuckDB), checkpoints."""
