@@ -205,8 +205,8 @@ class Model(nn.Module):
   """The decoder with its loss. Parameters are uninitialised until `init_weights`.
 
   `ops` satisfies kernels.ops.Ops. `rdep` (nmoe.distributed.rdep; None: of one rank) runs the
-  experts and has `rank`, `num_ranks` and `experts`. Parameters are created on torch's default device, be it `meta`
-  with `to_empty` after.
+  experts and has `rank`, `num_ranks` and `experts`. Parameters are created on torch's default
+  device, be it `meta` with `to_empty` after.
   """
 
   def __init__(self, config: Config, ops: ModuleType, rdep: Any = None):

@@ -1,8 +1,8 @@
 """The step loop: load → forward → loss → backward → clip → step → log → checkpoint.
 
 `python -m nmoe.train.loop --root ROOT --run RUN_ID` executes one recorded run, from its last
-checkpoint if it has one. Stage runners start it as a child process and learn its outcome from the experiment
-database; at every log it prints one JSON line of progress.
+checkpoint if it has one. Stage runners start it as a child process and learn its outcome from the
+experiment database; at every log it prints one JSON line of progress.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The optimizer: AdamW and Muon over every parameter, with fp32 masters and rates per group.
 
 Groups are "dense", "router" and "expert" (nmoe.config.owners.parameter_group); each has its own
-learning rate and weight decay, and 1-D parameters (norms) have no decay. Router biases are buffers: nothing
-here touches them. Matrices go to Muon where the configuration says so, one logical block at a time
-(nmoe.model.decoder.matrix_blocks); torch.optim.Muon takes whole 2-D parameters only, so the update
-is ours, and equals torch's on a plain matrix.
+learning rate and weight decay, and 1-D parameters (norms) have no decay. Router biases are buffers:
+nothing here touches them. Matrices go to Muon where the configuration says so, one logical block at
+a time (nmoe.model.decoder.matrix_blocks); torch.optim.Muon takes whole 2-D parameters only, so the
+update is ours, and equals torch's on a plain matrix.
 
 Where ranks share a parameter, each keeps and updates the rows it owns (nmoe.config.owners).
 
@@ -169,7 +169,8 @@ class Optimizer:
     """Update the rows of this rank and drop all gradients.
 
     lr_factor multiplies the learning rates (nmoe.train.schedule). grad_scale, 0-d fp32 on the
-    device, multiplies the gradients (`clip_factor`); if it is NaN, parameters and moments stay as they are.
+    device, multiplies the gradients (`clip_factor`); if it is NaN, parameters and moments stay as
+    they are.
     """
     self.steps += 1
     for batch in self.adamw.values():
