@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kernels import build
 from kernels.arch import environment
+from kernels.tools import build
 from nmoe.config.file import Config
 
 GRACE_S = 30.0  # a rank may live this long after another one failed, and then after SIGTERM

@@ -4,8 +4,8 @@ The operations themselves are called, forward and backward, on meta tensors of t
 what they would launch is compiled, put into the architecture's cache folder and not launched. So
 the list of kernels can't drift from what training uses.
 
-Run as `python -m kernels.cuda.build` by kernels.build; the process must have the environment of
-kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is inspected as well.
+Run as `python -m kernels.cuda.build` by kernels.tools.build; the process must have the environment
+of kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is inspected as well.
 Operations are shared among worker processes, forked when all is imported; the cache lets one of
 them compile a kernel that several need.
 """
@@ -32,10 +32,10 @@ import quack.cache.async_compile as async_compile
 import torch
 from torch.library import CustomOpDef
 
-from kernels.build import Shapes
 from kernels.cuda import jit
 from kernels.cuda.jobs import jobs
-from kernels.inspect import Inspection, inspect
+from kernels.tools.build import Shapes
+from kernels.tools.inspect import Inspection, inspect
 
 
 class _NotLaunched:

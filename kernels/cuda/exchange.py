@@ -12,7 +12,8 @@ queued on the current stream and nothing waits for the host.
                (kernels.cuda.scatter), and no reply reads and writes them again
   reply        a warp stores a row at its origin; then one block signals
 
-One H200, both ranks' buffers in its memory, 196,402 rows, D 2048, F 1408 (`kernels.bench return`):
+One H200, both ranks' buffers in its memory, 196,402 rows, D 2048, F 1408 (`kernels.tools.bench
+return`):
   rows of                           y          dx
   product alone                     1.64 ms    3.14 ms
   product, then reply on 32 SMs     3.42 ms    5.08 ms
@@ -74,7 +75,7 @@ from kernels.cuda.signals import (
   compile_wait,
 )
 from kernels.ops import Product, check
-from kernels.reference.places import Places
+from kernels.places import Places
 
 THREADS = 512
 WARPS = THREADS // 32

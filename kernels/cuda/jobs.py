@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.buffers import COUNTS, PAYLOADS, BufferLayout, Buffers, Route
-from kernels.build import Shapes
 from kernels.copies import Copies
 from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
@@ -33,6 +32,7 @@ from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
 from kernels.ops import Product, Recipe, RouterSpec
 from kernels.reference.blockscale import quantize_rows
+from kernels.tools.build import Shapes
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GRADIENTS = ("bf16", "fp32", "added")  # of weights: in bf16, made in fp32, added to one in fp32

@@ -1,4 +1,4 @@
-"""kernels.reference.places in one kernel: what a rank does between the counts and its first row.
+"""kernels.places in one kernel: what a rank does between the counts and its first row.
 
 One block. A thread per expert sums the counts of all ranks; then it sums the padded totals of its
 owner's experts before it, from shared memory, and writes the places of all ranks' rows for it.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.cuda.jit import cached, check_device, compile_kernel, fake
 from kernels.ops import check
-from kernels.reference.places import Places
+from kernels.places import Places
 
 THREADS = 256
 
@@ -69,7 +69,7 @@ def compile_places(num_experts: int):
 
 
 def places(count_RE: Tensor, alignment: int) -> tuple[Tensor, Places]:
-  """(count_RE in int64, see kernels.reference.places.places). count_RE int32; R divides E."""
+  """(count_RE in int64, see kernels.places.places). count_RE int32; R divides E."""
   check_device(count_RE.device)
   ranks, experts = count_RE.shape
   check(experts % ranks == 0, f"{experts} experts cannot lie on {ranks} ranks alike")

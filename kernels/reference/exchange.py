@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route, row_parts
 from kernels.ops import Product
+from kernels.places import Places, places
 from kernels.reference.blockscale import BLOCK, BlockScaled, quantize_rows
-from kernels.reference.places import Places, places
 from kernels.reference.products import multiply
 
 YIELDS = 200  # polls that only yield the core; later ones sleep

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.buffers import DISPATCH, RETURN, Route
 from kernels.ops import Product, Recipe
-from kernels.reference.places import places
+from kernels.places import places
 from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.distributed import parallel

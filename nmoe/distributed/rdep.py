@@ -64,8 +64,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
 from kernels.ops import Product, Recipe
+from kernels.places import places
 from kernels.reference.blockscale import quantize_rows
-from kernels.reference.places import places
 from nmoe.config.file import Config
 from nmoe.distributed.heap import Heap, buffer_layout
 from nmoe.errors import CommError

@@ -25,8 +25,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from kernels.flight import Flight, flight, flight_sums
 from kernels.ops import Operand
-from kernels.reference.flight import Flight, flight, flight_sums
 from nmoe.model.decoder import Experts, Linear, Model
 
 Leg = tuple[int, str, str]  # layer, product, leg

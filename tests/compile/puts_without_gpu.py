@@ -15,8 +15,8 @@ from kernels import reference
 from kernels.buffers import DISPATCH, BufferLayout, Buffers, Route
 from kernels.cuda import exchange as direct
 from kernels.cuda import jit, puts
+from kernels.places import places
 from kernels.reference.exchange import Exchange
-from kernels.reference.places import places
 
 R, HELD, K, D, ROWS = 3, 2, 2, 8, 12
 E = R * HELD

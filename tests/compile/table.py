@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from kernels.arch import ARCHS
-from kernels.build import Shapes, build
+from kernels.tools.build import Shapes, build
 
 TABLE = Path(__file__).parent / "kernels.csv"
 COLUMNS = "arch job kernel registers shared stores loads mma".split()

@@ -10,7 +10,7 @@ import pytest
 import table
 
 from kernels.arch import ARCHS, environment
-from kernels.build import build, start
+from kernels.tools.build import build, start
 
 pytestmark = pytest.mark.compile
 

@@ -13,9 +13,9 @@ from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.layout import layout
 from kernels.cuda.rows import CODES
 from kernels.ops import Product, Recipe
+from kernels.places import places
 from kernels.reference.blockscale import quantize_rows
 from kernels.reference.exchange import Exchange as ReferenceExchange
-from kernels.reference.places import places
 
 pytestmark = pytest.mark.gpu
 RANKS, E, K, D, F, TOKENS = 2, 8, 3, 320, 136, 600

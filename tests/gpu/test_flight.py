@@ -5,9 +5,9 @@ import torch
 
 from gpu.oracle import normal
 from kernels.cuda.experts import grouped_mlp
+from kernels.flight import flight_sums
 from kernels.ops import Recipe
 from kernels.reference import grouped_mlp as reference
-from kernels.reference.flight import flight_sums
 
 pytestmark = pytest.mark.gpu
 

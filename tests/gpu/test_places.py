@@ -3,7 +3,7 @@ import torch
 
 from kernels.cuda.places import places
 from kernels.ops import KernelError
-from kernels.reference.places import places as definition
+from kernels.places import places as definition
 
 pytestmark = pytest.mark.gpu
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from gpu.oracle import ONE, compare, relative
-from kernels.bench import Moe, MoeLayer, kept
 from kernels.cuda.router import logit_parts, padded, route
 from kernels.ops import KernelError, RouterSpec
+from kernels.tools.bench import Moe, MoeLayer, kept
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from labs import Lab
 
-from kernels import build
+from kernels.tools import build
 from stages import launch
 
 

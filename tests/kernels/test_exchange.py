@@ -11,8 +11,8 @@ from torch import Tensor
 
 import kernels.reference as ops
 from kernels.buffers import BufferLayout, Route
+from kernels.places import places
 from kernels.reference import exchange
-from kernels.reference.places import places
 
 K = 2
 

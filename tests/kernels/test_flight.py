@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.flight import Flight, flight, flight_sums
 from kernels.ops import Operand, Recipe
 from kernels.reference import grouped_mlp, linear, quantize
 from kernels.reference.blockscale import signs
-from kernels.reference.flight import Flight, flight, flight_sums
 
 
 def operand(x, format, offsets=None, **how):

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from kernels import inspect
 from kernels.ops import KernelError
+from kernels.tools import inspect
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;

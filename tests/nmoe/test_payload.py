@@ -18,6 +18,7 @@ from torch import Tensor
 import kernels.reference as ops
 from kernels.buffers import PAYLOADS, BufferLayout, Buffers, Route, row_bytes
 from kernels.ops import KernelError, Recipe
+from kernels.places import places
 from kernels.reference import symmetric
 from kernels.reference.blockscale import (
   BLOCK,
@@ -31,7 +32,6 @@ from kernels.reference.blockscale import (
   unpack,
 )
 from kernels.reference.exchange import Exchange
-from kernels.reference.places import places
 from nmoe.config.file import Config, loads
 from nmoe.distributed.rdep import Rdep
 from nmoe.model.decoder import Model

@@ -1,9 +1,9 @@
 """The MoE layer beside SonicMoE's (PyPI sonic-moe 0.1.2.post1), which is installed for this alone:
-python -m kernels.bench_sonic [--rest MS].
+python -m kernels.tools.bench_sonic [--rest MS].
 
 Both layers get the same tokens, weights and output gradients and route them by themselves:
 SonicMoE by a bf16 softmax router, ours by an fp32 sigmoid one with a bias. Rows as in
-kernels.bench, interleaved with the dense peak; then the bytes that each keeps for backward.
+kernels.tools.bench, interleaved with the dense peak; then the bytes that each keeps for backward.
 
 SonicMoE's first call of a shape tries QuACK's tiles, for minutes. Here it tries those that
 kernels.cuda.gemms chooses from, of all kinds: whatever won in its own full search (one H100, T
@@ -25,9 +25,9 @@ from sonicmoe.enums import ActivationType
 from sonicmoe.functional import moe_TC_softmax_topk_layer
 from torch import Tensor
 
-from kernels.bench import MOES, MoeLayer, arguments, kept, report, rows
 from kernels.cuda.gemms import CHOICES
 from kernels.cuda.jit import ARCH
+from kernels.tools.bench import MOES, MoeLayer, arguments, kept, report, rows
 
 
 class Sonic:

@@ -132,7 +132,7 @@ def stamp(shapes: Shapes, arch: str, cache_root: str | Path) -> Path:
   for package in ("nvidia-cutlass-dsl", "quack-kernels", "flash-attn-4"):
     found = (one.version for one in metadata.distributions(name=package))
     h.update(f"{package} {next(found, None)}".encode())
-  for source in sorted(Path(__file__).parent.rglob("*.py")):
+  for source in sorted(Path(__file__).parents[1].rglob("*.py")):
     h.update(source.read_bytes())
   return Path(cache_root) / arch / "built" / h.hexdigest()[:16]
 

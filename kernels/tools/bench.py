@@ -1,4 +1,5 @@
-"""Speed of the cuda kernels: python -m kernels.bench [--rest MS] [moe | return | loss | ...] ...
+"""Speed of the cuda kernels: python -m kernels.tools.bench [--rest MS] [moe | return | loss | ...]
+...
 
 The process needs the environment of kernels.arch.environment. Every number is a median of
 interleaved runs with CUDA events after a warm-up, on inputs that rotate past the L2, beside the

@@ -1,0 +1,1 @@
+"""Measuring, compiling ahead of time and reading what was compiled."""
