@@ -4,7 +4,7 @@ Every rank owns one block of this layout, at the same offsets; a peer writes int
 ranks, E experts of all ranks, C rows that a rank receives in one round, N = T·K rows that a rank
 sends, D width.
 
-Rows are dispatched as they are or packed, each by itself (kernels.reference.blockscale), in bytes:
+Rows are dispatched as they are or packed, each by itself (kernels.formats), in bytes:
   "fp8"    D codes E4M3, then their D / 32 scales E8M0, one per 32 neighbouring elements
   "nvfp4"  D / 2 pairs of codes E2M1, the row's own scale in fp32, then D / 16 scales E4M3
 NVFP4's scale per tensor would need the largest magnitude of all ranks' rows before the first of
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.formats import BLOCK
 from kernels.ops import Layout, check
-from kernels.reference.blockscale import BLOCK
 
 ALIGNMENT = 256  # bytes: of every buffer's start; whole cache lines and vector stores on any device
 SIGNAL_STRIDE = (

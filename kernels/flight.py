@@ -21,17 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.formats import E2M1, E4M3, BlockScaled, block_amax, decode, decode_e8m0, rotate, spread
 from kernels.ops import Operand
-from kernels.reference.blockscale import (
-  E2M1,
-  E4M3,
-  BlockScaled,
-  block_amax,
-  decode,
-  decode_e8m0,
-  rotate,
-  spread,
-)
 
 SUMS = ("signal", "noise", "elements", "saturated", "blocks", "lost")
 ROUNDING = 1 + 2.0**-16  # of the largest value: saturation is more than a rounded scale

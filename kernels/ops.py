@@ -52,7 +52,7 @@ class Operand(NamedTuple):
   leg: str  # "fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x" or "wgrad_dy"
   salt: int  # the product within the operation: 0 is a linear's or w13's, 1 is w2's
   x: Tensor  # before quantization: sorted rows [N', C] or weights [E, R, C]
-  quantized: Any  # its BlockScaled (kernels.reference.blockscale)
+  quantized: Any  # its BlockScaled (kernels.formats)
   offset_E1: Sequence[int] | Tensor | None  # the experts' rows in x; None for weights
   hadamard: int | None  # the seed of the rotation that came before quantization
 
@@ -244,7 +244,8 @@ class Ops(Protocol):
   ):
     """Block-scale x [..., R, C] along axis -1 or -2, to "fp8" or "nvfp4". Not differentiable.
 
-    kernels.reference.blockscale defines the formats, the arguments and the result, a BlockScaled.
+    kernels.formats defines the formats and the result, a BlockScaled;
+    kernels.reference.blockscale the arguments.
     """
 
 

@@ -44,8 +44,8 @@ from kernels.cuda.jit import (
   load_vector,
   vector_at,
 )
+from kernels.formats import BLOCK, BlockScaled, derive, signs
 from kernels.ops import check
-from kernels.reference.blockscale import BLOCK, BlockScaled, derive, signs
 
 THREADS = 256
 WIDTH = 8  # elements of a row that a thread owns

@@ -30,8 +30,8 @@ from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.cuda.optim import adamw, newton_schulz
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
+from kernels.formats import quantize_rows
 from kernels.ops import Product, Recipe, RouterSpec
-from kernels.reference.blockscale import quantize_rows
 from kernels.tools.build import Shapes
 
 BF16, FP32 = torch.bfloat16, torch.float32

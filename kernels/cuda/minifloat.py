@@ -1,4 +1,4 @@
-"""Device code of the block-scaled formats' arithmetic; kernels.reference.blockscale defines it.
+"""Device code of the block-scaled formats' arithmetic; kernels.formats defines it.
 
 Every fp32 operation is one PTX instruction with round-to-nearest and subnormals, so that no
 compiler flag can change a bit, and the same code runs on every architecture.
@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint16, Uint32, const_expr
 
 from kernels.cuda.jit import ARCH
-from kernels.reference.blockscale import SMALLEST_ROW_SCALE
+from kernels.formats import SMALLEST_ROW_SCALE
 
 FINITE = 0x7F800000  # magnitudes below it are finite
 E4M3_NAN = 0x7F

@@ -63,8 +63,8 @@ from kernels.cuda.jit import (
   store_vector,
 )
 from kernels.cuda.squares import write_squares
+from kernels.formats import BLOCK
 from kernels.ops import check, check_same_device
-from kernels.reference.blockscale import BLOCK
 
 THREADS = 256
 WIDTH = 8

@@ -33,10 +33,10 @@ from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
 from kernels.cuda.blockscale import Operand as Quantized
 from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
+from kernels.formats import BLOCK, BlockScaled, derive
 from kernels.gradient import gradient
 from kernels.ops import Operand, Recipe, check
 from kernels.ragged import gather, moved
-from kernels.reference.blockscale import BLOCK, BlockScaled, derive
 from kernels.reference.swiglu import swiglu
 
 ALIGNMENT = 32  # of D and F: whole blocks along every summed dimension

@@ -15,7 +15,7 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from kernels.buffers import row_parts
 from kernels.cuda import minifloat as mf
 from kernels.cuda.jit import VECTOR_BYTES, load_vector
-from kernels.reference.blockscale import BLOCK
+from kernels.formats import BLOCK
 
 CODES = 16  # elements of a packed row that a lane holds
 

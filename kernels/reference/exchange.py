@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route, row_parts
+from kernels.formats import BLOCK, BlockScaled, quantize_rows
 from kernels.ops import Product
 from kernels.places import Places, places
-from kernels.reference.blockscale import BLOCK, BlockScaled, quantize_rows
+from kernels.reference.blockscale import quantize
 from kernels.reference.products import multiply
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
@@ -185,7 +186,7 @@ class Exchange:
 
 def packed(x_TD: Tensor, format: str) -> Tensor:
   """uint8 [T, …]: the rows' bytes without padding, as kernels.buffers orders them."""
-  q = quantize_rows(x_TD, format)
+  q = quantize_rows(x_TD, format, quantize)
   parts = (q.data, q.scale) if q.tensor_scale is None else (q.data, q.tensor_scale, q.scale)
   return torch.cat([part.view(torch.uint8) for part in parts], 1)
 

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.formats import BLOCK, BlockScaled, derive
 from kernels.ops import Operand, Product, Recipe, check
-from kernels.reference.blockscale import BLOCK, BlockScaled, derive, quantize
+from kernels.reference.blockscale import quantize
 from kernels.reference.dtypes import wide
 
 

@@ -63,9 +63,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
+from kernels.formats import quantize_rows
 from kernels.ops import Product, Recipe
 from kernels.places import places
-from kernels.reference.blockscale import quantize_rows
 from nmoe.config.file import Config
 from nmoe.distributed.heap import Heap, buffer_layout
 from nmoe.errors import CommError

@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.copies import Copies
+from kernels.formats import derive
 from kernels.gradient import gradient
 from kernels.ops import Recipe, Routing
-from kernels.reference.blockscale import derive
 from nmoe.config.file import Config, ModelConfig, YarnConfig
 from nmoe.config.owners import is_matrix, parameter_group
 from nmoe.distributed.rdep import Rdep

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from kernels import formats
 from kernels.ops import KernelError
 from kernels.reference import blockscale as bs
 from kernels.reference import quantize
@@ -27,7 +28,7 @@ def table(exponent_bits, mantissa_bits, bias):
 
 E4M3 = table(4, 3, 7)[:127]  # the last code is NaN
 E2M1 = table(2, 1, 1)
-KINDS = {"E4M3": (bs.E4M3, E4M3, 0x80), "E2M1": (bs.E2M1, E2M1, 0x08)}
+KINDS = {"E4M3": (formats.E4M3, E4M3, 0x80), "E2M1": (formats.E2M1, E2M1, 0x08)}
 
 
 def nearest(values, positive):
@@ -57,7 +58,7 @@ def test_the_tables_are_the_formats():
 def test_every_code_decodes_to_its_value_and_back(name):
   kind, positive, sign = KINDS[name]
   codes = torch.arange(2 * sign, dtype=torch.uint8)
-  values = bs.decode(codes, kind).numpy()
+  values = formats.decode(codes, kind).numpy()
   expected = np.append(positive, [np.nan] * (sign - len(positive)))
   np.testing.assert_array_equal(values[:sign], expected.astype(np.float32))
   np.testing.assert_array_equal(values[sign:], -expected.astype(np.float32))
@@ -81,7 +82,7 @@ def test_ties_go_to_the_even_code_and_their_neighbours_to_the_nearest(name):
 
 def test_the_ties_of_e2m1_by_hand():
   ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
-  assert E2M1[encode(ties, bs.E2M1)].tolist() == [0, 1, 1, 2, 2, 4, 4]
+  assert E2M1[encode(ties, formats.E2M1)].tolist() == [0, 1, 1, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -104,8 +105,8 @@ def test_encoding_is_the_nearest_value_near_one(name, numbers):
 
 def test_saturation_infinities_and_nan():
   values = np.array([448, 449, 1e30, np.inf, -np.inf, -1e9, np.nan], np.float32)
-  assert encode(values, bs.E4M3).tolist() == [0x7E] * 4 + [0xFE] * 2 + [0x7F]
-  assert encode(values, bs.E2M1).tolist() == [7] * 4 + [15] * 2 + [7]
+  assert encode(values, formats.E4M3).tolist() == [0x7E] * 4 + [0xFE] * 2 + [0x7F]
+  assert encode(values, formats.E2M1).tolist() == [7] * 4 + [15] * 2 + [7]
 
 
 def test_e4m3_agrees_with_torch_s_cast_where_that_is_finite():
@@ -113,12 +114,12 @@ def test_e4m3_agrees_with_torch_s_cast_where_that_is_finite():
     torch.randn(100_000, generator=torch.Generator().manual_seed(0)).mul(4).exp().clamp(max=448)
   )
   cast = values.to(torch.float8_e4m3fn).view(torch.uint8)
-  assert torch.equal(bs.encode(values, bs.E4M3), cast)
+  assert torch.equal(bs.encode(values, formats.E4M3), cast)
 
 
 def test_every_e8m0_code():
   codes = torch.arange(256, dtype=torch.uint8)
-  values = bs.decode_e8m0(codes)
+  values = formats.decode_e8m0(codes)
   assert values[:255].double().tolist() == [2.0 ** (c - 127) for c in range(255)]
   assert values[255].isnan()
 
@@ -130,7 +131,7 @@ def test_every_e8m0_code():
 @example(2.0**-149)
 @example(3.4028234663852886e38)
 def test_mxfp8_s_scale_is_the_smallest_power_that_saturates_nothing(amax):
-  scale = Fraction(float(bs.decode_e8m0(bs.scale_e8m0(torch.tensor([amax])))))
+  scale = Fraction(float(formats.decode_e8m0(formats.scale_e8m0(torch.tensor([amax])))))
   assert Fraction(amax) <= 448 * scale
   assert scale == Fraction(2) ** -127 or Fraction(amax) > 448 * scale / 2
 
@@ -206,7 +207,7 @@ def test_nvfp4_follows_its_definition(x, how, tensor_amax):
   amax = None if tensor_amax is None else torch.tensor(tensor_amax)
   q = quantize(torch.from_numpy(x), "nvfp4", axis=axis, square=square, tensor_amax=amax)
   codes, scales, tensor_scale = nvfp4(x, axis, square, tensor_amax)
-  np.testing.assert_array_equal(bs.unpack(q.data, axis).numpy(), codes)
+  np.testing.assert_array_equal(formats.unpack(q.data, axis).numpy(), codes)
   for place, code in scales.items():
     assert q.scale.view(torch.uint8)[place] == code
   assert np.float32(q.tensor_scale.item()) == tensor_scale
@@ -248,7 +249,7 @@ def test_values_are_exact_in_bf16():
 def test_packing(codes, axis):
   codes = torch.from_numpy(codes)
   packed = bs.pack(codes, axis)
-  assert torch.equal(bs.unpack(packed, axis), codes)
+  assert torch.equal(formats.unpack(packed, axis), codes)
   first = codes[0, :2] if axis == -1 else codes[:2, 0]
   assert packed[0, 0] == first[0] + 16 * first[1]
 
@@ -323,7 +324,7 @@ def test_random_bits_are_uniform_and_independent_of_the_neighbouring_seed():
 def test_stochastic_rounding_by_hand():
   values = np.linspace(-6, 6, 97).astype(np.float32)
   random = bs.random_bits(9, torch.Size([97]), torch.device("cpu"))
-  codes = encode(values, bs.E2M1, random)
+  codes = encode(values, formats.E2M1, random)
   for i, value in enumerate(np.abs(values)):
     low = int(np.searchsorted(E2M1, value, side="right")) - 1
     high = min(low + 1, 7)
@@ -357,13 +358,13 @@ def test_stochastic_rounding_leaves_representable_values_alone():
 def hadamard(seed):
   """diag(signs) · H / 4 from the parity of i & j."""
   parity = [[bin(i & j).count("1") % 2 for j in range(16)] for i in range(16)]
-  return np.diag(bs.signs(seed)) @ np.where(parity, -1.0, 1.0) / 4
+  return np.diag(formats.signs(seed)) @ np.where(parity, -1.0, 1.0) / 4
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_rotation_is_the_signed_hadamard_matrix(axis):
   x = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(2))
-  rotated = bs.rotate(x, 7, axis)
+  rotated = formats.rotate(x, 7, axis)
   groups = x.double().movedim(axis, -1).unflatten(-1, (-1, 16)) @ torch.from_numpy(hadamard(7))
   expected = groups.flatten(-2).movedim(-1, axis)
   torch.testing.assert_close(rotated.double(), expected, rtol=1e-5, atol=1e-6)
@@ -371,22 +372,22 @@ def test_rotation_is_the_signed_hadamard_matrix(axis):
 
 def test_rotation_keeps_products_and_has_the_run_s_signs():
   a, b = torch.randn(64, 8, dtype=torch.float32), torch.randn(64, 6, dtype=torch.float32)
-  product = bs.rotate(a, 5, -2).double().T @ bs.rotate(b, 5, -2).double()
+  product = formats.rotate(a, 5, -2).double().T @ formats.rotate(b, 5, -2).double()
   torch.testing.assert_close(product, a.double().T @ b.double(), rtol=1e-5, atol=1e-5)
-  signs = {tuple(bs.signs(seed)) for seed in range(20)}
+  signs = {tuple(formats.signs(seed)) for seed in range(20)}
   assert len(signs) == 20 and {abs(s) for row in signs for s in row} == {1.0}
 
 
 def test_rotation_spreads_an_outlier():
   x = torch.zeros(16, 1)
   x[3] = 16.0
-  assert torch.equal(bs.rotate(x, 0, -2).abs(), torch.full((16, 1), 4.0))
+  assert torch.equal(formats.rotate(x, 0, -2).abs(), torch.full((16, 1), 4.0))
 
 
 def test_wgrad_scales_are_of_the_rotated_tensor():
   x = torch.randn(32, 4)
   q = quantize(x, "nvfp4", axis=-2, hadamard=1)
-  plain = quantize(bs.rotate(x, 1, -2), "nvfp4", axis=-2)
+  plain = quantize(formats.rotate(x, 1, -2), "nvfp4", axis=-2)
   assert torch.equal(q.data, plain.data) and q.tensor_scale == plain.tensor_scale
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kernels.flight import Flight, flight, flight_sums
+from kernels.formats import signs
 from kernels.ops import Operand, Recipe
 from kernels.reference import grouped_mlp, linear, quantize
-from kernels.reference.blockscale import signs
 
 
 def operand(x, format, offsets=None, **how):

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kernels.formats import derive
 from kernels.ops import KernelError, Recipe, RouterSpec
 from kernels.reference import combine, experts, grouped_mlp, layout, linear, mlp, quantize, route
-from kernels.reference.blockscale import derive
 from kernels.reference.products import block_scaled_product
 
 FP8, NVFP4 = Recipe("fp8", emulate=True), Recipe("nvfp4", emulate=True, seed=11, draw=5)

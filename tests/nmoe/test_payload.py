@@ -17,20 +17,20 @@ from torch import Tensor
 
 import kernels.reference as ops
 from kernels.buffers import PAYLOADS, BufferLayout, Buffers, Route, row_bytes
-from kernels.ops import KernelError, Recipe
-from kernels.places import places
-from kernels.reference import symmetric
-from kernels.reference.blockscale import (
+from kernels.formats import (
   BLOCK,
   E2M1,
   E4M3,
   BlockScaled,
   block_amax,
   decode,
-  quantize,
   quantize_rows,
   unpack,
 )
+from kernels.ops import KernelError, Recipe
+from kernels.places import places
+from kernels.reference import symmetric
+from kernels.reference.blockscale import quantize
 from kernels.reference.exchange import Exchange
 from nmoe.config.file import Config, loads
 from nmoe.distributed.rdep import Rdep
@@ -109,7 +109,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def through(x: Tensor, format: str) -> Tensor:
-  return quantize_rows(x, format).dequantize(x.dtype)
+  return quantize_rows(x, format, quantize).dequantize(x.dtype)
 
 
 def finite(seed: int, spread: int) -> Tensor:
@@ -167,7 +167,7 @@ def value(q: BlockScaled) -> Tensor:
 def test_an_nvfp4_row_is_a_tensor_of_its_own(seed: int, spread: int, octave: int) -> None:
   """One whose largest magnitude is taken for 2688 times a power of two; other rows don't matter."""
   x = torch.ldexp(finite(seed, spread).double(), torch.tensor(octave).double()).bfloat16()
-  whole = quantize_rows(x, "nvfp4")
+  whole = quantize_rows(x, "nvfp4", quantize)
   for i, row in enumerate(x.split(1)):
     scale = 2.0 ** row_power(row)
     alone = quantize(row, "nvfp4", tensor_amax=torch.tensor(2688 * scale))
@@ -184,9 +184,11 @@ def test_an_nvfp4_row_is_exact_in_bf16_and_near(seed: int, spread: int, octave: 
   """
   x = torch.ldexp(finite(seed, spread).double(), torch.tensor(octave).double()).bfloat16()
   x = torch.where(x.abs() <= 2.0**127, x, 1)
-  q = quantize_rows(x, "nvfp4")
+  q = quantize_rows(x, "nvfp4", quantize)
   assert torch.equal(q.tensor_scale.flatten().log2().int(), torch.tensor([*map(row_power, x)]))
-  wide = quantize_rows(x.float(), "nvfp4")  # bf16 was wide enough for x over the row's scale
+  wide = quantize_rows(
+    x.float(), "nvfp4", quantize
+  )  # bf16 was wide enough for x over the row's scale
   assert torch.equal(q.data, wide.data)
   assert torch.equal(q.scale.view(torch.uint8), wide.scale.view(torch.uint8))
   assert torch.equal(q.dequantize(torch.bfloat16).double(), value(q))
@@ -203,7 +205,7 @@ def test_in_nvfp4_again_a_block_keeps_its_values_if_its_scale_has_two_bits(
   next scale is a smaller one.
   """
   x = torch.ldexp(finite(seed, spread).double(), torch.tensor(octave).double()).bfloat16()
-  q = quantize_rows(x, "nvfp4")
+  q = quantize_rows(x, "nvfp4", quantize)
   scale = q.scale.view(torch.uint8)
   keeps = ((scale == 0) | (scale >= 4)).repeat_interleave(NVFP4_BLOCK, -1)
   once = q.dequantize(torch.bfloat16)
@@ -228,7 +230,7 @@ def test_nvfp4_rows_at_the_ends() -> None:
   rows[4, :2] = torch.tensor([1.9765625 * 2.0**127, 1.0])
   rows[5, :3] = torch.tensor([2.0**-133, 6 * 2.0**-133, -7 * 2.0**-133])
   rows[6] = 2.0**-133
-  q = quantize_rows(rows, "nvfp4")
+  q = quantize_rows(rows, "nvfp4", quantize)
   assert q.tensor_scale.flatten().tolist() == [2.0**k for k in (-123, 0, 0, 117, 117, -123, -123)]
   got = q.dequantize(torch.bfloat16)
   assert torch.equal(got[0].view(torch.int16), rows[0].view(torch.int16))
@@ -270,7 +272,7 @@ def test_what_travels_is_codes_then_scales_and_an_empty_place_is_zero(payload: s
   end = int(where.end_R[0])
   fewer = Route(expert_TK[:0], ops.layout(expert_TK[:0], E), 0 * count_RE, where.base_RE)
   for format in PAYLOADS[payload]:
-    q = quantize_rows(x_TD, format)
+    q = quantize_rows(x_TD, format, quantize)
     mover.send(1, x_TD, None, route, 0, format)
     travelled = block.row_CD.clone()
     row_CD, _, origin_C = mover.receive(end, format)
@@ -417,7 +419,7 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 def test_it_is_x_and_dy_that_are_quantized_and_nothing_else(payload: str) -> None:
   """Beyond bf16's own roundings the results are those of the definition with quantized rows."""
   ours = results(1)[f"{payload} rows, bf16"][0][0]
-  sent = exact if payload == "mxfp8" else lambda x: value(quantize_rows(x, "nvfp4"))
+  sent = exact if payload == "mxfp8" else lambda x: value(quantize_rows(x, "nvfp4", quantize))
   for field, a, near, far in zip(
     FIELDS, ours, definition(0, sent, exact), definition(0), strict=True
   ):

@@ -16,8 +16,8 @@ import torch
 from model_configs import tiny
 
 from kernels import reference
+from kernels.formats import BlockScaled
 from kernels.reference import quantize, symmetric
-from kernels.reference.blockscale import BlockScaled
 from nmoe.config.file import Config
 from nmoe.config.plan import plan
 from nmoe.distributed import parallel
