@@ -12,8 +12,8 @@ from rich.markup import escape
 from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError
+from stages.judge.statistics import paired
 from stages.runs import Arm, Workbench, progress_display, seeds_of, value
-from stages.statistics import paired
 
 
 def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> Path:

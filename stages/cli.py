@@ -92,7 +92,7 @@ def prep_mixture(
 @app.command()
 def report(experiment: str, root: Root = ROOT) -> None:
   """Write an experiment's report again and print its path."""
-  from stages.report import write_report
+  from stages.report.report import write_report
 
   _console().print(write_report(root.resolve(), experiment), soft_wrap=True)
 
@@ -155,7 +155,7 @@ def bench_step(
   trace: Annotated[Path | None, typer.Option(help="Profile three steps into this folder.")] = None,
 ) -> None:
   """Milliseconds per step and phase, MFU with its terms, loader rate, peak memory."""
-  from stages import bench
+  from stages.proofs import bench_step as bench
 
   bench.step(config, steps, _console(), against, out, trace)
 
@@ -171,7 +171,7 @@ def bench_rdep(
   out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
 ) -> None:
   """Expert parallelism: rows against a peer copy, the MoE layer against all_to_all_single."""
-  from stages import bench_rdep as bench
+  from stages.proofs import bench_rdep as bench
 
   bench.rdep(config, ranks, tokens, shape, _console(), out)
 
@@ -188,7 +188,7 @@ def check_resume(
   steps: Annotated[int, typer.Option(min=8, help="Steps of the shortened run.")] = 12,
 ) -> None:
   """Kill a short run of this configuration twice: bit-equal, or at other ranks the same model?"""
-  from stages import check
+  from stages.proofs import check_resume as check
 
   check.resume(config, steps, _console(), () if ranks is None else _numbers(ranks))
 
@@ -213,7 +213,7 @@ def check_ep(
   steps: Annotated[int, typer.Option(min=3)] = 6,
 ) -> None:
   """Train a few steps at several numbers of ranks: is it the same model, bit-repeatable?"""
-  from stages import parity
+  from stages.proofs import check_ep as parity
 
   parity.ep(config, _numbers(ranks), steps, _console())
 

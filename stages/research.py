@@ -11,8 +11,8 @@ from rich.console import Console
 from nmoe.config import file as configs
 from nmoe.errors import RunError
 from nmoe.records.metrics import read
+from stages.judge.statistics import single
 from stages.runs import Arm, Workbench, progress_display, seeds_of, value
-from stages.statistics import single
 
 
 def run(path: Path, seeds: int | None, console: Console) -> Path:

@@ -21,8 +21,8 @@ from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
 from nmoe.records.experiments import Experiment, Experiments, Run, provenance
-from stages import launch
-from stages.report import terminal_summary, write_report
+from stages.launch import local as launch
+from stages.report.report import terminal_summary, write_report
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = (

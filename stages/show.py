@@ -16,8 +16,8 @@ from nmoe.config.file import Config
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
 from nmoe.records.experiments import Experiments
-from stages import launch
-from stages.report import terminal_summary
+from stages.launch import local as launch
+from stages.report.report import terminal_summary
 
 
 def plan(config: Config, console: Console) -> None:

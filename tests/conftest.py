@@ -9,7 +9,8 @@ import pytest
 from hypothesis import settings
 from labs import Launches, open_lab
 
-from stages import launch, runs
+from stages import runs
+from stages.launch import local as launch
 
 settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from kernels.arch import ARCHS
-from stages import bench_rdep
+from stages.proofs import bench_rdep
 
 pytestmark = pytest.mark.gpu
 CONFIG = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"

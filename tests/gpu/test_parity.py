@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from kernels.arch import ARCHS
-from stages import parity
+from stages.proofs import check_ep as parity
 
 pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"

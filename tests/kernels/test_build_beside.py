@@ -10,7 +10,7 @@ import pytest
 from labs import Lab
 
 from kernels.tools import build
-from stages import launch
+from stages.launch import local as launch
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_a_child_that_dies_without_a_word(lab, variant, launches, monkeypatch):
     (log / run_id / "rank_0.txt").write_text("the last words\n")
     return -9
 
-  monkeypatch.setattr("stages.launch.run", die)
+  monkeypatch.setattr("stages.launch.local.run", die)
   with pytest.raises(RunError, match="exit status -9") as caught:
     call(lab, variant)
   assert "the same command continues it" in str(caught.value)

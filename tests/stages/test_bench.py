@@ -17,7 +17,8 @@ from nmoe.config import plan
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import metrics
 from nmoe.train.startup import process_age
-from stages import bench, runs
+from stages import runs
+from stages.proofs import bench_step as bench
 
 
 def call(lab: Lab, **options) -> tuple[bench.StepBench, str]:

@@ -19,7 +19,7 @@ from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError, ConfigError, RunError
 from nmoe.machine.target import Target
-from stages import bench_rdep
+from stages.proofs import bench_rdep
 
 TOKENS, TOP_K, DIM = 48, 2, 32
 MOVES = ["peer copy", "dispatch", "return"]

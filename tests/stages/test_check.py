@@ -13,7 +13,8 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics, read
-from stages import check, parity
+from stages.proofs import check_ep as parity
+from stages.proofs import check_resume as check
 
 
 def test_killed_twice_and_bit_identical(lab):

@@ -12,7 +12,7 @@ import pytest
 from labs import Lab, same_bits
 
 from nmoe.train import loop as train
-from stages import launch
+from stages.launch import local as launch
 
 
 def child(lab: Lab, run: str) -> list[str]:

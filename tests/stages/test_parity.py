@@ -20,7 +20,7 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics, read
 from nmoe.train.loop import TrainState
 from nmoe.train.optim import Optimizer
-from stages import parity
+from stages.proofs import check_ep as parity
 
 
 @pytest.fixture(scope="module")

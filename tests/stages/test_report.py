@@ -16,8 +16,8 @@ from nmoe.config import file as configs
 from nmoe.errors import RecordError
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
-from stages.report import gather, terminal_summary, write_report
-from stages.statistics import paired
+from stages.judge.statistics import paired
+from stages.report.report import gather, terminal_summary, write_report
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "moonlet" / "cpu.toml"
 STATEMENT = "Muon on attention and dense matrices lowers held-out bits per byte by at least 0.02."

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from stages.statistics import band, judge, paired, sign_flip_p, single, student_t, time_to_loss
+from stages.judge.statistics import (
+  band,
+  judge,
+  paired,
+  sign_flip_p,
+  single,
+  student_t,
+  time_to_loss,
+)
 
 # Two-sided 95 % and 99 % and one-sided 80 % points of Student's t (Fisher and Yates, table III).
 TABLE = {

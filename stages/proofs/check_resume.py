@@ -27,7 +27,8 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiment, Run
 from nmoe.records.metrics import Series, read
-from stages import launch, parity
+from stages.launch import local as launch
+from stages.proofs import check_ep as parity
 from stages.runs import Arm, Workbench, progress_display
 
 LOGGED = ("train/loss", "train/bpb", "val/loss", "grad_norm/", "lr/", "moe/")  # prefixes of tags

@@ -21,9 +21,9 @@ from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.experiments import provenance
-from stages.launch import kernel_cache, parent_environment
+from stages.launch.local import kernel_cache, parent_environment
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 REPEATS = 20
 SHAPES = {  # D, K, E, F of an MoE layer
   "moonlight": (2048, 6, 64, 1408),

@@ -21,10 +21,10 @@ from nmoe.config import file as configs
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records import metrics
 from nmoe.records.experiments import Experiment, Experiments, Link, Run
-from stages import figures
-from stages.figures import Arm
-from stages.page import definitions, facts, folded, page, section, table
-from stages.statistics import Paired, Single, paired, single, time_to_loss
+from stages.judge.statistics import Paired, Single, paired, single, time_to_loss
+from stages.report import figures
+from stages.report.figures import Arm
+from stages.report.page import definitions, facts, folded, page, section, table
 
 # result key: (label, format, factor into the label's unit)
 RESULTS = {

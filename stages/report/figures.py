@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from nmoe.records.experiments import Run
 from nmoe.records.metrics import Series
-from stages.statistics import Paired, band
+from stages.judge.statistics import Paired, band
 
 COLORS = ("#8a929c", "#1f5fbf", "#c2571a", "#0b7a5c", "#7a4fb5", "#b3366b")
 LOAD_SCALE = ((0.0, "#f4f6f9"), (0.25, "#c5d7ee"), (0.6, "#4f86c9"), (1.0, "#12305e"))

@@ -1,0 +1,1 @@
+"""A table of results becomes a verdict: paired and single statistics."""

@@ -1,0 +1,1 @@
+"""What must hold of every configuration: kill and resume, N ranks against one, and its speed."""

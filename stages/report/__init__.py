@@ -1,0 +1,1 @@
+"""What an experiment shows: the findings, their figures, the page."""
