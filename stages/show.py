@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kernels.arch import ARCHS
-from kernels.tools.build import Shapes, build
+from kernels.shapes import Shapes
+from kernels.tools.build import build
 from nmoe.config import file as configs
 from nmoe.config import plan as plans
 from nmoe.config.file import Config

@@ -180,7 +180,7 @@ def options(root: Path, run_id: str, first: Path | None = None) -> argparse.Name
 
 
 class Launches:
-  """Stands in for stages.launch.local.run: the same outcome in this process; counts the executed."""
+  """Stands in for stages.launch.local.run: the same outcome in this process. Counts its runs."""
 
   def __init__(self):
     self.ids: list[str] = []

@@ -1,8 +1,8 @@
-"""The rules that a parser can hold: arrows, circles, sizes, a reference and a test per kernel."""
+"""The rules a parser can hold: arrows, rooms, circles, sizes, a reference and a test a kernel."""
 
 import ast
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,14 @@ from kernels.ops import FUNCTIONS
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "nmoe", "stages")  # each may import itself and those before it
+ROOMS = {  # of a floor, folders or single files: likewise
+  "kernels": (
+    "arch errors copies ops shapes gradient halves ragged places formats buffers flight "
+    "reference cuda tools"
+  ).split(),
+  "nmoe": "errors config machine data records distributed model evals train bench".split(),
+  "stages": "judge launch report runs show research ablate proofs cli".split(),
+}
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15
 LAZY = {"stages.cli"}  # imports inside its commands, so that --help is instant
 DEVICE = {"kernel", "jit"}  # CuTeDSL's decorators: cute.kernel, cute.jit
@@ -49,6 +57,25 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
   """The arrows from a lower floor to a higher one."""
   floor = {name: FLOORS.index(name.split(".")[0]) for name in set(edges).union(*edges.values())}
   return [f"{a} -> {b}" for a in edges for b in sorted(edges[a]) if floor[b] > floor[a]]
+
+
+def room(name: str) -> str | None:
+  """The floor and room of a module as "floor.room"; None for a floor's own __init__."""
+  floor, *inside = name.split(".")
+  return f"{floor}.{inside[0]}" if inside else None
+
+
+def back(edges: dict[str, set[str]]) -> list[str]:
+  """The arrows from a room to a later one of its floor."""
+  order = {f"{floor}.{name}": n for floor in ROOMS for n, name in enumerate(ROOMS[floor])}
+  pairs = ((a, b) for a in edges for b in sorted(edges[a]) if a.split(".")[0] == b.split(".")[0])
+  return [f"{a} -> {b}" for a, b in pairs if room(b) and order[room(b)] > order[room(a)]]
+
+
+def homeless(names: Iterable[str]) -> list[str]:
+  """The modules that stand in no room."""
+  rooms = {f"{floor}.{name}" for floor in ROOMS for name in ROOMS[floor]}
+  return [name for name in names if room(name) not in {None, *rooms}]
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
@@ -90,6 +117,19 @@ def test_no_circle():
   assert circle(graph(TREES)) == []
 
 
+def test_every_module_stands_in_a_room():
+  assert homeless(TREES) == []
+
+
+def test_no_arrow_back_between_rooms():
+  assert back(graph(TREES)) == []
+
+
+def test_the_order_names_only_rooms_that_are_there():
+  rooms = {room(name) for name in TREES}
+  assert {f"{floor}.{name}" for floor in ROOMS for name in ROOMS[floor]} <= rooms
+
+
 BROKEN = {
   "kernels.a": "def f():\n  from nmoe import b",
   "nmoe.b": "import stages.c\nfrom nmoe.d import x",
@@ -104,6 +144,26 @@ def test_the_rules_see_what_they_forbid():
   edges = graph(parse)
   assert upward(edges) == ["kernels.a -> nmoe.b", "nmoe.b -> stages.c"]
   assert circle(edges) == ["nmoe.b", "nmoe.d", "nmoe.b"]
+
+
+def test_the_rules_see_an_arrow_back_and_a_file_in_no_room():
+  """Planted in the house as it stands; an arrow down or inside a room is none."""
+  planted = {
+    "nmoe.data.new": "from nmoe.train.loop import train\nfrom nmoe import errors",
+    "nmoe.train.new": "def f():\n  import nmoe.bench.rdep",
+    "stages.judge.new": "from stages import runs\nfrom nmoe.train import loop",
+    "kernels.reference.new": "from kernels.cuda.optim import adamw\nfrom kernels import ops",
+    "kernels.cuda.new": "from kernels.cuda import optim",
+    "nmoe.alone": "import torch",
+  }
+  trees = TREES | {name: ast.parse(text) for name, text in planted.items()}
+  assert back(graph(trees)) == [
+    "nmoe.data.new -> nmoe.train.loop",
+    "nmoe.train.new -> nmoe.bench.rdep",
+    "stages.judge.new -> stages.runs",
+    "kernels.reference.new -> kernels.cuda.optim",
+  ]
+  assert homeless(trees) == ["nmoe.alone"]
 
 
 @pytest.mark.parametrize("name", sorted(TREES.keys() - LAZY))

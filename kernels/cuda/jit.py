@@ -59,7 +59,7 @@ _COMPILING: ContextVar[bool] = ContextVar("compiling", default=False)
 
 
 def compiling() -> bool:
-  """Whether kernels are compiled and not launched (kernels.cuda.build)."""
+  """Whether kernels are compiled and not launched (kernels.tools.compiler)."""
   return _COMPILING.get()
 
 

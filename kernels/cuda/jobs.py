@@ -1,4 +1,4 @@
-"""The operations of a run, each as a call that `kernels.cuda.build` makes on meta tensors."""
+"""The operations of a run, each as a call that `kernels.tools.compiler` makes on meta tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
 from kernels.formats import quantize_rows
 from kernels.ops import Product, Recipe, RouterSpec
-from kernels.tools.build import Shapes
+from kernels.shapes import Shapes
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GRADIENTS = ("bf16", "fp32", "added")  # of weights: in bf16, made in fp32, added to one in fp32

@@ -14,57 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 from kernels.arch import environment
 from kernels.errors import KernelError
-
-
-@dataclass(frozen=True)
-class Shapes:
-  """What the kernels of a run depend on. The fields are those of nmoe.config.file's sections;
-  E is per rank.
-  """
-
-  batch: int
-  seq_len: int
-  dim: int
-  vocab_size: int
-  num_heads: int
-  qk_nope_dim: int
-  qk_rope_dim: int
-  v_dim: int
-  kv_lora_rank: int
-  q_lora_rank: int
-  dense_dim: int
-  num_experts: int
-  ranks: int
-  expert_dim: int
-  num_shared: int
-  top_k: int
-  num_groups: int
-  topk_groups: int
-  score: str
-  normalize: bool
-  route_scale: float
-  loss_chunk: int
-  dtype: str  # "bf16", "fp8" or "nvfp4"
-  emulate_blockscale: bool
-  moments: str  # "fp32" or "bf16"
-  muon: bool
-  payload: str  # of RDEP's dispatched rows: "bf16", "mxfp8" or "nvfp4"
-
-  @classmethod
-  def of(cls, config) -> Shapes:
-    """The shapes of a configuration (an object with the sections of nmoe.config.file.Config)."""
-    sections = (config.model, config.moe, config.data, config.launch, config.target, config.optim)
-    sections += (config.rdep,)
-    named = {key: value for section in sections for key, value in vars(section).items()}
-    named |= {"batch": config.train.micro_batch, "loss_chunk": config.train.loss_chunk}
-    named["muon"] = "muon" in (config.optim.matrices, config.optim.experts)
-    return cls(**{name: named[name] for name in cls.__dataclass_fields__})
+from kernels.shapes import Shapes
 
 
 def build(
@@ -142,5 +98,5 @@ def _child(
 ) -> tuple[list[str], dict[str, str]]:
   """The command and the environment of a process that compiles; it sees no GPU."""
   given = json.dumps([asdict(one) for one in shapes])
-  command = [sys.executable, "-m", "kernels.cuda.build", given]
+  command = [sys.executable, "-m", "kernels.tools.compiler", given]
   return command, {**env, **environment(arch, cache_root), "CUDA_VISIBLE_DEVICES": ""}

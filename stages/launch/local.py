@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kernels.arch import environment
+from kernels.shapes import Shapes
 from kernels.tools import build
 from nmoe.config.file import Config
 
@@ -72,7 +73,7 @@ def compile_beside(root: Path, config: Config, logs: Path) -> list[subprocess.Po
   """The process, if one is needed, that compiles on all cores what the run would compile on one."""
   if config.target.arch == "cpu":
     return []
-  shapes, arch, env = build.Shapes.of(config), config.target.arch, parent_environment()
+  shapes, arch, env = Shapes.of(config), config.target.arch, parent_environment()
   started = build.start(shapes, arch, kernel_cache(root), env, logs / "kernels.txt")
   return [] if started is None else [started]
 

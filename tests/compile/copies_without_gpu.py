@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kernels.copies import Copies
 from kernels.cuda import products
-from kernels.cuda.build import compile_only
 from kernels.cuda.dense import linear
 from kernels.cuda.experts import grouped_mlp, grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.jit import ARCH
 from kernels.cuda.jobs import backward, meta
 from kernels.cuda.optim import adamw
 from kernels.ops import Recipe
+from kernels.tools.compiler import compile_only
 
 E, D, F = MOONLET.num_experts, MOONLET.dim, MOONLET.expert_dim
 N = MOONLET.batch * MOONLET.seq_len * MOONLET.top_k

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from kernels.arch import ARCHS
-from kernels.tools.build import Shapes, build
+from kernels.shapes import Shapes
+from kernels.tools.build import build
 
 TABLE = Path(__file__).parent / "kernels.csv"
 COLUMNS = "arch job kernel registers shared stores loads mma".split()

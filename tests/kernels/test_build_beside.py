@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 from labs import Lab
 
+from kernels.shapes import Shapes
 from kernels.tools import build
 from stages.launch import local as launch
 
 
 @pytest.fixture
-def shapes(lab: Lab) -> build.Shapes:
-  return build.Shapes.of(lab.config)
+def shapes(lab: Lab) -> Shapes:
+  return Shapes.of(lab.config)
 
 
 @pytest.fixture
@@ -76,5 +77,5 @@ def test_a_run_on_a_gpu_builds_beside_its_start(lab, monkeypatch, tmp_path, arch
   assert len(calls) == started
   if started:
     shapes, arch, cache, _, log = calls[0]
-    assert (shapes, arch) == (build.Shapes.of(config), "sm_90a")
+    assert (shapes, arch) == (Shapes.of(config), "sm_90a")
     assert (cache, log) == (tmp_path / "kernel_cache", tmp_path / "kernels.txt")

@@ -4,10 +4,10 @@ The operations themselves are called, forward and backward, on meta tensors of t
 what they would launch is compiled, put into the architecture's cache folder and not launched. So
 the list of kernels can't drift from what training uses.
 
-Run as `python -m kernels.cuda.build` by kernels.tools.build; the process must have the environment
-of kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is inspected as well.
-Operations are shared among worker processes, forked when all is imported; the cache lets one of
-them compile a kernel that several need.
+Run as `python -m kernels.tools.compiler` by kernels.tools.build; the process must have the
+environment of kernels.arch.environment. With CUTE_DSL_KEEP=cubin in it, the machine code is
+inspected as well. Operations are shared among worker processes, forked when all is imported; the
+cache lets one of them compile a kernel that several need.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.library import CustomOpDef
 
 from kernels.cuda import jit
 from kernels.cuda.jobs import jobs
-from kernels.tools.build import Shapes
+from kernels.shapes import Shapes
 from kernels.tools.inspect import Inspection, inspect
 
 
@@ -156,7 +156,7 @@ def _work(index: int) -> list[Inspection]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(prog="python -m kernels.cuda.build")
+  parser = argparse.ArgumentParser(prog="python -m kernels.tools.compiler")
   parser.add_argument("shapes", help="a list of Shapes, JSON")
   parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
   parser.add_argument("--records", type=Path, help="write the records here, JSON")

@@ -1,0 +1,50 @@
+"""What the kernels of a run depend on: all that choosing and compiling them needs. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shapes:
+  """What the kernels of a run depend on. The fields are those of nmoe.config.file's sections;
+  E is per rank.
+  """
+
+  batch: int
+  seq_len: int
+  dim: int
+  vocab_size: int
+  num_heads: int
+  qk_nope_dim: int
+  qk_rope_dim: int
+  v_dim: int
+  kv_lora_rank: int
+  q_lora_rank: int
+  dense_dim: int
+  num_experts: int
+  ranks: int
+  expert_dim: int
+  num_shared: int
+  top_k: int
+  num_groups: int
+  topk_groups: int
+  score: str
+  normalize: bool
+  route_scale: float
+  loss_chunk: int
+  dtype: str  # "bf16", "fp8" or "nvfp4"
+  emulate_blockscale: bool
+  moments: str  # "fp32" or "bf16"
+  muon: bool
+  payload: str  # of RDEP's dispatched rows: "bf16", "mxfp8" or "nvfp4"
+
+  @classmethod
+  def of(cls, config) -> Shapes:
+    """The shapes of a configuration (an object with the sections of nmoe.config.file.Config)."""
+    sections = (config.model, config.moe, config.data, config.launch, config.target, config.optim)
+    sections += (config.rdep,)
+    named = {key: value for section in sections for key, value in vars(section).items()}
+    named |= {"batch": config.train.micro_batch, "loss_chunk": config.train.loss_chunk}
+    named["muon"] = "muon" in (config.optim.matrices, config.optim.experts)
+    return cls(**{name: named[name] for name in cls.__dataclass_fields__})
