@@ -72,7 +72,7 @@ def test_a_foreign_package_that_shadows_ours_is_named(no_probe, tmp_path):
   (tmp_path / "kernels").mkdir()
   (tmp_path / "kernels" / "__init__.py").write_text("")
   code = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from nmoe import doctor; "
+    "import sys; sys.path.insert(0, sys.argv[1]); from nmoe.machine import doctor; "
     "print([(c.name, c.found) for c in doctor._shadows() if not c.ok])"
   )
   done = subprocess.run(

@@ -379,7 +379,7 @@ def test_a_full_disk_leaves_nothing_and_the_next_call_succeeds(tmp_path, monkeyp
 
 PREPARER = """
 import resource, sys
-from nmoe import prepare as p, tokenizer
+from nmoe.data import prepare as p, tokenizer
 from nmoe.errors import DataError
 from nmoe.data.mixture import FilesSource, Mixture
 root, pattern, limit = sys.argv[1:]
