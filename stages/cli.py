@@ -11,6 +11,7 @@ import typer
 
 from kernels.errors import KernelError
 from nmoe.errors import ConfigError, NmoeError
+from nmoe.records.root import DEFAULT_ROOT
 
 
 class App(typer.Typer):
@@ -48,7 +49,7 @@ app.add_typer(kernels_app, name="kernels")
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
 Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
-ROOT = Path(".nmoe")
+ROOT = Path(DEFAULT_ROOT)
 
 
 @app.command()

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.errors import RunError
+from nmoe.records.experiments import Reader
 from nmoe.records.metrics import read
+from nmoe.records.root import Root
 from stages.judge.statistics import single
 from stages.runs import Arm, Workbench, progress_display, seeds_of, value
 
@@ -52,8 +54,8 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
 
   RunError if it has not completed, or if the code has changed since, naming both versions.
   """
+  old = Reader(root).run(run_id)
   bench = Workbench.open(str(root), console, anew=True)
-  old = bench.experiments.run(run_id)
   if old.status != "completed":
     raise RunError(f"run {run_id} is {old.status}; only a completed run can be repeated")
   if old.code_version != bench.code_version:
@@ -63,7 +65,7 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
       "run's diff"
     )
   config = configs.loads(old.toml, f"run {run_id}")
-  arm = Arm(old.arm, config, root / "data" / old.data_digest)
+  arm = Arm(old.arm, config, Root(root).data / old.data_digest)
   first = bench.experiments.find(old.experiment_id)
   name = f"rerun-{first.name}"
   experiment = bench.experiments.create(

@@ -21,6 +21,7 @@ from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
 from nmoe.records.experiments import Experiment, Experiments, Run, provenance
+from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.report.report import terminal_summary, write_report
 
@@ -193,8 +194,7 @@ class Workbench:
   def _listed(self, runs: list[Run]) -> str:
     """A line a run: what it is, its error, its log."""
     return "\n".join(
-      f"{r.id} ({r.arm} seed {r.seed}): {r.error}; log: {launch.folder(self.root, r.id)}"
-      for r in runs
+      f"{r.id} ({r.arm} seed {r.seed}): {r.error}; log: {Root(self.root).logs(r.id)}" for r in runs
     )
 
   def execute(

@@ -16,7 +16,8 @@ from nmoe.config import plan as plans
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
-from nmoe.records.experiments import Experiments
+from nmoe.records.experiments import Reader
+from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.report.report import terminal_summary
 
@@ -70,7 +71,7 @@ def doctor(path: Path | None, console: Console) -> int:
 
 def experiments(root: Path, console: Console) -> None:
   """Every experiment, newest first."""
-  records = Experiments(root)
+  records = Reader(root)
   table = Table()
   for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
     table.add_column(column, overflow="fold", no_wrap=column == "experiment")
@@ -83,7 +84,7 @@ def experiments(root: Path, console: Console) -> None:
 
 def experiment(root: Path, name: str, console: Console) -> None:
   """One experiment: hypothesis, numbers, runs, links."""
-  records = Experiments(root)
+  records = Reader(root)
   found = records.find(name)
   console.print(terminal_summary(root, found.id))
   table = Table()
@@ -103,7 +104,7 @@ def kernels_built(path: Path, arch: str | None, console: Console) -> None:
   arch = arch or config.target.arch
   if arch not in ARCHS:
     raise ConfigError(f"{arch!r} has no device code to compile; pass --arch {' or '.join(ARCHS)}")
-  cache = launch.kernel_cache(Path(config.run.root).resolve())
+  cache = Root(Path(config.run.root).resolve()).kernel_cache
   with console.status(f"compiling the kernels of {path.name} for {arch}"):
     records = build([Shapes.of(config)], arch, cache, launch.parent_environment())
   seconds = sum(record["seconds"] for record in records)

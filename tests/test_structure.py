@@ -16,7 +16,7 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "arch errors copies ops shapes gradient halves ragged places formats buffers flight "
     "reference cuda tools"
   ).split(),
-  "nmoe": "errors config machine data records distributed model evals train bench".split(),
+  "nmoe": "errors records config machine data distributed model evals train bench".split(),
   "stages": "judge launch report runs show research ablate proofs cli".split(),
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15

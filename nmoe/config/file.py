@@ -28,6 +28,7 @@ import tomli
 
 from nmoe.config.expansion import expand, expand_all
 from nmoe.errors import ConfigError
+from nmoe.records.root import DEFAULT_ROOT
 
 REQUIRED: Any = object()
 
@@ -201,7 +202,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  root: str = free("${NMOE_ROOT:-/data}")
+  root: str = free(f"${{NMOE_ROOT:-{DEFAULT_ROOT}}}")
 
 
 @dataclass(frozen=True, kw_only=True)

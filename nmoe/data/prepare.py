@@ -34,6 +34,7 @@ from nmoe.data.shards import FORMAT, SplitWriter, digest, list_files, write_mani
 from nmoe.data.sources import Document, Skip, reader
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
+from nmoe.records.root import Root
 
 __all__ = ["Progress", "load_mixture", "prepare"]
 
@@ -60,7 +61,7 @@ def prepare(
   Raises DataError when a source is missing, unreadable or empty, or when writing fails; nothing
   unfinished becomes visible then. Several processes may prepare at once.
   """
-  store = Path(root) / "data"
+  store = Root(Path(root)).data
   entries = []
   for source in mixture.sources:
     folder = _prepare_source(source, mixture.holdout, tokenizer, store / "sources", progress)

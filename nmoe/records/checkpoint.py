@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from nmoe.errors import CheckpointError, CommError
+from nmoe.records.root import Root
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})")
@@ -88,7 +89,7 @@ class Part(Tensor):
 
 
 def directory(root: Path, run_id: str) -> Path:
-  return root / "checkpoints" / run_id
+  return Root(root).checkpoints(run_id)
 
 
 def steps(folder: Path) -> list[int]:

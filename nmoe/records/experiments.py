@@ -24,11 +24,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from nmoe.errors import RecordError
+from nmoe.records.root import Root
 
 SCHEMA_VERSION = 1
 STATUSES = ("planned", "running", "completed", "failed", "interrupted")
@@ -125,7 +126,118 @@ class Link:
   created: str
 
 
-class Experiments:
+class Reader:
+  """The records of one root, opened read-only: it creates, changes and locks nothing.
+
+  A run whose owner died reads as "interrupted", whatever its row says. Raises RecordError if the
+  root has no database, or one that cannot be read: locked, corrupt or of another schema.
+  """
+
+  def __init__(self, root: str | Path, timeout_s: float = 10.0):
+    self.root = Path(root)
+    self.path = Root(self.root).experiments_db
+    self._timeout_s = timeout_s
+    self._open()
+
+  def _open(self) -> None:
+    if not self.path.is_file():
+      raise RecordError(
+        f"{self.root} holds no records (no experiments.db); name the root of your runs by --root "
+        "or NMOE_ROOT, or make one with `nmoe ablate`"
+      )
+    with self._explained():
+      self._connect(f"{self.path.resolve().as_uri()}?mode=ro")
+    self._check_version()
+
+  def _connect(self, uri: str) -> None:
+    self._db = sqlite3.connect(uri, timeout=self._timeout_s, isolation_level=None, uri=True)
+    self._db.row_factory = sqlite3.Row
+
+  def _check_version(self) -> None:
+    with self._explained():
+      version = self._version()
+    if version != SCHEMA_VERSION:
+      raise RecordError(
+        f"{self.path} has schema {version}, this nmoe reads and writes schema "
+        f"{SCHEMA_VERSION}; use the nmoe that wrote it, or another run.root"
+      )
+
+  def close(self) -> None:
+    """Close the database."""
+    self._db.close()
+
+  def find(self, name_or_id: str) -> Experiment:
+    """The experiment of this id, else the newest of this name. RecordError if there is none."""
+    rows = self._read(
+      "SELECT * FROM experiments WHERE id = ?1 OR name = ?1 "
+      "ORDER BY id = ?1 DESC, rowid DESC LIMIT 1",
+      name_or_id,
+    )
+    if not rows:
+      known = ", ".join(e.id for e in self.list()[:8]) or "none yet"
+      raise RecordError(f"{self.path}: no experiment {name_or_id!r}; the newest are: {known}")
+    return _experiment(rows[0])
+
+  def list(self) -> list[Experiment]:
+    """Every experiment, newest first."""
+    return [_experiment(row) for row in self._read("SELECT * FROM experiments ORDER BY rowid DESC")]
+
+  def links(self, experiment_id: str) -> list[Link]:
+    """The links from and to an experiment, oldest first."""
+    sql = "SELECT * FROM links WHERE ?1 IN (from_id, to_id) ORDER BY rowid"
+    return [Link(**row) for row in self._read(sql, experiment_id)]
+
+  def runs(self, experiment_id: str) -> list[Run]:
+    """The members of an experiment, in the order in which they joined it."""
+    rows = self._read(_RUN_SQL + "WHERE m.experiment_id = ? ORDER BY m.rowid", experiment_id)
+    return [self._seen(_run(row)) for row in rows]
+
+  def run(self, run_id: str) -> Run:
+    """A run, as a member of the experiment it was started for. RecordError if there is none."""
+    rows = self._read(_RUN_SQL + "WHERE r.id = ? ORDER BY m.rowid LIMIT 1", run_id)
+    if not rows:
+      raise RecordError(f"{self.path}: no run {run_id!r}; see `nmoe experiments list`")
+    return self._seen(_run(rows[0]))
+
+  def _seen(self, run: Run) -> Run:
+    """The run with the status that its lock tells: "running" needs an owner that holds it."""
+    if run.status == "running" and not _held(Root(self.root).lock(run.id)):
+      return replace(run, status="interrupted")
+    return run
+
+  def _version(self) -> int:
+    return self._db.execute("PRAGMA user_version").fetchone()[0]
+
+  def _read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+    with self._explained():
+      return self._db.execute(sql, values).fetchall()
+
+  @contextmanager
+  def _explained(self) -> Iterator[None]:
+    """SQLite's errors as RecordError with the remedy."""
+    try:
+      yield
+    except sqlite3.Error as error:
+      raise RecordError(f"{self.path}: {error}; {self._remedy(str(error))}") from error
+
+  def _remedy(self, message: str) -> str:
+    if "locked" in message or "locking" in message:
+      return (
+        f"another process held it for {self._timeout_s:g} s, or its filesystem has no file locks: "
+        "stop that process, or put run.root on a filesystem with locks"
+      )
+    if "not a database" in message or "malformed" in message:
+      return (
+        "the file is corrupt: restore a copy or move it away; metrics and checkpoints are apart"
+      )
+    if "readonly" in message or "unable to open" in message:
+      return "it cannot be written here: make the folder writable, or set run.root (NMOE_ROOT)"
+    if "full" in message:
+      return "the disk is full: free space and run again; nothing of this write was kept"
+    return "check the folder's permissions and free space"
+
+
+class Experiments(Reader):
   """The database of one root. It holds the locks of the runs it owns: keep it open while they run.
 
   Opening it marks the runs whose owner died. Raises RecordError when it cannot be opened: not
@@ -133,10 +245,10 @@ class Experiments:
   """
 
   def __init__(self, root: str | Path, timeout_s: float = 10.0):
-    self.root = Path(root)
-    self.path = self.root / "experiments.db"
-    self._timeout_s = timeout_s
     self._locks: dict[str, IO[str]] = {}
+    super().__init__(root, timeout_s)
+
+  def _open(self) -> None:
     try:
       self.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,8 +257,7 @@ class Experiments:
         "set run.root (NMOE_ROOT) to a writable folder"
       ) from error
     with self._explained():
-      self._db = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)
-      self._db.row_factory = sqlite3.Row
+      self._connect(self.path.resolve().as_uri())
       self._db.execute("PRAGMA foreign_keys = ON")
       self._prepare()
 
@@ -155,7 +266,7 @@ class Experiments:
     for lock in self._locks.values():
       lock.close()
     self._locks.clear()
-    self._db.close()
+    super().close()
 
   def create(
     self, name: str, stage: str, statement: str, metric: str, direction: str, min_effect: float
@@ -171,18 +282,6 @@ class Experiments:
         "INSERT INTO experiments VALUES (?,?,?,?,?,?,?,'planned','','{}',?,?)", (*row, now, now)
       )
     return self.find(f"{slug}-{number}")
-
-  def find(self, name_or_id: str) -> Experiment:
-    """The experiment of this id, else the newest of this name. RecordError if there is none."""
-    rows = self._read(
-      "SELECT * FROM experiments WHERE id = ?1 OR name = ?1 "
-      "ORDER BY id = ?1 DESC, rowid DESC LIMIT 1",
-      name_or_id,
-    )
-    if not rows:
-      known = ", ".join(e.id for e in self.list()[:8]) or "none yet"
-      raise RecordError(f"{self.path}: no experiment {name_or_id!r}; the newest are: {known}")
-    return _experiment(rows[0])
 
   def set_status(
     self, experiment_id: str, status: Literal["running", "interrupted", "failed"]
@@ -203,11 +302,6 @@ class Experiments:
     row = (self.find(from_id).id, self.find(to_id).id, relation, note, _now())
     with self._writing() as db:
       db.execute("INSERT INTO links VALUES (?,?,?,?,?)", row)
-
-  def links(self, experiment_id: str) -> list[Link]:
-    """The links from and to an experiment, oldest first."""
-    sql = "SELECT * FROM links WHERE ?1 IN (from_id, to_id) ORDER BY rowid"
-    return [Link(**row) for row in self._read(sql, experiment_id)]
 
   def start_run(
     self,
@@ -246,18 +340,6 @@ class Experiments:
     """Count an existing run as a member of another experiment too; twice is the same as once."""
     with self._writing() as db:
       db.execute("INSERT OR IGNORE INTO members VALUES (?,?,?)", (experiment_id, run_id, arm))
-
-  def runs(self, experiment_id: str) -> list[Run]:
-    """The members of an experiment, in the order in which they joined it."""
-    rows = self._read(_RUN_SQL + "WHERE m.experiment_id = ? ORDER BY m.rowid", experiment_id)
-    return [_run(row) for row in rows]
-
-  def run(self, run_id: str) -> Run:
-    """A run, as a member of the experiment it was started for. RecordError if there is none."""
-    rows = self._read(_RUN_SQL + "WHERE r.id = ? ORDER BY m.rowid LIMIT 1", run_id)
-    if not rows:
-      raise RecordError(f"{self.path}: no run {run_id!r}; see `nmoe experiments list`")
-    return _run(rows[0])
 
   def find_finished(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
@@ -328,10 +410,6 @@ class Experiments:
           marked.append(row["id"])
     return marked
 
-  def list(self) -> list[Experiment]:
-    """Every experiment, newest first."""
-    return [_experiment(row) for row in self._read("SELECT * FROM experiments ORDER BY rowid DESC")]
-
   def _prepare(self) -> None:
     """Create the tables in a new database, refuse one of another schema, mark dead runs."""
     if self._version() == 0:
@@ -340,13 +418,13 @@ class Experiments:
           for statement in _SCHEMA:
             db.execute(statement)
           db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    if self._version() != SCHEMA_VERSION:
-      raise RecordError(
-        f"{self.path} has schema {self._version()}, this nmoe reads and writes schema "
-        f"{SCHEMA_VERSION}; use the nmoe that wrote it, or another run.root"
-      )
+    self._check_version()
     if os.access(self.path, os.W_OK):
       self.mark_interrupted()
+
+  def _seen(self, run: Run) -> Run:
+    """As its row says: `mark_interrupted` has corrected it."""
+    return run
 
   def _unused_run_id(self) -> str:
     """Four random digits tell runs of one second apart, but not always."""
@@ -354,9 +432,6 @@ class Experiments:
       run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
       if not self._db.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
         return run_id
-
-  def _version(self) -> int:
-    return self._db.execute("PRAGMA user_version").fetchone()[0]
 
   def _same(self, *key: str | int) -> list[Run]:
     """The runs of one computation, newest first."""
@@ -367,10 +442,6 @@ class Experiments:
       *key,
     )
     return [_run(row) for row in rows]
-
-  def _read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-    with self._explained():
-      return self._db.execute(sql, values).fetchall()
 
   def _update(self, table: str, row_id: str, values: dict[str, Any]) -> None:
     values = {**values, "updated": _now()}
@@ -392,30 +463,6 @@ class Experiments:
         raise
       self._db.execute("COMMIT")
 
-  @contextmanager
-  def _explained(self) -> Iterator[None]:
-    """SQLite's errors as RecordError with the remedy."""
-    try:
-      yield
-    except sqlite3.Error as error:
-      raise RecordError(f"{self.path}: {error}; {self._remedy(str(error))}") from error
-
-  def _remedy(self, message: str) -> str:
-    if "locked" in message or "locking" in message:
-      return (
-        f"another process held it for {self._timeout_s:g} s, or its filesystem has no file locks: "
-        "stop that process, or put run.root on a filesystem with locks"
-      )
-    if "not a database" in message or "malformed" in message:
-      return (
-        "the file is corrupt: restore a copy or move it away; metrics and checkpoints are apart"
-      )
-    if "readonly" in message or "unable to open" in message:
-      return "it cannot be written here: make the folder writable, or set run.root (NMOE_ROOT)"
-    if "full" in message:
-      return "the disk is full: free space and run again; nothing of this write was kept"
-    return "check the folder's permissions and free space"
-
   def _lock(self, run_id: str) -> IO[str]:
     """The run's lock, or RecordError naming its owner. Waits out another's mark_interrupted."""
     for _ in range(20):
@@ -431,7 +478,7 @@ class Experiments:
 
   def _try_lock(self, run_id: str) -> IO[str] | None:
     """The open, locked file, or None while another holds it."""
-    path = self.root / "locks" / run_id
+    path = Root(self.root).lock(run_id)
     try:
       path.parent.mkdir(exist_ok=True)
       lock = path.open("a")
@@ -449,6 +496,18 @@ class Experiments:
         f"{path}: cannot be locked ({error.strerror}); put run.root on a filesystem with file locks"
       ) from error
     return lock
+
+
+def _held(path: Path) -> bool:
+  """Whether a process holds this lock file; one that is not there is not held."""
+  try:
+    with path.open() as lock:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except OSError:
+    return True  # held, or not ours to ask
+  return False
 
 
 def provenance(repo: str | Path) -> tuple[str, str, str]:

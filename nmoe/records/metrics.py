@@ -17,6 +17,7 @@ import duckdb
 import numpy as np
 
 from nmoe.errors import RecordError
+from nmoe.records.root import Root
 
 Series = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -105,7 +106,7 @@ def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
 
 
 def _path(root: str | Path, run_id: str, rank: int) -> Path:
-  return Path(root) / "metrics" / run_id / f"rank_{rank}.duckdb"
+  return Root(Path(root)).metrics(run_id, rank)
 
 
 def _create(path: Path) -> None:

@@ -31,6 +31,7 @@ from nmoe.model.decoder import Model, update_router_bias
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments, Run
 from nmoe.records.metrics import Metrics
+from nmoe.records.root import Root
 from nmoe.train.flight import FlightRecorder
 from nmoe.train.graph import Graph
 from nmoe.train.optim import Optimizer
@@ -264,7 +265,7 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   target = select(config, options.rank)
   startup.end("kernels")
   ranks = parallel.init(config, target, options.rank, options.rendezvous)
-  data = open_data(root / "data" / run.data_digest, verify=options.rank == 0)
+  data = open_data(Root(root).data / run.data_digest, verify=options.rank == 0)
   check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(

@@ -21,6 +21,7 @@ from kernels.arch import environment
 from kernels.shapes import Shapes
 from kernels.tools import build
 from nmoe.config.file import Config
+from nmoe.records.root import Root
 
 GRACE_S = 30.0  # a rank may live this long after another one failed, and then after SIGTERM
 SAVE_S = 900.0  # a run that is told to stop may take this long to save its state
@@ -44,7 +45,7 @@ def run(
   An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
   resumable.
   """
-  logs = folder(root, run_id)
+  logs = Root(root).logs(run_id)
   logs.mkdir(parents=True, exist_ok=True)
   rendezvous = logs / f"rendezvous-{os.getpid()}"
   profiled = [] if trace is None else ["--trace", str(trace)]
@@ -74,7 +75,7 @@ def compile_beside(root: Path, config: Config, logs: Path) -> list[subprocess.Po
   if config.target.arch == "cpu":
     return []
   shapes, arch, env = Shapes.of(config), config.target.arch, parent_environment()
-  started = build.start(shapes, arch, kernel_cache(root), env, logs / "kernels.txt")
+  started = build.start(shapes, arch, Root(root).kernel_cache, env, logs / "kernels.txt")
   return [] if started is None else [started]
 
 
@@ -83,20 +84,10 @@ def parent_environment() -> dict[str, str]:
   return dict(os.environ)
 
 
-def kernel_cache(root: Path) -> Path:
-  """Where compiled kernels are kept, in a folder for each architecture."""
-  return root / "kernel_cache"
-
-
-def folder(root: Path, run_id: str) -> Path:
-  """Where the ranks of a run leave their logs."""
-  return root / "logs" / run_id
-
-
 def tail(root: Path, run_id: str, lines: int = 15) -> str:
   """The last lines that the ranks of a run left in their logs, for an error message."""
   parts = []
-  for log in sorted(folder(root, run_id).glob("rank_*.txt")):
+  for log in sorted(Root(root).logs(run_id).glob("rank_*.txt")):
     with log.open(errors="replace") as stream:
       last = "".join(deque(stream, maxlen=lines))
     if last.strip():
@@ -121,7 +112,7 @@ def _spawn(
   command += ["--rank", str(rank), "--rendezvous", str(rendezvous), *more]
   env = parent_environment()
   if config.target.arch != "cpu":
-    env |= environment(config.target.arch, kernel_cache(root))
+    env |= environment(config.target.arch, Root(root).kernel_cache)
   with (logs / f"rank_{rank}.txt").open("a") as log:
     return subprocess.Popen(
       command,

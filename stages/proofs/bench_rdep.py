@@ -21,7 +21,8 @@ from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.experiments import provenance
-from stages.launch.local import kernel_cache, parent_environment
+from nmoe.records.root import Root
+from stages.launch.local import parent_environment
 
 REPO = Path(__file__).resolve().parents[2]
 REPEATS = 20
@@ -119,7 +120,7 @@ def _spawn(config: Config, rank: int, repeats: int, folder: Path) -> subprocess.
   command += ["--repeats", str(repeats)]
   env = parent_environment()
   if config.target.arch != "cpu":
-    env |= environment(config.target.arch, kernel_cache(Path(config.run.root)))
+    env |= environment(config.target.arch, Root(Path(config.run.root)).kernel_cache)
   with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
     return subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True)
 

@@ -27,6 +27,7 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Run
 from nmoe.records.metrics import read
+from nmoe.records.root import Root
 from stages.runs import Arm, Workbench, progress_display
 
 # Largest relative deviation from one rank. At the first step the weights are the same bits, and
@@ -88,7 +89,7 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   data = bench.arm("data", arms[ranks[0]]).data
   most = max(ranks)
   experiment = bench.experiment("check", arms[most], [Arm("ranks", arms[most], data)])
-  traces = bench.root / "traces" / experiment.id
+  traces = Root(bench.root).traces(experiment.id)
   with progress_display(console) as progress:
 
     def train(ranks: int, name: str, trace: Path | None = None) -> Run:

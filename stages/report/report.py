@@ -20,7 +20,8 @@ from rich.text import Text
 from nmoe.config import file as configs
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records import metrics
-from nmoe.records.experiments import Experiment, Experiments, Link, Run
+from nmoe.records.experiments import Experiment, Link, Reader, Run
+from nmoe.records.root import Root
 from stages.judge.statistics import Paired, Single, paired, single, time_to_loss
 from stages.report import figures
 from stages.report.figures import Arm
@@ -89,7 +90,7 @@ def write_report(root: Path, experiment: str) -> Path:
   RecordError if there is no such experiment or the folder cannot be written.
   """
   found = gather(root, experiment)
-  folder = Path(root) / "reports" / found.experiment.id
+  folder = Root(Path(root)).report(found.experiment.id)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for arm in found.arms:
@@ -107,7 +108,7 @@ def write_report(root: Path, experiment: str) -> Path:
 
 def gather(root: Path, name: str) -> Findings:
   """Read an experiment, its newest run of every arm and seed, and what they logged."""
-  records = Experiments(root)
+  records = Reader(root)
   experiment = records.find(name)
   newest: dict[str, dict[int, Run]] = {}
   for run in records.runs(experiment.id):

@@ -325,7 +325,7 @@ def test_refused_expansions(text, said, tmp_path):
 def test_a_default_root_expands_too(tmp_path):
   text = to_toml(BASE).replace('root = ".nmoe"\n', "")
   assert loads(text, env={"NMOE_ROOT": "/fast"}).run.root == "/fast"
-  assert loads(text, env={}).run.root == "/data"
+  assert loads(text, env={}).run.root == ".nmoe"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from nmoe.errors import RecordError
 from nmoe.records import experiments
-from nmoe.records.experiments import Experiments, provenance
+from nmoe.records.experiments import Experiments, Reader, provenance
 
 HYPOTHESIS = {
   "stage": "ablate",
@@ -183,6 +183,52 @@ def test_a_killed_owner_leaves_an_interrupted_run_that_can_be_resumed(tmp_path):
   db.update_run(run.id, status="completed")
   with pytest.raises(RecordError, match="is completed"):
     db.claim(run.id)
+
+
+def contents(root):
+  """Every path below a root with its size, its bytes and when it was changed."""
+  files = sorted(path for path in root.rglob("*"))
+  return [(p, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in files]
+
+
+def test_a_reader_changes_nothing_and_sees_a_dead_run_as_interrupted(tmp_path):
+  db = Experiments(tmp_path)
+  experiment = db.create("muon", **HYPOTHESIS)
+  run = start(db, experiment.id)
+  reader = Reader(tmp_path)
+  assert reader.run(run.id).status == "running"  # its owner, this process, lives
+  db.release(run.id)
+  code = f"db.claim({run.id!r}); print('up', flush=True); time.sleep(60)"
+  owner = child(tmp_path, code)
+  assert owner.stdout.readline() == "up\n"
+  assert reader.run(run.id).status == "running"
+  owner.send_signal(signal.SIGKILL)
+  owner.communicate()
+  db.close()
+  before = contents(tmp_path)
+  reader = Reader(tmp_path)
+  assert reader.find("muon") == experiment and reader.list() == [experiment]
+  assert [r.status for r in reader.runs(experiment.id)] == ["interrupted"]
+  assert reader.run(run.id).status == "interrupted" and reader.links(experiment.id) == []
+  reader.close()
+  assert contents(tmp_path) == before
+  row = sqlite3.connect(tmp_path / "experiments.db").execute("SELECT status FROM runs").fetchone()
+  assert row == ("running",)  # as the dead owner left it: marking it is a writer's work
+
+
+def test_a_reader_of_a_root_without_records_creates_nothing(tmp_path):
+  for root in (tmp_path / "no such folder", tmp_path):
+    with pytest.raises(RecordError, match="holds no records.*--root or NMOE_ROOT"):
+      Reader(root)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_refuses_another_schema(tmp_path):
+  Experiments(tmp_path).close()
+  with sqlite3.connect(tmp_path / "experiments.db") as db:
+    db.execute("PRAGMA user_version = 99")
+  with pytest.raises(RecordError, match="schema 99"):
+    Reader(tmp_path)
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_sound_database(tmp_path):

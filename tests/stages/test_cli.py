@@ -11,9 +11,11 @@ from labs import write_variant
 from typer.testing import CliRunner
 
 from nmoe.config import file as configs
+from nmoe.config.file import load
 from nmoe.errors import ConfigError
+from nmoe.records.experiments import Experiments
 from stages import runs
-from stages.cli import app
+from stages.cli import ROOT, app
 
 REPO = Path(__file__).parents[2]
 MUON = (
@@ -85,6 +87,24 @@ def test_an_ablation_from_the_shell(lab):
   page.unlink()
   assert str(page) in nmoe("report", "tiny-muon-1", "--root", lab.root)
   assert page.is_file()
+
+
+@pytest.mark.parametrize(
+  "words", [("experiments", "list"), ("experiments", "show", "x"), ("report", "x"), ("rerun", "x")]
+)
+def test_a_root_without_records_is_one_error_and_stays_as_it_was(tmp_path, words):
+  root = tmp_path / "root"
+  done = shell(*words, "--root", root)
+  assert done.returncode == 1 and done.stdout == ""
+  assert done.stderr.startswith(f"error: {root} holds no records (no experiments.db)")
+  assert not root.exists()
+
+
+def test_commands_and_configurations_have_one_default_root(monkeypatch):
+  monkeypatch.delenv("NMOE_ROOT", raising=False)
+  for file in sorted((REPO / "configs").glob("mo*/*.toml")):
+    if "[experiment]" in file.read_text(encoding="utf-8"):
+      assert Path(load(file).run.root) == ROOT, file
 
 
 def test_errors_are_one_message_and_status_one(lab):
@@ -162,7 +182,8 @@ def test_prep_mixture(lab, tmp_path, monkeypatch):
   assert len(said) == 1
 
 
-def test_missing_records(lab, tmp_path):
+def test_missing_records(tmp_path):
+  Experiments(tmp_path / "empty").close()
   done = shell("experiments", "show", "nothing", "--root", tmp_path / "empty")
   assert done.returncode == 1
   assert "no experiment 'nothing'; the newest are: none yet" in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from labs import Lab, same_bits
 
+from nmoe.records.root import Root
 from nmoe.train import loop as train
 from stages.launch import local as launch
 
@@ -34,7 +35,7 @@ def test_interrupted_and_finished(lab):
   assert lab.run(run).status == "interrupted"
   assert lab.attempt(run) == lab.attempt(whole) == 0
   assert same_bits(lab.state(run), lab.state(whole))
-  assert (launch.folder(lab.root, run) / "rank_0.txt").read_text() == ""  # no warning, no noise
+  assert (Root(lab.root).logs(run) / "rank_0.txt").read_text() == ""  # no warning, no noise
   assert signal.getsignal(signal.SIGTERM) is not launch._raise_interrupt
 
 
@@ -139,7 +140,7 @@ def test_no_child_outlives_an_error_here(lab, scripts):
 
 
 def test_tail_is_the_end_of_every_rank(tmp_path):
-  logs = launch.folder(tmp_path, "r")
+  logs = Root(tmp_path).logs("r")
   assert launch.tail(tmp_path, "r") == ""
   logs.mkdir(parents=True)
   (logs / "rank_0.txt").write_text("".join(f"line {i}\n" for i in range(50)))

@@ -1,0 +1,54 @@
+"""The layout of a root, the folder of all that runs leave: every path of it is made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_ROOT = ".nmoe"  # of configurations and commands alike, where NMOE_ROOT is not set
+
+
+@dataclass(frozen=True)
+class Root:
+  """The paths of one root. Making them creates nothing."""
+
+  path: Path
+
+  @property
+  def experiments_db(self) -> Path:
+    """SQLite: experiments, runs, conclusions, links."""
+    return self.path / "experiments.db"
+
+  @property
+  def data(self) -> Path:
+    """One folder a prepared mixture, named by its digest."""
+    return self.path / "data"
+
+  @property
+  def kernel_cache(self) -> Path:
+    """One folder an architecture, as kernels.tools.build fills it."""
+    return self.path / "kernel_cache"
+
+  def metrics(self, run_id: str, rank: int) -> Path:
+    """A rank's DuckDB file."""
+    return self.path / "metrics" / run_id / f"rank_{rank}.duckdb"
+
+  def checkpoints(self, run_id: str) -> Path:
+    """One folder a step."""
+    return self.path / "checkpoints" / run_id
+
+  def lock(self, run_id: str) -> Path:
+    """Locked by the process that owns the run."""
+    return self.path / "locks" / run_id
+
+  def logs(self, run_id: str) -> Path:
+    """What the run's ranks and the compiler beside them print."""
+    return self.path / "logs" / run_id
+
+  def report(self, experiment_id: str) -> Path:
+    """index.html, the arms' TOML, changes.patch."""
+    return self.path / "reports" / experiment_id
+
+  def traces(self, experiment_id: str) -> Path:
+    """The profiles of an experiment's runs."""
+    return self.path / "traces" / experiment_id
