@@ -265,9 +265,11 @@ def test_only_the_newest_run_of_a_seed_counts(tmp_path):
 
 
 def test_unknown_experiments_and_folders_in_the_way(tmp_path):
-  with pytest.raises(RecordError, match="no experiment 'muon'"):
+  with pytest.raises(RecordError, match="holds no records"):
     write_report(tmp_path, "muon")
   name, _ = make(tmp_path, seeds=1)
+  with pytest.raises(RecordError, match="no experiment 'nothing'"):
+    write_report(tmp_path, "nothing")
   (tmp_path / "reports").write_text("in the way")
   with pytest.raises(RecordError, match="the report cannot be written"):
     write_report(tmp_path, name)
