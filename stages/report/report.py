@@ -374,11 +374,13 @@ def _command(found: Findings, folder: Path) -> str:
   first = found.runs[0]
   lines = [f"git checkout {first.commit}"] if first.commit else []
   lines += [f"git apply {folder / 'changes.patch'}"] if first.diff else []
-  files = [str(folder / f"{arm.name}.toml") for arm in found.arms]
-  verb = "ablate" if found.experiment.stage == "ablate" else "research run"
-  seeds = f"--seeds {max(len(arm.runs) for arm in found.arms)}"
-  lines.append(" \\\n  ".join([f"nmoe {verb}", *files, seeds]))
-  lines.append(f"# or one run of it: nmoe rerun {first.id} --root {folder.parent.parent}")
+  e, own = found.experiment, {"ablate": "ablate", "research": "research run"}
+  repeats = any((link.from_id, link.relation) == (e.id, "repeats") for link in found.links)
+  if e.stage in own and not repeats:  # what checks and benches add stands in no configuration
+    files = [str(folder / f"{arm.name}.toml") for arm in found.arms]
+    seeds = f"--seeds {max(len(arm.runs) for arm in found.arms)}"
+    lines.append(" \\\n  ".join([f"nmoe {own[e.stage]}", *files, seeds]))
+  lines.append(f"# one run of it:\nnmoe rerun {first.id} --root {folder.parent.parent}")
   return "\n".join(lines)
 
 

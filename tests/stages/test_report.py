@@ -217,6 +217,18 @@ def test_one_arm(tmp_path):
   assert "nmoe research run" in html and "There is no conclusion yet." in html
 
 
+def test_checks_benches_and_reruns_do_not_claim_to_be_of_another_command(tmp_path):
+  """Their runs can be repeated one by one; the experiment that a rerun repeats keeps its line."""
+  first, _ = make(tmp_path, stage="research", arms=("cpu",))
+  again, _ = make(tmp_path, stage="research", arms=("cpu",))
+  checked, _ = make(tmp_path, stage="check", arms=("cpu",))
+  Experiments(tmp_path).link(again, first, "repeats", "of a run")
+  pages = {name: write_report(tmp_path, name).read_text() for name in (first, again, checked)}
+  assert ["nmoe research run" in page for page in pages.values()] == [True, False, False]
+  for name, page in pages.items():
+    assert f"nmoe rerun {gather(tmp_path, name).runs[0].id}" in page
+
+
 def test_a_run_that_failed_and_one_that_never_logged(tmp_path):
   name, _ = make(tmp_path)
   db = Experiments(tmp_path)
