@@ -312,6 +312,9 @@ class Exchange:
     pinned = device.type == "cuda"
     self.record = torch.zeros(2 + len(peers), dtype=torch.int64, pin_memory=pinned)
     self.record_address = torch.tensor([self.record.data_ptr()]).to(device)
+    self.full = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+    self.full_address = torch.tensor([self.full.data_ptr()]).to(device)
+    self.placed = torch.cuda.Event() if pinned else None
     self.mine.origin_C.fill_(-1)
     self.stream = torch.cuda.Stream(device, priority=-1) if pinned else None
     self.blocks: int | None = BLOCKS
@@ -446,7 +449,17 @@ class Exchange:
       torch.cuda.current_stream(self.stream.device_index).wait_stream(self.stream)
 
   def places(self, alignment: int) -> tuple[Tensor, Places]:
-    return places(self.mine.count_RE, alignment)
+    found = places(self.mine.count_RE, alignment, self.capacity, self.full_address)
+    if self.placed is not None:
+      self.placed.record()
+    return found
+
+  def overflowed(self) -> bool:
+    if self.placed is not None:
+      self.placed.synchronize()
+    full = bool(self.full)
+    self.full.zero_()
+    return full
 
   def fetch(self, x: Tensor) -> Fetched:
     """x, of no negative elements, on its way to the host; the copy is queued now."""

@@ -3,7 +3,8 @@
 One block. A thread per expert sums the counts of all ranks; then it sums the padded totals of its
 owner's experts before it, from shared memory, and writes the places of all ranks' rows for it.
 Integers only. R · E counts in, 2 · R · E places out: latency is all that matters, and in torch the
-same is a dozen launches.
+same is a dozen launches. A rank with more rows than its buffer holds is told to the host in memory
+that it can read without waiting in the layer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from kernels.cuda.jit import cached, check_device, compile_kernel, fake
+from kernels.cuda.rows import put
 from kernels.ops import check
 from kernels.places import Places
 
@@ -27,13 +29,13 @@ class PlacesKernel:
     self.num_experts = num_experts
 
   @cute.jit
-  def __call__(self, mCount, mCopy, mBase, mEdge, alignment: Int32, stream):
-    self.kernel(mCount, mCopy, mBase, mEdge, alignment).launch(
+  def __call__(self, mCount, mCopy, mBase, mEdge, mFull, alignment: Int32, capacity: Int64, stream):
+    self.kernel(mCount, mCopy, mBase, mEdge, mFull, alignment, capacity).launch(
       grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
   @cute.kernel
-  def kernel(self, mCount, mCopy, mBase, mEdge, alignment: Int32):
+  def kernel(self, mCount, mCopy, mBase, mEdge, mFull, alignment: Int32, capacity: Int64):
     tidx, _, _ = cute.arch.thread_idx()
     ranks = mCount.shape[0]
     held = self.num_experts // ranks
@@ -53,6 +55,8 @@ class PlacesKernel:
       mEdge[owner, e - first] = place
       if e - first == held - 1:
         mEdge[owner, held] = place + Int64(sPadded[e])
+        if place + Int64(sPadded[e]) > capacity:
+          put(Int64, mFull[0], Int64(1))
       for r in cutlass.range(ranks):
         count = Int64(mCount[r, e])
         mCopy[r, e] = count
@@ -65,15 +69,20 @@ def compile_places(num_experts: int):
   count = fake(Int32, None, num_experts, align=4)
   copy, base = (fake(Int64, None, num_experts, align=8) for _ in range(2))
   edge = fake(Int64, None, None, align=8)
-  return compile_kernel(PlacesKernel(num_experts), count, copy, base, edge, Int32(1))
+  full = fake(Int64, 1, align=8)
+  kernel = PlacesKernel(num_experts)
+  return compile_kernel(kernel, count, copy, base, edge, full, Int32(1), Int64(0))
 
 
-def places(count_RE: Tensor, alignment: int) -> tuple[Tensor, Places]:
-  """(count_RE in int64, see kernels.places.places). count_RE int32; R divides E."""
+def places(count_RE: Tensor, alignment: int, capacity: int, full: Tensor) -> tuple[Tensor, Places]:
+  """(count_RE in int64, see kernels.places.places). count_RE int32; R divides E.
+
+  full: int64 [1], the address of an int64 that becomes 1 if a rank has more than `capacity` rows.
+  """
   check_device(count_RE.device)
   ranks, experts = count_RE.shape
   check(experts % ranks == 0, f"{experts} experts cannot lie on {ranks} ranks alike")
   copy, base = count_RE.new_empty((2, ranks, experts), dtype=torch.int64).unbind()
   edge = copy.new_empty(ranks, experts // ranks + 1)
-  compile_places(experts)(count_RE, copy, base, edge, alignment)
+  compile_places(experts)(count_RE, copy, base, edge, full, alignment, capacity)
   return copy, Places(base, edge)

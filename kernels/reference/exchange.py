@@ -52,6 +52,7 @@ class Exchange:
     self.mine.origin_C.fill_(-1)
     self.blocks: int | None = None
     self.fused = True
+    self.full = False
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     """Write this rank's int32 [E] counts into every rank's count[rank]."""
@@ -164,7 +165,16 @@ class Exchange:
   def places(self, alignment: int) -> tuple[Tensor, Places]:
     """(the counts that came, a copy in int64; where all rows lie)."""
     count_RE = self.mine.count_RE.long()
-    return count_RE, places(count_RE, alignment)
+    found = places(count_RE, alignment)
+    self.full |= int(found.end_R.max()) > self.capacity
+    return count_RE, found
+
+  def overflowed(self) -> bool:
+    """Whether some rank had more rows than its buffer holds, in any `places` since the last call;
+    the same on every rank. Waits for the last of these places, and for no row.
+    """
+    full, self.full = self.full, False
+    return full
 
   def fetch(self, x: Tensor) -> Fetched:
     """x on its way to the host."""

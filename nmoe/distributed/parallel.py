@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nmoe.config.file import Config
 from nmoe.config.owners import Span
 from nmoe.config.plan import owned_rows, parameter_shapes
-from nmoe.distributed.rdep import Rdep
+from nmoe.distributed.rdep import Passes, Rdep
 from nmoe.errors import CommError
 from nmoe.machine.target import Target
 
@@ -161,6 +161,10 @@ class Parallel:
     told = torch.tensor(int(flag))
     dist.all_reduce(told, dist.ReduceOp.MAX, self.control)
     return bool(told)
+
+  def run(self, passes: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
+    """passes(), the forward and backward passes of a step; see `Rdep.run`."""
+    return passes() if self.rdep is None else self.rdep.run(passes, forget)
 
   @torch.no_grad()
   def reduce_gradients(self, model: nn.Module) -> None:

@@ -29,8 +29,12 @@ C rows a layer); later rounds keep nothing: backward dispatches their x again. S
 nor kept activations exceed C rows, whatever the imbalance.
 
 The host. Every size is C's, and where the rows end is known on the device, so the host queues a
-layer's first round without knowing the counts. It waits for them only then, to learn the number of
-rounds, while the device works on what is queued.
+layer's first round without knowing the counts. Alone, a layer then waits for them, to learn the
+number of rounds. The passes of a step do not (`Rdep.run`): they queue one round a layer, and learn
+once, from the last layer's counts, whether a rank ran full in any. If so, all ranks of the group
+know it, forget what the passes computed and repeat them with a wait in every layer, and so the next
+CROWDED steps: routing that overflows once mostly does so again. One round or several, the bits are
+the same; only an abandoned attempt's rows beyond C are lost, with all that was computed from it.
 
 Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
 graph is a part of this layer's node, as autograd would run their backward pass after it.
@@ -55,7 +59,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,6 +74,9 @@ from nmoe.config.file import Config
 from nmoe.distributed.heap import Heap, buffer_layout
 from nmoe.errors import CommError
 
+Passes = TypeVar("Passes")  # what passes() returns
+
+CROWDED = 16  # steps that wait for the counts of every layer after one that overflowed
 KIND_NAMES = {COUNTS: "counts", DISPATCH: "rows", RETURN: "returned rows"}
 
 
@@ -93,7 +100,7 @@ class Rdep:
   `ops` and `symmetric` are of the target's kernels: the contract's operations, and the shared
   memory with its row movers. group: the ranks, a gloo group; None for one rank, needing only ops.
   Collective. Of each layer's last forward pass, `rounds[layer]` is the number of rounds and
-  `counts[layer]` the tokens [R, E] that each rank sent to each expert, on the host.
+  `counts[layer]` the tokens [R, E] that each rank sent to each expert, on the device.
   """
 
   def __init__(
@@ -113,6 +120,8 @@ class Rdep:
     self.rounds: dict[int, int] = {}
     self.counts: dict[int, Tensor] = {}
     self.done = 0  # the last trip whose replies have all come
+    self.one_round = False  # layers queue one round and do not ask whether it was enough
+    self.crowded = 0  # steps to come that ask
     self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, unknown)], maxlen=1024)
     if self.num_ranks > 1:
       self.heap = Heap(buffer_layout(config), symmetric, group)
@@ -151,13 +160,42 @@ class Rdep:
     sent = _Send.apply(call, x_TD, gate_TK, expert_TK)
     return _Receive.apply(call, sent, x_TD, w13, w2, shared)
 
+  def run(self, passes: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
+    """passes(), forward and backward passes whose results count only when they return.
+
+    The layers inside do not wait for the host. If a rank had more rows than its buffer holds,
+    `forget` undoes what passes() did, gradients above all, and passes() runs once more.
+    """
+    if self.num_ranks == 1:
+      return passes()
+    if self.crowded == 0:
+      self.exchange.overflowed()  # by passes that asked, an evaluation's
+      self.one_round = True
+      try:
+        results = passes()
+      finally:
+        self.one_round = False
+      with self.explained():
+        full = self.exchange.overflowed()
+      if not full:
+        return results
+      del results
+      forget()
+      self.crowded = CROWDED
+    results = passes()
+    self.crowded = CROWDED if self.exchange.overflowed() else self.crowded - 1
+    return results
+
   def received(self) -> tuple[int, int]:
     """Rows that came to this rank in each layer's last forward pass, summed over layers; and those
-    of them that came after the first round, which backward dispatches again.
+    of them that came after the first round, which backward dispatches again. Waits for the device.
     """
+    if not self.counts:
+      return 0, 0
+    count_LRE = torch.stack(list(self.counts.values())).cpu()
     mine = slice(self.first, self.first + self.num_local)
-    rows = sum(int(count_RE[:, mine].sum()) for count_RE in self.counts.values())
-    first = sum(sum(self._expected(DISPATCH, count_RE, 0)) for count_RE in self.counts.values())
+    rows = int(count_LRE[:, :, mine].sum())
+    first = sum(sum(self._expected(DISPATCH, count_RE, 0)) for count_RE in count_LRE)
     return rows, rows - first
 
   @contextmanager
@@ -327,7 +365,9 @@ class _Call:
     beside_TD = None if shared is None else self._run_beside(x_TD, shared)
     self.exchange.join()
     self._round_forward(w13, w2, self.keep)
-    self._plan()
+    self.rounds = 1 if self.rdep.one_round else self._needed()
+    self.rdep.rounds[self.layer] = self.rounds
+    self.rdep.counts[self.layer] = self.route.count_RE
     self._wait(RETURN)
     for number in range(1, self.rounds):
       self._next(number)
@@ -373,14 +413,13 @@ class _Call:
     dx_TD = self.rdep.ops.combine(dx_TKD, torch.ones_like(self.gate_TK))
     return dx_TD, dgate_TK.to(self.gate_TK.dtype, copy=True)
 
-  def _plan(self) -> None:
+  def _needed(self) -> int:
     """The number of rounds; waits for the counts, the layer's one host synchronisation."""
     rdep = self.rdep
     with rdep.explained():
       count_RE = torch.tensor(self.fetched())
     most = int(places(count_RE, rdep.config.rdep.alignment).end_R.max())
-    self.rounds = max(-(-most // self.exchange.capacity), 1)
-    rdep.rounds[self.layer], rdep.counts[self.layer] = self.rounds, count_RE
+    return max(-(-most // self.exchange.capacity), 1)
 
   def _run_beside(self, x_TD: Tensor, shared: Callable[[Tensor], Tensor]) -> Tensor:
     """shared(x), whose graph is kept for `_back_beside` if there is a backward pass."""

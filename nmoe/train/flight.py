@@ -60,6 +60,10 @@ class FlightRecorder:
     self.sums = {}
     return values
 
+  def forget(self) -> None:
+    """What the step's passes have shown so far; they run again."""
+    self.sums = {}
+
   def _observe(self, layer: int, product: str, two: bool, operand: Operand) -> None:
     leg = f"{('w13', 'w2')[operand.salt]}.{operand.leg}" if two else operand.leg
     sums, key = flight_sums(operand), (layer, product, leg)

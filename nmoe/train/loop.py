@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,10 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     tokens, targets = next(batches)
     state.model.set_forward_bf16(finishing(c, state.step))
     flight.start(state.step + 1)
-    if graph is None:
-      loss, counts, loss_T = passes(tokens, targets)
-    else:
+    if graph is not None:
       clock.start("graph")
-      loss, counts, loss_T = graph(tokens, targets)
+    run = partial(graph or passes, tokens, targets)
+    loss, counts, loss_T = ranks.run(run, partial(forget, state.model, flight))
     clock.start("clip")
     ranks.reduce_gradients(state.model)
     loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
@@ -154,6 +154,12 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     return None
   session.checkpoints.wait()
   return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
+
+
+def forget(model: Model, flight: FlightRecorder) -> None:
+  """Undo what a step's passes did, before they run again."""
+  model.zero_grad()
+  flight.forget()
 
 
 def due(step: int, every: int) -> bool:

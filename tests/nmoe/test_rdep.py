@@ -192,6 +192,38 @@ def run_cases(group, names: list[str], fused: bool) -> dict[str, tuple[list, lis
   return found
 
 
+def run_unasked(group, names: list[str]) -> dict[str, tuple[list, list[int], list[int], list[int]]]:
+  """Every case, each iteration through `Rdep.run`: the fields of each iteration's Result; per
+  iteration how often it ran and how often the host waited for counts; and the last rounds.
+  """
+  waits = []
+
+  class Counting(exchange.Fetched):
+    def __call__(self) -> list:
+      waits.append(1)
+      return super().__call__()
+
+  exchange.Fetched = Counting
+  found = {}
+  for name in names:
+    case = CASES[name]
+    rdep = Rdep(config(group.size(), case), ops, group, symmetric)
+    steps, attempts, waited = [], [], []
+    for i in range(ITERATIONS):
+      ran = []
+
+      def passes(rdep: Rdep = rdep, case: Case = case, i: int = i, ran: list = ran) -> list:
+        ran.append(i)
+        return step(rdep, share(case, make(case, i % 3), group.rank(), group.size()), layer=i % 2)
+
+      before = len(waits)
+      steps.append(rdep.run(passes, lambda ran=ran: ran.append(-1)))
+      attempts.append(ran)
+      waited.append(len(waits) - before)
+    found[name] = (steps, attempts, waited, [rdep.rounds[0], rdep.rounds[1]])
+  return found
+
+
 def join(parts: list[list[np.ndarray]]) -> Result:
   y, dx, dgate, dw13, dw2, dshared = zip(*parts, strict=True)
   return Result(*map(np.concatenate, (y, dx, dgate, dw13, dw2)), np.sum(dshared, axis=0))
@@ -243,6 +275,30 @@ def test_equals_one_rank_and_definition(num_ranks: int, name: str) -> None:
       assert a.shape == one.shape == exact.shape
       assert deviation(a, one) < 1e-6, f"{field}, iteration {i}"
       assert deviation(a, exact) < 2e-6, f"{field}, iteration {i}"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_steps_that_do_not_ask_for_counts_have_the_same_bits(num_ranks: int) -> None:
+  """No wait for counts in a layer; one that overflows is forgotten and repeated with waits, and so
+  are the steps after it from their start.
+  """
+  found = ranks.run(run_unasked, num_ranks, list(CASES))
+  overflowing = 0
+  for name, (wanted, rounds) in results(num_ranks).items():
+    steps = [join(list(parts)) for parts in zip(*(f[name][0] for f in found), strict=True)]
+    for i, (a, b) in enumerate(zip(steps, wanted, strict=True)):
+      for field, x, y in zip(Result._fields, a, b, strict=True):
+        assert x.tobytes() == y.tobytes(), f"{name}, {field}, iteration {i}"
+    for _, attempts, waited, last in (f[name] for f in found):
+      assert last == rounds, name
+      if max(rounds) == 1:
+        assert attempts == [[i] for i in range(ITERATIONS)], name
+        assert waited == [0] * ITERATIONS, name
+      else:
+        overflowing += 1
+        assert attempts[0] == [0, -1, 0] and all(len(ran) == 1 for ran in attempts[1:]), name
+        assert waited == [1] * ITERATIONS, name
+  assert overflowing >= 3 * num_ranks
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
