@@ -4,6 +4,7 @@ are judged pair by pair.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +13,9 @@ from rich.markup import escape
 from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError
-from stages.judge.statistics import paired
-from stages.runs import Arm, Workbench, progress_display, seeds_of, value
+from stages.judge import paired
+from stages.runs import Arm, Workbench, hypothesis_of, seeds_of
+from stages.study import Study, carry_out
 
 
 def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> Path:
@@ -27,25 +29,13 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
   if seeds:
     other = other.with_values(**{"experiment.seeds": seeds})
   differences(base, other, console)
-  asked = other.experiment
   bench = Workbench.open(other.run.root, console)
-  arms = [bench.arm("baseline", base), bench.arm("variant", other)]
+  arms = (bench.arm("baseline", base), bench.arm("variant", other))
   check_different(*arms)
-  experiment = bench.experiment("ablate", other, arms)
-  runs = {arm.name: [] for arm in arms}
-  with progress_display(console) as progress:
-    for seed in seeds_of(other):
-      for arm in arms:
-        runs[arm.name].append(bench.run(experiment, arm, seed, progress))
-  everything = runs["baseline"] + runs["variant"]
-  bench.check(experiment, everything)
-  judged = paired(
-    [value(run, asked.metric) for run in runs["baseline"]],
-    [value(run, asked.metric) for run in runs["variant"]],
-    direction=asked.direction,
-    min_effect=asked.min_effect,
-  )
-  return bench.close(experiment, judged.verdict, judged.as_dict(), everything)
+  asked = hypothesis_of(other)
+  judge = partial(paired.judge, asked)
+  study = Study(other.experiment.name, "ablate", (asked,), arms, seeds_of(other), judge)
+  return carry_out(study, bench).report
 
 
 def differences(base: Config, variant: Config, console: Console) -> None:

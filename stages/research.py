@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from nmoe.errors import RunError
 from nmoe.records.experiments import Reader
 from nmoe.records.metrics import read
 from nmoe.records.root import Root
-from stages.judge.statistics import single
-from stages.runs import Arm, Workbench, progress_display, seeds_of, value
+from stages.judge import single
+from stages.runs import Arm, Workbench, hypothesis_of, progress_display, seeds_of
+from stages.study import Study, carry_out
 
 
 def run(path: Path, seeds: int | None, console: Console) -> Path:
@@ -29,23 +30,16 @@ def run(path: Path, seeds: int | None, console: Console) -> Path:
   if seeds:
     config = config.with_values(**{"experiment.seeds": seeds})
   bench = Workbench.open(config.run.root, console)
-  arm = bench.arm(path.stem, config)
-  experiment = bench.experiment("research", config, [arm])
-  with progress_display(console) as progress:
-    runs = [bench.run(experiment, arm, seed, progress) for seed in seeds_of(config)]
-  bench.check(experiment, runs)
-  asked = config.experiment
-  unigram = None
-  if asked.metric == "val/bpb":
-    known = (run.results["unigram_bpb"] for run in runs if run.status == "completed")
-    unigram = next(known, math.nan)
-  judged = single(
-    [value(run, asked.metric) for run in runs],
-    reference=unigram,
-    direction=asked.direction,
-    min_effect=asked.min_effect,
+  asked = hypothesis_of(config)
+  study = Study(
+    config.experiment.name,
+    "research",
+    (asked,),
+    (bench.arm(path.stem, config),),
+    seeds_of(config),
+    partial(single.judge, asked),
   )
-  return bench.close(experiment, judged.verdict, judged.as_dict(), runs)
+  return carry_out(study, bench).report
 
 
 def rerun(run_id: str, root: Path, console: Console) -> Path:

@@ -4,11 +4,10 @@ progress.
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from nmoe.config.file import Config
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
-from nmoe.records.experiments import Experiment, Experiments, Run, provenance
+from nmoe.records.experiments import Experiment, Experiments, Hypothesis, Run, provenance
 from nmoe.records.root import Root
+from stages.judge.table import Point
 from stages.launch import local as launch
 from stages.report.report import terminal_summary, write_report
 
@@ -39,11 +39,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Arm:
-  """One configuration of an experiment with its prepared data."""
+  """One configuration of an experiment with its prepared data.
+
+  point: its place on the axes of a sweep, such as {"width": 128, "lr": 0.003}.
+  """
 
   name: str
   config: Config
   data: Path
+  point: Point = field(default_factory=dict)
 
   def at_seed(self, seed: int) -> Config:
     return self.config.with_values(**{"train.seed": seed})
@@ -72,34 +76,49 @@ class Workbench:
     return cls(folder, Experiments(folder), console, commit, patch, code_version, anew)
 
   def experiment(self, stage: str, config: Config, arms: list[Arm]) -> Experiment:
-    """Write the hypothesis down, or find it: the newest experiment that asks the same of the same
-    runs.
-    """
+    """The experiment of one hypothesis, a configuration's own, over the configuration's seeds."""
     e = config.experiment
-    asked = (stage, e.name, e.statement, e.metric, e.direction, e.min_effect)
+    return self.planned(stage, e.name, (hypothesis_of(config),), arms, seeds_of(config))
+
+  def planned(
+    self,
+    stage: str,
+    name: str,
+    hypotheses: Sequence[Hypothesis],
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    grows: bool = False,
+  ) -> Experiment:
+    """Write the hypotheses down, or find them: the newest experiment that asks the same of the same
+    runs, and of no others, unless it `grows`.
+    """
+    (asked,) = hypotheses
     wanted = {
-      (configs.fingerprint(arm.at_seed(seed), arm.data.name), self.code_version)
+      (arm.name, seed): (configs.fingerprint(arm.at_seed(seed), arm.data.name), self.code_version)
       for arm in arms
-      for seed in seeds_of(config)
+      for seed in seeds
     }
     for found in self.experiments.list():
-      same = (
-        found.stage,
-        found.name,
-        found.statement,
-        found.metric,
-        found.direction,
-        found.min_effect,
-      )
-      members = {(r.fingerprint, r.code_version) for r in self.experiments.runs(found.id)}
-      if same == asked and members <= wanted:
+      claim = Hypothesis(found.statement, found.metric, found.direction, found.min_effect)
+      if (found.stage, found.name, claim) == (stage, name, asked) and all(
+        wanted[key] == (run.fingerprint, run.code_version) if key in wanted else grows
+        for run in self.experiments.runs(found.id)
+        for key in [(run.arm, run.seed)]
+      ):
         return found
-    return self.experiments.create(e.name, stage, e.statement, e.metric, e.direction, e.min_effect)
+    return self.experiments.create(
+      name, stage, asked.statement, asked.metric, asked.direction, asked.min_effect
+    )
 
   def arm(self, name: str, config: Config) -> Arm:
     """Prepare the arm's data (or find it prepared)."""
     mixture = Path(config.data.mixture)
     return Arm(name, config, prepared(mixture, config.data.tokenizer, self.root, self.console))
+
+  def run_all(self, experiment: Experiment, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
+    """The run of every arm and seed, in their order, as `run` finds or executes it."""
+    with progress_display(self.console) as progress:
+      return [self.run(experiment, arm, seed, progress) for arm, seed in pairs]
 
   def run(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> Run:
     """The run of an arm at a seed: found finished, continued, or executed from its start.
@@ -253,9 +272,10 @@ def prepared(mixture: Path, tokenizer: str, root: Path, console: Console) -> Pat
     return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show)
 
 
-def value(run: Run, metric: str) -> float:
-  """A completed run's final value of a metric; NaN if it diverged."""
-  return math.nan if run.status == "failed" else run.results[metric]
+def hypothesis_of(config: Config) -> Hypothesis:
+  """What a configuration's [experiment] claims."""
+  e = config.experiment
+  return Hypothesis(e.statement, e.metric, e.direction, e.min_effect)
 
 
 def seeds_of(config: Config) -> range:

@@ -28,9 +28,11 @@ import tomli
 
 from nmoe.config.expansion import expand, expand_all
 from nmoe.errors import ConfigError
+from nmoe.records.measures import MEASURES
 from nmoe.records.root import DEFAULT_ROOT
 
 REQUIRED: Any = object()
+Metric = Literal[tuple(MEASURES)]
 
 
 def _tagged(kind: str, default: Any) -> Any:
@@ -57,9 +59,7 @@ class ExperimentConfig:
 
   name: str = free()
   statement: str = free()  # the claim, in a sentence
-  metric: Literal["val/loss", "val/bpb", "train/tokens_per_s", "memory/peak_bytes"] = free(
-    "val/bpb"
-  )
+  metric: Metric = free("val/bpb")
   direction: Literal["lower", "higher", "none"] = free("none")  # the variant is expected to be …
   min_effect: float = free(0.0)  # smallest difference that matters, in the metric's unit
   seeds: int = free(3)

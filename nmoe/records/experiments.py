@@ -65,6 +65,22 @@ _RUN_SQL = """
 
 
 @dataclass(frozen=True)
+class Hypothesis:
+  """A claim that an experiment tests.
+
+  statement   the claim, in a sentence
+  metric      a tag of nmoe.records.measures.MEASURES
+  direction   "lower" or "higher": what is claimed of the variant; "none": that it doesn't matter
+  min_effect  the smallest difference that matters, in the metric's unit
+  """
+
+  statement: str
+  metric: str
+  direction: str
+  min_effect: float
+
+
+@dataclass(frozen=True)
 class Experiment:
   """A hypothesis and its outcome. Times: UTC, ISO 8601. `verdict` is "" until concluded."""
 

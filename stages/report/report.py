@@ -21,26 +21,19 @@ from nmoe.config import file as configs
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records import metrics
 from nmoe.records.experiments import Experiment, Link, Reader, Run
+from nmoe.records.measures import MEASURES, Measure
 from nmoe.records.root import Root
 from stages.judge.statistics import Paired, Single, paired, single, time_to_loss
 from stages.report import figures
 from stages.report.figures import Arm
 from stages.report.page import definitions, facts, folded, page, section, table
 
-# result key: (label, format, factor into the label's unit)
-RESULTS = {
-  "val/bpb": ("held-out bits per byte", ".4f", 1.0),
-  "unigram_bpb": ("bits per byte of a unigram model", ".4f", 1.0),
-  "val/loss": ("held-out loss, nats per token", ".4f", 1.0),
-  "train/loss": ("training loss, nats per token", ".4f", 1.0),
-  "train/tokens_per_s": ("tokens per second", ",.0f", 1.0),
-  "train/mfu": ("model FLOPs utilisation, %", ".1f", 100.0),
-  "memory/peak_bytes": ("peak memory, GiB", ".2f", 2.0**-30),
-  "to_baseline": ("tokens to the baseline's final loss", ",.0f", 1.0),
-  "wall_s": ("wall time, s", ",.1f", 1.0),
-  "load/max_over_mean": ("fullest expert over mean, worst layer", ".2f", 1.0),
-  "load/dead": ("dead experts, all layers", ".3g", 1.0),
-}
+RESULTS = {  # the measures, and what a report adds to them
+  "val/bpb": MEASURES["val/bpb"],
+  "unigram_bpb": Measure("bits per byte of a unigram model", ".4f", "lower"),
+  "val/loss": MEASURES["val/loss"],
+  "to_baseline": Measure("tokens to the baseline's final loss", ",.0f", "lower"),
+} | MEASURES
 HEALTH = ("load_max_over_mean", "load_p05", "load_p95", "dead", "entropy", "bias_range")
 BADGES = {"confirmed": "green", "refuted": "red", "inconclusive": "yellow", "failed": "red"}
 
@@ -136,7 +129,7 @@ def _row(key: str, arms: Sequence[Arm], seeds: Sequence[int]) -> Row | None:
       for arm, of in zip(arms, values, strict=True)
     )
     difference = paired(a, b, direction="none", min_effect=0.0)
-  return Row(key, RESULTS[key][0], tuple(map(single, values)), difference)
+  return Row(key, RESULTS[key].label, tuple(map(single, values)), difference)
 
 
 def _to_baseline(arm: Arm, arms: Sequence[Arm]) -> list[float]:
@@ -230,9 +223,9 @@ def _differences(found: Findings, d: Paired) -> go.Figure:
     dict(zip((r.seed for r in a.runs), a.values(e.metric), strict=True)) for a in found.arms
   ]
   seeds = [s for s in found.seeds if all(math.isfinite(v[s]) for v in values)]
-  label, _, factor = RESULTS[e.metric]
-  title = f"{label}: variant − baseline"
-  return figures.differences(d, seeds, title, e.direction, e.min_effect, factor)
+  measure = RESULTS[e.metric]
+  title = f"{measure.label}: variant − baseline"
+  return figures.differences(d, seeds, title, e.direction, e.min_effect, measure.factor)
 
 
 def _curves(found: Findings) -> str:
@@ -394,11 +387,8 @@ def _figure(name: str, figure: go.Figure | None) -> str:
 
 
 def _show(key: str, value: float, sign: str = "") -> str:
-  """A result in its unit; exact zeros are "0"."""
-  if not math.isfinite(value):
-    return "never" if key == "to_baseline" and value > 0 else "—"
-  _, form, factor = RESULTS[key]
-  return f"{value * factor:{sign}{form}}".replace("-", "−") if value else "0"
+  """A result in its unit; a loss that is not reached is "never"."""
+  return "never" if key == "to_baseline" and value == math.inf else RESULTS[key].show(value, sign)
 
 
 def _plus_minus(key: str, one: Single) -> str:

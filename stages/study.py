@@ -1,0 +1,76 @@
+"""A study: hypotheses, the arms and seeds that answer them, and the judge of what comes out.
+
+A Config is one run; a Study is the question above it. A stage builds one and calls `carry_out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmoe.records.experiments import Experiment, Hypothesis, Run
+from stages.judge.table import Judgement, Result, Table
+from stages.runs import Arm, Workbench
+
+
+@dataclass(frozen=True)
+class Study:
+  """`hypotheses` are on record before the first step; the first of them is the headline.
+
+  Every arm runs at every seed; arms take turns seed by seed, so that a drift of the machine falls
+  on all. `further` is asked for more runs, with the results so far, until it has none: a sweep
+  extends its grid by it, or repeats its best points at other seeds.
+  """
+
+  name: str
+  stage: str
+  hypotheses: tuple[Hypothesis, ...]
+  arms: tuple[Arm, ...]
+  seeds: Sequence[int]
+  judge: Callable[[Table], Judgement]
+  further: Callable[[Table], Sequence[tuple[Arm, int]]] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+  """A study that was carried out: its record, its results, the verdict, the page of its report."""
+
+  experiment: Experiment
+  table: Table
+  judgement: Judgement
+  report: Path
+
+
+def carry_out(study: Study, workbench: Workbench) -> Outcome:
+  """Record the study, run what is not yet run, judge, report.
+
+  A study that asks the same of the same runs goes on where it was. RunError if a run fails (then
+  there is no verdict) or diverged (then there is one).
+  """
+  experiment = workbench.planned(
+    study.stage,
+    study.name,
+    study.hypotheses,
+    study.arms,
+    study.seeds,
+    grows=study.further is not None,
+  )
+  pairs = [(arm, seed) for seed in study.seeds for arm in study.arms]
+  results: list[Result] = []
+  runs: list[Run] = []
+  while pairs:
+    runs += workbench.run_all(experiment, pairs)
+    workbench.check(experiment, runs)
+    new = runs[len(results) :]
+    results += [_result(arm, run) for (arm, _), run in zip(pairs, new, strict=True)]
+    pairs = study.further(Table(tuple(results))) if study.further else ()
+  table = Table(tuple(results))
+  judgement = study.judge(table)
+  conclusion = {"reason": judgement.reason, **judgement.numbers}
+  report = workbench.close(experiment, judgement.verdict, conclusion, runs)
+  return Outcome(experiment, table, judgement, report)
+
+
+def _result(arm: Arm, run: Run) -> Result:
+  return Result(arm.name, run.seed, run.results, run.status == "failed", arm.point)
