@@ -14,7 +14,7 @@ FLOORS = ("kernels", "nmoe", "stages")  # each may import itself and those befor
 ROOMS = {  # of a floor, folders or single files: likewise
   "kernels": (
     "arch errors copies ops shapes gradient halves ragged places formats buffers flight "
-    "reference cuda tools"
+    "exchange reference cuda tools"
   ).split(),
   "nmoe": "errors records config machine data distributed model evals train bench".split(),
   "stages": "judge launch report runs study show research ablate proofs cli".split(),

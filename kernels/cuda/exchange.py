@@ -1,7 +1,7 @@
 """Rows between ranks, stored straight through the peers' mapped memory (NVLink), with signals.
 
-The trips and the meaning of the signals are those of kernels.reference.exchange; all work is
-queued on the current stream and nothing waits for the host.
+The contract is kernels.exchange; all work is queued on the current stream and nothing waits for the
+host.
 
   post_counts  one block writes [E] counts into every peer's count[rank], then signals
   send         a warp reads a token's row once (NVFP4: twice) and stores it at its K places, as it
@@ -274,7 +274,7 @@ def compile_reply(dtype, dim: int, gates: bool):
 
 
 class Fetched:
-  """See kernels.reference.exchange.Fetched. Elements that have not come are -1 on the host."""
+  """A copy into pinned memory. Elements that have not come are -1 on the host."""
 
   def __init__(self, x: Tensor):
     self._host = torch.full(x.shape, -1, dtype=x.dtype, pin_memory=True)
@@ -287,16 +287,12 @@ class Fetched:
     return self._host.tolist()
 
   def here(self) -> list | None:
-    """Also after a wait trapped, when no event can be asked."""
+    """After a wait trapped no event can be asked, so the elements are."""
     return None if (self._host < 0).any() else self._host.tolist()
 
 
 class Exchange:
-  """The movers of one rank; see kernels.reference.exchange.Exchange, whose methods these are.
-
-  `blocks` is the number of SMs that send and reply may take. After a trap every call raises CUDA's
-  error; `late` then says which wait it was.
-  """
+  """The movers of one rank (kernels.exchange.Exchange)."""
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     self.peers, self.rank, self.deadline_ns = peers, rank, round(deadline_s * 1e9)
@@ -419,19 +415,17 @@ class Exchange:
     return back_TKD, self.mine.back_gate_N[:items].view(shape)
 
   def wait(self, kind: int, trip: int) -> list[int]:
-    """Queue the wait; always []: a missed deadline traps on the device, see `late`."""
     compile_wait()(self.mine.signal_KRS, self.record_address, kind, trip, self.deadline_ns)
     return []
 
   def late(self) -> tuple[int, int, list[int]] | None:
-    """(kind, trip, late ranks) of the wait that missed its deadline, if one did."""
     kind, trip, *ranks = self.record.tolist()
     found = [rank for rank, late in enumerate(ranks) if late]
     return (kind, trip, found) if found else None
 
   @contextmanager
   def beside(self) -> Iterator[None]:
-    """What is queued inside runs on the exchange's own stream, after what is queued so far."""
+    """Inside is the exchange's own stream, after what is queued so far."""
     if self.stream is None:
       yield
       return
@@ -444,7 +438,6 @@ class Exchange:
       torch.cuda.set_stream(current)
 
   def join(self) -> None:
-    """What is queued from now on runs after all that was queued `beside`."""
     if self.stream is not None:
       torch.cuda.current_stream(self.stream.device_index).wait_stream(self.stream)
 
@@ -462,5 +455,4 @@ class Exchange:
     return full
 
   def fetch(self, x: Tensor) -> Fetched:
-    """x, of no negative elements, on its way to the host; the copy is queued now."""
     return Fetched(x)

@@ -1,6 +1,6 @@
 """Rows between ranks that cannot map each other's memory: NVSHMEM puts, then signals.
 
-The same trips as kernels.cuda.exchange, in whole blocks instead of rows. A source packs its rows in
+The contract is kernels.exchange, in whole blocks instead of rows. A source packs its rows in
 the layout's order into its own back buffer, where one expert's rows are neighbours, as they are in
 the owner's buffer: one put per expert. The owner puts its results back over the same bytes, so a
 row comes home to its packed place and no origins travel. A source's bytes are free to be

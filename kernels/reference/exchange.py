@@ -1,8 +1,7 @@
 """Rows between ranks of one host, written straight into the peers' shared memory.
 
-A *trip* is one numbered handshake of all ranks: every rank sends rows to their owners (DISPATCH),
-and every owner answers every rank (RETURN). Trip numbers only grow, so a signal is never reset. A
-signal is stored after the rows that it announces; x86-64 keeps that order.
+The contract is kernels.exchange. A signal is stored after the rows that it announces; x86-64 keeps
+that order.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PAUSE_S = 1e-4
 
 
 class Fetched:
-  """Values on their way to the host. A call waits for them and no more: as a list."""
+  """Values that are on the host."""
 
   def __init__(self, value: list):
     self._value = value
@@ -34,16 +33,11 @@ class Fetched:
     return self._value
 
   def here(self) -> list | None:
-    """The values if they have come, without waiting."""
     return self._value
 
 
 class Exchange:
-  """The movers of one rank. `peers` are the mapped blocks of all ranks, its own among them.
-
-  `blocks` is the number of SMs that moving rows takes; None where there are none. With `fused`
-  the rows of a product go to their origins from the product itself.
-  """
+  """The movers of one rank (kernels.exchange.Exchange)."""
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     self.peers, self.rank, self.deadline_s = peers, rank, deadline_s
@@ -55,7 +49,6 @@ class Exchange:
     self.full = False
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
-    """Write this rank's int32 [E] counts into every rank's count[rank]."""
     for peer in self.peers:
       peer.count_RE[self.rank] = count_E
     self._signal(COUNTS, trip)
@@ -69,12 +62,6 @@ class Exchange:
     low: int,
     format: str,
   ) -> None:
-    """Write row (t, k) of x to its place in its owner's buffer, if that is in low : low + C.
-
-    The rows of an expert follow its base in the layout's order. Gates go along if given. Every rank
-    is signalled, with or without rows. x is quantized here, but as "bf16" travels as it is; all
-    ranks send and receive one format in one trip.
-    """
     row_TD = x_TD if format == "bf16" else packed(x_TD, format)
     expert_N, base_E = route.expert_TK.flatten().long(), route.base_RE[self.rank]
     owner_N = expert_N // (base_E.shape[0] // len(self.peers))
@@ -92,11 +79,6 @@ class Exchange:
     self._signal(DISPATCH, trip)
 
   def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the first rows [n, D], gates [n] and origins [n]; rows that nobody sent are zero.
-
-    To be called after the wait for DISPATCH. The buffer's origins are reset. Rows that were sent in
-    another format than "bf16" are dequantized, in bf16 exactly.
-    """
     origin = self.mine.origin_C[:num_rows].clone()
     self.mine.origin_C[:num_rows] = -1
     row = self.mine.row_CD[:num_rows]
@@ -107,9 +89,6 @@ class Exchange:
   def multiply(
     self, product: Product, origin_C: Tensor, gate_C: Tensor | None = None
   ) -> Tensor | None:
-    """The product's rows, for `reply`; None if they, and the gate gradients, were written to their
-    origins here (`fused`): then `reply` has only to say so. Comes between receive and reply.
-    """
     row_CD = multiply(product)
     if not self.fused:
       return row_CD
@@ -125,23 +104,17 @@ class Exchange:
     route: Route,
     low: int,
   ) -> None:
-    """Write each row, and gate gradient, back to its origin; None if there are none to write.
-
-    route and low are those of the rows' dispatch.
-    """
     if row_CD is not None:
       self._write_back(origin_C, row_CD, gate_C)
     self._signal(RETURN, trip)
 
   def collect(self, route: Route) -> tuple[Tensor, Tensor]:
-    """What came back: rows [T, K, D] and gate gradients [T, K], valid until the next trip."""
     shape = route.expert_TK.shape
     items = shape.numel()
     back_TKD = self.mine.back_ND[:items].unflatten(0, shape)
     return back_TKD, self.mine.back_gate_N[:items].view(shape)
 
   def wait(self, kind: int, trip: int) -> list[int]:
-    """Block until all ranks' signals of this kind reach `trip`; returns who missed the deadline."""
     signal_R = self.mine.signal_KRS[kind, :, 0]
     end, polls = time.monotonic() + self.deadline_s, 0
     while (behind := signal_R < trip).any():
@@ -152,32 +125,25 @@ class Exchange:
     return []
 
   def late(self) -> tuple[int, int, list[int]] | None:
-    """(kind, trip, late ranks) of a wait that failed unseen; here `wait` itself returns them."""
     return None
 
-  def beside(self) -> AbstractContextManager:
-    """Work inside may run beside what follows, until `join`."""
+  def beside(self) -> AbstractContextManager[None]:
     return nullcontext()
 
   def join(self) -> None:
-    """Work from here on comes after all work `beside`."""
+    """All work is done when it is called."""
 
   def places(self, alignment: int) -> tuple[Tensor, Places]:
-    """(the counts that came, a copy in int64; where all rows lie)."""
     count_RE = self.mine.count_RE.long()
     found = places(count_RE, alignment)
     self.full |= int(found.end_R.max()) > self.capacity
     return count_RE, found
 
   def overflowed(self) -> bool:
-    """Whether some rank had more rows than its buffer holds, in any `places` since the last call;
-    the same on every rank. Waits for the last of these places, and for no row.
-    """
     full, self.full = self.full, False
     return full
 
   def fetch(self, x: Tensor) -> Fetched:
-    """x on its way to the host."""
     return Fetched(x.tolist())
 
   def _write_back(self, origin_C: Tensor, row_CD: Tensor, gate_C: Tensor | None) -> None:

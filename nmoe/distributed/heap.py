@@ -7,12 +7,12 @@ What lies where is kernels.buffers.BufferLayout; how memory is shared is the tar
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 from kernels.buffers import BufferLayout, Buffers
+from kernels.exchange import Memory
 from kernels.ops import KernelError
 from nmoe.config.file import Config
 from nmoe.errors import CommError
@@ -40,7 +40,7 @@ class Heap:
   Collective over `group` (gloo). An Rdep owns it. Raises CommError if the memory cannot be had.
   """
 
-  def __init__(self, layout: BufferLayout, symmetric: ModuleType, group: dist.ProcessGroup):
+  def __init__(self, layout: BufferLayout, symmetric: Memory, group: dist.ProcessGroup):
     self._release = symmetric.release
     try:
       blocks = symmetric.allocate(layout.nbytes, group)

@@ -40,7 +40,7 @@ Shared experts run while rows travel: forward while counts and x do, backward wh
 graph is a part of this layer's node, as autograd would run their backward pass after it.
 
 Why buffers are never overwritten too early, without a barrier. Trip s (see
-kernels.reference.exchange) is: all send, all receive, all reply to all, all wait for the replies.
+kernels.exchange) is: all send, all receive, all reply to all, all wait for the replies.
 Each rank goes through the trips in order, and it signals every rank in every trip, with or without
 rows.
   * row, gate, origin of q are written by r in trip s+1 only after r had the reply s of q, which q
@@ -58,7 +58,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -67,8 +66,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
+from kernels.exchange import Memory
 from kernels.formats import quantize_rows
-from kernels.ops import Product, Recipe
+from kernels.ops import Ops, Product, Recipe
 from kernels.places import places
 from nmoe.config.file import Config
 from nmoe.distributed.heap import Heap, buffer_layout
@@ -106,9 +106,9 @@ class Rdep:
   def __init__(
     self,
     config: Config,
-    ops: ModuleType,
+    ops: Ops,
     group: dist.ProcessGroup | None = None,
-    symmetric: ModuleType | None = None,
+    symmetric: Memory | None = None,
   ):
     self.config, self.ops = config, ops
     self.payload = PAYLOADS[config.rdep.payload]

@@ -22,6 +22,8 @@ from types import ModuleType
 import torch
 
 from kernels.arch import ARCHS
+from kernels.exchange import Memory
+from kernels.ops import Ops
 from nmoe.config.file import Config
 from nmoe.config.plan import peak_flops
 from nmoe.errors import ConfigError, TargetError
@@ -33,9 +35,9 @@ class Target:
   arch: str
   name: str  # of the processor, e.g. "NVIDIA B200"
   device: torch.device
-  ops: ModuleType  # satisfies kernels.ops.Ops
+  ops: Ops
   peak_flops: float  # dense FLOP/s of a rank: the data sheet's, on a CPU what a product reached
-  symmetric: ModuleType | None = None  # RDEP's memory and row movers; None with one rank
+  symmetric: Memory | None = None  # RDEP's memory and row movers; None with one rank
 
 
 def select(config: Config, rank: int = 0) -> Target:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from kernels.copies import Copies
 from kernels.formats import derive
 from kernels.gradient import gradient
-from kernels.ops import Recipe, Routing
+from kernels.ops import Ops, Recipe, Routing
 from nmoe.config.file import Config, ModelConfig, YarnConfig
 from nmoe.config.owners import is_matrix, parameter_group
 from nmoe.distributed.rdep import Rdep
@@ -65,9 +64,7 @@ class _Embedding(torch.autograd.Function):
 class Linear(nn.Module):
   """weight [O, I], no bias, multiplied in the arithmetic of `recipe`."""
 
-  def __init__(
-    self, in_dim: int, out_dim: int, dtype: torch.dtype, recipe: Recipe, ops: ModuleType
-  ):
+  def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype, recipe: Recipe, ops: Ops):
     super().__init__()
     self.ops, self.recipe = ops, recipe
     self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
@@ -79,7 +76,7 @@ class Linear(nn.Module):
 class Norm(nn.Module):
   """RMSNorm's weight [D]; with a residual, the sum comes first and is returned too."""
 
-  def __init__(self, dim: int, eps: float, dtype: torch.dtype, ops: ModuleType):
+  def __init__(self, dim: int, eps: float, dtype: torch.dtype, ops: Ops):
     super().__init__()
     self.ops, self.eps = ops, eps
     self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
@@ -97,7 +94,7 @@ class Norm(nn.Module):
 class Mlp(nn.Module):
   """A dense SwiGLU block: w13 [2F, D] with interleaved gate and up rows, w2 [D, F]."""
 
-  def __init__(self, dim: int, width: int, dtype: torch.dtype, recipe: Recipe, ops: ModuleType):
+  def __init__(self, dim: int, width: int, dtype: torch.dtype, recipe: Recipe, ops: Ops):
     super().__init__()
     self.ops, self.recipe = ops, recipe
     self.w13 = nn.Parameter(torch.empty(2 * width, dim, dtype=dtype))
@@ -110,7 +107,7 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
   """Multi-head latent attention (2412.19437 Eq 1-11), with YaRN's softmax scale when extended."""
 
-  def __init__(self, config: Config, layer: int, ops: ModuleType):
+  def __init__(self, config: Config, layer: int, ops: Ops):
     super().__init__()
     m, dtype = config.model, parameter_dtype(config)
     self.ops, self.model = ops, m
@@ -147,7 +144,7 @@ class Experts(nn.Module):
   Rank r of R holds the global experts r·E/R … (r + 1)·E/R - 1.
   """
 
-  def __init__(self, config: Config, layer: int, rdep: Any):
+  def __init__(self, config: Config, layer: int, rdep: Rdep):
     super().__init__()
     dtype, e, dim = parameter_dtype(config), config.moe, config.model.dim
     self.rdep, self.layer = rdep, layer
@@ -167,7 +164,7 @@ class Experts(nn.Module):
 class Moe(nn.Module):
   """Router, routed experts, and the shared experts as one block of num_shared · expert_dim."""
 
-  def __init__(self, config: Config, layer: int, ops: ModuleType, rdep: Any):
+  def __init__(self, config: Config, layer: int, ops: Ops, rdep: Rdep):
     super().__init__()
     e, dim = config.moe, config.model.dim
     self.router = Router(dim, e, ops)
@@ -188,7 +185,7 @@ class Moe(nn.Module):
 class Block(nn.Module):
   """One layer: attention, then a dense MLP or experts, each after its norm."""
 
-  def __init__(self, config: Config, layer: int, ops: ModuleType, rdep: Any):
+  def __init__(self, config: Config, layer: int, ops: Ops, rdep: Rdep):
     super().__init__()
     m, dtype = config.model, parameter_dtype(config)
     self.attention_norm = Norm(m.dim, m.norm_eps, dtype, ops)
@@ -204,12 +201,12 @@ class Block(nn.Module):
 class Model(nn.Module):
   """The decoder with its loss. Parameters are uninitialised until `init_weights`.
 
-  `ops` satisfies kernels.ops.Ops. `rdep` (nmoe.distributed.rdep; None: of one rank) runs the
+  `rdep` (None: of one rank) runs the
   experts and has `rank`, `num_ranks` and `experts`. Parameters are created on torch's default
   device, be it `meta` with `to_empty` after.
   """
 
-  def __init__(self, config: Config, ops: ModuleType, rdep: Any = None):
+  def __init__(self, config: Config, ops: Ops, rdep: Rdep | None = None):
     super().__init__()
     m, dtype = config.model, parameter_dtype(config)
     self.config, self.ops = config, ops

@@ -6,19 +6,17 @@ fp32 weight, the fp32 selection bias, and the two ways of keeping experts evenly
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
-from kernels.ops import RouterSpec, Routing
+from kernels.ops import Ops, RouterSpec, Routing
 from nmoe.config.file import MoeConfig
 
 
 class Router(nn.Module):
   """fp32 weight [E, D] and selection bias [E]; the bias is a buffer without gradient."""
 
-  def __init__(self, dim: int, config: MoeConfig, ops: ModuleType):
+  def __init__(self, dim: int, config: MoeConfig, ops: Ops):
     super().__init__()
     self.ops = ops
     self.forced_balance = config.forced_balance

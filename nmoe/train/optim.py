@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from kernels.copies import Copies
+from kernels.ops import Ops
 from nmoe.config.file import Config
 from nmoe.config.owners import Span, parameter_group
 from nmoe.errors import CheckpointError, RunError
@@ -67,7 +67,7 @@ class Batch:
 
 
 class Optimizer:
-  """The parameters of a model. `ops` satisfies kernels.ops.Ops; the parameters are on their device.
+  """The parameters of a model, on one device.
 
   owned: the rows of each parameter that this rank updates; None: every row. The order of a step:
   backward, `grad_norms`, `step`, and `.grad` is None again.
@@ -77,7 +77,7 @@ class Optimizer:
     self,
     model: nn.Module,
     config: Config,
-    ops: ModuleType,
+    ops: Ops,
     owned: Mapping[str, Span] | None = None,
   ):
     self.config, self.ops = config.optim, ops
