@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "nmoe", "stages")  # each may import itself and those before it
 ROOMS = {  # of a floor, folders or single files: likewise
   "kernels": (
-    "arch errors copies ops shapes gradient halves ragged places formats buffers flight "
+    "arch errors arithmetic copies ops shapes gradient halves ragged places formats buffers flight "
     "exchange reference cuda tools"
   ).split(),
   "nmoe": "errors records config machine data distributed model evals train bench".split(),
@@ -21,6 +21,11 @@ ROOMS = {  # of a floor, folders or single files: likewise
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15
 LAZY = {"stages.cli"}  # imports inside its commands, so that --help is instant
+APART = {  # a target picks one of the two by name; production never imports the oracle
+  "kernels.cuda": {"kernels.reference"},
+  "nmoe": {"kernels.reference", "kernels.cuda"},
+  "stages": {"kernels.reference", "kernels.cuda"},
+}
 DEVICE = {"kernel", "jit"}  # CuTeDSL's decorators: cute.kernel, cute.jit
 
 
@@ -70,6 +75,23 @@ def back(edges: dict[str, set[str]]) -> list[str]:
   order = {f"{floor}.{name}": n for floor in ROOMS for n, name in enumerate(ROOMS[floor])}
   pairs = ((a, b) for a in edges for b in sorted(edges[a]) if a.split(".")[0] == b.split(".")[0])
   return [f"{a} -> {b}" for a, b in pairs if room(b) and order[room(b)] > order[room(a)]]
+
+
+def within(name: str, place: str) -> bool:
+  """Whether a module is this floor or room, or stands in it."""
+  return name == place or name.startswith(place + ".")
+
+
+def together(edges: dict[str, set[str]]) -> list[str]:
+  """The arrows between rooms that stay apart."""
+  return [
+    f"{a} -> {b}"
+    for a in edges
+    for b in sorted(edges[a])
+    if any(
+      within(a, place) and within(b, other) for place in APART for other in sorted(APART[place])
+    )
+  ]
 
 
 def homeless(names: Iterable[str]) -> list[str]:
@@ -125,6 +147,10 @@ def test_no_arrow_back_between_rooms():
   assert back(graph(TREES)) == []
 
 
+def test_production_imports_neither_the_oracle_nor_a_target_s_kernels():
+  assert together(graph(TREES)) == []
+
+
 def test_the_order_names_only_rooms_that_are_there():
   rooms = {room(name) for name in TREES}
   assert {f"{floor}.{name}" for floor in ROOMS for name in ROOMS[floor]} <= rooms
@@ -153,7 +179,7 @@ def test_the_rules_see_an_arrow_back_and_a_file_in_no_room():
     "nmoe.train.new": "def f():\n  import nmoe.bench.rdep",
     "stages.judge.new": "from stages import runs\nfrom nmoe.train import loop",
     "kernels.reference.new": "from kernels.cuda.optim import adamw\nfrom kernels import ops",
-    "kernels.cuda.new": "from kernels.cuda import optim",
+    "kernels.cuda.new": "from kernels.cuda import optim\nimport kernels.reference.swiglu",
     "nmoe.alone": "import torch",
   }
   trees = TREES | {name: ast.parse(text) for name, text in planted.items()}
@@ -164,6 +190,7 @@ def test_the_rules_see_an_arrow_back_and_a_file_in_no_room():
     "kernels.reference.new -> kernels.cuda.optim",
   ]
   assert homeless(trees) == ["nmoe.alone"]
+  assert together(graph(trees)) == ["kernels.cuda.new -> kernels.reference.swiglu"]
 
 
 @pytest.mark.parametrize("name", sorted(TREES.keys() - LAZY))

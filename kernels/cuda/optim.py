@@ -40,6 +40,7 @@ from quack.gemm import gemm
 from quack.gemm_symmetric import gemm_symmetric
 from torch import Tensor
 
+from kernels.arithmetic import NEWTON_SCHULZ
 from kernels.copies import Copies, Key
 from kernels.cuda import minifloat as mf
 from kernels.cuda.blockscale import (
@@ -71,7 +72,6 @@ WIDTH = 8
 SIZE = BLOCK["fp8"]
 LEGS = ("fprop_w", "dgrad_w")  # whose operands are the weight's
 EDGE = ATOM_ROWS  # of a tile: also ATOM_BLOCKS blocks
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
 CLUSTER = (2, 1)  # makes the tile of sm_90a square, as a symmetric product wants
 

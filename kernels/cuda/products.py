@@ -28,6 +28,7 @@ from quack.blockscaled import MXFP8_E4M3, NVFP4
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arithmetic import swiglu
 from kernels.cuda import blockscaled_gemm, gemms
 from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
 from kernels.cuda.blockscale import Operand as Quantized
@@ -37,7 +38,6 @@ from kernels.formats import BLOCK, BlockScaled, derive
 from kernels.gradient import gradient
 from kernels.ops import Operand, Recipe, check
 from kernels.ragged import gather, moved
-from kernels.reference.swiglu import swiglu
 
 ALIGNMENT = 32  # of D and F: whole blocks along every summed dimension
 FORMATS = {"fp8": MXFP8_E4M3, "nvfp4": NVFP4}

@@ -1,6 +1,6 @@
 """What a rank tells the others, and how it waits for them: the counts, the signals, the deadline.
 
-A signal is the number of the last trip (kernels.reference.exchange) of which a rank's writes are
+A signal is the number of the last trip (kernels.exchange) of which a rank's writes are
 complete, one for each kind and rank. Whoever signals fences at system scope and stores with
 release.sys, which is cumulative; whoever waits loads with acquire.sys (kernels.cuda.exchange).
 """

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import halves
+from kernels.arithmetic import swiglu as interleaved_swiglu
+from kernels.arithmetic import wide
 from kernels.ops import Layout, Product, Recipe, check
 from kernels.reference import swiglu
-from kernels.reference.dtypes import wide
 from kernels.reference.products import block_scaled_product, rows_by_weight, spans
 from kernels.reference.router import combine, sum_rows
 
@@ -23,7 +24,7 @@ def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe
   if recipe.format == "bf16":
     return _GroupedMlp.apply(x_ND, w13, w2, offsets)
   h_NF = block_scaled_product(x_ND, w13, offsets, recipe, 0)
-  return block_scaled_product(swiglu.swiglu(h_NF), w2, offsets, recipe, 1)
+  return block_scaled_product(interleaved_swiglu(h_NF), w2, offsets, recipe, 1)
 
 
 class _Kept(NamedTuple):

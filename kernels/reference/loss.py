@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arithmetic import wide
 from kernels.gradient import scaled_gradient
 from kernels.ops import check
-from kernels.reference.dtypes import wide
 
 
 def linear_cross_entropy(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arithmetic import wide
 from kernels.ops import check
-from kernels.reference.dtypes import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

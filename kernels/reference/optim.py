@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.arithmetic import NEWTON_SCHULZ, wide
 from kernels.copies import Copies
 from kernels.ops import check
-from kernels.reference.dtypes import wide
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arithmetic import wide
 from kernels.formats import BLOCK, BlockScaled, derive
 from kernels.ops import Operand, Product, Recipe, check
 from kernels.reference.blockscale import quantize
-from kernels.reference.dtypes import wide
 
 
 def block_scaled_product(

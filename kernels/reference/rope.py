@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.arithmetic import wide
 from kernels.ops import check
-from kernels.reference.dtypes import wide
 
 
 def mla_qkv(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.arithmetic import wide
 from kernels.ops import Layout, RouterSpec, Routing, check
-from kernels.reference.dtypes import wide
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> Routing:

@@ -1,7 +1,7 @@
-"""swiglu(gate, up) = silu(gate) · up (arXiv 2002.05202 Eq 6).
+"""kernels.arithmetic.swiglu on halves, [gate; up], and its gradient.
 
-The contract interleaves gate and up rows. A CPU computes faster on halves, [gate; up], so the fused
-experts reorder the small weights once per call instead of the large activations.
+The contract interleaves gate and up rows. A CPU computes faster on halves, so the fused experts
+reorder the small weights once per call instead of the large activations.
 """
 
 from __future__ import annotations
@@ -10,13 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.dtypes import wide
-
-
-def swiglu(h: Tensor) -> Tensor:
-  """h [..., 2F] interleaved -> [..., F], differentiable; fp32 inside, rounded once to h's dtype."""
-  gate, up = h.to(wide(h)).unflatten(-1, (-1, 2)).unbind(-1)
-  return (F.silu(gate) * up).to(h.dtype)
+from kernels.arithmetic import wide
 
 
 def to_halves(w13: Tensor) -> Tensor:

@@ -39,10 +39,9 @@ the same; only an abandoned attempt's rows beyond C are lost, with all that was 
 Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
 graph is a part of this layer's node, as autograd would run their backward pass after it.
 
-Why buffers are never overwritten too early, without a barrier. Trip s (see
-kernels.exchange) is: all send, all receive, all reply to all, all wait for the replies.
-Each rank goes through the trips in order, and it signals every rank in every trip, with or without
-rows.
+Why buffers are never overwritten too early, without a barrier. Trip s (see kernels.exchange) is:
+all send, all receive, all reply to all, all wait for the replies. Each rank goes through the trips
+in order, and it signals every rank in every trip, with or without rows.
   * row, gate, origin of q are written by r in trip s+1 only after r had the reply s of q, which q
     sends after it has copied its rows of trip s out.
   * back of r is written by q in trip s+1 only after q had the rows s+1 of r, which r sends after it

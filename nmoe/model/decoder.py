@@ -201,9 +201,8 @@ class Block(nn.Module):
 class Model(nn.Module):
   """The decoder with its loss. Parameters are uninitialised until `init_weights`.
 
-  `rdep` (None: of one rank) runs the
-  experts and has `rank`, `num_ranks` and `experts`. Parameters are created on torch's default
-  device, be it `meta` with `to_empty` after.
+  `rdep` (None: of one rank) runs the experts. Parameters are created on torch's default device, be
+  it `meta` with `to_empty` after.
   """
 
   def __init__(self, config: Config, ops: Ops, rdep: Rdep | None = None):
