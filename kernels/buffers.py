@@ -52,8 +52,8 @@ class Buffers(NamedTuple):
   """One rank's block as tensors. Peer p writes count[p], signal[:, p] and rows of its own."""
 
   count_RE: Tensor  # int32: tokens that rank r sends to expert e
-  row_CD: Tensor  # received rows at their expert-sorted places: x forward, dy backward; if they
-  # travel packed, uint8 [C, the longer one's bytes], each from its place's start
+  row_CD: Tensor  # received rows at their expert-sorted places, C of each slot: x forward, dy
+  # backward; if they travel packed, uint8 [C, the longer one's bytes], each from its place's start
   gate_C: Tensor  # fp32: the gates of the received rows (backward)
   origin_C: Tensor  # int32: source rank · N + t·K + k of a received row, -1 where none arrived
   back_ND: Tensor  # rows that came back, by t·K + k: y forward, dx backward
@@ -99,8 +99,13 @@ class BufferLayout:
   dim: int
   dtype: torch.dtype  # of rows
   payload: str = "bf16"  # of dispatched rows, a key of PAYLOADS; rows return as they are
+  slots: int = 1  # of C rows: with more than one, the owner reads rows where they were received
 
   def __post_init__(self):
+    check(
+      self.slots == 1 or self.payload == "bf16",
+      f"{self.slots} slots of packed rows; rows that are unpacked need one",
+    )
     check(
       self.ranks * self.rows < 2**31,
       f"{self.ranks} ranks of {self.rows} rows do not fit int32 origins; lower train.micro_batch",
@@ -114,7 +119,7 @@ class BufferLayout:
       row = max(row_bytes(self.dim, part) for part in PAYLOADS[self.payload]), torch.uint8
     return {
       "count_RE": ((self.ranks, self.experts), torch.int32),
-      "row_CD": ((self.capacity, row[0]), row[1]),
+      "row_CD": ((self.slots * self.capacity, row[0]), row[1]),
       "gate_C": ((self.capacity,), torch.float32),
       "origin_C": ((self.capacity,), torch.int32),
       "back_ND": ((self.rows, self.dim), self.dtype),

@@ -49,6 +49,7 @@ class Exchange(Protocol):
   peers: list[Buffers]  # of all ranks, by rank, mapped here; this rank's own among them
   rank: int
   capacity: int  # C
+  in_place: bool  # the buffer has several slots of C rows, and `receive` copies none
   rows: int  # the largest N
   blocks: int | None  # SMs that moving rows takes at most; None where there are none
   fused: bool  # `multiply` returns rows itself; may be set between trips
@@ -64,8 +65,9 @@ class Exchange(Protocol):
     route: Route,
     low: int,
     format: str,
+    slot: int = 0,
   ) -> None:
-    """Write row (t, k) of x to its place in its owner's buffer, if that is in low : low + C.
+    """Write row (t, k) of x to its place in its owner's slot, if that is in low : low + C.
 
     The rows of an expert follow its base in the layout's order. fp32 gates go along if given; the
     items' origins do, but where rows come home by their packed places (puts). Then DISPATCH. x has
@@ -74,13 +76,15 @@ class Exchange(Protocol):
     than the buffers hold.
     """
 
-  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the first rows [n, D], gates fp32 [n] and origins int32 [n]; the buffer is free.
+  def receive(self, num_rows: int, format: str, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The first rows [n, D] of a slot; copies of their gates fp32 [n] and origins int32 [n].
 
     Comes after the wait for DISPATCH. An origin is source rank · rows + t·K + k, or -1 where nobody
-    sent a row; that row is then zero, and its gate undefined. The buffer's origins are reset to -1.
-    Without origins (puts) all are -1, and a row that nobody sent is undefined. Rows of another
-    format than "bf16" are dequantized, in bf16 exactly.
+    sent a row, whose gate is undefined. The buffer's origins are reset to -1. With `in_place` the
+    rows are the slot's own memory, until a peer writes it again; one that nobody sent is what was
+    there before. Else they are copies, the buffer is free, and a row that nobody sent is zero; rows
+    of another format than "bf16" are dequantized, in bf16 exactly. Without origins (puts) all are
+    -1, and a row that nobody sent is undefined.
     """
 
   def multiply(

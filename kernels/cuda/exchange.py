@@ -7,7 +7,8 @@ host.
   send         a warp reads a token's row once (NVFP4: twice) and stores it at its K places, as it
                is or packed; then one block signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
-  receive      a warp copies a row out of the buffer, dequantized, or zeros where none arrived
+  receive      a thread copies a row's gate and origin; with a single slot a warp copies the row out
+               too, dequantized, or zeros where none arrived
   multiply     the rows of a product; with `fused` its kernel stores them at their origins
                (kernels.cuda.scatter), and no reply reads and writes them again
   reply        a warp stores a row at its origin; then one block signals
@@ -25,7 +26,7 @@ stores its signals with release.sys, which is cumulative: it publishes all that 
 not its own thread's stores alone. The waiting thread loads the signals with acquire.sys, and what
 is launched after it reads the rows. So the stores themselves can be plain ones.
 
-Bytes moved: send D·(1 + K) elements a token, receive 2·D and reply 2·D elements a row, all in
+Bytes moved: send D·(1 + K) elements a token, receive (of one slot) and reply 2·D a row, all in
 16-byte accesses. Of the bytes of bf16 a row has on its way 33/64 as MXFP8, and 9/32 and 4 bytes as
 NVFP4, whose codes move in 8-byte accesses; scales are stored as bytes, 16 or 32 neighbours by a
 warp. Packed rows of either format lie at one stride, the longer one's. A wait that misses its
@@ -106,13 +107,15 @@ class Send:
     mTable: cute.Tensor,
     low: Int64,
     capacity: Int64,
+    start: Int64,
     rank: Int32,
     rows: Int32,
     most: Int32,
     stream,
   ):
     blocks = cutlass.min(most, cute.ceil_div(mX.shape[0], WARPS))
-    self.kernel(mX, mGate, mExpert, mRow, mOffset, mBase, mTable, low, capacity, rank, rows).launch(
+    scalars = (low, capacity, start, rank, rows)
+    self.kernel(mX, mGate, mExpert, mRow, mOffset, mBase, mTable, *scalars).launch(
       grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
@@ -128,6 +131,7 @@ class Send:
     mTable: cute.Tensor,
     low: Int64,
     capacity: Int64,
+    start: Int64,
     rank: Int32,
     rows: Int32,
   ):
@@ -151,7 +155,7 @@ class Send:
                 put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
           else:
             owner = expert // held
-            address = mTable[ROW, owner] + place * self.stride
+            address = mTable[ROW, owner] + (start + place) * self.stride
             if lane == 0:
               put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
               if const_expr(mGate is not None):
@@ -202,6 +206,27 @@ class Receive:
         put_vector(rX, out)
 
 
+class Settle:
+  """A thread per row that stays where it is: its gate and origin out, the buffer's origin reset."""
+
+  @cute.jit
+  def __call__(self, mGate, mOrigin, mOutGate, mOutOrigin, stream):
+    blocks = cute.ceil_div(mOutOrigin.shape[0], THREADS)
+    self.kernel(mGate, mOrigin, mOutGate, mOutOrigin).launch(
+      grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+  @cute.kernel
+  def kernel(self, mGate, mOrigin, mOutGate, mOutOrigin):
+    tidx, _, _ = cute.arch.thread_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    row = bidx * THREADS + tidx
+    if row < mOutOrigin.shape[0]:
+      mOutOrigin[row] = mOrigin[row]
+      mOutGate[row] = mGate[row]
+      mOrigin[row] = Int32(-1)
+
+
 class Reply:
   """A warp per row: stored at t·K + k of the rank that it came from, with its gate gradient."""
 
@@ -249,7 +274,7 @@ def compile_send(dtype, dim: int, top_k: int, gates: bool, packed: bool, format:
   expert, row, offset = (fake(Int32, None, align=4) for _ in range(3))
   base = fake(Int64, None, align=8)
   kernel = Send(vector_width(dtype, dim, "x"), top_k, packed, format, stride)
-  scalars = (Int64(0), Int64(0), Int32(0), Int32(0), Int32(1))
+  scalars = (Int64(0), Int64(0), Int64(0), Int32(0), Int32(0), Int32(1))
   return compile_kernel(kernel, x, gate, expert, row, offset, base, address_table(), *scalars)
 
 
@@ -262,6 +287,13 @@ def compile_receive(dtype, dim: int, format: str, stride: int):
   width = vector_width(dtype, dim, "rows") if format == "bf16" else CODES
   kernel = Receive(DTYPES[dtype], width, dim, format)
   return compile_kernel(kernel, row, gate, origin, out, out_gate, out_origin)
+
+
+@cached
+def compile_settle():
+  gate, out_gate = fake(Float32, None, align=4), fake(Float32, None, align=4)
+  origin, out_origin = fake(Int32, None, align=4), fake(Int32, None, align=4)
+  return compile_kernel(Settle(), gate, origin, out_gate, out_origin)
 
 
 @cached
@@ -297,7 +329,8 @@ class Exchange:
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     self.peers, self.rank, self.deadline_ns = peers, rank, round(deadline_s * 1e9)
     self.mine = peers[rank]
-    self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
+    self.capacity, self.rows = self.mine.gate_C.shape[0], self.mine.back_ND.shape[0]
+    self.in_place = self.mine.row_CD.shape[0] > self.capacity
     self.dtype, self.dim = self.mine.back_ND.dtype, self.mine.back_ND.shape[1]
     self.stride = self.mine.row_CD.shape[1] * self.mine.row_CD.dtype.itemsize
     device = self.mine.row_CD.device
@@ -327,8 +360,9 @@ class Exchange:
     route: Route,
     low: int,
     format: str,
+    slot: int = 0,
   ) -> None:
-    self._launch_send(x_TD, gate_TK, route, low, format, packed=False)
+    self._launch_send(x_TD, gate_TK, route, low, format, slot, packed=False)
     compile_signal()(self.table, DISPATCH, self.rank, trip)
 
   def _launch_send(
@@ -338,6 +372,8 @@ class Exchange:
     route: Route,
     low: int,
     format: str,
+    slot: int = 0,
+    *,
     packed: bool,
   ) -> None:
     self._check_format(format)
@@ -359,6 +395,7 @@ class Exchange:
         self.table,
         low,
         self.capacity,
+        slot * self.capacity,
         self.rank,
         self.rows,
         self.blocks,
@@ -372,11 +409,16 @@ class Exchange:
       fits = kept == torch.uint8 and row_bytes(self.dim, format) <= self.stride
     check(fits, f"rows of {self.stride} bytes, {kept}, cannot hold {self.dim} elements as {format}")
 
-  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
+  def receive(self, num_rows: int, format: str, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     self._check_format(format)
     mine = self.mine
-    row = mine.back_ND.new_empty(num_rows, self.dim)
     gate, origin = mine.gate_C.new_empty(num_rows), mine.origin_C.new_empty(num_rows)
+    if self.in_place:
+      start = slot * self.capacity
+      if num_rows:
+        compile_settle()(mine.gate_C, mine.origin_C, gate, origin)
+      return mine.row_CD[start : start + num_rows], gate, origin
+    row = mine.back_ND.new_empty(num_rows, self.dim)
     if num_rows:
       run = compile_receive(self.dtype, self.dim, format, self.stride)
       run(mine.row_CD, mine.gate_C, mine.origin_C, row, gate, origin)

@@ -115,6 +115,7 @@ class Exchange(direct.Exchange):
 
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     super().__init__(peers, rank, deadline_s)
+    check(not self.in_place, "puts need one slot: results come back over the received rows' bytes")
     self.fused = False  # a product's kernel stores through mapped memory
     check(len(peers) <= THREADS, f"{len(peers)} ranks; at most {THREADS} are supported")
     mine, ranks = self.mine, len(peers)
@@ -140,6 +141,7 @@ class Exchange(direct.Exchange):
     route: Route,
     low: int,
     format: str,
+    slot: int = 0,
   ) -> None:
     """Rows go as they are, since results come back over the same bytes."""
     check(format == "bf16", f'puts move rows as they are, not as {format}; use payload "bf16"')
@@ -152,7 +154,7 @@ class Exchange(direct.Exchange):
       self._put(self._pieces(("back_gate_N", packed), ("gate_C", place), rows, owner))
     self._signal(DISPATCH, trip)
 
-  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
+  def receive(self, num_rows: int, format: str, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     mine = self.mine
     row, gate, origin = (t[:num_rows] for t in (mine.row_CD, mine.gate_C, mine.origin_C))
     return row.clone(), gate.clone(), origin

@@ -42,7 +42,8 @@ class Exchange:
   def __init__(self, peers: list[Buffers], rank: int, deadline_s: float):
     self.peers, self.rank, self.deadline_s = peers, rank, deadline_s
     self.mine = peers[rank]
-    self.capacity, self.rows = self.mine.row_CD.shape[0], self.mine.back_ND.shape[0]
+    self.capacity, self.rows = self.mine.gate_C.shape[0], self.mine.back_ND.shape[0]
+    self.in_place = self.mine.row_CD.shape[0] > self.capacity
     self.mine.origin_C.fill_(-1)
     self.blocks: int | None = None
     self.fused = True
@@ -61,6 +62,7 @@ class Exchange:
     route: Route,
     low: int,
     format: str,
+    slot: int = 0,
   ) -> None:
     row_TD = x_TD if format == "bf16" else packed(x_TD, format)
     expert_N, base_E = route.expert_TK.flatten().long(), route.base_RE[self.rank]
@@ -72,16 +74,19 @@ class Exchange:
       item = (inside_N & (owner_N == rank)).nonzero().flatten()
       place = place_N[item]
       row = row_TD[item // route.expert_TK.shape[1]]
-      peer.row_CD[:, : row.shape[1]].index_copy_(0, place, row)
+      peer.row_CD[:, : row.shape[1]].index_copy_(0, place + slot * self.capacity, row)
       if gate_TK is not None:
         peer.gate_C.index_copy_(0, place, gate_TK.flatten()[item])
       peer.origin_C.index_copy_(0, place, (item + self.rank * self.rows).int())
     self._signal(DISPATCH, trip)
 
-  def receive(self, num_rows: int, format: str) -> tuple[Tensor, Tensor, Tensor]:
+  def receive(self, num_rows: int, format: str, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     origin = self.mine.origin_C[:num_rows].clone()
     self.mine.origin_C[:num_rows] = -1
-    row = self.mine.row_CD[:num_rows]
+    start = slot * self.capacity
+    row = self.mine.row_CD[start : start + num_rows]
+    if self.in_place:  # `data`: autograd would take a write to another slot for one to this
+      return row.data, self.mine.gate_C[:num_rows].clone(), origin
     row = row.clone() if format == "bf16" else unpacked(row, format, self.mine.back_ND)
     row[origin < 0] = 0
     return row, self.mine.gate_C[:num_rows].clone(), origin

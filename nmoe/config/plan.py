@@ -21,6 +21,8 @@ from nmoe.config.file import Config, leaves
 from nmoe.config.owners import Span, is_matrix, owners, parameter_group
 from nmoe.errors import ConfigError
 
+TRANSIENT = 2  # slots of received rows that one trip sends and reads (nmoe.distributed.rdep)
+
 
 @dataclass(frozen=True)
 class Term:
@@ -288,6 +290,17 @@ def rdep_bytes(config: Config) -> RdepBytes:
   return RdepBytes(*(_heap(c, n) for n in (rows, math.ceil(c.rdep.capacity * rows), worst)))
 
 
+def row_slots(config: Config) -> int:
+  """Buffers of received rows: one for each MoE layer, where x stays until its backward pass, and
+  TRANSIENT for what is read in its own trip. One, from which rows are copied, where they are
+  unpacked, padded or moved by puts.
+  """
+  r, m = config.rdep, config.model
+  if r.payload != "bf16" or r.alignment > 1 or not r.peer_access:
+    return 1
+  return m.num_layers - m.num_dense_layers + TRANSIENT
+
+
 def _heap(config: Config, received: int) -> int:
   """Bytes of one rank's block when it can receive this many rows in a round."""
   ranks, rows = config.expert_ranks, _tokens(config) * config.moe.top_k
@@ -297,7 +310,8 @@ def _heap(config: Config, received: int) -> int:
   received_row = row
   if config.rdep.payload != "bf16":  # dy's are the longest: a byte, and a scale per 32, in 16s
     received_row = -(-config.model.dim * 33 // (32 * 16)) * 16
-  sizes = (ranks * config.moe.num_experts * 4, places * received_row, places * 4, places * 4)
+  received_rows = row_slots(config) * places * received_row
+  sizes = (ranks * config.moe.num_experts * 4, received_rows, places * 4, places * 4)
   sizes += (rows * row, rows * 4, 3 * ranks * 16 * 8)
   return sum(-(-size // 256) * 256 for size in sizes)
 
@@ -491,9 +505,11 @@ def _kept_terms(config: Config, layer: int) -> dict[str, float]:
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1
     terms["SwiGLU inputs"] += 2 * spare * e.top_k * e.expert_dim * width
-    terms["received rows"] = (1 + spare) * e.top_k * m.dim * width
+    row = (1 + spare) * e.top_k * m.dim * width
+    if row_slots(config) == 1:  # else they stay in the buffers
+      terms["received rows"] = row
     if config.target.dtype in ("fp8", "nvfp4"):
-      terms["results of received rows"] = terms["received rows"]
+      terms["results of received rows"] = row
   return terms
 
 

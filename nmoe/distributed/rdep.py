@@ -6,7 +6,8 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
               token, then k.
   2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, as
               rdep.payload says, quantized at the source (kernels.buffers) and dequantized there.
-  3. experts  the owner copies the rows out and runs the grouped products over them.
+  3. experts  the owner runs the grouped products over the rows where they lie, or copies them out
+              first (nmoe.distributed.heap says when).
   4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
               reply, or, with `exchange.fused`, by the last product itself.
   5. combine  y[t] = Σ_k gate[t, k] · back[t, k] in fp32, k ascending.
@@ -39,11 +40,20 @@ the same; only an abandoned attempt's rows beyond C are lost, with all that was 
 Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
 graph is a part of this layer's node, as autograd would run their backward pass after it.
 
-Why buffers are never overwritten too early, without a barrier. Trip s (see kernels.exchange) is:
-all send, all receive, all reply to all, all wait for the replies. Each rank goes through the trips
-in order, and it signals every rank in every trip, with or without rows.
-  * row, gate, origin of q are written by r in trip s+1 only after r had the reply s of q, which q
-    sends after it has copied its rows of trip s out.
+Why buffers are never overwritten too early, without a barrier. Trip s (see
+kernels.exchange) is: all send, all receive, all reply to all, all wait for the replies.
+Each rank goes through the trips in order, and it signals every rank in every trip, with or without
+rows.
+  * gate and origin of q, and its row if there is one slot, are written by r in trip s+1 only after
+    r had the reply s of q, which q sends after it has copied its rows of trip s out.
+  * of several slots, trip s writes slot L + s mod 2 but in a first round that keeps its rows. What
+    q reads of trip s there is queued before its reply to s, or behind it, dw's products, and then
+    before its reply to s+1; r writes the slot in trip s+2, which follows that reply. With several
+    rounds x, sent in trip s, is read again with dy of s+1: then q replies to s+1 behind dw's
+    products.
+  * a layer's own slot is written by r in a first round, and kept until q's backward pass has read
+    it. r sends such rows only after it had the counts of q for that trip, which q sends after all
+    that it has queued before.
   * back of r is written by q in trip s+1 only after q had the rows s+1 of r, which r sends after it
     has read what it wanted from trip s. Rounds of one pass write disjoint items of back, and r
     reads them after the last.
@@ -70,6 +80,7 @@ from kernels.formats import quantize_rows
 from kernels.ops import Ops, Product, Recipe
 from kernels.places import places
 from nmoe.config.file import Config
+from nmoe.config.plan import TRANSIENT, row_slots
 from nmoe.distributed.heap import Heap, buffer_layout
 from nmoe.errors import CommError
 
@@ -121,7 +132,10 @@ class Rdep:
     self.done = 0  # the last trip whose replies have all come
     self.one_round = False  # layers queue one round and do not ask whether it was enough
     self.crowded = 0  # steps to come that ask
+    self.slot: dict[int, int] = {}  # of a layer's kept rows
+    self.kept: dict[int, int] = {}  # the trip that wrote them
     self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, unknown)], maxlen=1024)
+    self.slots = row_slots(config)
     if self.num_ranks > 1:
       self.heap = Heap(buffer_layout(config), symmetric, group)
       self.exchange = symmetric.Exchange(self.heap.peers, self.rank, config.rdep.deadline_s)
@@ -233,6 +247,13 @@ class Rdep:
       del self.exchange
       self.heap.close()
 
+  def slot_of(self, layer: int) -> int:
+    """The slot in which this layer's rows stay until its backward pass."""
+    slot = self.slot.setdefault(layer, len(self.slot))
+    most = row_slots(self.config) - TRANSIENT
+    assert slot < most, f"RDEP: layer {layer} is one more than the {most} MoE layers of the model"
+    return slot
+
   def _as_received(self, x_TD: Tensor, *, of_gradient: bool) -> Tensor:
     """On one rank: x, or its gradient, with the values that the payload would leave it."""
     format = self.payload.dy if of_gradient else self.payload.x
@@ -336,6 +357,7 @@ class _Call:
     self.kept: _Kept | None = None
     self.beside: _Beside | None = None
     self.under_way: tuple = ()
+    self.slot, self.first = 0, 0
 
   def start(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> None:
     """Counts and the first dispatch, beside what follows."""
@@ -351,7 +373,7 @@ class _Call:
       self.fetched = self.exchange.fetch(count_RE)
       self.counts = self.fetched.here
       self.rdep.trips[-1] = self.rdep.trips[-1]._replace(counts=self.counts)
-      self._send(self.x_TD, None, self.payload.x)
+      self._send(self.x_TD, None, self.payload.x, self.keep)
 
   def forward(
     self,
@@ -383,6 +405,9 @@ class _Call:
     once; leaves the last trip's replies under way for `finish_backward`.
     """
     assert self.kept is not None, "RDEP: backward ran twice, or after a pass without gradients"
+    assert self.rdep.kept.get(self.layer, self.first) == self.first, (
+      f"RDEP: layer {self.layer} ran forward again before this backward pass, over its rows"
+    )
     self.phase, kept, self.kept = "backward", self.kept, None
     self._next(0)
     with self.exchange.beside():
@@ -451,10 +476,11 @@ class _Call:
     ops, origin_C = self.rdep.ops, kept.origin_C
     dx, dgate_C, weights = ops.grouped_mlp_backward(kept.experts, dy_CD, gate_C, w13, w2)
     dx_CD = self._multiplied(dx, origin_C, dgate_C)
+    grads = weights() if self.rounds > 1 else None  # the next round's rows come over this one's
     with self.exchange.beside():
       self._reply(origin_C, dx_CD, dgate_C)
     self.under_way = (dx_CD, dgate_C, origin_C)  # read beside, so not to be freed before join
-    return weights()
+    return weights() if grads is None else grads
 
   def _again(self, number: int, w13: Tensor, w2: Tensor) -> _Kept:
     """A later round's rows, from another dispatch of x, through the experts."""
@@ -488,15 +514,22 @@ class _Call:
     self.trip, self.round = trips[-1].number + 1, number
     trips.append(_Trip(self.trip, self.layer, self.phase, number, self.counts))
 
-  def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str) -> None:
-    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low(), format)
+  def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str, keep: bool = False) -> None:
+    """Dispatch; `keep`: to where the rows stay until the backward pass."""
+    self.slot = 0
+    if self.exchange.in_place:
+      self.slot = self.rdep.slots - TRANSIENT + self.trip % TRANSIENT
+      if keep:
+        self.slot, self.first = self.rdep.slot_of(self.layer), self.trip
+        self.rdep.kept[self.layer] = self.trip
+    self.exchange.send(self.trip, x_TD, gate_TK, self.route, self._low(), format, self.slot)
 
   def _reply(self, origin_C: Tensor, row_CD: Tensor | None, gate_C: Tensor | None) -> None:
     self.exchange.reply(self.trip, origin_C, row_CD, gate_C, self.route, self._low())
 
   def _receive(self, format: str) -> tuple[Tensor, Tensor, Tensor]:
     self._wait(DISPATCH)
-    return self.exchange.receive(self.exchange.capacity, format)
+    return self.exchange.receive(self.exchange.capacity, format, self.slot)
 
   def _low(self) -> int:
     """The first place of this round."""

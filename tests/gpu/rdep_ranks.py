@@ -45,7 +45,7 @@ BASE = """
 dtype = "bf16"
 [model]
 vocab_size = 32
-num_layers = 1
+num_layers = 3
 dense_dim = 16
 num_heads = 1
 [data]

@@ -47,7 +47,7 @@ arch = "cpu"
 [model]
 vocab_size = 32
 dim = {D}
-num_layers = 1
+num_layers = 3
 dense_dim = 32
 num_heads = 1
 [moe]

@@ -36,7 +36,7 @@ dtype = "fp32"
 [model]
 vocab_size = 32
 dim = 16
-num_layers = 1
+num_layers = 3
 dense_dim = 16
 num_heads = 1
 [moe]
