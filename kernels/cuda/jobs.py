@@ -77,9 +77,9 @@ def _combine(s: Shapes) -> None:
   backward(combine(meta(tokens, s.top_k, s.dim), meta(tokens, s.top_k, dtype=FP32)))
 
 
-def _mover(s: Shapes) -> Exchange:
+def _mover(s: Shapes, slots: int = 1) -> Exchange:
   rows = s.batch * s.seq_len * s.top_k
-  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16, s.payload)
+  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16, s.payload, slots)
   block = Buffers(*(meta(*shape, dtype=t, grad=False) for shape, t in sizes.fields.values()))
   return Exchange([block] * s.ranks, 0, 1.0)
 
@@ -96,6 +96,8 @@ def _exchange(s: Shapes) -> None:
     mover.send(1, x_TD, gate, route, 0, format)
     row_CD, gate_C, origin_C = mover.receive(mover.capacity, format)
     mover.reply(1, origin_C, row_CD, None if gate is None else gate_C, route, 0)
+  if s.payload == "bf16":
+    _mover(s, slots=2).receive(mover.capacity, s.payload)
   mover.wait(COUNTS, 1)
 
 
