@@ -135,6 +135,7 @@ def test_the_comparison_sees_what_differs():
   assert [line.split(",")[0] for line in found[len(contract) :]] == [
     "extra: not of the contract",
     "blocks: no attribute",
+    "in_place: no attribute",
     "late: () -> list[int]",
     "post_counts: (trip: int",
     "receive: (num_rows: int",
