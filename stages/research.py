@@ -10,8 +10,8 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.errors import RunError
-from nmoe.records.experiments import Reader
 from nmoe.records.metrics import read
+from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from stages.judge import single
 from stages.runs import Arm, Workbench, hypothesis_of, progress_display, seeds_of
@@ -62,9 +62,8 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
   arm = Arm(old.arm, config, Root(root).data / old.data_digest)
   first = bench.experiments.find(old.experiment_id)
   name = f"rerun-{first.name}"
-  experiment = bench.experiments.create(
-    name, "research", f"Run {run_id} repeats exactly.", first.metric, "none", 0.0
-  )
+  claim = Hypothesis(f"Run {run_id} repeats exactly.", first.headline.metric, "none", 0.0)
+  experiment = bench.experiments.create(name, "research", (claim,))
   bench.experiments.link(experiment.id, first.id, "repeats", f"of run {run_id}")
   with progress_display(console) as progress:
     new = bench.repeat(experiment, arm, old.seed, progress)

@@ -19,7 +19,9 @@ from nmoe.config.file import Config
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
-from nmoe.records.experiments import Experiment, Experiments, Hypothesis, Run, provenance
+from nmoe.records.experiments import Experiments
+from nmoe.records.provenance import provenance
+from nmoe.records.reader import ArmRecord, Experiment, Hypothesis, Run
 from nmoe.records.root import Root
 from stages.judge.table import Point
 from stages.launch import local as launch
@@ -92,23 +94,13 @@ class Workbench:
     """Write the hypotheses down, or find them: the newest experiment that asks the same of the same
     runs, and of no others, unless it `grows`.
     """
-    (asked,) = hypotheses
-    wanted = {
-      (arm.name, seed): (configs.fingerprint(arm.at_seed(seed), arm.data.name), self.code_version)
-      for arm in arms
-      for seed in seeds
-    }
-    for found in self.experiments.list():
-      claim = Hypothesis(found.statement, found.metric, found.direction, found.min_effect)
-      if (found.stage, found.name, claim) == (stage, name, asked) and all(
-        wanted[key] == (run.fingerprint, run.code_version) if key in wanted else grows
-        for run in self.experiments.runs(found.id)
-        for key in [(run.arm, run.seed)]
-      ):
-        return found
-    return self.experiments.create(
-      name, stage, asked.statement, asked.metric, asked.direction, asked.min_effect
-    )
+    planned = [self.arm_record(arm) for arm in arms]
+    return self.experiments.find_or_create(name, stage, hypotheses, planned, seeds, grows)
+
+  def arm_record(self, arm: Arm) -> ArmRecord:
+    """An arm as the records plan it: what it computes, whatever its seed, with which code."""
+    computation = configs.fingerprint(arm.at_seed(0), arm.data.name)
+    return ArmRecord(arm.name, arm.point, f"{computation}-{self.code_version}")
 
   def arm(self, name: str, config: Config) -> Arm:
     """Prepare the arm's data (or find it prepared)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kernels.arch import ARCHS
 from kernels.shapes import Shapes
@@ -16,7 +17,7 @@ from nmoe.config import plan as plans
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
-from nmoe.records.experiments import Reader
+from nmoe.records.reader import Reader
 from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.report.report import terminal_summary
@@ -75,10 +76,12 @@ def experiments(root: Path, console: Console) -> None:
   table = Table()
   for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
     table.add_column(column, overflow="fold", no_wrap=column == "experiment")
+  counts = records.counts()
   for e in records.list():
-    runs = records.runs(e.id)
-    done = sum(run.status == "completed" for run in runs)
-    table.add_row(e.id, e.stage, e.status, e.verdict, f"{done}/{len(runs)}", e.statement)
+    done, num_runs = counts.get(e.id, (0, 0))
+    more = f" (+ {len(e.hypotheses) - 1} more)" if len(e.hypotheses) > 1 else ""
+    claim = Text(e.headline.statement + more)
+    table.add_row(Text(e.id), e.stage, e.status, e.verdict, f"{done}/{num_runs}", claim)
   console.print(table)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmoe.records.experiments import Experiment, Hypothesis, Run
+from nmoe.records.reader import Experiment, Hypothesis, Run
 from stages.judge.table import Judgement, Result, Table
 from stages.runs import Arm, Workbench
 
@@ -65,6 +65,7 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
     new = runs[len(results) :]
     results += [_result(arm, run) for (arm, _), run in zip(pairs, new, strict=True)]
     pairs = study.further(Table(tuple(results))) if study.further else ()
+    workbench.experiments.add_arms(experiment.id, [workbench.arm_record(arm) for arm, _ in pairs])
   table = Table(tuple(results))
   judgement = study.judge(table)
   conclusion = {"reason": judgement.reason, **judgement.numbers}

@@ -19,7 +19,8 @@ from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get
 from nmoe.errors import NmoeError
 from nmoe.records import checkpoint, metrics
-from nmoe.records.experiments import Experiments, Run
+from nmoe.records.experiments import Experiments
+from nmoe.records.reader import Hypothesis, Run
 from nmoe.train import loop as train
 
 TINY = """
@@ -109,7 +110,9 @@ class Lab:
     self.root = Path(self.config.run.root)
     self.data = prepare(load_mixture(folder / "mixture.toml"), get("byte"), self.root)
     self.records = Experiments(self.root)
-    self.experiment = self.records.create("tiny", "test", "It learns.", "val/bpb", "lower", 0.0)
+    self.experiment = self.records.create(
+      "tiny", "test", [Hypothesis("It learns.", "val/bpb", "lower", 0.0)]
+    )
 
   def record(self, **values: Any) -> str:
     """A new run of the configuration with keys replaced, "." written "__"; its id."""

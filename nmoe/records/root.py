@@ -37,9 +37,14 @@ class Root:
     """One folder a step."""
     return self.path / "checkpoints" / run_id
 
+  @property
+  def locks(self) -> Path:
+    """One file a run."""
+    return self.path / "locks"
+
   def lock(self, run_id: str) -> Path:
     """Locked by the process that owns the run."""
-    return self.path / "locks" / run_id
+    return self.locks / run_id
 
   def logs(self, run_id: str) -> Path:
     """What the run's ranks and the compiler beside them print."""

@@ -30,8 +30,9 @@ from nmoe.evals.heldout import evaluate
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model, update_router_bias
 from nmoe.records import checkpoint
-from nmoe.records.experiments import Experiments, Run
+from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from nmoe.train.flight import FlightRecorder
 from nmoe.train.graph import Graph

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nmoe.records.experiments import Hypothesis
+from nmoe.records.reader import Hypothesis
 from stages.judge.statistics import paired
 from stages.judge.table import Judgement, Table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nmoe.records.experiments import Hypothesis
+from nmoe.records.reader import Hypothesis
 from stages.judge.statistics import single
 from stages.judge.table import Judgement, Table
 

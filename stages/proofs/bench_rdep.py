@@ -20,7 +20,7 @@ from kernels.arch import environment
 from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
-from nmoe.records.experiments import provenance
+from nmoe.records.provenance import provenance
 from nmoe.records.root import Root
 from stages.launch.local import parent_environment
 

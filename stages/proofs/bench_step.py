@@ -19,8 +19,8 @@ from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError
-from nmoe.records.experiments import Run
 from nmoe.records.metrics import Series, read
+from nmoe.records.reader import Run
 from nmoe.train.startup import PHASES as STARTUP
 from nmoe.train.startup import process_age
 from stages.runs import Workbench, progress_display

@@ -25,8 +25,8 @@ from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
-from nmoe.records.experiments import Run
 from nmoe.records.metrics import read
+from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from stages.runs import Arm, Workbench, progress_display
 

@@ -25,8 +25,8 @@ from nmoe.config import file as configs
 from nmoe.config.file import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
-from nmoe.records.experiments import Experiment, Run
 from nmoe.records.metrics import Series, read
+from nmoe.records.reader import Experiment, Run
 from stages.launch import local as launch
 from stages.proofs import check_ep as parity
 from stages.runs import Arm, Workbench, progress_display

@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from nmoe.records.experiments import Run
 from nmoe.records.metrics import Series
+from nmoe.records.reader import Run
 from stages.judge.statistics import Paired, band
 
 COLORS = ("#8a929c", "#1f5fbf", "#c2571a", "#0b7a5c", "#7a4fb5", "#b3366b")

@@ -20,8 +20,8 @@ from rich.text import Text
 from nmoe.config import file as configs
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records import metrics
-from nmoe.records.experiments import Experiment, Link, Reader, Run
 from nmoe.records.measures import MEASURES, Measure
+from nmoe.records.reader import Experiment, Link, Reader, Run
 from nmoe.records.root import Root
 from stages.judge.statistics import Paired, Single, paired, single, time_to_loss
 from stages.report import figures
@@ -65,7 +65,7 @@ class Findings:
   @property
   def headline(self) -> Row | None:
     """The row of the hypothesis' metric."""
-    return next((row for row in self.rows if row.key == self.experiment.metric), None)
+    return next((row for row in self.rows if row.key == self.experiment.headline.metric), None)
 
   @property
   def verdict(self) -> str:
@@ -163,7 +163,7 @@ def _head(found: Findings) -> str:
   seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) != 1 else ''}"
   eyebrow = f"{kind} · {e.id} · {seeds} · {e.created[:10]}"
   return (
-    f'<div class="eyebrow">{escape(eyebrow)}</div><h1>{escape(e.statement)}</h1>'
+    f'<div class="eyebrow">{escape(eyebrow)}</div><h1>{escape(e.headline.statement)}</h1>'
     f'<div class="verdict"><span class="badge {escape(found.verdict)}">'
     f"{escape(found.verdict.capitalize())}</span><p>{escape(found.reason)}</p></div>"
     f"{_facts(found)}"
@@ -174,17 +174,20 @@ def _facts(found: Findings) -> str:
   e, row = found.experiment, found.headline
   if row is None:
     return ""
-  pairs = [(f"{arm.name}, {e.metric}", _show(row.key, one.mean)) for arm, one in _named(found, row)]
+  pairs = [
+    (f"{arm.name}, {e.headline.metric}", _show(row.key, one.mean))
+    for arm, one in _named(found, row)
+  ]
   d = row.difference
   if d is not None:
     pairs += [
       ("variant − baseline, mean", _show(row.key, d.mean_difference, "+")),
-      ("smallest effect that matters", _show(row.key, e.min_effect)),
+      ("smallest effect that matters", _show(row.key, e.headline.min_effect)),
       ("smallest detectable effect, 80 % power", _show(row.key, d.mde)),
       ("noise floor: sd over seeds in an arm", _show(row.key, d.noise_floor)),
     ]
   unigram = next((r for r in found.rows if r.key == "unigram_bpb"), None)
-  if d is None and unigram and e.metric == "val/bpb":
+  if d is None and unigram and e.headline.metric == "val/bpb":
     pairs.append(("unigram model", _show(row.key, unigram.arms[0].mean)))
   return facts(pairs)
 
@@ -197,7 +200,7 @@ def _results(found: Findings) -> str:
   e = found.experiment
   compare = any(row.difference for row in found.rows)
   head = ["", *(arm.name for arm in found.arms), *(["variant − baseline"] if compare else [])]
-  key = next((i for i, row in enumerate(found.rows) if row.key == e.metric), None)
+  key = next((i for i, row in enumerate(found.rows) if row.key == e.headline.metric), None)
   cells = [
     [escape(row.label), *(_plus_minus(row.key, one) for one in row.arms)]
     + ([_interval(row.key, row.difference)] if compare else [])
@@ -220,12 +223,15 @@ def _results(found: Findings) -> str:
 def _differences(found: Findings, d: Paired) -> go.Figure:
   e = found.experiment
   values = [
-    dict(zip((r.seed for r in a.runs), a.values(e.metric), strict=True)) for a in found.arms
+    dict(zip((r.seed for r in a.runs), a.values(e.headline.metric), strict=True))
+    for a in found.arms
   ]
   seeds = [s for s in found.seeds if all(math.isfinite(v[s]) for v in values)]
-  measure = RESULTS[e.metric]
+  measure = RESULTS[e.headline.metric]
   title = f"{measure.label}: variant − baseline"
-  return figures.differences(d, seeds, title, e.direction, e.min_effect, measure.factor)
+  return figures.differences(
+    d, seeds, title, e.headline.direction, e.headline.min_effect, measure.factor
+  )
 
 
 def _curves(found: Findings) -> str:
@@ -318,7 +324,7 @@ def _changes(arms: Sequence[Arm]) -> str:
 
 
 def _runs(found: Findings) -> str:
-  metric = found.experiment.metric
+  metric = found.experiment.headline.metric
   head = ("run", "arm", "seed", "status", metric, "tokens/s")
   rows = [
     [
@@ -414,7 +420,7 @@ def terminal_summary(root: Path, experiment: str) -> Group:
   found = gather(root, experiment)
   e = found.experiment
   compare = any(row.difference for row in found.rows)
-  grid = Table(title=Text(e.statement, style="bold"), title_justify="left")
+  grid = Table(title=Text(e.headline.statement, style="bold"), title_justify="left")
   grid.add_column("")
   for arm in found.arms:
     grid.add_column(arm.name, justify="right")
@@ -423,7 +429,7 @@ def terminal_summary(root: Path, experiment: str) -> Group:
   for row in found.rows:
     cells = [_plain(_plus_minus(row.key, one)) for one in row.arms]
     cells += [_plain(_interval(row.key, row.difference))] if compare else []
-    grid.add_row(row.label, *cells, style="bold" if row.key == e.metric else "")
+    grid.add_row(row.label, *cells, style="bold" if row.key == e.headline.metric else "")
   style = f"bold {BADGES.get(found.verdict, 'default')}"
   verdict = Text.assemble((found.verdict, style), ": ", found.reason)
   return Group(grid, verdict)

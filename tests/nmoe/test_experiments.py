@@ -17,14 +17,13 @@ import pytest
 
 from nmoe.errors import RecordError
 from nmoe.records import experiments
-from nmoe.records.experiments import Experiments, Reader, provenance
+from nmoe.records.experiments import Experiments
+from nmoe.records.provenance import provenance
+from nmoe.records.reader import Hypothesis, Reader
 
 HYPOTHESIS = {
   "stage": "ablate",
-  "statement": "Muon lowers bpb.",
-  "metric": "val/bpb",
-  "direction": "lower",
-  "min_effect": 0.01,
+  "hypotheses": [Hypothesis("Muon lowers bpb.", "val/bpb", "lower", 0.01)],
 }
 REPO = Path(__file__).resolve().parents[2]
 
@@ -64,7 +63,7 @@ def test_hypothesis_and_conclusion_round_trip(tmp_path):
   db.conclude(made.id, "confirmed", {"mean": -0.02, "low": -math.inf, "p": math.nan})
   db.close()
   found = Experiments(tmp_path).find("Muon vs AdamW")
-  assert (found.verdict, found.status, found.statement) == (
+  assert (found.verdict, found.status, found.headline.statement) == (
     "confirmed",
     "completed",
     "Muon lowers bpb.",
@@ -195,6 +194,7 @@ def test_a_reader_changes_nothing_and_sees_a_dead_run_as_interrupted(tmp_path):
   db = Experiments(tmp_path)
   experiment = db.create("muon", **HYPOTHESIS)
   run = start(db, experiment.id)
+  experiment = db.find(experiment.id)
   reader = Reader(tmp_path)
   assert reader.run(run.id).status == "running"  # its owner, this process, lives
   db.release(run.id)
@@ -291,7 +291,9 @@ def test_a_corrupt_database(tmp_path, content):
 def test_a_database_of_another_schema(tmp_path):
   Experiments(tmp_path).close()
   sqlite3.connect(tmp_path / "experiments.db").execute("PRAGMA user_version = 99")
-  with pytest.raises(RecordError, match="has schema 99, this nmoe reads and writes schema 1"):
+  with pytest.raises(
+    RecordError, match="has schema 99, this nmoe reads schemas 1 to 2; use the nmoe that wrote it"
+  ):
     Experiments(tmp_path)
 
 
@@ -383,4 +385,3 @@ def test_results_are_plain_json_for_other_readers(tmp_path):
   db.update_run(run.id, status="failed", results={"val/bpb": 1.0}, error="loss is nan")
   row = sqlite3.connect(db.path).execute("SELECT results, error FROM runs").fetchone()
   assert json.loads(row[0]) == {"val/bpb": 1.0} and row[1] == "loss is nan"
-  assert experiments.SCHEMA_VERSION == 1

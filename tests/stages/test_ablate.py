@@ -12,6 +12,7 @@ from nmoe.data.loader import Prefetcher
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
 from nmoe.model.decoder import Model
 from nmoe.records.experiments import Experiments
+from nmoe.records.reader import Hypothesis
 from nmoe.train import loop as train
 from stages import ablate, runs
 
@@ -69,12 +70,13 @@ def test_from_two_files_to_a_verdict(lab, variant, launches, monkeypatch):
 
   def look(_):
     e = newest(lab)
-    seen.append((e.statement, e.metric, e.direction, e.min_effect, e.verdict, e.status))
+    seen.append((e.hypotheses, [arm.name for arm in e.arms], e.verdict, e.status))
 
   launches.before = {0: look}
   monkeypatch.setattr(runs, "write_report", REPORT)
   said = call(lab, variant)
-  assert seen == [("Muon is better.", "val/bpb", "lower", 0.05, "", "running")]
+  claim = Hypothesis("Muon is better.", "val/bpb", "lower", 0.05)
+  assert seen == [((claim,), ["baseline", "variant"], "", "running")]
   assert "optim.matrices: 'adamw' → 'muon'" in said
   assert "keys differ" not in said
   turns = [("baseline", 0), ("variant", 0), ("baseline", 1), ("variant", 1)]
@@ -129,7 +131,7 @@ def test_runs_are_shared_between_experiments(lab, variant, launches):
   )
   call(lab, other, seeds=1)
   assert len(launches.ids) == 2
-  assert newest(lab).statement == "Muon is worse."
+  assert newest(lab).headline.statement == "Muon is worse."
   assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
 
 

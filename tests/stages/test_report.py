@@ -16,6 +16,7 @@ from nmoe.config import file as configs
 from nmoe.errors import RecordError
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Hypothesis
 from stages.judge.statistics import paired
 from stages.report.report import gather, terminal_summary, write_report
 
@@ -62,7 +63,7 @@ def make(
   """An experiment of made-up runs; returns its id and the metric of each arm."""
   rng = np.random.default_rng(0)
   db = Experiments(root)
-  e = db.create("moonlet-cpu-muon", stage, statement, "val/bpb", "lower", 0.02)
+  e = db.create("moonlet-cpu-muon", stage, [Hypothesis(statement, "val/bpb", "lower", 0.02)])
   base = configs.load(BASE, env={})
   values = {arm: [] for arm in arms}
   for seed in range(seeds):
@@ -260,6 +261,7 @@ def test_one_pair_has_no_interval(tmp_path):
 def test_a_record_of_another_version_is_still_shown(tmp_path):
   name, _ = make(tmp_path, seeds=1)
   with sqlite3.connect(tmp_path / "experiments.db") as db:
+    db.execute("DROP TRIGGER completed_runs_keep_their_toml")
     db.execute("UPDATE runs SET toml = '[model]\nwings = 2\n'")
   html = write_report(tmp_path, name).read_text()
   assert "Not comparable by this version of nmoe: baseline: unknown key model.wings" in html

@@ -8,7 +8,7 @@ from labs import Lab
 from rich.console import Console
 
 from nmoe.errors import RunError
-from nmoe.records.experiments import Hypothesis
+from nmoe.records.reader import Hypothesis
 from stages import runs
 from stages.judge.table import Judgement, Table
 from stages.runs import Arm, Workbench

@@ -1,0 +1,293 @@
+"""What was asked, what was run, what came out: the records of a root, for those who only read.
+
+A claim is a chain: hypothesis -> experiment -> runs -> conclusion, and links between experiments.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nmoe.errors import RecordError
+from nmoe.records.migrations import MIGRATIONS, migrate, version
+from nmoe.records.root import Root
+
+Point = Mapping[str, float | int | str]
+
+RUN_SQL = """
+  SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
+    r.diff, r.code_version, r.environment, r.target, r.status, r.results, r.error, r.host, r.pid,
+    r.created, r.updated
+  FROM runs r JOIN members m ON m.run_id = r.id """
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+  """A claim that an experiment tests.
+
+  statement   the claim, in a sentence
+  metric      a tag of nmoe.records.measures.MEASURES
+  direction   "lower" or "higher": what is claimed of the variant; "none": that it doesn't matter
+  min_effect  the smallest difference that matters, in the metric's unit
+  """
+
+  statement: str
+  metric: str
+  direction: str
+  min_effect: float
+
+
+@dataclass(frozen=True)
+class ArmRecord:
+  """An arm as it was planned. `created`: UTC, ISO 8601.
+
+  point        its place on the axes of a sweep; {} where there is none
+  computation  what it computes, whatever the seed: equal arms of equal code have the same one; ""
+               in a record of schema 1
+  """
+
+  name: str
+  point: Point
+  computation: str
+  created: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+  """Hypotheses and their outcome. Times: UTC, ISO 8601. `verdict` is "" until concluded."""
+
+  id: str
+  name: str
+  stage: str
+  hypotheses: tuple[Hypothesis, ...]
+  arms: tuple[ArmRecord, ...]
+  status: str
+  verdict: str
+  conclusion: dict[str, Any]
+  created: str
+  updated: str
+
+  @property
+  def headline(self) -> Hypothesis:
+    """The first hypothesis."""
+    return self.hypotheses[0]
+
+
+@dataclass(frozen=True)
+class Run:
+  """One training run as a member of one experiment (`experiment_id`, `arm`).
+
+  `host` and `pid` are its last owner; "" in `commit` means that it ran outside a git checkout.
+  """
+
+  id: str
+  experiment_id: str
+  arm: str
+  seed: int
+  toml: str
+  fingerprint: str
+  data_digest: str
+  commit: str
+  diff: str
+  code_version: str
+  environment: dict[str, Any]
+  target: str
+  status: str
+  results: dict[str, Any]
+  error: str
+  host: str
+  pid: int
+  created: str
+  updated: str
+
+  @property
+  def finished(self) -> bool:
+    """Whether it has an outcome: it completed or diverged."""
+    return self.status == "completed" or "diverged" in self.results
+
+
+@dataclass(frozen=True)
+class Link:
+  """Evidence: experiment `from_id` supports, refutes, refines or repeats experiment `to_id`."""
+
+  from_id: str
+  to_id: str
+  relation: str
+  note: str
+  created: str
+
+
+class Reader:
+  """The records of one root, opened read-only: it creates, changes and locks nothing.
+
+  Those of an older schema are read from a copy in memory, which shows them as they were then.
+  A run whose owner died reads as "interrupted", whatever its row says. Raises RecordError if the
+  root has no database, or one that cannot be read: locked, corrupt or of another schema.
+  """
+
+  def __init__(self, root: str | Path, timeout_s: float = 10.0):
+    self.root = Path(root)
+    self.path = Root(self.root).experiments_db
+    self._timeout_s = timeout_s
+    self._open()
+
+  def _open(self) -> None:
+    if not self.path.is_file():
+      raise RecordError(
+        f"{self.root} holds no records (no experiments.db); name the root of your runs by --root "
+        "or NMOE_ROOT, or make one with `nmoe ablate`"
+      )
+    with self._explained():
+      self._connect(f"{self.path.resolve().as_uri()}?mode=ro")
+      self._check_version()
+      if version(self._db) < len(MIGRATIONS):
+        self._look_at_a_copy()
+
+  def _connect(self, uri: str) -> None:
+    self._db = sqlite3.connect(uri, timeout=self._timeout_s, isolation_level=None, uri=True)
+    self._db.row_factory = sqlite3.Row
+
+  def _look_at_a_copy(self) -> None:
+    """Of a file of an older schema: in memory, migrated there, as the file is now."""
+    file = self._db
+    self._connect(":memory:")
+    file.backup(self._db)
+    file.close()
+    migrate(self._db)
+
+  def _check_version(self) -> None:
+    """Refuse a schema of the future, and a file that has none."""
+    found, known = version(self._db), len(MIGRATIONS)
+    if not found:
+      raise RecordError(
+        f"{self.path} holds no records: it is {self.path.stat().st_size} bytes without a schema; "
+        "restore a copy of it, or move it away to begin anew"
+      )
+    if found > known:
+      raise RecordError(
+        f"{self.path} has schema {found}, this nmoe reads schemas 1 to {known}; "
+        "use the nmoe that wrote it, or another run.root"
+      )
+
+  def close(self) -> None:
+    """Close the database."""
+    self._db.close()
+
+  def find(self, name_or_id: str) -> Experiment:
+    """The experiment of this id, else the newest of this name. RecordError if there is none."""
+    rows = self._read(
+      "SELECT * FROM experiments WHERE id = ? OR name = ? ORDER BY id = ? DESC, rowid DESC LIMIT 1",
+      *3 * (name_or_id,),
+    )
+    if not rows:
+      newest = self._read("SELECT id FROM experiments ORDER BY rowid DESC LIMIT 8")
+      known = ", ".join(row["id"] for row in newest) or "none yet"
+      raise RecordError(f"{self.path}: no experiment {name_or_id!r}; the newest are: {known}")
+    return self._experiments(rows)[0]
+
+  def list(self) -> list[Experiment]:
+    """Every experiment, newest first."""
+    return self._experiments(self._read("SELECT * FROM experiments ORDER BY rowid DESC"))
+
+  def counts(self) -> dict[str, tuple[int, int]]:
+    """Of every experiment that has runs: how many completed, and how many there are."""
+    rows = self._read(
+      "SELECT m.experiment_id AS id, sum(r.status = 'completed') AS done, count(*) AS num_runs "
+      "FROM members m JOIN runs r ON r.id = m.run_id GROUP BY m.experiment_id"
+    )
+    return {row["id"]: (row["done"], row["num_runs"]) for row in rows}
+
+  def links(self, experiment_id: str) -> list[Link]:
+    """The links from and to an experiment, oldest first."""
+    sql = "SELECT * FROM links WHERE from_id = ? OR to_id = ? ORDER BY rowid"
+    return [Link(**row) for row in self._read(sql, experiment_id, experiment_id)]
+
+  def runs(self, experiment_id: str) -> list[Run]:
+    """The members of an experiment, in the order in which they joined it."""
+    rows = self._read(RUN_SQL + "WHERE m.experiment_id = ? ORDER BY m.rowid", experiment_id)
+    return [self._seen(decoded_run(row)) for row in rows]
+
+  def run(self, run_id: str) -> Run:
+    """A run, as a member of the experiment it was started for. RecordError if there is none."""
+    rows = self._read(RUN_SQL + "WHERE r.id = ? ORDER BY m.rowid LIMIT 1", run_id)
+    if not rows:
+      raise RecordError(f"{self.path}: no run {run_id!r}; see `nmoe experiments list`")
+    return self._seen(decoded_run(rows[0]))
+
+  def _seen(self, run: Run) -> Run:
+    """The run with the status that its lock tells: "running" needs an owner that holds it."""
+    if run.status == "running" and not _held(Root(self.root).lock(run.id)):
+      return replace(run, status="interrupted")
+    return run
+
+  def _experiments(self, rows: Sequence[sqlite3.Row]) -> list[Experiment]:
+    """Rows of `experiments` with what other tables hold of them."""
+    one = [row["id"] for row in rows] if len(rows) == 1 else []
+    where = "WHERE experiment_id = ?" if one else ""
+    claims: dict[str, list[Hypothesis]] = {}
+    for row in self._read(f"SELECT * FROM hypotheses {where} ORDER BY number", *one):
+      claim = Hypothesis(row["statement"], row["metric"], row["direction"], row["min_effect"])
+      claims.setdefault(row["experiment_id"], []).append(claim)
+    arms: dict[str, list[ArmRecord]] = {}
+    for row in self._read(f"SELECT * FROM arms {where} ORDER BY rowid", *one):
+      arm = ArmRecord(row["name"], json.loads(row["point"]), row["computation"], row["created"])
+      arms.setdefault(row["experiment_id"], []).append(arm)
+    return [
+      Experiment(
+        **{**dict(row), "conclusion": json.loads(row["conclusion"])},
+        hypotheses=tuple(claims[row["id"]]),
+        arms=tuple(arms.get(row["id"], ())),
+      )
+      for row in rows
+    ]
+
+  def _read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+    with self._explained():
+      return self._db.execute(sql, values).fetchall()
+
+  @contextmanager
+  def _explained(self) -> Iterator[None]:
+    """SQLite's errors as RecordError with the remedy."""
+    try:
+      yield
+    except sqlite3.Error as error:
+      raise RecordError(f"{self.path}: {error}; {self._remedy(str(error))}") from error
+
+  def _remedy(self, message: str) -> str:
+    if "locked" in message or "locking" in message:
+      return (
+        f"another process held it for {self._timeout_s:g} s, or its filesystem has no file locks: "
+        "stop that process, or put run.root on a filesystem with locks"
+      )
+    if "not a database" in message or "malformed" in message:
+      return (
+        "the file is corrupt: restore a copy or move it away; metrics and checkpoints are apart"
+      )
+    if "readonly" in message or "unable to open" in message:
+      return "it cannot be written here: make the folder writable, or set run.root (NMOE_ROOT)"
+    if "full" in message:
+      return "the disk is full: free space and run again; nothing of this write was kept"
+    return "check the folder's permissions and free space"
+
+
+def _held(path: Path) -> bool:
+  """Whether a process holds this lock file; one that is not there is not held."""
+  try:
+    with path.open() as lock:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except OSError:
+    return True  # held, or not ours to ask
+  return False
+
+
+def decoded_run(row: sqlite3.Row) -> Run:
+  decoded = {key: json.loads(row[key]) for key in ("environment", "results")}
+  return Run(**{**dict(row), **decoded})
