@@ -27,7 +27,9 @@ from torch import Tensor
 
 from kernels.cuda.gemms import CHOICES
 from kernels.cuda.jit import ARCH
-from kernels.tools.bench import MOES, MoeLayer, arguments, kept, report, rows
+from kernels.tools.bench import arguments, how, report
+from kernels.tools.benches.moe import MOES, MoeLayer, kept
+from kernels.tools.rates import Case, rows
 
 
 class Sonic:
@@ -65,18 +67,19 @@ def offer_tiles() -> None:
 
 
 def main() -> None:
-  rest = arguments().parse_args().rest
+  timed = how(arguments(__doc__).parse_args())
   offer_tiles()
   for moe in (m for m in MOES if m.skew == 1.0):
     layer = MoeLayer(moe)
     other = Sonic(layer)
-    variants = {"nmoe": layer.step, "SonicMoE": other.step}
-    report(rows(variants, dict.fromkeys(variants, moe.flops), asdict(moe), "TFLOP/s", rest))
+    steps = {"nmoe": layer.step, "SonicMoE": other.step}
+    cases = [Case(name, step, moe.flops, asdict(moe)) for name, step in steps.items()]
+    report(rows(cases, "TFLOP/s", timed))
     layer.clear()
     layers = {"nmoe": layer, "SonicMoE": other}
     found = {f"{name} keeps": kept(partial(one.forward, 0)) for name, one in layers.items()}
     sys.stdout.write(json.dumps(found) + "\n")
-    del layer, other, layers, variants
+    del layer, other, layers, steps, cases
     torch.cuda.empty_cache()
 
 

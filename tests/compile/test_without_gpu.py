@@ -1,6 +1,7 @@
 """What the host side of kernels.cuda does, on machines without a GPU: each script compiles its
 kernels and does their work itself.
 
+  benches every bench runs on meta tensors
   copies  a weight is quantized at its first use after a step
   puts    blocks that are put carry what direct stores of rows carry
 """
@@ -20,7 +21,7 @@ from kernels.arch import ARCHS, environment
 
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("copies", "puts")
+SCRIPTS = ("benches", "copies", "puts")
 
 
 @pytest.fixture(scope="module")
