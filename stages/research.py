@@ -14,7 +14,8 @@ from nmoe.records.metrics import read
 from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from stages.judge import single
-from stages.runs import Arm, Workbench, hypothesis_of, progress_display, seeds_of
+from stages.launch.display import Display
+from stages.runs import Arm, Workbench, hypothesis_of, seeds_of
 from stages.study import Study, carry_out
 
 
@@ -65,8 +66,8 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
   claim = Hypothesis(f"Run {run_id} repeats exactly.", first.headline.metric, "none", 0.0)
   experiment = bench.experiments.create(name, "research", (claim,))
   bench.experiments.link(experiment.id, first.id, "repeats", f"of run {run_id}")
-  with progress_display(console) as progress:
-    new = bench.repeat(experiment, arm, old.seed, progress)
+  with Display(console) as display:
+    new = bench.repeat(experiment, arm, old.seed, display)
   bench.check(experiment, [new])
   before, after = (read(root, r.id, ["train/loss"])["train/loss"][2] for r in (old, new))
   equal = np.array_equal(before, after, equal_nan=True)

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nmoe.config import file as configs
 from nmoe.config.file import Config
@@ -23,8 +22,11 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import ArmRecord, Experiment, Hypothesis, Run
 from nmoe.records.root import Root
+from nmoe.train.progress import Entry
 from stages.judge.table import Point
 from stages.launch import local as launch
+from stages.launch.display import Display, Line
+from stages.launch.local import Handle, Job, Launcher
 from stages.report.report import terminal_summary, write_report
 
 REPO = Path(__file__).resolve().parent.parent
@@ -109,10 +111,10 @@ class Workbench:
 
   def run_all(self, experiment: Experiment, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
     """The run of every arm and seed, in their order, as `run` finds or executes it."""
-    with progress_display(self.console) as progress:
-      return [self.run(experiment, arm, seed, progress) for arm, seed in pairs]
+    with Display(self.console) as display:
+      return [self.run(experiment, arm, seed, display) for arm, seed in pairs]
 
-  def run(self, experiment: Experiment, arm: Arm, seed: int, progress: Progress) -> Run:
+  def run(self, experiment: Experiment, arm: Arm, seed: int, display: Display) -> Run:
     """The run of an arm at a seed: found finished, continued, or executed from its start.
 
     Only a run of the same fingerprint, data and code is found; a continued one takes over what the
@@ -125,32 +127,32 @@ class Workbench:
     if done is not None:
       self.experiments.attach(experiment.id, done.id, arm.name)
       outcome = "completed" if done.status == "completed" else "diverged"
-      progress.console.print(f"{label}: {outcome} before as run {done.id}, reused")
+      display.say(f"{label}: {outcome} before as run {done.id}, reused")
       return done
     run = self.experiments.find_unfinished(*key)
     if run is None:
-      return self.repeat(experiment, arm, seed, progress)
+      return self.repeat(experiment, arm, seed, display)
     self.hand_over(run, config)
     self.experiments.attach(experiment.id, run.id, arm.name)
-    progress.console.print(f"{label}: {run.status} before as run {run.id}, continued")
-    return self.execute(experiment, run, config, label, progress)
+    display.say(f"{label}: {run.status} before as run {run.id}, continued")
+    return self.execute(experiment, Job(run.id, config), label, display)
 
   def repeat(
     self,
     experiment: Experiment,
     arm: Arm,
     seed: int,
-    progress: Progress,
+    display: Display,
     trace: Path | None = None,
-    follow: Callable[[dict], None] = lambda _: None,
+    follow: Callable[[Entry], None] = lambda _: None,
   ) -> Run:
     """Execute a new run of an arm at a seed, whatever the records hold.
 
     trace: profile it into this folder. follow receives each line of its progress as it comes.
     """
     run = self.start(experiment, arm, seed)
-    label = f"{arm.name} seed {seed}"
-    return self.execute(experiment, run, arm.at_seed(seed), label, progress, trace, follow)
+    job = Job(run.id, arm.at_seed(seed), trace=trace)
+    return self.execute(experiment, job, f"{arm.name} seed {seed}", display, follow)
 
   def check(self, experiment: Experiment, runs: list[Run]) -> None:
     """RunError if a run failed for another reason than divergence: there is nothing to judge."""
@@ -175,7 +177,7 @@ class Workbench:
     return path
 
   def start(self, experiment: Experiment, arm: Arm, seed: int) -> Run:
-    """Record a new run of an arm at a seed, to be executed by launch.run."""
+    """Record a new run of an arm at a seed, to be executed by a Job."""
     config = arm.at_seed(seed)
     run = self.experiments.start_run(
       experiment.id,
@@ -211,44 +213,42 @@ class Workbench:
   def execute(
     self,
     experiment: Experiment,
-    run: Run,
-    config: Config,
+    job: Job,
     label: str,
-    progress: Progress,
-    trace: Path | None = None,
-    follow: Callable[[dict], None] = lambda _: None,
-    first: Path | None = None,
+    display: Display,
+    follow: Callable[[Entry], None] = lambda _: None,
   ) -> Run:
-    """Train a recorded run and return it, completed or failed; RunError if it stopped before.
+    """Execute a recorded run and return it, completed or failed; RunError if it stopped before."""
+    total = job.config.schedule.total_tokens // job.config.schedule.batch_tokens
+    line = display.line(label, total, f"starting {job.run}")
 
-    trace, first: folders, as for launch.run.
-    """
-    total = config.schedule.total_tokens // config.schedule.batch_tokens
-    task = progress.add_task(label, total=total, note=f"starting {run.id}")
-
-    def show(line: dict) -> None:
-      follow(line)
-      note = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
-      progress.update(task, completed=line["step"], note=note)
+    def show(entry: Entry) -> None:
+      line.follow(entry)
+      follow(entry)
 
     self.experiments.set_status(experiment.id, "running")
     try:
-      status = launch.run(self.root, run.id, config, show, trace=trace, first=first)
+      ended = launch.run(Launcher(self.root), job, show, lambda _: line.idle())
     except KeyboardInterrupt:
-      raise self._stopped(experiment, run, label, "it was told to") from None
-    found = self.experiments.run(run.id)
+      raise self._stopped(experiment, job.run, label, "it was told to") from None
+    return self._outcome(experiment, label, line, ended)
+
+  def _outcome(self, experiment: Experiment, label: str, line: Line, ended: Handle) -> Run:
+    """What became of a run whose ranks have ended; RunError if that is nothing to go by."""
+    found = self.experiments.run(ended.job.run)
     if found.status not in ("completed", "failed"):
-      how = f"exit status {status}\n{launch.tail(self.root, run.id)}"
-      raise self._stopped(experiment, run, label, how)
-    progress.update(task, note=found.status if found.status == "completed" else "[red]failed")
+      line.end("stopped")
+      how = f"exit status {ended.poll()}\n{ended.tail()}"
+      raise self._stopped(experiment, found.id, label, how)
+    line.end(found.status)
     return found
 
-  def _stopped(self, experiment: Experiment, run: Run, label: str, how: str) -> RunError:
+  def _stopped(self, experiment: Experiment, run_id: str, label: str, how: str) -> RunError:
     self.experiments.mark_interrupted()
     self.experiments.set_status(experiment.id, "interrupted")
     again = "starts all runs anew" if self.anew else "continues it"
     return RunError(
-      f"run {run.id} ({label}) stopped before its end, the same command {again}: {how}"
+      f"run {run_id} ({label}) stopped before its end, the same command {again}: {how}"
     )
 
 
@@ -273,17 +273,6 @@ def hypothesis_of(config: Config) -> Hypothesis:
 def seeds_of(config: Config) -> range:
   """The seeds of an experiment: they count up from the configuration's own."""
   return range(config.train.seed, config.train.seed + config.experiment.seeds)
-
-
-def progress_display(console: Console) -> Progress:
-  return Progress(
-    TextColumn("{task.description:<18}"),
-    BarColumn(bar_width=30),
-    TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
-    TextColumn("{task.fields[note]}"),
-    TimeRemainingColumn(),
-    console=console,
-  )
 
 
 def environment() -> dict[str, str]:

@@ -46,6 +46,6 @@ def lab(tmp_path):
 def launches(lab, monkeypatch):
   """Stage runners whose runs this process executes, whatever becomes of the code meanwhile."""
   made = Launches()
-  monkeypatch.setattr(launch, "run", made)
+  monkeypatch.setattr(launch.Launcher, "start", lambda self, *args: made.start(self, *args))
   monkeypatch.setattr(runs, "provenance", lambda repo: ("0123456789abcdef", "", "code"))
   return made

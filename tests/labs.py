@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nmoe.config import file as configs
-from nmoe.config.file import Config
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get
 from nmoe.errors import NmoeError
@@ -22,6 +21,8 @@ from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis, Run
 from nmoe.train import loop as train
+from nmoe.train.progress import Entry
+from stages.launch.local import Job, Launcher
 
 TINY = """
 [experiment]
@@ -179,24 +180,43 @@ def open_lab(folder: Path) -> Iterator[Lab]:
 
 
 def options(root: Path, run_id: str, first: Path | None = None) -> argparse.Namespace:
-  return argparse.Namespace(root=root, run=run_id, rank=0, rendezvous=None, trace=None, first=first)
+  more = [] if first is None else ["--first", str(first)]
+  return train.options(["--root", str(root), "--run", run_id, *more])
+
+
+class Ended:
+  """A stages.launch.local.Handle of a job that has ended."""
+
+  pipe, drained, failure = -1, True, ""
+
+  def __init__(self, job: Job, status: int):
+    self.job, self.status = job, status
+
+  def poll(self) -> int:
+    return self.status
+
+  def tail(self) -> str:
+    return ""
+
+  def close(self) -> None:
+    pass
 
 
 class Launches:
-  """Stands in for stages.launch.local.run: the same outcome in this process. Counts its runs."""
+  """Stands in for Launcher.start: the same outcome in this process. Counts its runs."""
 
   def __init__(self):
     self.ids: list[str] = []
     self.before: dict[int, Callable[[str], None]] = {}  # launch, from 0 -> what happens first
 
-  def __call__(self, root: Path, run_id: str, config: Config, progress, **_: Any) -> int:
-    self.ids.append(run_id)
-    self.before.get(len(self.ids) - 1, lambda run_id: None)(run_id)
-    progress({"step": 1, "total": STEPS, "loss": 5.0, "tokens_per_s": 1.0})
+  def start(self, launcher: Launcher, job: Job, follow: Callable[[Entry], None], *_: Any) -> Ended:
+    self.ids.append(job.run)
+    self.before.get(len(self.ids) - 1, lambda run_id: None)(job.run)
+    follow(Entry(1, STEPS, 5.0, 1.0, 60.0))
     try:
-      return train.attempt(options(root, run_id))
+      return Ended(job, train.attempt(options(launcher.root, job.run, job.first)))
     except NmoeError:
-      return 1
+      return Ended(job, 1)
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -1,20 +1,19 @@
 """One rank of `nmoe bench rdep`: RDEP against a peer copy, all_to_all_single, and its own parts.
 
-`python -m nmoe.bench.rdep CONFIG.toml --rank R --rendezvous FILE` measures the MoE layer that the
-configuration describes, with routing given, and rank 0 prints one JSON line. All variants of a
+`python -m nmoe.bench.rdep --root ROOT --run RUN_ID --rank R --rendezvous URL` measures the MoE
+layer that the recorded run's configuration describes, with routing given, and rank 0 writes the
+figures into the record. All variants of a
 comparison are interleaved, work on inputs that rotate, and count the slowest rank's time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,7 +34,9 @@ from nmoe.distributed.rdep import unknown
 from nmoe.errors import CommError, ConfigError, NmoeError
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import parameter_dtype
+from nmoe.records.experiments import Experiments
 from nmoe.train.clock import Clock
+from nmoe.train.startup import parser
 
 SETS = 3  # inputs that rotate
 BURST_S = (
@@ -487,24 +488,39 @@ def _offsets(count_L: Tensor) -> Tensor:
   return torch.nn.functional.pad(count_L.cumsum(0), (1, 0)).int()
 
 
+def attempt(options: argparse.Namespace) -> None:
+  """Measure a recorded run's configuration; rank 0 owns the record meanwhile and writes what was
+  measured, or what failed, into it.
+  """
+  with closing(Experiments(options.root)) as records:
+    run = records.run(options.run) if options.rank else records.claim(options.run)
+    try:
+      found = execute(options, configs.loads(run.toml, f"run {run.id}", env={}))
+    except BaseException as error:
+      if options.rank == 0:
+        name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
+        records.update_run(run.id, status="failed", error=f"{name}{error}")
+      raise
+    if options.rank == 0:
+      records.update_run(run.id, status="completed", results=found)
+
+
+def execute(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+  target = select(config, options.rank)
+  ranks = parallel.init(config, target, options.rank, options.rendezvous)
+  found = measure(Bench(config, target, ranks), options.repeats)
+  ranks.close()
+  return found
+
+
 def main() -> int:
-  parser = argparse.ArgumentParser(prog="python -m nmoe.bench.rdep")
-  parser.add_argument("config", type=Path)
-  parser.add_argument("--rank", type=int, required=True)
-  parser.add_argument("--rendezvous", type=Path, required=True)
-  parser.add_argument("--repeats", type=int, required=True)
-  options = parser.parse_args()
+  p = parser("nmoe.bench.rdep")
+  p.add_argument("--repeats", type=int, required=True)
   try:
-    config = configs.loads(options.config.read_text(), str(options.config), env={})
-    target = select(config, options.rank)
-    ranks = parallel.init(config, target, options.rank, options.rendezvous)
-    found = measure(Bench(config, target, ranks), options.repeats)
-    ranks.close()
+    attempt(p.parse_args())
   except NmoeError as error:
     sys.stderr.write(f"error: {error}\n")
     return 1
-  if options.rank == 0:
-    sys.stdout.write(json.dumps(found) + "\n")
   return 0
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -183,16 +182,11 @@ class Parallel:
   @contextmanager
   def explained(self) -> Iterator[None]:
     """Around the step loop: errors of lost or late ranks become a CommError that says so."""
-    try:
-      with nullcontext() if self.rdep is None else self.rdep.explained():
-        yield
-    except RuntimeError as error:
-      if self.ranks == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        raise
-      raise CommError(
-        f"rank {self.rank} of {self.ranks}: a collective failed ({str(error).splitlines()[0]}); "
-        "another rank stopped or was late: see its log"
-      ) from error
+    with (
+      collectives(self.rank, self.ranks),
+      nullcontext() if self.rdep is None else self.rdep.explained(),
+    ):
+      yield
 
   def close(self) -> None:
     """Leave the run: the counterpart of `init`.
@@ -205,8 +199,24 @@ class Parallel:
       dist.destroy_process_group()
 
 
-def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> Parallel:
-  """Join the run's other ranks, who meet in the file `rendezvous`, and open all communicators.
+@contextmanager
+def collectives(rank: int, ranks: int) -> Iterator[None]:
+  """Around what waits for other ranks: torch's errors become a CommError."""
+  try:
+    yield
+  except RuntimeError as error:
+    told = isinstance(error, dist.DistError) or "gloo" in str(error) or "timeout" in str(error)
+    if ranks == 1 or not told:
+      raise
+    raise CommError(
+      f"rank {rank} of {ranks}: a collective failed ({str(error).splitlines()[0]}); "
+      "another rank stopped or was late: see its log"
+    ) from error
+
+
+def init(config: Config, target: Target, rank: int, rendezvous: str | None) -> Parallel:
+  """Join the run's other ranks and open all communicators. rendezvous: where they meet, a URL of
+  torch.distributed such as "file:///tmp/new" or "env://".
 
   Gradients and weights travel over NCCL on GPUs, over gloo on the cpu and where ranks share a GPU
   (NCCL refuses that). RDEP's heap is allocated here. Raises CommError.
@@ -216,17 +226,18 @@ def init(config: Config, target: Target, rank: int, rendezvous: Path | None) -> 
     return Parallel()
   alone = target.device.type == "cuda" and ranks <= torch.cuda.device_count()
   timeout = timedelta(seconds=config.rdep.deadline_s)
-  dist.init_process_group(
-    "nccl" if alone else "gloo",
-    init_method=f"file://{rendezvous}",
-    rank=rank,
-    world_size=ranks,
-    timeout=timeout,
-    device_id=target.device if alone else None,
-  )
-  control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
-  saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
-  expert_ranks, replicas = expert_groups(config, control, timeout)
+  with collectives(rank, ranks):
+    dist.init_process_group(
+      "nccl" if alone else "gloo",
+      init_method=rendezvous,
+      rank=rank,
+      world_size=ranks,
+      timeout=timeout,
+      device_id=target.device if alone else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
+    saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
+    expert_ranks, replicas = expert_groups(config, control, timeout)
   rdep = Rdep(config, target.ops, expert_ranks, target.symmetric)
   parts = shared(config, rank, replicas)
   return Parallel(rank, ranks, rdep, rdep.first, control, saving, parts)

@@ -2,7 +2,7 @@
 
 `python -m nmoe.train.loop --root ROOT --run RUN_ID` executes one recorded run, from its last
 checkpoint if it has one. Stage runners start it as a child process and learn its outcome from the
-experiment database; at every log it prints one JSON line of progress.
+experiment database; at every log rank 0 tells its progress (nmoe.train.progress).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,9 +40,12 @@ from nmoe.train.flight import FlightRecorder
 from nmoe.train.graph import Graph
 from nmoe.train.optim import Optimizer
 from nmoe.train.profiler import Profiler
+from nmoe.train.progress import Progress
 from nmoe.train.schedule import lr_factor
-from nmoe.train.startup import StartUp
+from nmoe.train.startup import StartUp, parser
 from nmoe.train.watch import Watch
+
+Opened = Callable[..., PreparedData]  # nmoe.data.loader.open_data, or one that remembers
 
 INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
 
@@ -72,6 +77,7 @@ class Session:
   meta: dict[str, Any]  # written into every checkpoint's manifest
   profiler: Profiler  # its `step` is called after every step
   startup: StartUp = field(default_factory=StartUp)
+  progress: Progress = field(default_factory=Progress)
   first: Path | None = None  # a folder for the state before and after the first step
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 
@@ -262,17 +268,19 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
   return TrainState(model, Optimizer(model, config, target.ops, ranks.owned))
 
 
-def execute(options: argparse.Namespace, run: Run, experiments: Experiments | None) -> int:
+def execute(
+  options: argparse.Namespace, run: Run, experiments: Experiments | None, opened: Opened
+) -> int:
   """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
-  records.
+  records. opened: how its data are opened.
   """
-  startup = StartUp()
+  startup = StartUp(options.since)
   startup.end("imports")
   root, config = options.root, configs.loads(run.toml, f"run {run.id}")
   target = select(config, options.rank)
   startup.end("kernels")
   ranks = parallel.init(config, target, options.rank, options.rendezvous)
-  data = open_data(Root(root).data / run.data_digest, verify=options.rank == 0)
+  data = opened(Root(root).data / run.data_digest, verify=options.rank == 0)
   check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(
@@ -290,6 +298,7 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
     meta,
     Profiler(options.trace, config.schedule.total_tokens // config.schedule.batch_tokens),
     startup,
+    Progress(options.progress),
     options.first,
   )
   startup.end("ranks_and_data")
@@ -312,35 +321,39 @@ def execute(options: argparse.Namespace, run: Run, experiments: Experiments | No
   return 0
 
 
-def attempt(options: argparse.Namespace) -> int:
-  """Execute the run and, on rank 0, own its record meanwhile: whatever fails is written there."""
-  records = Experiments(options.root)
-  if options.rank > 0:
-    return execute(options, records.run(options.run), None)
-  run = records.claim(options.run)
-  try:
-    return execute(options, run, records)
-  except BaseException as error:
-    results = {"diverged": 1} if isinstance(error, DivergedError) else {}
-    name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
-    records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
-    raise
+def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
+  """Execute the run and, on rank 0, own its record meanwhile: whatever fails is written there.
+
+  opened: how its data are opened; None: anew.
+  """
+  opened = opened or open_data
+  with closing(Experiments(options.root)) as records:
+    if options.rank > 0:
+      return execute(options, records.run(options.run), None, opened)
+    run = records.claim(options.run)
+    try:
+      return execute(options, run, records, opened)
+    except BaseException as error:
+      results = {"diverged": 1} if isinstance(error, DivergedError) else {}
+      name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
+      records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
+      raise
+
+
+def options(arguments: Sequence[str] | None = None, since: float = 0.0) -> argparse.Namespace:
+  """What the command line says of a run, which began when this process was `since` seconds old."""
+  p = parser("nmoe.train.loop")
+  p.add_argument("--trace", type=Path, help="profile a few steps of this rank into this folder")
+  p.add_argument(
+    "--first", type=Path, help="save the state before and after the first step into this folder"
+  )
+  p.set_defaults(since=since)
+  return p.parse_args(arguments)
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(prog="python -m nmoe.train.loop")
-  parser.add_argument("--root", type=Path, required=True)
-  parser.add_argument("--run", required=True)
-  parser.add_argument("--rank", type=int, default=0)
-  parser.add_argument("--rendezvous", type=Path)
-  parser.add_argument(
-    "--trace", type=Path, help="profile a few steps of this rank into this folder"
-  )
-  parser.add_argument(
-    "--first", type=Path, help="save the state before and after the first step into this folder"
-  )
   try:
-    return attempt(parser.parse_args())
+    return attempt(options())
   except NmoeError as error:
     sys.stderr.write(f"error: {error}\n")
     return 1

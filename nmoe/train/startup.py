@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from pathlib import Path
 
 PHASES = ("imports", "kernels", "ranks_and_data", "model", "first_step")
+
+
+def parser(module: str) -> argparse.ArgumentParser:
+  """Of the arguments that a launcher gives every rank, whatever it runs."""
+  p = argparse.ArgumentParser(prog=f"python -m {module}")
+  p.add_argument("--root", type=Path, required=True)
+  p.add_argument("--run", required=True, help="a recorded run of the root")
+  p.add_argument("--rank", type=int, default=0)
+  p.add_argument("--rendezvous", help="where the ranks meet: a URL, as torch.distributed's")
+  p.add_argument("--progress", type=int, help="the descriptor of a pipe for messages")
+  return p
 
 
 def process_age() -> float:
@@ -16,14 +28,17 @@ def process_age() -> float:
 
 
 class StartUp:
-  """Seconds of this process's start-up by phase of PHASES; the first begins with the process."""
+  """Seconds of a run's start-up by phase of PHASES; the first begins when this process was `since`
+  seconds old: 0, but for a process that executes one run after another.
+  """
 
-  def __init__(self):
+  def __init__(self, since: float = 0.0):
+    self.since = since
     self.seconds: dict[str, float] = {}
 
   def end(self, phase: str) -> None:
     """A phase ends here, and the next begins."""
-    self.seconds[phase] = process_age() - sum(self.seconds.values())
+    self.seconds[phase] = process_age() - self.since - sum(self.seconds.values())
 
   def first_step(self) -> dict[str, float]:
     """startup/{phase}_s of every phase, the last of them ending at this first call; then {}."""

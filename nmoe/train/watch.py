@@ -4,9 +4,7 @@ progress line.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
 from typing import Any
 
@@ -22,8 +20,7 @@ from nmoe.model.decoder import Model
 from nmoe.train.clock import Clock
 from nmoe.train.graph import Graph
 from nmoe.train.optim import clip_factor
-
-PROGRESS_FD = 1  # standard output, which the launcher reads
+from nmoe.train.progress import Entry
 
 
 class Watch:
@@ -104,8 +101,7 @@ class Watch:
     self.logged_step = state.step
     values |= self.session.startup.first_step()
     self.add(state.step, values)
-    if self.session.parallel.rank == 0:
-      self._progress(state.step, values)
+    self._progress(state.step, values)
 
   def add(self, step: int, values: dict[str, float]) -> None:
     self.session.metrics.add(step, step * self.config.schedule.batch_tokens, values)
@@ -150,11 +146,10 @@ class Watch:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
   def _progress(self, step: int, values: dict[str, float]) -> None:
-    line = {"step": step, "total": self.total, "loss": values["train/loss"]}
-    line["tokens_per_s"] = values["train/tokens_per_s"]
-    try:  # unbuffered: the interpreter would fail at its end on a line that it could not flush
-      os.write(PROGRESS_FD, (json.dumps(line) + "\n").encode())
-    except BrokenPipeError:
+    rate = values["train/tokens_per_s"]
+    left_s = (self.total - step) * self.config.schedule.batch_tokens / rate
+    entry = Entry(step, self.total, values["train/loss"], rate, left_s)
+    if not self.session.progress.log(entry, tell=self.session.parallel.rank == 0):
       self.session.stop = True
 
 

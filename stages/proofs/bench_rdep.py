@@ -6,9 +6,6 @@ This parent never imports torch. What is measured, and how, is in nmoe.bench.rde
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kernels.arch import environment
 from nmoe.config import file as configs
 from nmoe.config.file import Config
-from nmoe.errors import ConfigError, RunError
-from nmoe.records.provenance import provenance
-from nmoe.records.root import Root
-from stages.launch.local import parent_environment
+from nmoe.errors import ConfigError
+from stages.launch.display import Display
+from stages.launch.local import Job
+from stages.runs import Arm, Workbench
 
-REPO = Path(__file__).resolve().parents[2]
+NO_DATA = Path("")  # inputs are drawn, no mixture is read
 REPEATS = 20
 SHAPES = {  # D, K, E, F of an MoE layer
   "moonlight": (2048, 6, 64, 1408),
@@ -47,10 +43,10 @@ def rdep(
   the same numbers to `out`. ConfigError if it cannot be measured, RunError if a rank fails.
   """
   config = layer_config(configs.load(path), path, ranks, tokens, shape)
-  commit, patch, _ = provenance(REPO)
-  found = _measured(config, repeats)
-  mark = "+" if patch else ""
-  found |= {"commit": commit + mark, "config": path.name, "arch": config.target.arch}
+  bench = Workbench.open(config.run.root, console, anew=True)
+  found = _measured(bench, config, path.stem, repeats)
+  mark = "+" if bench.patch else ""
+  found |= {"commit": bench.commit + mark, "config": path.name, "arch": config.target.arch}
   if out is not None:
     out.write_text(json.dumps(found, indent=1))
   _show(found, console)
@@ -84,6 +80,8 @@ def layer_config(
     "schedule.total_tokens": tokens * ranks,
     "schedule.warmup_tokens": 0,
     "schedule.decay_tokens": 0,
+    "experiment.name": f"bench-rdep-{path.stem}-{time.strftime('%H%M%S')}",
+    "experiment.seeds": 1,
   }
   if shape is not None:
     keys = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim")
@@ -91,38 +89,17 @@ def layer_config(
   return config.with_values(**values)
 
 
-def _measured(config: Config, repeats: int) -> dict[str, Any]:
-  """What rank 0 says; RunError with the ranks' last words if one of them fails."""
-  with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
-    folder = Path(name)
-    (folder / "config.toml").write_text(configs.to_toml(config))
-    children = [_spawn(config, rank, repeats, folder) for rank in range(config.launch.ranks)]
-    try:
-      while any(child.poll() is None for child in children):
-        if any(child.poll() for child in children):
-          time.sleep(2)  # for the others' own errors
-          break
-        time.sleep(0.05)
-    finally:
-      failed = [rank for rank, child in enumerate(children) if child.poll() != 0]
-      for child in children:
-        child.kill()
-        child.wait()
-    if failed:
-      said = "\n".join((folder / f"{rank}.err").read_text()[-2000:] for rank in failed)
-      raise RunError(f"ranks {failed} of the bench failed:\n{said}")
-    return json.loads((folder / "0.out").read_text().splitlines()[-1])
-
-
-def _spawn(config: Config, rank: int, repeats: int, folder: Path) -> subprocess.Popen:
-  command = [sys.executable, "-m", "nmoe.bench.rdep", str(folder / "config.toml")]
-  command += ["--rank", str(rank), "--rendezvous", str(folder / "rendezvous")]
-  command += ["--repeats", str(repeats)]
-  env = parent_environment()
-  if config.target.arch != "cpu":
-    env |= environment(config.target.arch, Root(Path(config.run.root)).kernel_cache)
-  with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
-    return subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True)
+def _measured(bench: Workbench, config: Config, name: str, repeats: int) -> dict[str, Any]:
+  """What the ranks measured, recorded as an experiment of stage "bench"; RunError if one fails."""
+  arm = Arm(name, config, NO_DATA)
+  experiment = bench.experiment("bench", config, [arm])
+  run = bench.start(experiment, arm, config.train.seed)
+  job = Job(run.id, config, "nmoe.bench.rdep", options=("--repeats", str(repeats)))
+  with Display(bench.console) as display:
+    done = bench.execute(experiment, job, name, display)
+  bench.check(experiment, [done])
+  bench.experiments.conclude(experiment.id, "measured", done.results)
+  return done.results
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -23,7 +23,8 @@ from nmoe.records.metrics import Series, read
 from nmoe.records.reader import Run
 from nmoe.train.startup import PHASES as STARTUP
 from nmoe.train.startup import process_age
-from stages.runs import Workbench, progress_display
+from stages.launch.display import Display
+from stages.runs import Workbench
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step")
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
@@ -84,14 +85,14 @@ def step(
   data_s = time.monotonic() - begun
   experiment = bench.experiment("bench", config, [arm])
   arrived: list[tuple[int, float]] = []
-  with progress_display(console) as progress:
+  with Display(console) as display:
     run = bench.repeat(
       experiment,
       arm,
       config.train.seed,
-      progress,
+      display,
       trace,
-      lambda line: arrived.append((line["step"], process_age())),
+      lambda entry: arrived.append((entry.step, process_age())),
     )
   bench.check(experiment, [run])
   found = _measure(bench, run, config, arm.data, arrived[0], data_s)

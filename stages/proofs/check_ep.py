@@ -28,7 +28,9 @@ from nmoe.records import checkpoint
 from nmoe.records.metrics import read
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
-from stages.runs import Arm, Workbench, progress_display
+from stages.launch.display import Display
+from stages.launch.local import Job
+from stages.runs import Arm, Workbench
 
 # Largest relative deviation from one rank. At the first step the weights are the same bits, and
 # what differs is the order of sums over tokens. Adam divides a gradient by its own size, which
@@ -90,12 +92,13 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   most = max(ranks)
   experiment = bench.experiment("check", arms[most], [Arm("ranks", arms[most], data)])
   traces = Root(bench.root).traces(experiment.id)
-  with progress_display(console) as progress:
+  with Display(console) as display:
 
     def train(ranks: int, name: str, trace: Path | None = None) -> Run:
       run = bench.start(experiment, Arm(name, arms[ranks], data), config.train.seed)
       first = checkpoint.directory(bench.root, run.id) / FIRST
-      return bench.execute(experiment, run, arms[ranks], name, progress, trace, first=first)
+      job = Job(run.id, arms[ranks], trace=trace, first=first)
+      return bench.execute(experiment, job, name, display)
 
     runs = {r: train(r, f"{r} ranks", traces if r == most else None) for r in ranks}
     again = train(most, f"{most} ranks again")

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -28,8 +27,10 @@ from nmoe.records import checkpoint
 from nmoe.records.metrics import Series, read
 from nmoe.records.reader import Experiment, Run
 from stages.launch import local as launch
+from stages.launch.display import Display
+from stages.launch.local import Job, Launcher
 from stages.proofs import check_ep as parity
-from stages.runs import Arm, Workbench, progress_display
+from stages.runs import Arm, Workbench
 
 LOGGED = ("train/loss", "train/bpb", "val/loss", "grad_norm/", "lr/", "moe/")  # prefixes of tags
 AFTER = parity.BF16  # steps after a change of ranks within which the bounds must hold
@@ -76,12 +77,12 @@ def resume(
   bench = Workbench.open(first.run.root, console, anew=True)
   arm = bench.arm("uninterrupted", first)
   experiment = bench.experiment("check", first, [arm])
-  with progress_display(console) as progress:
-    whole = bench.repeat(experiment, arm, first.train.seed, progress)
+  with Display(console) as display:
+    whole = bench.repeat(experiment, arm, first.train.seed, display)
     bench.check(experiment, [whole])
     kills = (steps // 2, 3 * steps // 4)
     arms = [Arm("killed", config, arm.data) for config in (first, *others)]
-    killed, restarts = _killed(bench, experiment, arms, kills, progress)
+    killed, restarts = _killed(bench, experiment, arms, kills, display)
   if restarts:
     rows, claims = _changed(bench.root, whole, killed, restarts, steps)
   else:
@@ -222,7 +223,7 @@ def _killed(
   experiment: Experiment,
   arms: Sequence[Arm],
   kills: Sequence[int],
-  progress: Progress,
+  display: Display,
 ) -> tuple[Run, list[Restart]]:
   """A run that loses its processes at each of `kills` and goes on as the next of the arms.
 
@@ -232,21 +233,23 @@ def _killed(
   run, restarts, loaded = bench.start(experiment, arms[0], arms[0].config.train.seed), [], None
   folder, ranks = checkpoint.directory(bench.root, run.id), [a.config.launch.ranks for a in arms]
   for number, at in enumerate(kills):
-    progress.console.print(f"killed: SIGKILL at step {at}, launch.ranks = {ranks[number]}")
-    launch.run(bench.root, run.id, arms[number].config, lambda _: None, kill_at=at, first=loaded)
+    display.say(f"killed: SIGKILL at step {at}, launch.ranks = {ranks[number]}")
+    job = Job(run.id, arms[number].config, first=loaded, kill_at=at)
+    ended = launch.run(Launcher(bench.root), job)
     bench.experiments.mark_interrupted()
     status = bench.experiments.run(run.id).status
     if status != "interrupted":
       raise RunError(
         f"run {run.id} was to be killed at step {at} but is {status}; raise --steps\n"
-        + launch.tail(bench.root, run.id)
+        + ended.tail()
       )
     bench.hand_over(run, arms[number + 1].config)
     if len(set(ranks)) > 1:
       saved = folder / f"step_{checkpoint.steps(folder)[-1]:08d}"
       loaded = folder / f"loaded_{at:08d}"
       restarts.append(Restart(*ranks[number : number + 2], saved, loaded))
-  done = bench.execute(experiment, run, arms[-1].config, "killed", progress, first=loaded)
+  job = Job(run.id, arms[-1].config, first=loaded)
+  done = bench.execute(experiment, job, "killed", display)
   bench.check(experiment, [done])
   return done, restarts
 

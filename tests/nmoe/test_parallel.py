@@ -253,7 +253,7 @@ def test_a_lost_rank_is_named_by_the_collectives_too() -> None:
   assert "CommError: rank 0 of 2: a collective failed" in alive.error
 
 
-def join(group, meet: Path, expert_ranks: int) -> tuple[int, int, int, bool]:
+def join(group, meet: str, expert_ranks: int) -> tuple[int, int, int, bool]:
   rank = group.rank()
   dist.destroy_process_group()
   config = settings(2, 2.0, expert_ranks)
@@ -272,7 +272,7 @@ def join(group, meet: Path, expert_ranks: int) -> tuple[int, int, int, bool]:
 
 @pytest.mark.parametrize(("expert_ranks", "second"), [(0, 4), (1, 0)])
 def test_init_joins_the_ranks(tmp_path: Path, expert_ranks: int, second: int) -> None:
-  found = ranks.run(join, 2, tmp_path / "meet", expert_ranks)
+  found = ranks.run(join, 2, f"file://{tmp_path}/meet", expert_ranks)
   assert found == [(0, 2, 0, True), (1, 2, second, True)]
 
 

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nmoe.distributed.parallel import Parallel
 from nmoe.errors import DivergedError
-from nmoe.train import clock, watch
+from nmoe.train import clock
 from nmoe.train.clock import Clock
+from nmoe.train.progress import Progress
 from nmoe.train.watch import Watch, load_values
 
 
@@ -20,7 +22,7 @@ class Session:
   """What a Watch asks of a session, of one rank on the cpu."""
 
   def __init__(self, config):
-    self.config, self.stop = config, False
+    self.config, self.stop, self.parallel = config, False, Parallel()
 
 
 def a_watch(lab) -> Watch:
@@ -105,13 +107,14 @@ def test_phases_add_up_to_the_time_that_passed(stretches):
     assert timer.read() == {last: pytest.approx(3.0)}
 
 
-def test_progress_is_a_line_of_json(lab, monkeypatch):
+def test_progress_is_a_line_of_json(lab):
   reader, writer = os.pipe()
-  monkeypatch.setattr(watch, "PROGRESS_FD", writer)
   found = a_watch(lab)
+  found.session.progress = Progress(writer)
   found._progress(3, {"train/loss": 2.5, "train/tokens_per_s": 100.0})
   line = os.read(reader, 1000).decode()
-  assert json.loads(line) == {"step": 3, "total": 12, "loss": 2.5, "tokens_per_s": 100.0}
+  told = {"step": 3, "total": 12, "loss": 2.5, "tokens_per_s": 100.0}
+  assert json.loads(line) == told | {"left_s": 9 * 512 / 100}
   assert line.endswith("}\n") and not found.session.stop
   os.close(reader)
   found._progress(4, {"train/loss": 2.5, "train/tokens_per_s": 100.0})

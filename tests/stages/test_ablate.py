@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import sys
 
 import pytest
 from labs import Lab, write_files, write_variant
@@ -15,6 +16,7 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis
 from nmoe.train import loop as train
 from stages import ablate, runs
+from stages.launch import local as launch
 
 MUON = """
 [experiment]
@@ -199,17 +201,13 @@ def test_a_continued_run_takes_free_keys_from_the_configuration(lab, variant, la
   assert [step for step, _ in lab.logged(run.id)["train/loss"]] == [2, 4]
 
 
-def test_a_child_that_dies_without_a_word(lab, variant, launches, monkeypatch):
+LAST_WORDS = "import os; print('the last words', flush=True); os.kill(os.getpid(), 9)"
+
+
+def test_a_child_that_dies_without_a_word(lab, variant, monkeypatch):
   """Killed from outside: the error has its exit status and the end of its log."""
-  log = lab.root / "logs"
-
-  def die(root, run_id, *_, **__):
-    (log / run_id).mkdir(parents=True)
-    (log / run_id / "rank_0.txt").write_text("the last words\n")
-    return -9
-
-  monkeypatch.setattr("stages.launch.local.run", die)
-  with pytest.raises(RunError, match="exit status -9") as caught:
+  monkeypatch.setattr(launch, "child_command", lambda *_: [sys.executable, "-c", LAST_WORDS])
+  with pytest.raises(RunError, match="rank 0 of 1 was killed by SIGKILL") as caught:
     call(lab, variant)
   assert "the same command continues it" in str(caught.value)
   assert "the last words" in str(caught.value)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError, ConfigError, RunError
 from nmoe.machine.target import Target
+from nmoe.records.experiments import Reader
 from stages.proofs import bench_rdep
 
 TOKENS, TOP_K, DIM = 48, 2, 32
@@ -43,6 +45,12 @@ def test_a_measurement(file, tmp_path):
   console = Console(file=said, width=160)
   found = bench_rdep.rdep(file, 2, TOKENS, None, console, out, repeats=2)
   assert json.loads(out.read_text()) == found
+  with closing(Reader(tmp_path / "root")) as records:
+    (experiment,) = records.list()
+    (run,) = records.runs(experiment.id)
+  assert (experiment.stage, experiment.verdict) == ("bench", "measured")
+  assert run.status == "completed" and run.results == experiment.conclusion
+  assert run.results["rows"] == found["rows"] and f"ranks = {found['ranks']}" in run.toml
   rows = found["rows"]
   names = [row["what"] for row in rows]
   assert names == MOVES + RETURNS + LAYERS + ALONE + MOVES[1:] + LAYERS
@@ -136,7 +144,7 @@ def test_another_yardstick_is_noticed(file):
 
 def test_a_rank_that_fails_is_quoted(file):
   small = write_variant(file, "small", "[rdep]\ncapacity = 0.2\n")
-  with pytest.raises(RunError, match=r"(?s)failed:.*error: a rank receives .* raise rdep.capacity"):
+  with pytest.raises(RunError, match=r"(?s)failed.*: a rank receives .* raise rdep.capacity"):
     bench_rdep.rdep(small, 2, TOKENS, None, Console(quiet=True))
 
 

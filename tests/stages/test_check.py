@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from labs import STEPS, write_variant
+from labs import STEPS, Ended, write_variant
 from rich.console import Console
 
 from nmoe.config import file as configs
@@ -13,6 +13,7 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics, read
+from stages.launch.display import Display
 from stages.proofs import check_ep as parity
 from stages.proofs import check_resume as check
 
@@ -179,15 +180,16 @@ def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
   arm = bench.arm("killed", lab.config)
   experiment = bench.experiment("check", lab.config, [arm])
 
-  def completes(root, run_id, *_, **__):
-    bench.experiments.update_run(run_id, status="completed")
+  def completes(launcher, job):
+    bench.experiments.update_run(job.run, status="completed")
+    return Ended(job, 0)
 
   monkeypatch.setattr(check.launch, "run", completes)
   with (
-    check.progress_display(bench.console) as progress,
+    Display(bench.console) as display,
     pytest.raises(RunError, match="was to be killed at step 6 but is completed; raise --steps"),
   ):
-    check._killed(bench, experiment, [arm] * 3, (6, 9), progress)
+    check._killed(bench, experiment, [arm] * 3, (6, 9), display)
 
 
 def interrupt(_):

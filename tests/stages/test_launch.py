@@ -1,23 +1,25 @@
 """The launcher: with runs where the process matters, with small scripts where it does not."""
 
-import json
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from labs import Lab, same_bits
+from labs import same_bits
+from rich.console import Console
 
 from nmoe.records.root import Root
-from nmoe.train import loop as train
+from nmoe.train.progress import Entry, Progress
+from stages.launch import display
 from stages.launch import local as launch
+from stages.launch.local import Job, Launcher
 
-
-def child(lab: Lab, run: str) -> list[str]:
-  return [sys.executable, "-m", "nmoe.train.loop", "--root", str(lab.root), "--run", run]
+ENTRY = "Entry(1, 9, 2.0, 3.0, 4.0)"
 
 
 def test_interrupted_and_finished(lab):
@@ -25,32 +27,48 @@ def test_interrupted_and_finished(lab):
   run, whole = lab.record(), lab.record()
   seen = []
 
-  def stop(line):
-    seen.append(line["step"])
+  def stop(entry):
+    seen.append(entry.step)
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    launch.run(lab.root, run, lab.config, stop)
-  assert seen == [1]
+    launch.run(Launcher(lab.root), Job(run, lab.config), stop)
+  assert seen[0] == 1
   assert lab.run(run).status == "interrupted"
   assert lab.attempt(run) == lab.attempt(whole) == 0
   assert same_bits(lab.state(run), lab.state(whole))
-  assert (Root(lab.root).logs(run) / "rank_0.txt").read_text() == ""  # no warning, no noise
+  (line,) = (Root(lab.root).logs(run) / "rank_0.txt").read_text().splitlines()  # and no noise
+  assert line.startswith("step 1/12  loss ") and line.endswith(" left")
   assert signal.getsignal(signal.SIGTERM) is not launch._raise_interrupt
 
 
-def test_a_child_whose_parent_vanished(lab):
-  """It saves its state and leaves with the status of an interrupted run, not with a traceback."""
-  run = lab.record()
-  process = subprocess.Popen(
-    child(lab, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  assert json.loads(process.stdout.readline())["step"] == 1
-  process.stdout.close()
-  assert process.wait(60) == train.INTERRUPTED
-  assert process.stderr.read() == ""
-  process.stderr.close()
+PARENT = """
+import os, sys
+from pathlib import Path
+from nmoe.config import file as configs
+from stages.launch.local import Job, Launcher, run
+root, run_id, toml, saved = sys.argv[1:]
+config = configs.loads(Path(toml).read_text(), env={})
+die = lambda _: any(Path(saved).glob("step_*")) and os.kill(os.getpid(), 9)
+run(Launcher(Path(root)), Job(run_id, config), idle=die)
+"""
+
+
+def test_a_run_whose_parent_is_killed_saves_and_leaves(lab, tmp_path):
+  """At once, however rarely it logs: no step of this run writes to the pipe."""
+  values = {"schedule__total_tokens": 40_000 * 512, "train__log_every": 50_000}
+  run = lab.record(**values)
+  toml = tmp_path / "run.toml"
+  toml.write_text(lab.run(run).toml)
+  arguments = [str(lab.root), run, str(toml), str(lab.checkpoints(run))]
+  parent = subprocess.run([sys.executable, "-c", PARENT, *arguments], timeout=90)
+  assert parent.returncode == -signal.SIGKILL
+  deadline = time.monotonic() + 20
+  while lab.records.run(run).status == "running" and time.monotonic() < deadline:
+    time.sleep(0.1)
+    lab.records.mark_interrupted()
   assert lab.run(run).status == "interrupted"
+  assert lab.checkpoints(run).is_dir()
 
 
 @pytest.fixture
@@ -58,46 +76,67 @@ def scripts(lab, monkeypatch):
   """Children that run a given line of Python in place of nmoe.train.loop."""
 
   def use(*lines: str):
-    def spawn(root, run_id, config, rank, rendezvous, logs, more):
-      with (logs / f"rank_{rank}.txt").open("a") as log:
-        return subprocess.Popen(
-          [sys.executable, "-c", lines[rank]],
-          stdout=subprocess.PIPE if rank == 0 else log,
-          stderr=log,
-          text=True,
-        )
+    def command(module, arguments):
+      rank = int(arguments[arguments.index("--rank") + 1])
+      fd = arguments[arguments.index("--progress") + 1]
+      head = f"from nmoe.train.progress import Entry, Progress; progress = Progress({fd})\n"
+      return [sys.executable, "-c", head + lines[rank]]
 
-    monkeypatch.setattr(launch, "_spawn", spawn)
+    monkeypatch.setattr(launch, "child_command", command)
     return lab.config.with_values(**{"launch.ranks": len(lines), "schedule.batch_tokens": 1024})
 
   return use
+
+
+def start(lab, config, **more):
+  return launch.run(Launcher(lab.root), Job("r", config), **more)
 
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
 
 
-def test_progress_and_noise(lab, scripts):
-  config = scripts("print('a library says hello'); print('{\"step\": 1}')")
-  lines = []
-  assert launch.run(lab.root, "r", config, lines.append) == 0
-  assert lines == [{"step": 1}]
-  assert launch.tail(lab.root, "r").endswith("rank_0.txt:\na library says hello\n")
+def test_what_is_printed_is_not_progress(lab, scripts):
+  """Whatever the code under study prints goes to the log, JSON or not."""
+  config = scripts(
+    "print('{'); print('{\"step\": 1}'); print({'loss': 1.0}, flush=True)\n"
+    f"progress.tell({ENTRY}._asdict())"
+  )
+  entries = []
+  handle = start(lab, config, follow=entries.append)
+  assert handle.poll() == 0 and entries == [Entry(1, 9, 2.0, 3.0, 4.0)]
+  assert handle.tail().endswith("rank_0.txt:\n{\n{\"step\": 1}\n{'loss': 1.0}\n")
 
 
 def test_the_first_failure_is_the_status(lab, scripts):
-  config = scripts("import sys; sys.exit(3)", "pass")
-  assert launch.run(lab.root, "r", config, print) == 3
+  handle = start(lab, scripts("import sys; sys.exit(3)", "pass"))
+  assert handle.poll() == 3 and handle.failure == "rank 0 of 2 ended with exit status 3"
 
 
-def test_ranks_that_outlive_a_failed_one_are_stopped(lab, scripts, monkeypatch):
-  """One leaves at SIGTERM, another only at SIGKILL; the status is that of the one that failed."""
+def test_a_killed_rank_is_named_at_once(lab, scripts, monkeypatch):
+  """Also one that is not rank 0, while the others go on; then they have GRACE_S."""
+  monkeypatch.setattr(launch, "GRACE_S", 1.0)
+  config = scripts(STUBBORN, "import os, time; time.sleep(1); os.kill(os.getpid(), 9)")
+  named, begun = [], time.monotonic()
+
+  def idle(handle):
+    if handle.failure and not named:
+      named.append((handle.failure, time.monotonic() - begun))
+
+  handle = start(lab, config, idle=idle)
+  (failure, at_s), ended_s = named[0], time.monotonic() - begun
+  assert failure == "rank 1 of 2 was killed by SIGKILL"
+  assert at_s < 1 + 2 + 2  # the sleep, the interpreter's start on a busy machine, the promise
+  assert 1.0 <= ended_s - at_s < 5
+  assert handle.poll() == -signal.SIGKILL
+
+
+def test_a_stopped_rank_does_not_outlive_the_others(lab, scripts, monkeypatch):
+  """SIGSTOP: it answers nothing but SIGKILL."""
   monkeypatch.setattr(launch, "GRACE_S", 0.3)
-  config = scripts("import sys; sys.exit(4)", STUBBORN)
+  config = scripts("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "exit(4)")
   begun = time.monotonic()
-  assert launch.run(lab.root, "r", config, print) == 4
-  config = scripts("import sys; sys.exit(5)", SLEEP)
-  assert launch.run(lab.root, "r", config, print) == 5
+  assert start(lab, config).poll() == 4
   assert time.monotonic() - begun < 20
 
 
@@ -107,44 +146,121 @@ def test_sigterm_stops_the_children(lab, scripts):
   config = scripts(
     "import signal, time\n"
     f"signal.signal(signal.SIGTERM, lambda *_: (open({str(told)!r}, 'w').close(), exit(75)))\n"
-    "print('{\"step\": 1}', flush=True); time.sleep(60)"
+    f"progress.tell({ENTRY}._asdict()); time.sleep(60)"
   )
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(KeyboardInterrupt):
-    launch.run(lab.root, "r", config, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    start(lab, config, follow=lambda _: os.kill(os.getpid(), signal.SIGTERM))
   assert told.exists()
   assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_kill_at(lab, scripts):
-  lines = (
-    "import time\nfor s in range(1, 9): print(f'{{\"step\": {s}}}', flush=True)\ntime.sleep(60)"
-  )
-  config = scripts(lines)
+  lines = "import time\nfor s in range(1, 9): progress.tell(dict(Entry(s, 9, 1, 1, 1)._asdict()))\n"
+  config = scripts(lines + "time.sleep(60)")
   seen = []
-  assert launch.run(lab.root, "r", config, seen.append, kill_at=5) == -signal.SIGKILL
-  assert {"step": 5} in seen
+  handle = launch.run(Launcher(lab.root), Job("r", config, kill_at=5), seen.append)
+  assert handle.poll() == -signal.SIGKILL and 5 in [entry.step for entry in seen]
 
 
 def test_no_child_outlives_an_error_here(lab, scripts):
-  config = scripts(f"import os; print('{{\"pid\": %d}}' % os.getpid(), flush=True); {SLEEP}")
+  config = scripts(
+    f"import os; progress.tell(dict(Entry(os.getpid(), 1, 1, 1, 1)._asdict()))\n{SLEEP}"
+  )
   pids = []
 
-  def fail(line):
-    pids.append(line["pid"])
+  def fail(entry):
+    pids.append(entry.step)
     raise ValueError("here")
 
   with pytest.raises(ValueError, match="here"):
-    launch.run(lab.root, "r", config, fail)
+    start(lab, config, follow=fail)
   assert not Path(f"/proc/{pids[0]}").exists()
 
 
-def test_tail_is_the_end_of_every_rank(tmp_path):
-  logs = Root(tmp_path).logs("r")
-  assert launch.tail(tmp_path, "r") == ""
+def test_every_start_has_a_meeting_place_of_its_own(lab, monkeypatch):
+  """Nothing of an earlier start is found there, and nothing of this one stays."""
+  places = []
+
+  def command(module, arguments):
+    places.append(arguments[arguments.index("--rendezvous") + 1])
+    return [sys.executable, "-c", "pass"]
+
+  monkeypatch.setattr(launch, "child_command", command)
+  for _ in range(2):
+    start(lab, lab.config)
+  assert len(set(places)) == 2
+  folders = [Path(place.removeprefix("file://")).parent for place in places]
+  assert not any(folder.exists() for folder in folders)
+
+
+def test_nothing_of_the_current_folder_is_imported(lab, tmp_path, monkeypatch):
+  (tmp_path / "numpy.py").write_text("raise SystemExit('a stray module was imported')")
+  monkeypatch.chdir(tmp_path)
+  run = lab.record()
+  handle = launch.run(Launcher(lab.root), Job(run, lab.config))
+  assert handle.poll() == 0, handle.tail()
+
+
+def test_a_full_pipe_stops_no_rank():
+  """Its reader is stopped (Ctrl-Z): messages are lost, each whole; one that is gone is noticed."""
+  read, write = os.pipe()
+  progress = Progress(write)
+  done = threading.Thread(target=lambda: [progress.tell({"step": i}) for i in range(20_000)])
+  done.start()
+  done.join(20)
+  assert not done.is_alive()
+  assert os.read(read, 1 << 20).endswith(b"}\n")
+  os.close(read)
+  assert not progress.tell({"step": 0})
+  os.close(write)
+
+
+def test_tail_is_the_end_of_every_rank(lab):
+  handle = launch.Handle(Job("r", lab.config), Root(lab.root).logs("r"), print)
+  logs = handle.logs
+  assert handle.tail() == ""
   logs.mkdir(parents=True)
   (logs / "rank_0.txt").write_text("".join(f"line {i}\n" for i in range(50)))
   (logs / "rank_1.txt").write_bytes(b"not \xff UTF-8\n")
   (logs / "rank_2.txt").write_text("\n")
-  text = launch.tail(tmp_path, "r", lines=2)
+  text = handle.tail(lines=2)
   assert text == f"{logs}/rank_0.txt:\nline 48\nline 49\n\n{logs}/rank_1.txt:\nnot \ufffd UTF-8\n"
+
+
+def test_without_a_terminal_a_run_prints_plain_lines(monkeypatch):
+  """The first step, the last, and what is known every LINE_S, also while nothing is logged."""
+  now = [100.0]
+  monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+  out = io.StringIO()
+  with display.Display(Console(file=out, width=40)) as shown:
+    line = shown.line("an arm with a long name seed 0", 90, "starting")
+    for second in range(0, 60):
+      now[0] = 100.0 + second
+      if second == 25:
+        line.follow(Entry(1, 90, 5.25, 1234.5, 89.4))
+      elif second == 26:
+        line.follow(Entry(2, 90, 5.0, 1234.5, 88.0))
+      else:
+        line.idle()
+    line.follow(Entry(90, 90, 3.0, 1000.0, 0.0))
+    line.end("completed")
+  label = "an arm with a long name seed 0: "
+  assert out.getvalue().replace(label, "").splitlines() == [
+    "starting  (20 s ago)",
+    "step 1/90  loss 5.2500  1,234 tokens/s  0:01:29 left",
+    "step 2/90  loss 5.0000  1,234 tokens/s  0:01:28 left  (19 s ago)",
+    "step 90/90  loss 3.0000  1,000 tokens/s  0:00:00 left",
+    "completed",
+  ]
+
+
+def test_a_log_holds_the_same_lines(capsys, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr("nmoe.train.progress.time.monotonic", lambda: now[0])
+  progress = Progress()
+  for step in range(1, 61):
+    now[0] = step
+    assert progress.log(Entry(step, 60, 1.0, 2.0, 3.0), tell=False)
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split()[1] for line in lines] == ["1/60", "21/60", "41/60", "60/60"]
