@@ -1,0 +1,371 @@
+"""What the runs of a root log, read again and again while they run: the source of a dashboard.
+
+A trainer cannot append to a DuckDB file that another process has open. So a file is opened only
+when its stat has changed, for one short transaction, and only rows after the last known one are
+read, of the tags that were asked for. What is read is kept in memory and, so that a new process
+starts where the last one was, in a folder outside the root. Nothing in the root is written,
+created or locked for longer than a query. A file that cannot be read spoils nothing else: it says
+so in `trouble`, and what was read before stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+from nmoe.errors import RecordError
+from nmoe.records.reader import Experiment, Link, Reader, Run, decoded_run
+from nmoe.records.root import Root
+
+OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
+LIVENESS_S = 5.0  # between two looks at the locks of running runs
+_RUNS_SQL = """
+  SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
+    '' AS diff, r.code_version, r.environment, r.target, r.status, r.results, r.error, r.host,
+    r.pid, r.created, r.updated
+  FROM runs r JOIN members m ON m.run_id = r.id ORDER BY m.rowid"""
+
+Stamp = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Logged:
+  """The rows of one tag in the order in which they were written; four arrays of one length.
+
+  step, tokens: int64; value, time (Unix seconds): float64.
+  """
+
+  step: np.ndarray
+  tokens: np.ndarray
+  value: np.ndarray
+  time: np.ndarray
+
+  def and_then(self, later: Logged) -> Logged:
+    return Logged(
+      *(np.concatenate(pair) for pair in zip(_columns(self), _columns(later), strict=True))
+    )
+
+
+_NONE = Logged(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, float, float)))
+
+
+class LiveFile:
+  """The metrics of one rank of one run. Threads may share it."""
+
+  def __init__(self, path: Path, kept: Path):
+    """kept: a file outside the root, for what was read; it need not exist."""
+    self.path, self._kept = path, kept
+    self.trouble = ""
+    self._lock = threading.Lock()
+    self._stamp: Stamp | None = None
+    self._forget()
+    self._remember()
+
+  def read(self, tags: Iterable[str]) -> dict[str, Logged]:
+    """tag -> its rows so far; a tag that was never logged is absent."""
+    wanted = list(dict.fromkeys(tags))
+    with self._lock:
+      self._refresh([tag for tag in wanted if tag not in self._series])
+      return {tag: self._series[tag] for tag in wanted if len(self._series.get(tag, _NONE).step)}
+
+  def tags(self) -> list[str]:
+    """Every tag logged so far, in order of name."""
+    with self._lock:
+      self._refresh([])
+      return sorted(self._tags)
+
+  def loads(self, layer: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens of each expert of a MoE layer, (steps [n] int64, counts [n, E] float64), of at most
+    `columns` logged steps, evenly apart and with the last; None where they were not logged.
+    """
+    with self._lock:
+      try:
+        return _loads(self.path, layer, columns) if self.path.is_file() else None
+      except duckdb.Error as error:
+        self.trouble = _explained(self.path, error)
+        return None
+
+  def _refresh(self, new: Sequence[str]) -> None:
+    """Read what was appended since, and every row of the `new` tags."""
+    stamp = _stamp(self.path)
+    if stamp is None:
+      if self._stamp is not None:
+        self._forget()
+        self.trouble = f"{self.path.name} is gone"
+      self._stamp = None
+    elif stamp != self._stamp or (new and not self.trouble):
+      try:
+        with _opened(self.path) as db:
+          self._take(db, new)
+        self._stamp, self.trouble = stamp, ""
+      except duckdb.Error as error:  # a locked file is tried again, a corrupt one when it changes
+        self.trouble = _explained(self.path, error)
+        self._stamp = None if _locked(error) else stamp
+      else:
+        if new:
+          self._keep()
+
+  def _take(self, db: duckdb.DuckDBPyConnection, new: Sequence[str]) -> None:
+    """All of it or, where a query fails, nothing."""
+    last, series = self._last, dict(self._series)
+    if last >= 0 and _row(db, last) != self._witness:  # rewound: rows were deleted
+      last, new, series = -1, [*series, *new], {}
+    appended = _rows(db, list(series), last)
+    series |= {tag: series[tag].and_then(rows) for tag, rows in appended.items()}
+    series |= dict.fromkeys(new, _NONE) | _rows(db, new, -1)
+    sql = "SELECT DISTINCT tag FROM metrics WHERE rowid > ?"
+    tags = {tag for (tag,) in db.execute(sql, [last]).fetchall()}
+    self._tags = tags | (self._tags if last >= 0 else set())
+    (end,) = db.execute("SELECT max(rowid) FROM metrics").fetchone()
+    self._last = -1 if end is None else end
+    self._witness, self._series = _row(db, self._last), series
+
+  def _forget(self) -> None:
+    self._last, self._witness = -1, None
+    self._series: dict[str, Logged] = {}
+    self._tags: set[str] = set()
+
+  def _keep(self) -> None:
+    """Write what is known to the kept file, whole or not at all."""
+    beside = self._kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    lengths = {tag: len(rows.step) for tag, rows in self._series.items()}
+    about = {"last": self._last, "witness": self._witness, "tags": sorted(self._tags)}
+    about |= {"inode": self._stamp and self._stamp[0], "lengths": lengths}
+    columns = zip(*map(_columns, self._series.values()), strict=True)
+    try:
+      self._kept.parent.mkdir(parents=True, exist_ok=True)
+      with beside.open("wb") as file:
+        np.savez(file, np.array(json.dumps(about)), *(np.concatenate(c) for c in columns))
+      beside.replace(self._kept)
+    except OSError:  # no space, or not ours: the next process reads the run again
+      beside.unlink(missing_ok=True)
+
+  def _remember(self) -> None:
+    """Take the kept file; its last row is looked for in the run's file before it is believed."""
+    try:
+      with np.load(self._kept) as kept:
+        about, *columns = (kept[name] for name in kept.files)
+      about = json.loads(str(about))
+    except (OSError, ValueError, EOFError):
+      return
+    now = _stamp(self.path)
+    if now is None or about["inode"] != now[0] or len(columns) != 4:
+      return
+    ends = np.cumsum(list(about["lengths"].values()))[:-1]
+    parts = zip(*(np.split(column, ends) for column in columns), strict=True)
+    self._series = {t: Logged(*part) for t, part in zip(about["lengths"], parts, strict=True)}
+    self._last, self._tags = about["last"], set(about["tags"])
+    self._witness = about["witness"] and tuple(about["witness"])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+  """The records of a root at one moment. Runs stand once for each experiment that they serve, and
+  without their diffs. `notice`: what a reader should know of the file, or "".
+  """
+
+  experiments: tuple[Experiment, ...]
+  runs: tuple[Run, ...]
+  links: tuple[Link, ...]
+  notice: str = ""
+
+  def run(self, run_id: str) -> Run | None:
+    return next((run for run in self.runs if run.id == run_id), None)
+
+  def experiment(self, experiment_id: str) -> Experiment | None:
+    return next((e for e in self.experiments if e.id == experiment_id), None)
+
+
+class LiveReader(Reader):
+  """A Reader that also reads what a killed writer left half done, from a recovered copy."""
+
+  def __init__(self, root: str | Path, copies: Path):
+    self._copies, self.notice = copies, ""
+    super().__init__(root, timeout_s=OPEN_TIMEOUT_S)
+
+  def _open(self) -> None:
+    try:
+      super()._open()
+    except RecordError as error:
+      journal = Path(f"{self.path}-journal")
+      if "readonly" not in str(error) or not journal.is_file():
+        raise
+      self._copies.mkdir(parents=True, exist_ok=True)
+      copy = self._copies / self.path.name
+      shutil.copyfile(journal, f"{copy}-journal")
+      shutil.copyfile(self.path, copy)
+      with self._explained():
+        self._connect(copy.resolve().as_uri())
+        self._check_version()
+      self.notice = "experiments.db awaits recovery: run any nmoe command that writes"
+
+  def every_run(self) -> list[Run]:
+    """The members of all experiments, without diffs, in the order in which they joined."""
+    return [self._seen(decoded_run(row)) for row in self._read(_RUNS_SQL)]
+
+  def every_link(self) -> list[Link]:
+    return [Link(**row) for row in self._read("SELECT * FROM links ORDER BY rowid")]
+
+
+class Live:
+  """One root, for as long as a process shows it. Threads may share it.
+
+  cache: a folder outside the root, made when first needed.
+  """
+
+  def __init__(self, root: Path, cache: Path):
+    self.root = root.resolve()
+    self.paths = Root(self.root)
+    self.cache = cache / hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
+    self._files: dict[tuple[str, int], LiveFile] = {}
+    self._lock = threading.Lock()
+    self._seen: tuple[tuple[Stamp | None, ...], float] = ((), 0.0)
+    self._snapshot = Snapshot((), (), ())
+
+  def snapshot(self) -> Snapshot:
+    """The records now. Where they cannot be read: as they last were, and why in `notice`."""
+    db = self.paths.experiments_db
+    stamps = (_stamp(db), _stamp(Path(f"{db}-journal")))
+    with self._lock:
+      known, when = self._seen
+      running = any(run.status == "running" for run in self._snapshot.runs)
+      late = time.monotonic() - when > LIVENESS_S and (running or self._snapshot.notice)
+      if stamps != known or late:
+        self._snapshot = self._read()
+        self._seen = (stamps, time.monotonic())
+      return self._snapshot
+
+  def _read(self) -> Snapshot:
+    try:
+      reader = LiveReader(self.root, self.cache / "records")
+      try:
+        links = tuple(reader.every_link())
+        return Snapshot(tuple(reader.list()), tuple(reader.every_run()), links, reader.notice)
+      finally:
+        reader.close()
+    except RecordError as error:
+      last = self._snapshot
+      return Snapshot(last.experiments, last.runs, last.links, str(error))
+
+  def file(self, run_id: str, rank: int = 0) -> LiveFile:
+    """The metrics of a rank of a run that the records know, whether or not its file is there."""
+    with self._lock:
+      key = (run_id, rank)
+      if key not in self._files:
+        kept = self.cache / "metrics" / f"{run_id}-{rank}.npz"
+        self._files[key] = LiveFile(self.paths.metrics(run_id, rank), kept)
+      return self._files[key]
+
+  def ranks(self, run_id: str) -> list[int]:
+    """The ranks that have logged."""
+    names = (p.stem.removeprefix("rank_") for p in self._folder(run_id).glob("rank_*.duckdb"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+  def stamps(self, run_ids: Iterable[str]) -> dict[str, int]:
+    """A number for each run that grows whenever its first rank's file changes; 0 without a file."""
+    found = {run_id: _stamp(self.paths.metrics(run_id, 0)) for run_id in run_ids}
+    return {run_id: stamp[2] if stamp else 0 for run_id, stamp in found.items()}
+
+  def log_tail(self, run_id: str, lines: int = 200) -> str:
+    """The end of the newest log of a run."""
+    folder = self.paths.logs(run_id)
+    logs = [p for p in folder.glob("*") if p.is_file() and not p.is_symlink()]
+    if not logs:
+      return ""
+    with max(logs, key=lambda p: p.stat().st_mtime_ns).open("rb") as file:
+      file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
+      return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+  def _folder(self, run_id: str) -> Path:
+    return self.paths.metrics(run_id, 0).parent
+
+
+def _columns(rows: Logged) -> tuple[np.ndarray, ...]:
+  return rows.step, rows.tokens, rows.value, rows.time
+
+
+def _stamp(path: Path) -> Stamp | None:
+  """Inode, size and time of a file, and size and time of the log beside it; None: no such file."""
+  try:
+    at = path.stat()
+  except OSError:
+    return None
+  try:
+    log = Path(f"{path}.wal").stat()
+  except OSError:
+    return (at.st_ino, at.st_size, at.st_mtime_ns)
+  return (at.st_ino, at.st_size, at.st_mtime_ns, log.st_size, log.st_mtime_ns)
+
+
+def _opened(path: Path) -> duckdb.DuckDBPyConnection:
+  """The open file; waits for OPEN_TIMEOUT_S for a trainer that is writing to it."""
+  deadline = time.monotonic() + OPEN_TIMEOUT_S
+  while True:
+    try:
+      return duckdb.connect(str(path), read_only=True, config={"threads": 1})
+    except duckdb.Error as error:
+      if not _locked(error) or time.monotonic() > deadline:
+        raise
+    time.sleep(0.02)
+
+
+def _row(db: duckdb.DuckDBPyConnection, rowid: int) -> tuple[int, str, float] | None:
+  """What tells a row from any that a resumed run writes in its place: the time is another."""
+  return db.execute("SELECT step, tag, time FROM metrics WHERE rowid = ?", [rowid]).fetchone()
+
+
+def _rows(db: duckdb.DuckDBPyConnection, tags: Sequence[str], after: int) -> dict[str, Logged]:
+  """The rows of tags with a rowid above `after`. Tags come as numbers: strings would be objects."""
+  if not tags:
+    return {}
+  found = db.execute(
+    "SELECT list_position($tags, tag) AS place, step, tokens, value, time FROM metrics "
+    "WHERE rowid > $after AND tag IN (SELECT unnest($tags)) ORDER BY place, metrics.rowid",
+    {"tags": list(tags), "after": after},
+  ).fetchnumpy()
+  columns = [np.ma.getdata(found[name]) for name in ("step", "tokens", "value", "time")]
+  ends = np.searchsorted(np.ma.getdata(found["place"]), np.arange(1, len(tags) + 2))
+  return {
+    tag: Logged(*(column[i:j] for column in columns))
+    for tag, i, j in zip(tags, ends[:-1], ends[1:], strict=True)
+    if i < j
+  }
+
+
+def _loads(path: Path, layer: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
+  with _opened(path) as db:
+    known = db.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'loads'").fetchone()
+    rows = (
+      known
+      and db.execute(
+        "WITH numbered AS (SELECT step, count, row_number() OVER (ORDER BY step DESC) - 1 AS back, "
+        "count(*) OVER () AS n FROM loads WHERE layer = $layer) SELECT step, count FROM numbered "
+        "WHERE back % greatest(1, (n + $columns - 1) // $columns) = 0 ORDER BY step",
+        {"layer": layer, "columns": columns},
+      ).fetchall()
+    )
+  if not rows:
+    return None
+  steps, counts = zip(*rows, strict=True)
+  return np.array(steps, np.int64), np.array(counts, float)
+
+
+def _locked(error: duckdb.Error) -> bool:
+  return "Conflicting lock" in str(error) or "Could not set lock" in str(error)
+
+
+def _explained(path: Path, error: duckdb.Error) -> str:
+  text = str(error).splitlines()[0]
+  if _locked(error):
+    return f"{path.name} is locked by another process; what was read before is shown"
+  return f"{path.name} cannot be read ({text[:160]}); the run's record and checkpoints are apart"
