@@ -279,9 +279,9 @@ def bench_return(how: How) -> Iterator[Row]:
   yield from rows(cases, "TFLOP/s", how)
 
 
-def exchanges(moe: Moe, capacity: int) -> list[Exchange]:
+def exchanges(moe: Moe, capacity: int, slots: int = 1) -> list[Exchange]:
   """Those of two ranks, both in this GPU's memory."""
-  sizes = BufferLayout(2, moe.num_experts, capacity, moe.rows, moe.dim, torch.bfloat16)
+  sizes = BufferLayout(2, moe.num_experts, capacity, moe.rows, moe.dim, torch.bfloat16, slots=slots)
   blocks = [torch.zeros(sizes.nbytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
   peers = [sizes.views(block) for block in blocks]
   return [Exchange(peers, rank, 1.0) for rank in range(2)]
@@ -290,9 +290,9 @@ def exchanges(moe: Moe, capacity: int) -> list[Exchange]:
 class Trips:
   """Two ranks' movers in one GPU's memory, and the trips that rank 0 makes with rows of its own."""
 
-  def __init__(self, moe: Moe):
+  def __init__(self, moe: Moe, slots: int = 1):
     self.moe, self.trip = moe, 0
-    self.movers = exchanges(moe, 2 * moe.rows)
+    self.movers = exchanges(moe, 2 * moe.rows, slots)
     self.mover = self.movers[0]
     self.x = [normal(moe.tokens, moe.dim) for _ in range(SETS)]
     expert_TK = skewed_routing(moe)
@@ -329,7 +329,7 @@ class Trips:
 def bench_trip(how: How) -> Iterator[Row]:
   """RDEP's movers without NVLink: on the SMs that they take, and the counts, which are latency."""
   moe = replace(MOES[0], tokens=8192)
-  trips = Trips(moe)
+  trips, in_place = Trips(moe), Trips(moe, slots=2)
   size = 2.0 * moe.dim
   shape = {**asdict(moe), "ranks": 2, "sms": trips.mover.blocks}
   counted = 4.0 * 2 * moe.num_experts
@@ -337,6 +337,7 @@ def bench_trip(how: How) -> Iterator[Row]:
     Case("counts and places", trips.counts, 4 * counted, shape),
     Case("send", trips.send, size * (moe.tokens + moe.rows), shape),
     Case("receive", trips.receive, 2 * size * trips.received, shape),
+    Case("receive, rows in place", in_place.receive, 16.0 * in_place.received, shape),
     Case("reply", trips.reply, 2 * size * trips.received, shape),
   ]
   yield from rows(cases, "GB/s", how)
