@@ -93,7 +93,7 @@ def prep_mixture(
 @app.command()
 def report(experiment: str, root: Root = ROOT) -> None:
   """Write an experiment's report again and print its path."""
-  from stages.report.report import write_report
+  from stages.report.html import write_report
 
   _console().print(write_report(root.resolve(), experiment), soft_wrap=True)
 
@@ -151,7 +151,9 @@ def config_diff(a: File, b: File) -> None:
 def bench_step(
   config: File,
   steps: Annotated[int, typer.Option(min=20)] = 200,
-  against: Annotated[Path | None, typer.Option(help="An earlier --out file.")] = None,
+  against: Annotated[
+    list[Path], typer.Option(help="An earlier run's --out file; several give an interval.")
+  ] = (),
   out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
   trace: Annotated[Path | None, typer.Option(help="Profile three steps into this folder.")] = None,
 ) -> None:

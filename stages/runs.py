@@ -27,7 +27,8 @@ from stages.judge.table import Point
 from stages.launch import local as launch
 from stages.launch.display import Display, Line
 from stages.launch.local import Handle, Job, Launcher
-from stages.report.report import terminal_summary, write_report
+from stages.report.html import write_report
+from stages.report.terminal import terminal_summary
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = (

@@ -20,7 +20,7 @@ from nmoe.machine.doctor import examine
 from nmoe.records.reader import Reader
 from nmoe.records.root import Root
 from stages.launch import local as launch
-from stages.report.report import terminal_summary
+from stages.report.terminal import terminal_summary
 
 
 def plan(config: Config, console: Console) -> None:

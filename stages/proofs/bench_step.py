@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from nmoe.records.metrics import Series, read
 from nmoe.records.reader import Run
 from nmoe.train.startup import PHASES as STARTUP
 from nmoe.train.startup import process_age
+from stages.judge.intervals import student_t
 from stages.launch.display import Display
 from stages.runs import Workbench
 
@@ -60,13 +61,16 @@ def step(
   path: Path,
   steps: int,
   console: Console,
-  against: Path | None = None,
+  against: Sequence[Path] = (),
   out: Path | None = None,
   trace: Path | None = None,
 ) -> StepBench:
-  """Run `steps` training steps of a configuration as a child process and report what they cost."""
+  """Run `steps` training steps of a configuration as a child process and report what they cost.
+
+  against: measurements of earlier runs, of one configuration.
+  """
   config = configs.load(path)
-  before = None if against is None else _earlier(against)
+  before = [_earlier(path) for path in against]
   every = max(1, steps // INTERVALS)
   changed = {
     "schedule.total_tokens": steps * config.schedule.batch_tokens,
@@ -98,8 +102,8 @@ def step(
   found = _measure(bench, run, config, arm.data, arrived[0], data_s)
   bench.experiments.conclude(experiment.id, "measured", asdict(found))
   _show(found, console)
-  if before is not None:
-    _compare(np.array(found.ms), before, against.name, console)
+  if before:
+    console.print(change(float(np.mean(found.ms)), before, ", ".join(p.name for p in against)))
   if out is not None:
     out.write_text(json.dumps(asdict(found), indent=1))
   return found
@@ -186,19 +190,24 @@ def _show(b: StepBench, console: Console) -> None:
   console.print(f"MFU {b.mfu:.1%}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
 
 
-def _earlier(path: Path) -> np.ndarray:
-  """Milliseconds a step of an earlier measurement."""
+def _earlier(path: Path) -> float:
+  """Mean milliseconds a step of an earlier measurement."""
   try:
-    return np.array(json.loads(path.read_text())["ms"], dtype=np.float64)
+    return float(np.mean(np.array(json.loads(path.read_text())["ms"], dtype=np.float64)))
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise ConfigError(f"{path} is not a measurement of `nmoe bench step --out`: {error}") from error
 
 
-def _compare(b: np.ndarray, a: np.ndarray, name: str, console: Console) -> None:
-  """The change from a to b in ms/step, with a 95 % interval (Welch, large samples)."""
-  delta = b.mean() - a.mean()
-  half = 1.96 * math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-  console.print(
-    f"against {name}: {delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to "
-    f"{delta + half:+.3f}), {delta / a.mean():+.2%}"
-  )
+def change(ms: float, before: Sequence[float], names: str) -> str:
+  """The change of ms/step from the mean of earlier runs, with a 95 % interval if there are several.
+
+  Runs are the replicates: the stretches of one run share its machine, its memory layout and its
+  temperature. The interval is Student's for one new run: t(0.975, n − 1) · sd · √(1 + 1/n).
+  """
+  mean, n = float(np.mean(before)), len(before)
+  delta = ms - mean
+  said = f"against {names}: {delta:+.3f} ms/step, {delta / mean:+.2%}"
+  if n == 1:
+    return f"{said}; of one run each there is no interval: give --against for several earlier runs"
+  half = student_t(0.975, n - 1) * float(np.std(before, ddof=1)) * math.sqrt(1 + 1 / n)
+  return f"{said} (95 % interval {delta - half:+.3f} to {delta + half:+.3f}, {n} earlier runs)"

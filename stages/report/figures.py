@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from nmoe.records.metrics import Series
-from nmoe.records.reader import Run
-from stages.judge.statistics import Paired, band
+from stages.judge.paired import Paired
+from stages.report.curves import band
+from stages.report.findings import LEGS, Arm
 
 COLORS = ("#8a929c", "#1f5fbf", "#c2571a", "#0b7a5c", "#7a4fb5", "#b3366b")
 LOAD_SCALE = ((0.0, "#f4f6f9"), (0.25, "#c5d7ee"), (0.6, "#4f86c9"), (1.0, "#12305e"))
@@ -28,72 +27,9 @@ PHASE_COLORS = (
   "#6fb39b",
   "#b08fd0",
 )
-PRODUCTS = ("q", "q_a", "q_b", "kv_a", "kv_b", "o", "dense", "shared", "experts")
-LEGS = {
-  "fprop_x": "x, forward",
-  "fprop_w": "w, forward",
-  "dgrad_dy": "dy, for dx",
-  "dgrad_w": "w, for dx",
-  "wgrad_x": "x, for dw",
-  "wgrad_dy": "dy, for dw",
-}
 FLIGHT_SCALE = ((0.0, "#a32626"), (0.35, "#e6b97a"), (0.6, "#f4f6f9"), (1.0, "#1f5fbf"))
 MAX_POINTS = 1200
 FONT = 'ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif'
-
-
-@dataclass(frozen=True)
-class Arm:
-  """The runs of one arm, one per seed in seed order, and what each of them logged."""
-
-  name: str
-  runs: tuple[Run, ...]
-  logged: tuple[dict[str, Series], ...]
-
-  def values(self, key: str) -> list[float]:
-    """A result of every run; NaN where a run has none."""
-    return [run.results.get(key, math.nan) for run in self.runs]
-
-  def series(self, tag: str, completed: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, values) of the runs that completed, or of those that did not."""
-    return [
-      (logged[tag][1], logged[tag][2])
-      for run, logged in zip(self.runs, self.logged, strict=True)
-      if tag in logged and (run.status == "completed") == completed
-    ]
-
-  def per_step(self, tag: str) -> float:
-    """A tag that accumulates between log rows, per step, over the runs that completed; else 0."""
-    total = steps = 0.0
-    for run, logged in zip(self.runs, self.logged, strict=True):
-      if run.status == "completed" and tag in logged:
-        total += float(logged[tag][2].sum())
-        steps += max(int(series[0][-1]) for series in logged.values())
-    return total / steps if steps else 0.0
-
-  def flight(self, kind: str) -> dict[tuple[int, str, str], float]:
-    """The last value of `flight/{layer}/{product}/{leg}/{kind}`, its mean over the runs that have
-    it: (layer, product with its matrix, leg) -> value, in the model's order.
-    """
-    found: dict[tuple[int, str, str], list[float]] = {}
-    for logged in self.logged:
-      for tag, series in logged.items():
-        parts = tag.split("/")
-        if parts[0] == "flight" and parts[4:] == [kind]:
-          *matrix, leg = parts[3].split(".")
-          place = (int(parts[1]), " ".join([parts[2], *matrix]), leg)
-          found.setdefault(place, []).append(float(series[2][-1]))
-    order = sorted(found, key=lambda p: (p[0], PRODUCTS.index(p[1].split()[0]), p[1]))
-    return {place: sum(found[place]) / len(found[place]) for place in order}
-
-  def layers(self) -> list[int]:
-    """The MoE layers that logged their load."""
-    found = {int(tag.split("/")[1]) for logged in self.logged for tag in logged if _is_load(tag)}
-    return sorted(found)
-
-
-def _is_load(tag: str) -> bool:
-  return tag.startswith("moe/") and tag.endswith("/load_max_over_mean")
 
 
 def curves(

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -65,20 +66,34 @@ def test_a_phase_that_not_every_stretch_enters():
   assert bench.phases_ms(series) == {"graph": [100, 200], "clip": [2, 0]}
 
 
-def test_against_an_earlier_measurement(lab, launches):
-  """The interval is Welch's; a measurement against itself is no change."""
-  file = lab.root / "before.json"
-  before, _ = call(lab, out=file)
-  assert json.loads(file.read_text())["ms"] == before.ms
-  shifted = {"ms": [x + 10 for x in before.ms]}
-  file.write_text(json.dumps(shifted))
-  after, said = call(lab, against=file)
-  delta = np.mean(after.ms) - np.mean(before.ms) - 10
-  n = len(before.ms)
-  half = 1.96 * math.sqrt((np.var(after.ms, ddof=1) + np.var(before.ms, ddof=1)) / n)
-  want = f"{delta:+.3f} ms/step (95 % interval {delta - half:+.3f} to {delta + half:+.3f})"
-  assert f"against before.json: {want}" in said
-  assert len(set(launches.ids)) == 2  # measured anew, never reused
+def test_against_earlier_runs(lab, launches):
+  """One run against one has no interval; several earlier ones have Student's, for one new run."""
+  files = [lab.root / f"before-{i}.json" for i in range(3)]
+  before, _ = call(lab, out=files[0])
+  assert json.loads(files[0].read_text())["ms"] == before.ms
+  for i, file in enumerate(files):
+    file.write_text(json.dumps({"ms": [x + i for x in before.ms]}))
+  after, said = call(lab, against=files[:1])
+  delta = np.mean(after.ms) - np.mean(before.ms)
+  assert f"against before-0.json: {delta:+.3f} ms/step, {delta / np.mean(before.ms):+.2%};" in said
+  assert "of one run each there is no interval" in said and "95 %" not in said
+  after, said = call(lab, against=files)
+  delta = np.mean(after.ms) - np.mean(before.ms) - 1
+  half = 4.303 * 1.0 * math.sqrt(4 / 3)  # t(0.975, 2), sd of x, x + 1, x + 2
+  found = re.search(r"95 % interval (\S+) to (\S+), 3 earlier runs", said)
+  assert float(found[1]) == pytest.approx(delta - half, abs=2e-3)
+  assert float(found[2]) == pytest.approx(delta + half, abs=2e-3)
+  assert len(set(launches.ids)) == 3  # measured anew, never reused
+
+
+def test_of_equal_runs_the_interval_excludes_no_change_in_one_of_twenty():
+  rng = np.random.default_rng(0)
+  inside = 0
+  for _ in range(2000):
+    said = bench.change(100 + rng.normal(), (100 + rng.normal(size=5)).tolist(), "x")
+    low, high = map(float, re.search(r"interval (\S+) to (\S+),", said).groups())
+    inside += low <= 0 <= high
+  assert 0.935 <= inside / 2000 <= 0.965
 
 
 def test_the_first_line_counts_from_the_command(lab, monkeypatch):
@@ -128,7 +143,7 @@ def test_against_what_is_no_measurement(lab, launches, text):
   file = lab.root / "before.json"
   file.write_text(text)
   with pytest.raises(ConfigError, match="before.json is not a measurement of `nmoe bench step"):
-    call(lab, against=file)
+    call(lab, against=[file])
   assert launches.ids == []
 
 

@@ -61,7 +61,7 @@ def test_help_is_instant():
 def test_the_stages_start_without_torch():
   """The parent of every run; only its children import torch."""
   modules = (
-    "stages.ablate, stages.research, stages.proofs.bench_step, stages.runs, stages.report.report"
+    "stages.ablate, stages.research, stages.proofs.bench_step, stages.runs, stages.report.html"
   )
   line = f"import sys, {modules}; print('torch' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=REPO)

@@ -1,8 +1,10 @@
 """The report: its numbers against the records, and the page as a browser shows it."""
 
+import io
 import math
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 from html import unescape
@@ -17,10 +19,14 @@ from nmoe.errors import RecordError
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Hypothesis
-from stages.judge.statistics import paired
-from stages.report.report import gather, terminal_summary, write_report
+from stages import show
+from stages.judge.paired import compare
+from stages.report.findings import gather
+from stages.report.html import write_report
+from stages.report.terminal import terminal_summary
 
-BASE = Path(__file__).resolve().parents[2] / "configs" / "moonlet" / "cpu.toml"
+REPO = Path(__file__).resolve().parents[2]
+BASE = REPO / "configs" / "moonlet" / "cpu.toml"
 STATEMENT = "Muon on attention and dense matrices lowers held-out bits per byte by at least 0.02."
 STEPS, BATCH, LAYERS = 300, 4096, 3
 
@@ -100,7 +106,7 @@ def make(
       values[arm].append(bpb)
       db.update_run(run.id, status="completed", results=results)
   if len(arms) == 2:
-    judged = paired(*values.values(), direction="lower", min_effect=0.02)
+    judged = compare(*values.values(), direction="lower", min_effect=0.02)
     db.conclude(e.id, judged.verdict, judged.as_dict())
   db.close()
   return e.id, values
@@ -129,7 +135,7 @@ def text_of(root, name):
 def test_numbers_are_those_of_the_records(ablation):
   root, values, path = ablation
   html = path.read_text()
-  d = paired(*values.values(), direction="lower", min_effect=0.02)
+  d = compare(*values.values(), direction="lower", min_effect=0.02)
   assert d.verdict == "confirmed"
   a, b, difference = cells(html, "held-out bits per byte")
   for cell, arm in ((a, "baseline"), (b, "variant")):
@@ -319,3 +325,22 @@ def test_a_broken_page_would_be_noticed(browser, tmp_path):
   page.write_text("<!doctype html><script>Plotly.newPlot('loss')</script>")
   _, console = open_in_browser(browser, page, tmp_path / "profile")
   assert any("Plotly is not defined" in line for line in console)
+
+
+def test_a_root_of_an_older_schema_is_listed_shown_and_reported(tmp_path):
+  """Made by 85916c7; its database stays as it is."""
+  old = REPO / "tests" / "data" / "experiments-85916c7.db"
+  shutil.copy(old, tmp_path / "experiments.db")
+  out = io.StringIO()
+  console = Console(file=out, width=160)
+  show.experiments(tmp_path, console)
+  for name in ("tiny-muon-1", "tiny-1", "rerun-tiny-muon-1", "long-1"):
+    show.experiment(tmp_path, name, console)
+    page = write_report(tmp_path, name)
+    assert page == tmp_path / "reports" / name / "index.html"
+  said = out.getvalue()
+  assert said.count("Muon is better.") == 2 and "4/4" in said and "0/1" in said
+  assert "variant − baseline = +0.1195 [−0.6904, +0.9293] over 2 seeds" in " ".join(said.split())
+  page = (tmp_path / "reports" / "tiny-muon-1" / "index.html").read_text(encoding="utf-8")
+  assert '+0.1195 <i class="pm">[−0.6904, +0.9293]</i>' in page
+  assert (tmp_path / "experiments.db").read_bytes() == old.read_bytes()

@@ -9,15 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from stages.judge.statistics import (
-  band,
-  judge,
-  paired,
-  sign_flip_p,
-  single,
-  student_t,
-  time_to_loss,
-)
+from stages.judge.intervals import student_t, verdict_on
+from stages.judge.paired import compare, sign_flip_p
+from stages.judge.single import describe
+from stages.report.curves import band, time_to_loss
 
 # Two-sided 95 % and 99 % and one-sided 80 % points of Student's t (Fisher and Yates, table III).
 TABLE = {
@@ -57,7 +52,7 @@ def test_student_t_with_one_and_two_degrees_has_a_closed_form():
 
 def test_a_paired_example_by_hand():
   """Differences −1, −2, −3: mean −2, sd 1, interval −2 ± 4.3027/√3, mde (4.3027 + 1.0607)/√3."""
-  found = paired([10.0, 20.0, 30.0], [9.0, 18.0, 27.0], direction="lower", min_effect=0.5)
+  found = compare([10.0, 20.0, 30.0], [9.0, 18.0, 27.0], direction="lower", min_effect=0.5)
   assert (found.n, found.differences) == (3, (-1.0, -2.0, -3.0))
   assert (found.mean_difference, found.sd) == pytest.approx((-2.0, 1.0))
   assert found.interval == pytest.approx((-2 - 2.48414, -2 + 2.48414), abs=1e-5)
@@ -77,7 +72,7 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says(n):
     seed_effect = rng.normal(0, 2, n)
     a = seed_effect + rng.normal(0, 0.5, n)
     b = seed_effect + truth + rng.normal(0, 0.5, n)
-    low, high = paired(a, b, direction="lower", min_effect=0).interval
+    low, high = compare(a, b, direction="lower", min_effect=0).interval
     covered += low <= truth <= high
   error = math.sqrt(0.95 * 0.05 / trials)
   assert abs(covered / trials - 0.95) < 4 * error
@@ -89,7 +84,7 @@ def test_the_smallest_detectable_effect_is_found_with_the_stated_power():
   n, trials, found = 10, 3000, 0
   effect = (student_t(0.975, n - 1) + student_t(0.8, n - 1)) / math.sqrt(n)
   for _ in range(trials):
-    low, high = paired(
+    low, high = compare(
       np.zeros(n), rng.normal(effect, 1, n), direction="none", min_effect=0
     ).interval
     found += low > 0 or high < 0
@@ -99,7 +94,7 @@ def test_the_smallest_detectable_effect_is_found_with_the_stated_power():
 def test_a_true_null_is_seldom_confirmed():
   rng = np.random.default_rng(1)
   wrong = sum(
-    paired(rng.normal(0, 1, 4), rng.normal(0, 1, 4), direction="lower", min_effect=0.0).verdict
+    compare(rng.normal(0, 1, 4), rng.normal(0, 1, 4), direction="lower", min_effect=0.0).verdict
     == "confirmed"
     for _ in range(2000)
   )
@@ -109,8 +104,8 @@ def test_a_true_null_is_seldom_confirmed():
 @given(pairs, directions, effects)
 def test_swapping_the_arms_mirrors_everything(values, direction, min_effect):
   a, b = values
-  one = paired(a, b, direction=direction, min_effect=min_effect)
-  two = paired(b, a, direction=OPPOSITE[direction], min_effect=min_effect)
+  one = compare(a, b, direction=direction, min_effect=min_effect)
+  two = compare(b, a, direction=OPPOSITE[direction], min_effect=min_effect)
   assert one.verdict == two.verdict
   assert one.interval == pytest.approx((-two.high, -two.low), nan_ok=True)
   assert one.p_sign_flip == two.p_sign_flip and one.mde == pytest.approx(two.mde)
@@ -121,19 +116,19 @@ def test_a_larger_effect_never_makes_the_verdict_worse(values, direction, min_ef
   a, b = values
   sign = -1 if direction == "lower" else 1
   rank = {"refuted": 0, "inconclusive": 1, "confirmed": 2}
-  before = paired(a, b, direction=direction, min_effect=min_effect)
+  before = compare(a, b, direction=direction, min_effect=min_effect)
   edge = min(abs(abs(x) - min_effect) for x in (*before.interval, min_effect + 1))
   assume(edge > 1e-9)
-  after = paired(a, [v + sign * shift for v in b], direction=direction, min_effect=min_effect)
+  after = compare(a, [v + sign * shift for v in b], direction=direction, min_effect=min_effect)
   assert rank[after.verdict] >= rank[before.verdict] or shift < 1e-9
-  stricter = paired(a, b, direction=direction, min_effect=min_effect + shift)
+  stricter = compare(a, b, direction=direction, min_effect=min_effect + shift)
   assert rank[stricter.verdict] <= rank[before.verdict]
 
 
 @given(st.floats(-5, 5), st.floats(0, 5), directions, st.floats(0, 3))
 def test_the_verdict_follows_its_rules(center, half, direction, m):
   low, high = center - half, center + half
-  verdict, reason = judge(center, (low, high), 3, direction, m)
+  verdict, reason = verdict_on(center, (low, high), 3, direction, m)
   if direction == "none":
     inside, outside = max(abs(low), abs(high)) <= m, low > m or high < -m
   else:
@@ -145,7 +140,7 @@ def test_the_verdict_follows_its_rules(center, half, direction, m):
 
 
 def test_the_reason_names_the_numbers():
-  found = paired([1.1, 1.2, 1.15], [1.0, 1.12, 1.04], direction="lower", min_effect=0.01)
+  found = compare([1.1, 1.2, 1.15], [1.0, 1.12, 1.04], direction="lower", min_effect=0.01)
   assert found.reason == (
     "variant − baseline = −0.09667 [−0.1346, −0.05872] over 3 seeds: "
     "the whole interval is lower by 0.01 or more."
@@ -153,7 +148,7 @@ def test_the_reason_names_the_numbers():
 
 
 def test_one_seed_has_no_interval():
-  found = paired([1.0], [0.5], direction="lower", min_effect=0.1)
+  found = compare([1.0], [0.5], direction="lower", min_effect=0.1)
   assert (found.verdict, found.mde, found.interval) == (
     "inconclusive",
     math.inf,
@@ -165,9 +160,9 @@ def test_one_seed_has_no_interval():
 
 def test_equal_arms():
   same = [1.0, 2.0, 3.0]
-  assert paired(same, same, direction="none", min_effect=0).verdict == "confirmed"
-  assert paired(same, same, direction="lower", min_effect=0).verdict == "refuted"
-  assert paired(same, same, direction="none", min_effect=0).p_sign_flip == 1.0
+  assert compare(same, same, direction="none", min_effect=0).verdict == "confirmed"
+  assert compare(same, same, direction="lower", min_effect=0).verdict == "refuted"
+  assert compare(same, same, direction="none", min_effect=0).p_sign_flip == 1.0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +178,7 @@ def test_equal_arms():
   ],
 )
 def test_divergence_is_an_outcome(baseline, variant, direction, verdict):
-  found = paired(baseline, variant, direction=direction, min_effect=0.1)
+  found = compare(baseline, variant, direction=direction, min_effect=0.1)
   assert found.verdict == verdict and "diverged at" in found.reason
   assert found.diverged_variant == sum(v is None or not math.isfinite(v) for v in variant)
 
@@ -191,7 +186,7 @@ def test_divergence_is_an_outcome(baseline, variant, direction, verdict):
 def test_what_is_not_pairs_is_refused():
   for a, b in (([], []), ([1.0], [1.0, 2.0])):
     with pytest.raises(ValueError, match="are not pairs"):
-      paired(a, b, direction="none", min_effect=0)
+      compare(a, b, direction="none", min_effect=0)
 
 
 @given(st.lists(finite, min_size=1, max_size=6))
@@ -214,13 +209,15 @@ def test_sign_flips_reach_their_smallest_p_and_stop_at_twenty():
 
 def test_one_arm_against_a_reference():
   values = [2.0, 2.1, 1.9]
-  plain = single(values)
+  plain = describe(values)
   assert plain.verdict == "described" and plain.mean == pytest.approx(2.0)
   assert plain.high - plain.mean == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
-  judged = single(values, reference=4.5, direction="lower", min_effect=0.5)
+  judged = describe(values, reference=4.5, direction="lower", min_effect=0.5)
   assert judged.verdict == "confirmed" and "2 − 4.5 = −2.5 [" in judged.reason
-  assert single(values, reference=2.3, direction="lower", min_effect=0.5).verdict == "inconclusive"
-  diverged = single([2.0, math.nan], reference=4.5, direction="lower")
+  assert (
+    describe(values, reference=2.3, direction="lower", min_effect=0.5).verdict == "inconclusive"
+  )
+  diverged = describe([2.0, math.nan], reference=4.5, direction="lower")
   assert (diverged.verdict, diverged.diverged, diverged.n) == ("refuted", 1, 1)
 
 
