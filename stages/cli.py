@@ -36,7 +36,9 @@ research_app = typer.Typer(
 )
 experiments_app = typer.Typer(help="The experiment database.", no_args_is_help=True)
 config_app = typer.Typer(help="Resolved configurations.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measurements of the step.", no_args_is_help=True)
+bench_app = typer.Typer(
+  help="Measurements of the step, its kernels and its communication.", no_args_is_help=True
+)
 kernels_app = typer.Typer(help="Device code, ahead of time.", no_args_is_help=True)
 check_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True)
 app.add_typer(research_app, name="research")
@@ -177,6 +179,20 @@ def bench_rdep(
   from stages.proofs import bench_rdep as bench
 
   bench.rdep(config, ranks, tokens, shape, _console(), out)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+  arch: Annotated[str, typer.Option(help="sm_100a or sm_90a: this machine's.")],
+  names: Annotated[list[str] | None, typer.Argument(help="Benches; all without a name.")] = None,
+  repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 20,
+  out: Annotated[Path | None, typer.Option(help="Write the rows here (JSON).")] = None,
+  root: Root = ROOT,
+) -> None:
+  """Each kernel's rate beside a dense product or a copy, measured in the same runs."""
+  from stages.proofs import bench_kernels as bench
+
+  bench.measure(arch, root.resolve(), names or [], repeats, _console(), out)
 
 
 @check_app.command("resume")
