@@ -4,8 +4,8 @@ torch's cuDNN attention adds into dq in any order, so two runs differ; torch wit
 deterministic algorithms are asked for. FlashAttention-4 orders those sums by semaphores.
 FLOPs, causal: B · H · S² · (QK + V) forward, 2.5 times that backward.
 
-One H200, B 4, S 4096, H 16, 192/128, interleaved, median of 9: forward 0.68 ms and deterministic
-backward 2.49 ms (504 and 345 TFLOP/s); cuDNN 0.76 and 2.17 ms, not repeatable.
+On one H200 the deterministic backward takes 1.15 of cuDNN's, which does not repeat
+(kernels/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -11,19 +11,9 @@ GEMMs, of which three gather:
   dx[t] = Σ_k w13[e]ᵀ · dpreact[row[t, k]]
 FLOPs: 18 · N · D · F. Every sum has a fixed order: results are bit-identical from run to run.
 
-One H200, D 2048, forward and backward with router, layout and combine; medians of 20 interleaved
-runs of 300 ms, dense: an 8192³ bf16 product in the same run (the board's power limit holds it at
-665). Runs of one call add what the host needs to queue the first kernels: 0.1 ms here, 1.2 there.
-  T 32768, F 1408, E 64, K 6     17.82 ms, 573 TFLOP/s, 0.86 of dense    (SonicMoE 0.1.2: 18.03 ms)
-  T 32768, F 512, E 256, K 8     10.73 ms, 461 TFLOP/s, 0.70 of dense    (SonicMoE 0.1.2: 10.64 ms)
-  T 4096, F 1408, E 64, K 6       3.21 ms, 398 TFLOP/s, 0.60 of dense    (SonicMoE 0.1.2:  3.37 ms)
-The heaviest expert at 5 times the mean, routing given: 17.33 ms in place of 17.10 (another run).
-
-What the gather inside costs, the first shape on one H100: 3.88 ms with it and 3.23 of rows that lie
-in order, where SwiGLU follows; 2.86 and 2.24 where its gradient does. It is the copies of 16 bytes
-a lane: an index of rows in order is as slow, and half of the rows by TMA, one box a row, gains at
-most 0.3 ms, nothing at the power limit. Rows gathered before, 0.38 ms for each of x, dy and x
-again, make the layer slower: on one H200 17.7 ms in place of 17.1, in runs of one call.
+With router, layout and combine 0.86 of a dense product's rate at T 32768, D 2048, F 1408, E 64, K 6
+on one H200 (kernels/RESULTS.md). The gather inside costs a fifth of its product, by copies of 16
+bytes a lane; rows gathered before cost more.
 
 fp8 and nvfp4 (kernels.cuda.products) gather the rows first; emulated, SwiGLU is on its own.
 """

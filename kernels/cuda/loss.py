@@ -15,8 +15,7 @@ logits of standard deviation 4 (emulated in float64) dx and dweight err by up to
 a rounding to bf16, and by 4.6 and 4.5 with z in bf16. fp16 ends at 65504. From a logit above it
 the loss is still right, but dx and dweight are not finite, which stops a run: it has diverged.
 
-One H200, T 16384, D 2048, V 201088, chunk 4096: 68.6 ms forward and backward, 590 TFLOP/s, 0.88 of
-an 8192³ product in the same run; 3.1 GiB beyond the inputs.
+0.90 of a dense product's rate on one H200 (kernels/RESULTS.md).
 """
 
 from __future__ import annotations
