@@ -37,7 +37,7 @@ def buffer_layout(config: Config) -> BufferLayout:
 
 
 class Heap:
-  """All ranks' blocks: `peers[r]` are the buffers of rank r, `mine` this rank's own.
+  """All ranks' blocks, of `nbytes` each: `peers[r]` are the buffers of rank r, `mine` its own.
 
   Collective over `group` (gloo). An Rdep owns it. Raises CommError if the memory cannot be had.
   """
@@ -49,6 +49,7 @@ class Heap:
     except KernelError as error:
       raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
     self._mine = blocks[group.rank()]
+    self.nbytes = layout.nbytes
     self.peers: list[Buffers] = [layout.views(block) for block in blocks]
     self.mine = self.peers[group.rank()]
 

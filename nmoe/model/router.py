@@ -6,8 +6,11 @@ fp32 weight, the fp32 selection bias, and the two ways of keeping experts evenly
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kernels.ops import Ops, RouterSpec, Routing
 from nmoe.config.file import MoeConfig
@@ -36,6 +39,23 @@ class Router(nn.Module):
     return force_balance(routing, self.spec) if self.forced_balance else routing
 
 
+class _Chosen(torch.autograd.Function):
+  """score[t, expert[t, k]] of K different experts: torch's own gradient sorts to be repeatable."""
+
+  @staticmethod
+  def forward(ctx: Any, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
+    ctx.save_for_backward(expert_TK)
+    ctx.num_experts = score_TE.shape[1]
+    return score_TE.gather(1, expert_TK)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dgate_TK: Tensor) -> tuple[Tensor, None]:
+    (expert_TK,) = ctx.saved_tensors
+    zeros_TE = dgate_TK.new_zeros(len(dgate_TK), ctx.num_experts)
+    return zeros_TE.scatter_(1, expert_TK, dgate_TK), None
+
+
 def force_balance(routing: Routing, spec: RouterSpec) -> Routing:
   """The benchmark's routing: expert (t·K + k) mod E, with the gates that its scores give."""
   num_tokens, num_experts = routing.score_TE.shape
@@ -43,7 +63,7 @@ def force_balance(routing: Routing, spec: RouterSpec) -> Routing:
   device = routing.score_TE.device
   row_TK = torch.arange(num_rows, dtype=torch.int64, device=device).view(num_tokens, spec.top_k)
   expert_TK = row_TK % num_experts
-  gate_TK = routing.score_TE.gather(1, expert_TK)
+  gate_TK = _Chosen.apply(routing.score_TE, expert_TK)
   if spec.normalize:
     gate_TK = gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
   extra_E = torch.arange(num_experts, device=device) < num_rows % num_experts

@@ -142,7 +142,9 @@ class Watch:
   def _peak(self) -> int:
     if self.target.device.type == "cuda":
       idle = 0 if self.graph is None else self.graph.idle_bytes
-      return torch.cuda.max_memory_allocated() + idle
+      rdep = self.session.parallel.rdep
+      heap = 0 if rdep is None else rdep.heap.nbytes  # NVSHMEM's, which torch does not count
+      return torch.cuda.max_memory_allocated() + idle + heap
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
   def _progress(self, step: int, values: dict[str, float]) -> None:

@@ -62,7 +62,7 @@ statement = "test"
 """
 
 
-def settings(num_ranks: int, capacity: float, deadline_s: float) -> Config:
+def settings(num_ranks: int, capacity: float, deadline_s: float, what: str) -> Config:
   found = torch.cuda.get_device_capability()
   arch = next(a.name for a in ARCHS.values() if a.capability == found)
   sizes = f"""
@@ -78,6 +78,7 @@ ranks = {num_ranks}
 [rdep]
 capacity = {capacity}
 deadline_s = {deadline_s}
+peer_access = {str(what != "puts").lower()}
 """
   base = BASE.replace("[target]", f'[target]\narch = "{arch}"')
   base = base.replace("[model]", f"[model]\ndim = {D}").replace(
@@ -213,13 +214,13 @@ def main() -> None:
   begun = time.monotonic()
   if what == "missing":
     deadline_s = 5.0
-    rdep = Rdep(settings(num_ranks, 1.5, deadline_s), ops, group, symmetric)
+    rdep = Rdep(settings(num_ranks, 1.5, deadline_s, what), ops, group, symmetric)
     report["post-mortem"] = missing_rank(rdep, deadline_s)
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the context is lost: nothing can be given back
   for name, (_, _, capacity) in CASES.items():
-    rdep = Rdep(settings(num_ranks, capacity, DEADLINE_S), ops, group, memory)
+    rdep = Rdep(settings(num_ranks, capacity, DEADLINE_S, what), ops, group, memory)
     report[name] = check_case(rdep, name)
     sys.stderr.write(f"rank {rank}: {name} holds, {time.monotonic() - begun:.0f} s\n")
     if name == "uniform":

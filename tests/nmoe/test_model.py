@@ -182,6 +182,18 @@ def test_forced_balance_gates_are_those_of_the_scores():
     torch.testing.assert_close(routing.gate_TK[t].double(), wanted, rtol=1e-6, atol=0)
 
 
+def test_forced_balance_gradients_are_those_of_the_definition():
+  router = build(tiny(moe__forced_balance=True)).layers[1].moe.router
+  generator = torch.Generator().manual_seed(0)
+  x_TD, factor_TK = (torch.randn(16, n, generator=generator) for n in (32, 3))
+  (router(x_TD).gate_TK * factor_TK).sum().backward()
+  weight = router.weight.detach().double().requires_grad_()
+  scores = torch.sigmoid(x_TD.double() @ weight.T)
+  chosen = torch.stack([scores[t, [(3 * t + k) % 8 for k in range(3)]] for t in range(16)])
+  (2.5 * chosen / chosen.sum(1, keepdim=True) * factor_TK).sum().backward()
+  torch.testing.assert_close(router.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_balance_loss_equals_its_definition_sequence_by_sequence():
   generator = torch.Generator().manual_seed(0)
   score_LTE = torch.rand(3, 10, 6, generator=generator, dtype=torch.float64).requires_grad_()
