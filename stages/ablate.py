@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from nmoe.config import file as configs
 from nmoe.config.file import Config
@@ -16,6 +15,7 @@ from nmoe.errors import ConfigError
 from stages.judge import paired
 from stages.runs import Arm, Workbench, hypothesis_of, seeds_of
 from stages.study import Study, carry_out
+from stages.text import plain
 
 
 def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> Path:
@@ -45,7 +45,7 @@ def differences(base: Config, variant: Config, console: Console) -> None:
   aside = ("experiment.", "train.seed")
   found = {k: v for k, v in configs.diff(base, variant).items() if not k.startswith(aside)}
   for key, (before, after) in found.items():
-    console.print(f"  {key}: {escape(repr(before))} → [bold]{escape(repr(after))}[/bold]")
+    console.print(plain(f"  {key}: {before!r} →"), plain(repr(after), "bold"))
   causes = [key for key in found if configs.kind(key) != "free" or key == "data.mixture"]
   if len(causes) > 1:
     console.print(

@@ -12,6 +12,7 @@ import typer
 from kernels.errors import KernelError
 from nmoe.errors import ConfigError, NmoeError
 from nmoe.records.root import DEFAULT_ROOT
+from stages.text import visible
 
 
 class App(typer.Typer):
@@ -21,7 +22,7 @@ class App(typer.Typer):
     try:
       return super().__call__(*args, **kwargs)
     except (NmoeError, KernelError) as error:
-      typer.secho(f"error: {error}", err=True, fg="red")
+      typer.secho(f"error: {visible(str(error))}", err=True, fg="red")
       raise SystemExit(1) from error
 
 

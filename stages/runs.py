@@ -29,6 +29,7 @@ from stages.launch.display import Display, Line
 from stages.launch.local import Handle, Job, Launcher
 from stages.report.html import write_report
 from stages.report.terminal import terminal_summary
+from stages.text import plain
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -171,7 +172,7 @@ class Workbench:
     self.experiments.conclude(experiment.id, verdict, outcome)
     path = write_report(self.root, experiment.id)
     self.console.print(terminal_summary(self.root, experiment.id))
-    self.console.print(f"report: {path}", soft_wrap=True)
+    self.console.print(plain(f"report: {path}"), soft_wrap=True)
     diverged = [run for run in runs if run.status == "failed"]
     if diverged:
       raise RunError(f"{len(diverged)} of {len(runs)} runs diverged:\n" + self._listed(diverged))
@@ -255,12 +256,11 @@ class Workbench:
 
 def prepared(mixture: Path, tokenizer: str, root: Path, console: Console) -> Path:
   """The folder of a mixture's prepared data, made now if it is not there, with a progress line."""
-  with console.status(f"preparing {mixture.name}") as status:
+  with console.status(plain(f"preparing {mixture.name}")) as status:
 
     def show(source: str, documents: int, num_bytes: int) -> None:
-      status.update(
-        f"preparing {mixture.name}: {source}, {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
-      )
+      done = f"{source}, {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
+      status.update(plain(f"preparing {mixture.name}: {done}"))
 
     return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show)
 

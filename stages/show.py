@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from kernels.arch import ARCHS
 from kernels.shapes import Shapes
@@ -21,6 +19,7 @@ from nmoe.records.reader import Reader
 from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.report.terminal import terminal_summary
+from stages.text import plain
 
 
 def plan(config: Config, console: Console) -> None:
@@ -28,9 +27,10 @@ def plan(config: Config, console: Console) -> None:
   p = plans.plan(config)
   n = p.parameters
   console.print(
-    f"[bold]{config.experiment.name}[/bold] on {config.target.arch} in {config.target.dtype}: "
-    f"{n.total / 1e9:,.3f} B parameters, {n.active / 1e9:,.3f} B active "
-    f"(without embedding and head {n.body / 1e9:,.3f} B and {n.active_body / 1e9:,.3f} B)"
+    plain(config.experiment.name, "bold"),
+    f"on {config.target.arch} in {config.target.dtype}: {n.total / 1e9:,.3f} B parameters, "
+    f"{n.active / 1e9:,.3f} B active "
+    f"(without embedding and head {n.body / 1e9:,.3f} B and {n.active_body / 1e9:,.3f} B)",
   )
   console.print(_terms("FLOPs per token, forward and backward", p.flops, 1e9, "GFLOP"))
   console.print(_terms("Bytes of a rank at the step's peak", p.memory, 2**30, "GiB"))
@@ -65,7 +65,8 @@ def doctor(path: Path | None, console: Console) -> int:
     table.add_column(column, overflow="fold")
   for check in checks:
     mark = "[green]ok[/green]" if check.ok else "[red]no[/red]"
-    table.add_row(mark, check.name, escape(check.found), "" if check.ok else escape(check.remedy))
+    remedy = "" if check.ok else check.remedy
+    table.add_row(mark, *map(plain, (check.name, check.found, remedy)))
   console.print(table)
   return 0 if all(check.ok for check in checks) else 1
 
@@ -75,18 +76,18 @@ def experiments(root: Path, console: Console) -> None:
   records = Reader(root)
   table = Table()
   for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
-    table.add_column(column, overflow="fold", no_wrap=column == "experiment")
+    table.add_column(column, overflow="fold", max_width=40 if column == "experiment" else None)
   counts = records.counts()
   for e in records.list():
     done, num_runs = counts.get(e.id, (0, 0))
     more = f" (+ {len(e.hypotheses) - 1} more)" if len(e.hypotheses) > 1 else ""
-    claim = Text(e.headline.statement + more)
-    table.add_row(Text(e.id), e.stage, e.status, e.verdict, f"{done}/{num_runs}", claim)
+    runs, claim = f"{done}/{num_runs}", e.headline.statement + more
+    table.add_row(*map(plain, (e.id, e.stage, e.status, e.verdict, runs, claim)))
   console.print(table)
 
 
 def experiment(root: Path, name: str, console: Console) -> None:
-  """One experiment: hypothesis, numbers, runs, links."""
+  """One experiment: hypotheses, numbers, runs, links."""
   records = Reader(root)
   found = records.find(name)
   console.print(terminal_summary(root, found.id))
@@ -94,11 +95,11 @@ def experiment(root: Path, name: str, console: Console) -> None:
   for column in ("run", "arm", "seed", "status", "fingerprint", "commit", "error"):
     table.add_column(column, overflow="fold", no_wrap=column == "run")
   for run in records.runs(found.id):
-    row = (run.id, run.arm, str(run.seed), run.status, run.fingerprint, run.commit[:10], run.error)
-    table.add_row(*row)
+    row = (run.id, run.arm, run.seed, run.status, run.fingerprint, run.commit[:10], run.error)
+    table.add_row(*map(plain, row))
   console.print(table)
   for link in records.links(found.id):
-    console.print(f"{link.from_id} {link.relation} {link.to_id}: {link.note}")
+    console.print(plain(f"{link.from_id} {link.relation} {link.to_id}: {link.note}"))
 
 
 def kernels_built(path: Path, arch: str | None, console: Console) -> None:
@@ -108,7 +109,7 @@ def kernels_built(path: Path, arch: str | None, console: Console) -> None:
   if arch not in ARCHS:
     raise ConfigError(f"{arch!r} has no device code to compile; pass --arch {' or '.join(ARCHS)}")
   cache = Root(Path(config.run.root).resolve()).kernel_cache
-  with console.status(f"compiling the kernels of {path.name} for {arch}"):
+  with console.status(plain(f"compiling the kernels of {path.name} for {arch}")):
     records = build([Shapes.of(config)], arch, cache, launch.parent_environment())
   seconds = sum(record["seconds"] for record in records)
-  console.print(f"{len(records)} kernels compiled in {seconds:.1f} s into {cache / arch}")
+  console.print(plain(f"{len(records)} kernels compiled in {seconds:.1f} s into {cache / arch}"))

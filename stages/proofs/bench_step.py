@@ -26,6 +26,7 @@ from nmoe.train.startup import process_age
 from stages.judge.intervals import student_t
 from stages.launch.display import Display
 from stages.runs import Workbench
+from stages.text import plain
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step")
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
@@ -103,7 +104,8 @@ def step(
   bench.experiments.conclude(experiment.id, "measured", asdict(found))
   _show(found, console)
   if before:
-    console.print(change(float(np.mean(found.ms)), before, ", ".join(p.name for p in against)))
+    names = ", ".join(p.name for p in against)
+    console.print(plain(change(float(np.mean(found.ms)), before, names)))
   if out is not None:
     out.write_text(json.dumps(asdict(found), indent=1))
   return found

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.report.findings import gather
+from stages.text import plain
 
 BADGES = {"confirmed": "green", "refuted": "red", "inconclusive": "yellow", "failed": "red"}
 
@@ -16,17 +17,17 @@ BADGES = {"confirmed": "green", "refuted": "red", "inconclusive": "yellow", "fai
 def terminal_summary(root: Path, experiment: str) -> Group:
   """What an experiment claims, its results, its verdict, as a rich renderable."""
   found = gather(root, experiment)
-  grid = Table(title=Text(found.claim.statement, style="bold"), title_justify="left")
+  grid = Table(title=plain(found.claim.statement, "bold"), title_justify="left")
   grid.add_column("")
   for arm in found.arms:
-    grid.add_column(Text(arm.name), justify="right")
+    grid.add_column(plain(arm.name), justify="right")
   if found.compares:
     grid.add_column("variant − baseline", justify="right")
   for row in found.rows:
     cells = [str(cell) for cell in row.cells()]
     cells += [str(row.difference_cell())] if found.compares else []
     grid.add_row(
-      row.label, *map(Text, cells), style="bold" if row.key == found.claim.metric else ""
+      row.label, *map(plain, cells), style="bold" if row.key == found.claim.metric else ""
     )
   style = f"bold {BADGES.get(found.verdict, 'default')}"
-  return Group(grid, Text.assemble((found.verdict, style), ": ", found.reason))
+  return Group(grid, Text.assemble(plain(found.verdict, style), ": ", plain(found.reason)))

@@ -1,0 +1,20 @@
+"""Text from people and records on a terminal: shown as it is, neither markup nor control codes."""
+
+from __future__ import annotations
+
+import re
+
+from rich.text import Text
+
+# C0 and C1 controls but tab and newline, and what turns the direction of the text around it.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+  """A control character is written as its number, such as \\x1b."""
+  return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def plain(value: object, style: str = "") -> Text:
+  """A value as text without markup."""
+  return Text(visible(str(value)), style=style)

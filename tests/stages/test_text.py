@@ -1,0 +1,86 @@
+"""Text from people, in every table and line of a terminal: shown as it is."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from labs import write_files
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.records.experiments import Experiments
+from nmoe.records.reader import Hypothesis
+from stages import ablate, show
+from stages.text import plain, visible
+
+REPO = Path(__file__).resolve().parents[2]
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:598] Connection closed by peer"
+TEXTS = (GLOO, "by 3 % [see notes/x] [/notes]", "x [/]", "[bold]b", "[link=file:///x]y", "a\\[b]")
+pytestmark = pytest.mark.faults
+
+
+def record(root: Path, text: str, arm: str = "arm") -> str:
+  """An experiment in which every string that people or other libraries write is `text`."""
+  db = Experiments(root)
+  e = db.create(text, "ablate", [Hypothesis(text, "val/bpb", "lower", 0.0)])
+  rest = dict.fromkeys(("toml", "fingerprint", "data_digest", "commit", "diff"), "")
+  rest |= {"code_version": "v", "environment": {"torch": text}, "target": text}
+  run = db.start_run(e.id, arm, 0, **rest)
+  db.update_run(run.id, status="failed", error=text)
+  db.conclude(e.id, "refuted", {"reason": text})
+  db.link(e.id, e.id, "refines", text)
+  db.close()
+  return e.id
+
+
+def shown(root: Path, name: str) -> str:
+  out = io.StringIO()
+  console = Console(file=out, width=400)
+  show.experiments(root, console)
+  show.experiment(root, name, console)
+  return out.getvalue()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tables_show_text_as_it_is(tmp_path, text):
+  """In the list once, in the experiment as statement, arm, reason, error and link."""
+  assert shown(tmp_path, record(tmp_path, text, arm=text)).count(text) >= 6
+
+
+@pytest.mark.parametrize("code", ["\x1b[2J\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\r", "\u202e"])
+def test_text_cannot_steer_the_terminal(tmp_path, code):
+  said = shown(tmp_path, record(tmp_path, f"before{code}after", arm=f"a{code}"))
+  assert code not in said and "\x1b" not in said and visible(code) in said
+  command = [sys.executable, "-m", "stages.cli", "experiments", "show", code, "--root"]
+  done = subprocess.run([*command, str(tmp_path)], cwd=REPO, capture_output=True, text=True)
+  assert done.returncode == 1 and "no experiment" in done.stderr and "\x1b" not in done.stderr
+
+
+@given(st.text())
+def test_plain_text_has_no_style_and_no_control(text):
+  made = plain(text)
+  assert made.spans == [] and made.plain == visible(text)
+  assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in made.plain)
+
+
+def test_names_of_configurations_and_their_differences(tmp_path):
+  base = configs.load(write_files(tmp_path), env={})
+  text = "by 3 % [see notes/x] [/notes]"
+  other = base.with_values(**{"experiment.name": text, "data.mixture": f"/x/{text}.toml"})
+  out = io.StringIO()
+  show.plan(other, Console(file=out, width=400))
+  ablate.differences(base, other, Console(file=out, width=400))
+  assert out.getvalue().count(text) == 2
+
+
+def test_a_long_name_gives_a_short_id_and_tables_stay_readable(tmp_path):
+  """Ids of a root that has longer ones are folded."""
+  e = record(tmp_path, "n" * 300)
+  assert len(e) <= 80
+  out = io.StringIO()
+  show.experiments(tmp_path, Console(file=out, width=80))
+  assert "refuted" in out.getvalue() and "hypothesis" in out.getvalue()
