@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kernels.errors import KernelError
-from nmoe.errors import ConfigError, NmoeError
+from nmoe.errors import ConfigError, NmoeError, RunError
 from nmoe.records.root import DEFAULT_ROOT
 from stages.text import visible
 
@@ -99,6 +99,29 @@ def report(experiment: str, root: Root = ROOT) -> None:
   from stages.report.html import write_report
 
   _console().print(write_report(root.resolve(), experiment), soft_wrap=True)
+
+
+@app.command()
+def viz(
+  root: Root = ROOT,
+  host: Annotated[str, typer.Option(help="Other than loopback: a token is asked for.")] = (
+    "127.0.0.1"
+  ),
+  port: Annotated[int, typer.Option(min=1, max=65535)] = 8790,
+  cache: Annotated[
+    Path, typer.Option(envvar="XDG_CACHE_HOME", help="Where what was read is kept.")
+  ] = Path("~/.cache"),
+) -> None:
+  """Serve the dashboard of a root, live. It reads, and writes nothing there."""
+  from nmoe.records.live import Live
+
+  try:
+    from stages.viz.server import serve
+  except ModuleNotFoundError as error:
+    raise RunError(f"{error}: the dashboard needs more: pip install 'nmoe[viz]'") from error
+
+  live = Live(root, cache.expanduser() / "nmoe" / "viz")
+  serve(live, host, port, typer.echo)
 
 
 @app.command()

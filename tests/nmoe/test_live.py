@@ -1,6 +1,5 @@
 """The reader of dashboards: what a trainer appends appears, and neither is in the other's way."""
 
-import hashlib
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+from roots import RUN, tree_hash, write
 
 from nmoe.records import metrics
 from nmoe.records.experiments import Experiments
@@ -21,17 +21,6 @@ from nmoe.records.reader import Hypothesis
 from nmoe.records.root import Root
 
 REPO = Path(__file__).resolve().parents[2]
-RUN = "20261123-142233-ab12"
-
-
-def tree_hash(folder: Path) -> str:
-  """Of every name, size, time and byte."""
-  seen = hashlib.sha256()
-  for path in sorted(folder.rglob("*")):
-    at = path.lstat()
-    seen.update(f"{path.relative_to(folder)} {at.st_mtime_ns} {at.st_size}\n".encode())
-    seen.update(path.read_bytes() if path.is_file() else b"")
-  return seen.hexdigest()
 
 
 @pytest.fixture
@@ -43,13 +32,6 @@ def root(tmp_path):
 @pytest.fixture
 def live(root, tmp_path):
   return Live(root, tmp_path / "cache")
-
-
-def write(root: Path, steps: range, run: str = RUN, scale: float = 1.0) -> None:
-  writer = Metrics(root, run)
-  for step in steps:
-    writer.add(step, step * 10, {"loss": scale * step, "lr": 0.5})
-  writer.flush()
 
 
 def values(file: LiveFile, tag: str = "loss") -> list[float]:

@@ -1,0 +1,354 @@
+"""What the pages ask for, as JSON: runs, one run, a comparison, an experiment, a production run.
+
+Read from the live records. Statistics are the judges'.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, fields
+from functools import lru_cache
+
+import numpy as np
+import tomli
+
+from nmoe.config import file as configs
+from nmoe.errors import ConfigError
+from nmoe.records.live import Live, Logged, Snapshot
+from nmoe.records.measures import MEASURES
+from nmoe.records.reader import Experiment, Run
+from stages.judge.intervals import student_t
+from stages.judge.paired import compare as paired
+from stages.judge.single import describe
+
+Json = dict[str, object]
+LEVELS = ("train/loss", "val/loss", "val/bpb")  # whose curves a comparison subtracts
+MAX_STEPS = 600  # of a curve in JSON
+
+
+def runs(live: Live) -> Json:
+  """Every run once, its experiments, and every distinct configuration (without its seed) once."""
+  seen = live.snapshot()
+  members: dict[str, list[Run]] = {}
+  for run in seen.runs:
+    members.setdefault(run.id, []).append(run)
+  stamps, now = live.stamps(members), time.time()
+  places: dict[str, int] = {}
+  rows = []
+  for run_id, of in members.items():
+    run = of[-1]
+    config = _without_seed(run.toml)
+    rows.append(
+      _brief(run)
+      | {
+        "memberships": [[r.experiment_id, r.arm] for r in of],
+        "config": places.setdefault(config, len(places)),
+        "age_s": now - stamps[run_id] / 1e9 if stamps[run_id] else None,
+      }
+    )
+  return plain(
+    {
+      "root": str(live.root),
+      "notice": seen.notice,
+      "experiments": [_experiment(e) for e in seen.experiments],
+      "runs": rows[::-1],
+      "configs": [leaves(text) for text in places],
+      "measures": measures(),
+    }
+  )
+
+
+def run(live: Live, seen: Snapshot, run: Run) -> Json:
+  """One run with its configuration, what it logged, its attempts and the end of its log."""
+  file = live.file(run.id)
+  tags = file.tags()
+  return plain(
+    _brief(run)
+    | {
+      "memberships": [[r.experiment_id, r.arm] for r in seen.runs if r.id == run.id],
+      "siblings": [_brief(r) for r in seen.runs if r.experiment_id == run.experiment_id],
+      "environment": run.environment,
+      "commit": run.commit,
+      "code_version": run.code_version,
+      "data_digest": run.data_digest,
+      "fingerprint": run.fingerprint,
+      "leaves": _marked(run.toml),
+      "tags": tags,
+      "ranks": live.ranks(run.id),
+      "trouble": file.trouble,
+      "log": live.log_tail(run.id),
+      "measures": measures(),
+    }
+  )
+
+
+def compare(live: Live, seen: Snapshot, a: Sequence[Run], b: Sequence[Run]) -> Json:
+  """Two groups of runs, paired by seed: results, curves of the difference, configurations."""
+  a_by, b_by = ({run.seed: run for run in of} for of in (a, b))
+  seeds = sorted(a_by.keys() & b_by.keys())
+  pairs = [(a_by[seed], b_by[seed]) for seed in seeds]
+  rows = [row for key in MEASURES if (row := _result(key, a, b, pairs))]
+  return plain(
+    {
+      "a": [_brief(run) for run in a],
+      "b": [_brief(run) for run in b],
+      "seeds": seeds,
+      "rows": rows,
+      "curves": {tag: _difference(live, tag, pairs) for tag in LEVELS},
+      "changes": _changes(a[0], b[0]),
+      "measures": measures(),
+    }
+  )
+
+
+def experiment(live: Live, seen: Snapshot, e: Experiment) -> Json:
+  """One experiment: hypotheses, arms against the first, verdict, and the evidence around it."""
+  arms: dict[str, dict[int, Run]] = {}
+  for run in (r for r in seen.runs if r.experiment_id == e.id):
+    arms.setdefault(run.arm, {})[run.seed] = run
+  groups = [[by[seed] for seed in sorted(by)] for by in arms.values()]
+  results = []
+  for other in groups[1:] if len(groups) > 1 else groups:
+    base = groups[0]
+    shared = sorted({r.seed for r in base} & {r.seed for r in other})
+    of = [{r.seed: r for r in group} for group in (base, other)]
+    pairs = [(of[0][seed], of[1][seed]) for seed in shared] if other is not base else []
+    rows = [row for key in MEASURES if (row := _result(key, base, other, pairs))]
+    results.append({"a": base[0].arm, "b": other[0].arm, "rows": rows})
+  return plain(
+    _experiment(e)
+    | {
+      "conclusion": e.conclusion,
+      "arms": [
+        {
+          "name": name,
+          "point": next((dict(a.point) for a in e.arms if a.name == name), {}),
+          "runs": [_brief(by[seed]) for seed in sorted(by)],
+        }
+        for name, by in arms.items()
+      ],
+      "results": results,
+      "graph": _graph(seen, e.id),
+      "report": (live.paths.report(e.id) / "index.html").is_file(),
+      "measures": measures(),
+    }
+  )
+
+
+def production(live: Live, run: Run) -> Json:
+  """Where the wall time of a run went: attempts, stalls, what is left to do."""
+  file = live.file(run.id)
+  phases = [tag for tag in file.tags() if tag.startswith(("time/", "startup/", "checkpoint/"))]
+  logged = file.read(["train/tokens_per_s", "train/loss", *phases])
+  clock = logged.get("train/loss")
+  if clock is None:
+    return plain(_brief(run) | {"attempts": [], "trouble": file.trouble})
+  spent = {tag: float(rows.value.sum()) for tag, rows in logged.items() if tag in phases}
+  attempts = _attempts(clock, logged.get("startup/first_step_s"))
+  began = attempts[0]["began"] - sum(_firsts(logged, "startup/"))
+  wall = clock.time[-1] - began
+  stepping = sum(
+    s for tag, s in spent.items() if tag.startswith("time/") and tag not in APART_FROM_STEPS
+  )
+  total = dict(leaves(run.toml)).get("schedule.total_tokens")
+  rate = float(np.median(logged["train/tokens_per_s"].value[-20:]))
+  left = max(0, (total or clock.tokens[-1]) - clock.tokens[-1])
+  return plain(
+    _brief(run)
+    | {
+      "attempts": attempts,
+      "spent": spent,
+      "wall_s": wall,
+      "goodput": min(1.0, stepping / wall) if wall > 0 else math.nan,
+      "tokens": int(clock.tokens[-1]),
+      "total_tokens": total,
+      "tokens_per_s": rate,
+      "eta_s": left / rate if rate > 0 else math.nan,
+      "trouble": file.trouble,
+    }
+  )
+
+
+APART_FROM_STEPS = ("time/eval_s", "time/checkpoint_s")
+
+
+def _firsts(logged: dict[str, Logged], prefix: str) -> list[float]:
+  return [float(rows.value[0]) for tag, rows in logged.items() if tag.startswith(prefix)]
+
+
+def _attempts(clock: Logged, starts: Logged | None) -> list[Json]:
+  """The stretches of rows between two starts; every start logs its duration with its first row."""
+  begins = [0]
+  if starts is not None:
+    begins = sorted({0, *np.searchsorted(clock.time, starts.time - 1e-6).tolist()})
+  ends = [*(i - 1 for i in begins[1:]), len(clock.time) - 1]
+  return [
+    {
+      "began": float(clock.time[i]),
+      "ended": float(clock.time[j]),
+      "first_step": int(clock.step[i]),
+      "last_step": int(clock.step[j]),
+    }
+    for i, j in zip(begins, ends, strict=True)
+    if j >= i
+  ]
+
+
+def _result(
+  key: str, a: Sequence[Run], b: Sequence[Run], pairs: Sequence[tuple[Run, Run]]
+) -> Json | None:
+  """One measure of both groups, and its paired difference; None where nobody has it."""
+  left, right = ([run.results.get(key, math.nan) for run in of] for of in (a, b))
+  if not any(map(math.isfinite, left + right)):
+    return None
+  row: Json = {"key": key, "a": asdict(describe(left)), "b": asdict(describe(right))}
+  if pairs:
+    of_pairs = [
+      [run.results.get(key, math.nan) for run in side] for side in zip(*pairs, strict=True)
+    ]
+    difference = paired(*of_pairs, direction="none", min_effect=0.0)
+    row["difference"] = asdict(difference) | {"seeds": [x.seed for x, _ in pairs]}
+  return row
+
+
+def _difference(live: Live, tag: str, pairs: Sequence[tuple[Run, Run]]) -> Json | None:
+  """b − a of a tag at the steps that all pairs have: each seed's, the mean and its 95 % band."""
+  logged = [[live.file(run.id).read([tag]).get(tag) for run in pair] for pair in pairs]
+  logged = [pair for pair in logged if None not in pair]
+  if not logged:
+    return None
+  steps = logged[0][0].step
+  for rows in (rows for pair in logged for rows in pair):
+    steps = np.intersect1d(steps, rows.step)
+  steps = steps[:: max(1, math.ceil(len(steps) / MAX_STEPS))]
+  if not len(steps):
+    return None
+  at = [[rows.value[np.searchsorted(rows.step, steps)] for rows in pair] for pair in logged]
+  seeds_N = np.stack([b - a for a, b in at])
+  n = len(seeds_N)
+  mean = seeds_N.mean(0)
+  half = student_t(0.975, n - 1) * seeds_N.std(0, ddof=1) / math.sqrt(n) if n > 1 else None
+  return {
+    "steps": steps.tolist(),
+    "seeds": seeds_N.tolist(),
+    "mean": mean.tolist(),
+    "low": None if half is None else (mean - half).tolist(),
+    "high": None if half is None else (mean + half).tolist(),
+  }
+
+
+def _graph(seen: Snapshot, experiment_id: str) -> Json:
+  """Every experiment that links reach from this one, and those links."""
+  around = {experiment_id}
+  while True:
+    links = [link for link in seen.links if {link.from_id, link.to_id} & around]
+    wider = around.union(*({link.from_id, link.to_id} for link in links))
+    if wider == around:
+      break
+    around = wider
+  nodes = [_experiment(e) for e in seen.experiments if e.id in around]
+  return {"nodes": nodes, "links": [asdict(link) for link in links]}
+
+
+def _changes(a: Run, b: Run) -> Json:
+  """The leaves that differ, or why that cannot be said."""
+  try:
+    left, right = (configs.loads(run.toml, run.id, env={}) for run in (a, b))
+  except ConfigError as error:
+    return {"error": f"not comparable by this version of nmoe: {error}"}
+  changed = configs.diff(left, right).items()
+  rows = [[key, _text(x), _text(y), configs.kind(key)] for key, (x, y) in changed]
+  return {"rows": [row for row in rows if row[0] not in ("train.seed", "run.root")]}
+
+
+def _experiment(e: Experiment) -> Json:
+  return {
+    "id": e.id,
+    "name": e.name,
+    "stage": e.stage,
+    "status": e.status,
+    "verdict": e.verdict,
+    "reason": e.conclusion.get("reason", ""),
+    "hypotheses": [asdict(h) for h in e.hypotheses],
+    "created": e.created,
+    "updated": e.updated,
+    "axes": sorted({axis for arm in e.arms for axis in arm.point}),
+  }
+
+
+def _brief(run: Run) -> Json:
+  return {
+    "id": run.id,
+    "experiment": run.experiment_id,
+    "arm": run.arm,
+    "seed": run.seed,
+    "status": run.status,
+    "results": run.results,
+    "error": run.error,
+    "target": run.target,
+    "host": run.host,
+    "pid": run.pid,
+    "created": run.created,
+    "updated": run.updated,
+  }
+
+
+def _marked(toml: str) -> list[Json]:
+  """Every leaf of a configuration; `given` where it isn't the default."""
+  try:
+    config = configs.loads(toml, env={})
+  except ConfigError:  # of another version: as it stands
+    return [{"key": key, "value": value, "kind": "", "given": True} for key, value in leaves(toml)]
+  rows = []
+  for key, value in configs.leaves(config).items():
+    section, name = key.split(".")
+    default = next(f.default for f in fields(configs.SECTIONS[section]) if f.name == name)
+    given = default is MISSING or default != value
+    rows.append({"key": key, "value": _text(value), "kind": configs.kind(key), "given": given})
+  return rows
+
+
+def measures() -> Json:
+  return {
+    tag: {"label": m.label, "format": m.format, "factor": m.factor, "better": m.better}
+    for tag, m in MEASURES.items()
+  }
+
+
+@lru_cache(maxsize=4096)
+def leaves(toml: str) -> tuple[tuple[str, object], ...]:
+  """Dotted key and value of every leaf of a recorded configuration, of whatever version."""
+  try:
+    table = tomli.loads(toml)
+  except tomli.TOMLDecodeError:
+    return ()
+  return tuple(
+    (f"{section}.{key}", value)
+    for section, of in table.items()
+    if isinstance(of, dict)
+    for key, value in of.items()
+  )
+
+
+@lru_cache(maxsize=4096)
+def _without_seed(toml: str) -> str:
+  return "\n".join(line for line in toml.splitlines() if not line.startswith("seed ="))
+
+
+def _text(value: object) -> str:
+  return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def plain(value: object) -> object:
+  """For JSON: what is not finite is null, tuples and arrays are lists."""
+  if isinstance(value, dict):
+    return {str(key): plain(of) for key, of in value.items()}
+  if isinstance(value, str):
+    return value
+  if isinstance(value, Iterable):
+    return [plain(of) for of in value]
+  if isinstance(value, (float, np.floating)):
+    return float(value) if math.isfinite(value) else None
+  return value

@@ -1,0 +1,370 @@
+"""The dashboard's server: what it answers, whom it refuses, and that it leaves the root alone."""
+
+import hashlib
+import json
+import math
+import struct
+from importlib import resources
+from itertools import product
+
+import anyio
+import numpy as np
+import pytest
+from roots import tree_hash, write
+from starlette.testclient import TestClient
+
+from nmoe.config import file as configs
+from nmoe.records.experiments import Experiments
+from nmoe.records.live import Live
+from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Hypothesis
+from nmoe.records.root import Root
+from stages.judge.intervals import student_t
+from stages.viz.answers import _marked
+from stages.viz.columns import joined
+from stages.viz.guard import COOKIE
+from stages.viz.server import PAGES, Server
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+TOML = """[experiment]
+name = "x"
+statement = "It learns."
+[target]
+arch = "cpu"
+[moe]
+top_k = {k}
+[train]
+seed = {seed}
+"""
+
+
+def make(root, seeds=(0, 1, 2), steps=range(1, 41)):
+  """An ablation of two arms whose values are known: variant = baseline − 0.1 − 0.01 · seed."""
+  records = Experiments(root)
+  claim = Hypothesis("Top-2 learns faster.", "val/bpb", "lower", 0.05)
+  experiment = records.create("topk", "ablate", [claim])
+  ids = {}
+  for arm, seed in product(("baseline", "variant"), seeds):
+    shift = -0.1 - 0.01 * seed if arm == "variant" else 0.0
+    toml = TOML.format(k=2 if arm == "variant" else 1, seed=seed)
+    facts = dict(fingerprint=arm, data_digest="d", commit="", diff="", code_version="c")
+    run = records.start_run(
+      experiment.id, arm, seed, toml=toml, environment={"torch": "2.13"}, target="cpu", **facts
+    )
+    writer = Metrics(root, run.id)
+    for step in steps:
+      values = {"train/loss": 3.0 + seed + shift, "val/bpb": 2.0 / step + shift}
+      writer.add(step, step * 100, values | {"train/tokens_per_s": 50.0, "time/step_s": 1e-9})
+    writer.flush()
+    records.update_run(run.id, status="completed", results={"val/bpb": 1.0 + seed + shift})
+    ids[arm, seed] = run.id
+  records.conclude(experiment.id, "confirmed", {"reason": "by far"})
+  other = records.create("again", "ablate", [claim])
+  records.link(other.id, experiment.id, "repeats", "on another machine")
+  records.close()
+  return ids
+
+
+@pytest.fixture
+def root(tmp_path):
+  (tmp_path / "root").mkdir()
+  return tmp_path / "root"
+
+
+@pytest.fixture
+def ids(root):
+  return make(root)
+
+
+@pytest.fixture
+def client(root, ids, tmp_path):
+  return client_of(root, tmp_path)
+
+
+def client_of(root, tmp_path, host="127.0.0.1", token="", base="http://127.0.0.1:8790"):
+  app = Server(Live(root, tmp_path / "cache"), every_s=0.05).app(host, token)
+  return TestClient(app, base_url=base, follow_redirects=False)
+
+
+def unpacked(body):
+  """[(tag, x, {(run, rank): y}, {(run, rank): last})], as the page reads it."""
+  (length,) = struct.unpack_from("<I", body)
+  header = json.loads(body[4 : 4 + length])
+  at = 4 + length
+  assert at % 8 == 0
+  xs, panels = [], []
+  for panel in header:
+    xs.append(np.frombuffer(body, "<f8", panel["length"], at))
+    at += 8 * panel["length"]
+  for panel, x in zip(header, xs, strict=True):
+    ys, last = {}, {}
+    for curve in panel["curves"]:
+      key = (curve["run"], curve["rank"])
+      ys[key], last[key] = np.frombuffer(body, "<f4", len(x), at), curve["last"]
+      at += 4 * len(x)
+    panels.append((panel["tag"], x, ys, last))
+  assert at == len(body)
+  return panels
+
+
+def series(client, **query):
+  answer = client.get("/api/series", params=query)
+  assert answer.status_code == 200, answer.text
+  return unpacked(answer.content)
+
+
+def test_runs_stand_once_with_their_experiments_and_configurations(client, ids):
+  seen = client.get("/api/runs").json()
+  assert [run["id"] for run in seen["runs"]] == list(ids.values())[::-1]
+  assert [e["id"] for e in seen["experiments"]] == ["again-1", "topk-1"]
+  assert seen["experiments"][1]["verdict"] == "confirmed"
+  by_id = {run["id"]: run for run in seen["runs"]}
+  variant = by_id[ids["variant", 2]]
+  assert dict(seen["configs"][variant["config"]])["moe.top_k"] == 2
+  assert len(seen["configs"]) == 2 and variant["results"] == {"val/bpb": pytest.approx(2.88)}
+  assert variant["memberships"] == [["topk-1", "variant"]] and 0 <= variant["age_s"] < 600
+
+
+def test_series_are_the_logged_values_on_the_x_that_was_asked(client, root, ids):
+  a, b = ids["baseline", 0], ids["variant", 1]
+  query = dict(run=[a, b], tag=["val/bpb", "never", "train/loss"], px=100)
+  bpb, never, loss = series(client, **query, x="tokens")
+  np.testing.assert_array_equal(bpb[1], np.arange(1, 41) * 100.0)
+  np.testing.assert_allclose(bpb[2][a, 0], 2.0 / np.arange(1, 41), rtol=1e-6)
+  np.testing.assert_allclose(bpb[2][b, 0], 2.0 / np.arange(1, 41) - 0.11, rtol=1e-6)
+  assert never[2] == {} and bpb[3][a, 0] == [4000.0, 0.05]
+  np.testing.assert_allclose(loss[2][b, 0], 3.89, rtol=1e-6)
+  (bpb,) = series(client, run=a, tag="val/bpb", x="step", **{"from": 10, "to": 12})
+  np.testing.assert_array_equal(bpb[1], [10, 11, 12])
+  (bpb,) = series(client, run=a, tag="val/bpb", x="time")
+  assert bpb[1][0] == 0 and (np.diff(bpb[1]) > 0).all()
+
+
+def test_a_new_line_is_in_the_next_answer_and_ranks_are_apart(client, root, ids):
+  run = ids["baseline", 0]
+  assert series(client, run=run, tag="val/bpb", x="step")[0][1][-1] == 40
+  writer = Metrics(root, run)
+  writer.add(41, 4100, {"val/bpb": 9.0})
+  writer.flush()
+  other = Metrics(root, run, rank=3)
+  other.add(7, 700, {"val/bpb": 8.0})
+  other.flush()
+  (bpb,) = series(client, run=run, tag="val/bpb", x="step", rank=[0, 3])
+  assert bpb[1][-1] == 41 and bpb[2][run, 0][-1] == 9 and math.isnan(bpb[2][run, 3][-1])
+  assert bpb[2][run, 3][6] == 8 and client.get(f"/api/run/{run}").json()["ranks"] == [0, 3]
+
+
+def test_many_points_keep_their_spikes_in_two_points_a_pixel():
+  x = np.arange(100_000.0)
+  y = np.sin(x / 9000)
+  y[77_777] = 50.0
+  y[123] = np.nan
+  grid, (thin, short) = joined([(x, y), (x[:500], y[:500])], 300)
+  assert len(grid) == len(thin) == 600 and (np.diff(grid) > 0).all()
+  assert thin.max() == 50 and np.nanmin(thin) == np.nanmin(y)
+  at = np.argmax(thin)
+  assert abs(grid[at] - 77_777) <= 100_000 / 300
+  for i in (0, 100, 299):  # each bin's extremes are those of its points
+    end = (i + 1) * 99_999 / 300 + (i == 299)  # the last bin has the last point too
+    inside = y[(x >= i * 99_999 / 300) & (x < end)]
+    assert thin[2 * i] == np.nanmin(inside) and thin[2 * i + 1] == np.nanmax(inside)
+  assert np.isfinite(short).sum() == 4
+
+
+def test_few_points_of_different_x_are_joined_as_they_are():
+  x, (a, b) = joined([(np.array([1.0, 3]), np.array([5.0, 6])), (np.array([2.0]), np.ones(1))], 9)
+  np.testing.assert_array_equal(x, [1, 2, 3])
+  np.testing.assert_array_equal(a, [5, math.nan, 6])
+  np.testing.assert_array_equal(b, [math.nan, 1, math.nan])
+  assert [len(part) for part in (joined([], 9)[0], *joined([(x[:0], x[:0])], 9)[1])] == [0, 0]
+
+
+def test_a_comparison_is_paired_by_seed_and_has_students_band(client, ids):
+  names = {arm: ",".join(v for (a, _), v in ids.items() if a == arm) for arm, _ in ids}
+  seen = client.get("/api/compare", params={"a": names["baseline"], "b": names["variant"]}).json()
+  (row,) = (row for row in seen["rows"] if row["key"] == "val/bpb")
+  d = np.array([-0.10, -0.11, -0.12])
+  half = student_t(0.975, 2) * d.std(ddof=1) / math.sqrt(3)
+  assert row["difference"]["mean_difference"] == pytest.approx(-0.11)
+  assert row["difference"]["low"] == pytest.approx(-0.11 - half)
+  curve = seen["curves"]["val/bpb"]
+  assert curve["steps"] == list(range(1, 41)) and len(curve["seeds"]) == 3
+  np.testing.assert_allclose(curve["high"], -0.11 + half)
+  assert seen["curves"]["val/loss"] is None and seen["seeds"] == [0, 1, 2]
+  assert "error" in seen["changes"], "this TOML is half a configuration"
+
+
+def test_an_experiment_tells_its_verdict_arms_and_evidence(client, ids):
+  seen = client.get("/api/experiment/topk-1").json()
+  assert (seen["verdict"], seen["reason"]) == ("confirmed", "by far")
+  assert [arm["name"] for arm in seen["arms"]] == ["baseline", "variant"]
+  assert [run["seed"] for run in seen["arms"][1]["runs"]] == [0, 1, 2]
+  (result,) = seen["results"]
+  assert result["rows"][0]["difference"]["n"] == 3
+  assert [(k["from_id"], k["relation"], k["to_id"]) for k in seen["graph"]["links"]] == [
+    ("again-1", "repeats", "topk-1")
+  ]
+  assert {node["id"] for node in seen["graph"]["nodes"]} == {"topk-1", "again-1"}
+  assert seen["report"] is False and client.get("/report/topk-1").status_code == 404
+
+
+def test_production_counts_attempts_stalls_and_what_is_left(tmp_path, root):
+  run = make(root, seeds=(0,))["baseline", 0]
+  Root(root).metrics(run, 0).unlink()
+  writer = Metrics(root, run)
+  for step in range(1, 7):
+    started = {"startup/first_step_s": 1.0} if step in (1, 4) else {}
+    writer.add(
+      step,
+      step * 100,
+      started | {"train/loss": 1.0, "train/tokens_per_s": 50.0, "time/step_s": 2.0},
+    )
+  writer.flush()
+  seen = client_of(root, tmp_path).get(f"/api/prod/{run}").json()
+  assert [(a["first_step"], a["last_step"]) for a in seen["attempts"]] == [(1, 3), (4, 6)]
+  assert seen["spent"] == {"startup/first_step_s": 2.0, "time/step_s": 12.0}
+  assert seen["tokens"] == 600 and seen["tokens_per_s"] == 50 and seen["eta_s"] == 0
+
+
+def test_the_report_is_served_in_a_sandbox_and_not_through_a_link(client, root):
+  folder = Root(root).report("topk-1")
+  folder.mkdir(parents=True)
+  (folder / "index.html").write_text("<title>the report</title>")
+  answer = client.get("/report/topk-1")
+  policy = answer.headers["content-security-policy"]
+  assert "the report" in answer.text and policy.startswith("sandbox allow-scripts;")
+  assert client.get("/api/experiment/topk-1").json()["report"] is True
+  (folder / "index.html").unlink()
+  (root.parent / "secret.html").write_text("secret")
+  (folder / "index.html").symlink_to(root.parent / "secret.html")
+  assert client.get("/report/topk-1").status_code == 404
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    "/api/run/..%2f..%2fetc%2fpasswd",
+    "/api/run/../../etc/passwd",
+    "/api/run/nothing",
+    "/report/..%2f..",
+    "/static/..%2fserver.py",
+    "/static/server.py",
+    "/static/%2e%2e/server.py",
+    "/api/experiment/topk",
+    "/api/series?tag=x",
+    "/api/series?run=..&tag=x",
+    "/api/loads?run=.",
+    "/etc/passwd",
+  ],
+)
+def test_no_request_leads_to_a_path(client, path):
+  assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize(
+  "query", ["px=0", "px=1e9", "px=-1", "px=٣", "x=speed", "from=a", "rank=x"]
+)
+def test_wrong_numbers_are_refused(client, ids, query):
+  path = f"/api/series?run={ids['baseline', 0]}&tag=val/bpb&{query}"
+  answer = client.get(path)
+  assert answer.status_code == 400 and "must be" in answer.text
+
+
+def test_only_its_own_name_is_answered(client):
+  for host in ("127.0.0.1:8790", "localhost:8790", "[::1]:8790", "localhost"):
+    assert client.get("/api/runs", headers={"host": host}).status_code == 200, host
+  for host in ("evil.example:8790", "127.0.0.1.evil.example", "", "10.0.0.1:8790"):
+    answer = client.get("/api/runs", headers={"host": host})
+    assert answer.status_code == 421 and "topk" not in answer.text, host
+  assert client.post("/api/runs").status_code == 405
+
+
+def test_where_others_can_reach_it_a_token_is_asked_for(root, ids, tmp_path):
+  client = client_of(root, tmp_path, host="0.0.0.0", token=TOKEN, base="http://10.0.0.7:8790")
+  for path in (*PAGES, "/api/runs", "/static/index.html", "/api/runs?token=wrong"):
+    assert client.get(path).status_code == 403, path
+  entered = client.get(f"/compare?a=1&token={TOKEN}&b=2")
+  assert (entered.status_code, entered.headers["location"]) == (303, "/compare?a=1&b=2")
+  cookie = entered.headers["set-cookie"]
+  assert cookie.startswith(f"{COOKIE}={TOKEN};")
+  assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+  assert client.get("/api/runs").status_code == 200, "the cookie lets in"
+  assert client.get("/api/runs", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_every_answer_carries_its_headers(client):
+  for path in ("/", "/api/runs", "/static/index.html", "/nothing"):
+    headers = client.get(path).headers
+    assert headers["content-security-policy"].startswith("default-src 'self';"), path
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_events_name_the_runs_that_changed(root, ids, tmp_path):
+  server = Server(Live(root, tmp_path / "cache"), every_s=0.01)
+
+  async def first_two():
+    changes = server._changes()
+    first = await anext(changes)
+    write(root, range(1), run=ids["variant", 1])
+    second = await anext(changes)
+    await changes.aclose()
+    return [json.loads(line.removeprefix("data: ")) for line in (first, second)]
+
+  assert anyio.run(first_two) == [
+    {"records": True, "runs": []},
+    {"records": False, "runs": [ids["variant", 1]]},
+  ]
+
+
+def test_a_session_writes_nothing_below_the_root(client, root, ids):
+  before = tree_hash(root)
+  some = ids["baseline", 0]
+  client.get("/api/runs")
+  series(client, run=list(ids.values()), tag=["val/bpb", "train/loss"])
+  for path in (f"run/{some}", f"compare?a={some}&b={some}", f"prod/{some}", "experiment/topk-1"):
+    assert client.get(f"/api/{path}").status_code == 200, path
+  client.get(f"/api/loads?run={some}&layer=0")
+  assert tree_hash(root) == before
+
+
+def test_a_root_without_records_and_one_with_a_corrupt_run(root, tmp_path):
+  empty = client_of(tmp_path / "nothing", tmp_path).get("/api/runs").json()
+  assert empty["runs"] == [] and "no records" in empty["notice"]
+  ids = make(root)
+  path = Root(root).metrics(ids["baseline", 0], 0)
+  path.write_bytes(path.read_bytes()[:6000])
+  client = client_of(root, tmp_path)
+  (bpb,) = series(client, run=[ids["baseline", 0], ids["baseline", 1]], tag="val/bpb")
+  assert list(bpb[2]) == [(ids["baseline", 1], 0)]
+  assert "cannot be read" in client.get(f"/api/run/{ids['baseline', 0]}").json()["trouble"]
+
+
+VENDORED = {  # uPlot 1.6.32 (MIT); htm 3.1.1 with Preact inside (Apache-2.0, MIT), as published
+  "uPlot.iife.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
+  "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+  "preact-htm.js": "72284e8e9079c87817145df1110f74e8a2aa040b2fc384922e18dfcb46fc1fd7",
+}
+
+
+def test_vendored_files_are_as_published_and_have_their_licences():
+  folder = resources.files("stages.viz")
+  for name, digest in VENDORED.items():
+    assert hashlib.sha256((folder / "static" / name).read_bytes()).hexdigest() == digest, name
+  texts = {path.name: path.read_text() for path in (folder / "licenses").iterdir()}
+  assert texts.keys() == {"uPlot", "htm", "preact"}
+  assert "MIT License" in texts["uPlot"] and "Apache License" in texts["htm"]
+  assert "Jason Miller" in texts["preact"]
+
+
+def test_pages_load_nothing_from_elsewhere():
+  for path in (resources.files("stages.viz") / "static").iterdir():
+    if path.name not in VENDORED:
+      text = path.read_text().replace("http://www.w3.org/2000/svg", "")
+      assert "http:" not in text and "https:" not in text, path.name
+
+
+def test_a_configuration_marks_what_is_given():
+  toml = configs.to_toml(configs.load("configs/moonlet/cpu.toml", env={}))
+  marked = {row["key"]: row for row in _marked(toml)}
+  assert marked["moe.num_experts"]["given"] and marked["moe.num_experts"]["kind"] == "identity"
+  assert not marked["train.seed"]["given"] and marked["train.micro_batch"]["value"] == "16"
