@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shapes:
-  """What the kernels of a run depend on. The fields are those of nmoe.config.file's sections;
+  """What the kernels of a run depend on. The fields are those of nmoe.config.sections's sections;
   E is per rank.
   """
 
@@ -41,7 +41,7 @@ class Shapes:
 
   @classmethod
   def of(cls, config) -> Shapes:
-    """The shapes of a configuration (an object with the sections of nmoe.config.file.Config)."""
+    """The shapes of a configuration (like nmoe.config.sections.Config)."""
     sections = (config.model, config.moe, config.data, config.launch, config.target, config.optim)
     sections += (config.rdep,)
     named = {key: value for section in sections for key, value in vars(section).items()}

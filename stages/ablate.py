@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config, diff, fingerprint, kind
 from nmoe.errors import ConfigError
 from stages.judge import paired
 from stages.runs import Arm, Workbench, hypothesis_of, seeds_of
@@ -27,7 +27,7 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
   """
   base, other = configs.load(baseline), configs.load(variant)
   if seeds:
-    other = other.with_values(**{"experiment.seeds": seeds})
+    other = configs.changed(other, {"experiment.seeds": seeds})
   differences(base, other, console)
   bench = Workbench.open(other.run.root, console)
   arms = (bench.arm("baseline", base), bench.arm("variant", other))
@@ -43,10 +43,10 @@ def differences(base: Config, variant: Config, console: Console) -> None:
   for one cause.
   """
   aside = ("experiment.", "train.seed")
-  found = {k: v for k, v in configs.diff(base, variant).items() if not k.startswith(aside)}
+  found = {k: v for k, v in diff(base, variant).items() if not k.startswith(aside)}
   for key, (before, after) in found.items():
     console.print(plain(f"  {key}: {before!r} →"), plain(repr(after), "bold"))
-  causes = [key for key in found if configs.kind(key) != "free" or key == "data.mixture"]
+  causes = [key for key in found if kind(key) != "free" or key == "data.mixture"]
   if len(causes) > 1:
     console.print(
       f"[yellow]{len(causes)} keys differ: the outcome cannot be attributed to one of them[/yellow]"
@@ -56,7 +56,7 @@ def differences(base: Config, variant: Config, console: Console) -> None:
 def check_different(baseline: Arm, variant: Arm) -> None:
   """ConfigError if the arms compute the same from the same data."""
   one, other = (
-    configs.fingerprint(arm.at_seed(baseline.config.train.seed), arm.data.name)
+    fingerprint(arm.at_seed(baseline.config.train.seed), arm.data.name)
     for arm in (baseline, variant)
   )
   if one == other:

@@ -168,9 +168,10 @@ def config_show(config: File) -> None:
 def config_diff(a: File, b: File) -> None:
   """The keys that differ between two configurations."""
   from nmoe.config import file as configs
+  from nmoe.config.sections import diff, kind
 
-  for key, (left, right) in configs.diff(configs.load(a), configs.load(b)).items():
-    typer.echo(f"{key} ({configs.kind(key)}): {left!r} -> {right!r}")
+  for key, (left, right) in diff(configs.load(a), configs.load(b)).items():
+    typer.echo(f"{key} ({kind(key)}): {left!r} -> {right!r}")
 
 
 @bench_app.command("step")

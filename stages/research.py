@@ -29,7 +29,7 @@ def run(path: Path, seeds: int | None, console: Console) -> Path:
   """
   config = configs.load(path)
   if seeds:
-    config = config.with_values(**{"experiment.seeds": seeds})
+    config = configs.changed(config, {"experiment.seeds": seeds})
   bench = Workbench.open(config.run.root, console)
   asked = hypothesis_of(config)
   study = Study(

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config, fingerprint
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
@@ -56,7 +56,7 @@ class Arm:
   point: Point = field(default_factory=dict)
 
   def at_seed(self, seed: int) -> Config:
-    return self.config.with_values(**{"train.seed": seed})
+    return configs.changed(self.config, {"train.seed": seed})
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Workbench:
 
   def arm_record(self, arm: Arm) -> ArmRecord:
     """An arm as the records plan it: what it computes, whatever its seed, with which code."""
-    computation = configs.fingerprint(arm.at_seed(0), arm.data.name)
+    computation = fingerprint(arm.at_seed(0), arm.data.name)
     return ArmRecord(arm.name, arm.point, f"{computation}-{self.code_version}")
 
   def arm(self, name: str, config: Config) -> Arm:
@@ -124,7 +124,7 @@ class Workbench:
     stopped before either, RecordError if another process is at it.
     """
     config, label = arm.at_seed(seed), f"{arm.name} seed {seed}"
-    key = (configs.fingerprint(config, arm.data.name), arm.data.name, seed, self.code_version)
+    key = (fingerprint(config, arm.data.name), arm.data.name, seed, self.code_version)
     done = self.experiments.find_finished(*key)
     if done is not None:
       self.experiments.attach(experiment.id, done.id, arm.name)
@@ -186,7 +186,7 @@ class Workbench:
       arm.name,
       seed,
       toml=configs.to_toml(config),
-      fingerprint=configs.fingerprint(config, arm.data.name),
+      fingerprint=fingerprint(config, arm.data.name),
       data_digest=arm.data.name,
       code_version=self.code_version,
       commit=self.commit,
@@ -221,8 +221,7 @@ class Workbench:
     follow: Callable[[Entry], None] = lambda _: None,
   ) -> Run:
     """Execute a recorded run and return it, completed or failed; RunError if it stopped before."""
-    total = job.config.schedule.total_tokens // job.config.schedule.batch_tokens
-    line = display.line(label, total, f"starting {job.run}")
+    line = display.line(label, job.config.steps, f"starting {job.run}")
 
     def show(entry: Entry) -> None:
       line.follow(entry)

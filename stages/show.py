@@ -12,7 +12,7 @@ from kernels.shapes import Shapes
 from kernels.tools.build import build
 from nmoe.config import file as configs
 from nmoe.config import plan as plans
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
 from nmoe.records.reader import Reader

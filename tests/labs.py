@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config import file as configs
+from nmoe.config.sections import fingerprint
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get
 from nmoe.errors import NmoeError
@@ -117,13 +118,13 @@ class Lab:
 
   def record(self, **values: Any) -> str:
     """A new run of the configuration with keys replaced, "." written "__"; its id."""
-    config = self.config.with_values(**{k.replace("__", "."): v for k, v in values.items()})
+    config = configs.changed(self.config, {k.replace("__", "."): v for k, v in values.items()})
     run = self.records.start_run(
       self.experiment.id,
       "arm",
       config.train.seed,
       toml=configs.to_toml(config),
-      fingerprint=configs.fingerprint(config, self.data.name),
+      fingerprint=fingerprint(config, self.data.name),
       data_digest=self.data.name,
       code_version="code",
       commit="",

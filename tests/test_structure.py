@@ -16,7 +16,7 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "arch errors arithmetic copies ops shapes gradient halves ragged places formats buffers flight "
     "exchange reference cuda tools"
   ).split(),
-  "nmoe": "errors records config machine data distributed model evals train bench".split(),
+  "nmoe": "errors tables records config machine data distributed model evals train bench".split(),
   "stages": "text judge launch report viz runs study show research ablate proofs cli".split(),
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15

@@ -27,7 +27,7 @@ from kernels.buffers import DISPATCH, RETURN, Route
 from kernels.ops import Product, Recipe
 from kernels.places import places
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import unknown

@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nmoe.config.file import Config, leaves
+from nmoe.config.file import changed
 from nmoe.config.owners import Span, is_matrix, owners, parameter_group
+from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
 
 TRANSIENT = 2  # slots of received rows that one trip sends and reads (nmoe.distributed.rdep)
@@ -273,7 +274,7 @@ def _evaluation(config: Config) -> Term:
 
   The loss stores no logits then (kernels.cuda.loss).
   """
-  m, tokens, width = config.model, _tokens(config), _width(config)
+  m, tokens, width = config.model, config.rank_tokens, _width(config)
   residual = 2 * tokens * m.dim * width
   layer = max(_kept_per_token(config, i) * tokens for i in range(m.num_layers))
   return Term("evaluation", f"{residual:,} residual, {layer:,.0f} of a layer", residual + layer)
@@ -285,8 +286,8 @@ def rdep_bytes(config: Config) -> RdepBytes:
   if c.expert_ranks == 1:
     return RdepBytes(0, 0, 0)
   num_local = c.moe.num_experts // c.expert_ranks
-  rows = _tokens(c) * c.moe.top_k
-  worst = _tokens(c) * min(c.moe.top_k, num_local) * c.expert_ranks
+  rows = c.rows
+  worst = c.rank_tokens * min(c.moe.top_k, num_local) * c.expert_ranks
   return RdepBytes(*(_heap(c, n) for n in (rows, math.ceil(c.rdep.capacity * rows), worst)))
 
 
@@ -303,7 +304,7 @@ def row_slots(config: Config) -> int:
 
 def _heap(config: Config, received: int) -> int:
   """Bytes of one rank's block when it can receive this many rows in a round."""
-  ranks, rows = config.expert_ranks, _tokens(config) * config.moe.top_k
+  ranks, rows = config.expert_ranks, config.rows
   align = config.rdep.alignment
   places = max(-(-received // align), 1) * align
   row = config.model.dim * _width(config)
@@ -316,22 +317,13 @@ def _heap(config: Config, received: int) -> int:
   return sum(-(-size // 256) * 256 for size in sizes)
 
 
-def _tokens(config: Config) -> int:
-  return config.train.micro_batch * config.data.seq_len
-
-
 def _width(config: Config) -> int:
   """Bytes of a parameter or an activation."""
   return 4 if config.target.dtype == "fp32" else 2
 
 
-def _several(config: Config) -> bool:
-  """Whether a step has several micro-batches, whose gradients are summed in fp32."""
-  return config.schedule.batch_tokens > _tokens(config) * config.launch.ranks
-
-
 def _grad_width(config: Config) -> int:
-  return 4 if _several(config) else _width(config)
+  return 4 if config.micro_batches > 1 else _width(config)
 
 
 def _held(config: Config) -> Iterator[Term]:
@@ -428,8 +420,8 @@ class _Moment:
 
 def _moments_of_step(config: Config) -> Iterator[_Moment]:
   """The moments at which memory can peak, of the last micro-batch of a step."""
-  m, tokens, width, grad = config.model, _tokens(config), _width(config), _grad_width(config)
-  several = _several(config)
+  m, tokens, width, grad = config.model, config.rank_tokens, _width(config), _grad_width(config)
+  several = config.micro_batches > 1  # gradients are summed in fp32
   layers = [_kept_per_token(config, i) * tokens for i in range(m.num_layers)]
   grads = _layer_elements(config)
   total = parameters(config).total - parameters(config).experts + sum(e for _, e in grads)
@@ -527,22 +519,20 @@ def _kept_formula(config: Config) -> str:
       terms = _kept_terms(config, layers[0])
       inside = " + ".join(f"{value:,.0f} {name}" for name, value in terms.items())
       parts.append(f"{len(layers)} {kind} layers · ({inside})")
-  return f"{_tokens(config):,} tokens · [{' + '.join(parts)}]"
+  return f"{config.rank_tokens:,} tokens · [{' + '.join(parts)}]"
 
 
 def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
   """Gradients of activations inside one layer's backward pass, and of weights not yet added."""
-  m, e, width = config.model, config.moe, _width(config)
+  m, e, width, tokens = config.model, config.moe, _width(config), config.rank_tokens
   dense, experts = _layer_elements(config)[layer]
   if layer < m.num_dense_layers:
-    rows, ffn = _tokens(config), m.dense_dim
+    rows, ffn = tokens, m.dense_dim
   else:
-    rows, ffn = _tokens(config) * e.top_k, e.expert_dim
-  inner = rows * (3 * ffn + m.dim) * width + 3 * _tokens(config) * m.dim * width
-  formula = (
-    f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {_tokens(config):,} · {m.dim} · {width}"
-  )
-  if _several(config) and width < 4 and not _adds_in_place(config):
+    rows, ffn = config.rows, e.expert_dim
+  inner = rows * (3 * ffn + m.dim) * width + 3 * tokens * m.dim * width
+  formula = f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {tokens:,} · {m.dim} · {width}"
+  if config.micro_batches > 1 and width < 4 and not _adds_in_place(config):
     block = experts or 3 * m.dim * m.dense_dim
     inner += block * width + block * 2 / 3 * 4
     formula += f", {block:,} weight gradients · {width} and two thirds · 4"
@@ -587,10 +577,10 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
 def _peak_with(config: Config, key: str, value: object) -> int | None:
   """Peak bytes of the changed configuration; None if it is not a valid one."""
   try:
-    changed = config.with_values(**{key: value})
+    other = changed(config, {key: value})
   except ConfigError:
     return None
-  return plan(changed).peak_bytes
+  return plan(other).peak_bytes
 
 
 def _gib(count: float) -> str:

@@ -14,21 +14,20 @@ import torch.distributed as dist
 from kernels.buffers import BufferLayout, Buffers
 from kernels.exchange import Memory
 from kernels.ops import KernelError
-from nmoe.config.file import Config
 from nmoe.config.plan import row_slots
+from nmoe.config.sections import Config
 from nmoe.errors import CommError
 
 
 def buffer_layout(config: Config) -> BufferLayout:
   """One rank's block: ⌈capacity · T·K⌉ received rows, rounded up to the alignment, in each slot."""
-  rows = config.train.micro_batch * config.data.seq_len * config.moe.top_k
   align = config.rdep.alignment
-  received = math.ceil(config.rdep.capacity * rows)
+  received = math.ceil(config.rdep.capacity * config.rows)
   return BufferLayout(
     ranks=config.expert_ranks,
     experts=config.moe.num_experts,
     capacity=max(math.ceil(received / align), 1) * align,
-    rows=rows,
+    rows=config.rows,
     dim=config.model.dim,
     dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
     payload=config.rdep.payload,

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nmoe.config.file import Config
 from nmoe.config.owners import Span
 from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Passes, Rdep
 from nmoe.errors import CommError
 from nmoe.machine.target import Target

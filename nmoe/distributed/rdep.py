@@ -79,8 +79,8 @@ from kernels.exchange import Memory
 from kernels.formats import quantize_rows
 from kernels.ops import Ops, Product, Recipe
 from kernels.places import places
-from nmoe.config.file import Config
 from nmoe.config.plan import TRANSIENT, row_slots
+from nmoe.config.sections import Config
 from nmoe.distributed.heap import Heap, buffer_layout
 from nmoe.errors import CommError
 

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nmoe.config import plan
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.machine.versions import installed, pip_line, python_clauses, requirements, satisfies
 
 OURS = ("kernels", "nmoe", "stages")

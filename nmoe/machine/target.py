@@ -24,8 +24,8 @@ import torch
 from kernels.arch import ARCHS
 from kernels.exchange import Memory
 from kernels.ops import Ops
-from nmoe.config.file import Config
 from nmoe.config.plan import peak_flops
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, TargetError
 from nmoe.machine.versions import installed, pip_line, requirements
 

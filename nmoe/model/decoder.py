@@ -21,8 +21,8 @@ from kernels.copies import Copies
 from kernels.formats import derive
 from kernels.gradient import gradient
 from kernels.ops import Ops, Recipe, Routing
-from nmoe.config.file import Config, ModelConfig, YarnConfig
 from nmoe.config.owners import is_matrix, parameter_group
+from nmoe.config.sections import Config, ModelConfig, YarnConfig
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.model.init import NormalInit

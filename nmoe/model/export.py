@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.config.file import Config
 from nmoe.config.plan import parameter_shapes
+from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, ConfigError
 
 TOP = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.ops import Ops, RouterSpec, Routing
-from nmoe.config.file import MoeConfig
+from nmoe.config.sections import MoeConfig
 
 
 class Router(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nmoe.config import file as configs
 from nmoe.config import plan
-from nmoe.config.file import Config
+from nmoe.config.sections import Config, diff, kind
 from nmoe.data.loader import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
@@ -87,13 +87,11 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   stop.
   """
   c, target, ranks = session.config, session.target, session.parallel
-  batch_size = c.schedule.batch_tokens // c.data.seq_len
-  total = c.schedule.total_tokens // c.schedule.batch_tokens
-  micros = batch_size // (c.train.micro_batch * ranks.ranks)
+  total, micros = c.steps, c.micro_batches
   loader = Loader(session.data, seq_len=c.data.seq_len, seed=c.train.seed)
   batches = Prefetcher(
     loader,
-    batch_size,
+    c.sequences,
     start=state.step,
     stop=total,
     rank=ranks.rank,
@@ -230,8 +228,8 @@ def check_identity(written: Config, wanted: Config, folder: Path) -> None:
   does; other keys that differ are said to be in the log.
   """
   lines: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
-  for key, (before, now) in configs.diff(written, wanted).items():
-    lines[configs.kind(key)].append(f"{key}: checkpoint {before!r}, now {now!r}")
+  for key, (before, now) in diff(written, wanted).items():
+    lines[kind(key)].append(f"{key}: checkpoint {before!r}, now {now!r}")
   if lines["identity"]:
     raise CheckpointError(
       f"{folder} holds another model: {'; '.join(lines['identity'])}; restore these keys or start "
@@ -296,7 +294,7 @@ def execute(
       ranks.saving,
     ),
     meta,
-    Profiler(options.trace, config.schedule.total_tokens // config.schedule.batch_tokens),
+    Profiler(options.trace, config.steps),
     startup,
     Progress(options.progress),
     options.first,

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from kernels.copies import Copies
 from kernels.ops import Ops
-from nmoe.config.file import Config
 from nmoe.config.owners import Span, parameter_group
+from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, RunError
 from nmoe.model.decoder import Rows, copies_of, matrix_blocks
 from nmoe.records.checkpoint import Part
@@ -86,12 +86,9 @@ class Optimizer:
     self.slots: dict[str, list[Slot]] = {group: [] for group in GROUPS}
     self.adamw: dict[tuple, Batch] = {}
     self.muon: list[Batch] = []
-    several = config.schedule.batch_tokens > (
-      config.data.seq_len * config.train.micro_batch * config.launch.ranks
-    )
     copies = copies_of(model)
     for name, param in model.named_parameters():
-      if several:
+      if config.micro_batches > 1:  # whose gradients are summed
         param.grad_dtype = torch.float32
       if owned is None or name in owned:
         rows = slice(0, len(param)) if owned is None else slice(*owned[name])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from nmoe.config.file import ScheduleConfig
+from nmoe.config.sections import ScheduleConfig
 
 
 def lr_factor(tokens: int, config: ScheduleConfig) -> float:

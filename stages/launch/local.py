@@ -25,7 +25,7 @@ from pathlib import Path
 from kernels.arch import environment
 from kernels.shapes import Shapes
 from kernels.tools import build
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry
 

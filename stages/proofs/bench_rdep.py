@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from stages.launch.display import Display
 from stages.launch.local import Job
@@ -58,7 +58,7 @@ def layer_config(
 ) -> Config:
   """The configuration with one batch of one sequence of `tokens` tokens a rank."""
   ranks = ranks or config.launch.ranks
-  tokens = tokens or config.train.micro_batch * config.data.seq_len
+  tokens = tokens or config.rank_tokens
   if ranks < 2:
     raise ConfigError(f"{path}: one rank sends nothing; measure 2 or more: --ranks 2")
   if not config.rdep.peer_access:
@@ -86,7 +86,7 @@ def layer_config(
   if shape is not None:
     keys = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim")
     values |= dict(zip(keys, SHAPES[shape], strict=True))
-  return config.with_values(**values)
+  return configs.changed(config, values)
 
 
 def _measured(bench: Workbench, config: Config, name: str, repeats: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nmoe.config import file as configs
 from nmoe.config import plan
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.records.metrics import Series, read
 from nmoe.records.reader import Run
@@ -83,7 +83,7 @@ def step(
     "train.keep_checkpoints": 0,
     "experiment.name": f"bench-{path.stem}-{time.strftime('%H%M%S')}",
   }
-  config = config.with_values(**changed)
+  config = configs.changed(config, changed)
   bench = Workbench.open(config.run.root, console, anew=True)
   begun = time.monotonic()
   arm = bench.arm(path.stem, config)

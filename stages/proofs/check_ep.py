@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.metrics import read
@@ -121,7 +121,7 @@ def at_ranks(config: Config, ranks: int) -> Config:
 
   Where rdep.group is set, experts lie over the largest divisor of it that divides the ranks.
   """
-  sequences, experts = config.schedule.batch_tokens // config.data.seq_len, config.moe.num_experts
+  sequences, experts = config.sequences, config.moe.num_experts
   group = {r: math.gcd(config.rdep.group, r) for r in (ranks, *range(1, sequences + 1))}
   if ranks < 1 or experts % group[ranks] or sequences % ranks:
     fitting = [r for r in range(1, sequences + 1) if not (experts % group[r] or sequences % r)]
@@ -130,20 +130,22 @@ def at_ranks(config: Config, ranks: int) -> Config:
       f"sequences and num_experts {experts}; choose from {', '.join(map(str, fitting))}"
     )
   micro = max(1, config.train.micro_batch * config.launch.ranks // ranks)
-  return config.with_values(
-    **{
+  return configs.changed(
+    config,
+    {
       "launch.ranks": ranks,
       "rdep.group": group[ranks],
       "train.micro_batch": math.gcd(micro, sequences // ranks),
       "train.cuda_graph": config.train.cuda_graph and ranks == 1,
-    }
+    },
   )
 
 
 def shortened(config: Config, name: str, steps: int) -> Config:
   """The configuration with `steps` steps at its full rates, and a checkpoint after the last."""
-  return config.with_values(
-    **{
+  return configs.changed(
+    config,
+    {
       "schedule.total_tokens": steps * config.schedule.batch_tokens,
       "schedule.warmup_tokens": 0,
       "schedule.decay_tokens": 0,
@@ -156,7 +158,7 @@ def shortened(config: Config, name: str, steps: int) -> Config:
       "experiment.direction": "none",
       "experiment.min_effect": 0.0,
       "experiment.seeds": 1,
-    }
+    },
   )
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.metrics import Series, read
@@ -131,8 +131,9 @@ def shortened(config: Config, name: str, steps: int, ranks: Sequence[int] = ()) 
   statement = "A run that is killed and resumed is bit-equal to one that is not."
   if change:
     statement = "A killed run goes on at another number of ranks: it loads the same, trains alike."
-  return config.with_values(
-    **{
+  return configs.changed(
+    config,
+    {
       "schedule.total_tokens": steps * batch,
       "schedule.warmup_tokens": steps // 4 * batch,
       "schedule.decay_tokens": steps // 4 * batch,
@@ -145,7 +146,7 @@ def shortened(config: Config, name: str, steps: int, ranks: Sequence[int] = ()) 
       "experiment.direction": "none",
       "experiment.min_effect": 0.0,
       "experiment.seeds": 1,
-    }
+    },
   )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nmoe.config import file as configs
+from nmoe.config.sections import diff, kind
 from stages.report.findings import LEGS, Arm, Findings
 
 HEALTH = ("load_max_over_mean", "load_p05", "load_p95", "dead", "entropy", "bias_range")
@@ -56,8 +57,8 @@ def changes(arms: Sequence[Arm]) -> list[list[str]]:
   """
   parsed = [configs.loads(arm.runs[0].toml, arm.name) for arm in arms]
   return [
-    [key, repr(a), repr(b), configs.kind(key)]
-    for key, (a, b) in configs.diff(*parsed).items()
+    [key, repr(a), repr(b), kind(key)]
+    for key, (a, b) in diff(*parsed).items()
     if not key.startswith("experiment.")
   ]
 

@@ -24,7 +24,8 @@ from gpu.oracle import FOUR, relative, roundings
 from kernels.arch import ARCHS
 from kernels.cuda import puts, symmetric
 from kernels.ops import Recipe
-from nmoe.config.file import Config, loads
+from nmoe.config.file import loads
+from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError
 

@@ -20,7 +20,7 @@ from kernels.cuda.experts import grouped_mlp, grouped_mlp_backward, grouped_mlp_
 from kernels.cuda.jit import ARCH
 from kernels.ops import Recipe
 from nmoe.config import file as configs
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.model.decoder import Linear, Model
 from nmoe.records import checkpoint
 from nmoe.train.optim import Optimizer
@@ -71,7 +71,7 @@ def config_of(name: str, emulate: bool, kind: str) -> Config:
     "optim.matrices": kind,
     "optim.experts": kind,
   }
-  return configs.load(SMALL, env={}).with_values(**values)
+  return configs.changed(configs.load(SMALL, env={}), values)
 
 
 def micro_batch(model: Model, seed: int) -> None:

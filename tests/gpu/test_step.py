@@ -14,8 +14,8 @@ import kernels.cuda
 import kernels.reference
 from gpu.oracle import relative
 from nmoe.config import file as configs
-from nmoe.config.file import Config
 from nmoe.config.plan import plan
+from nmoe.config.sections import Config
 from nmoe.model.decoder import Model
 from nmoe.records.metrics import read
 from stages.runs import Workbench, progress_display
@@ -30,8 +30,9 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 def small(steps: int, **values: object) -> Config:
   """small.toml over bytes, without evaluation."""
   config = configs.load(SMALL)
-  return config.with_values(
-    **{
+  return configs.changed(
+    config,
+    {
       "data.tokenizer": "byte",
       "model.vocab_size": 384,
       "schedule.total_tokens": steps * config.schedule.batch_tokens,
@@ -39,7 +40,7 @@ def small(steps: int, **values: object) -> Config:
       "schedule.decay_tokens": 0,
       "train.eval_every": 0,
       **values,
-    }
+    },
   )
 
 
@@ -105,7 +106,7 @@ def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
   config = small(12, **values)
   bench = Workbench.open(str(tmp_path), Console())
   arms = [bench.arm("eager", config), bench.arm("eager", config)]
-  arms.append(bench.arm("graph", config.with_values(**{"train.cuda_graph": True})))
+  arms.append(bench.arm("graph", configs.changed(config, {"train.cuda_graph": True})))
   experiment = bench.experiment("research", config, arms)
   with progress_display(bench.console) as progress:
     runs = [bench.repeat(experiment, arm, 0, progress) for arm in arms]

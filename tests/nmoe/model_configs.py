@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nmoe.config.file import Config, loads
+from nmoe.config.file import changed, loads
+from nmoe.config.sections import Config
 
 TINY = """
 [experiment]
@@ -52,4 +53,4 @@ loss_chunk = 20
 def tiny(**values: Any) -> Config:
   """The tiny configuration with dotted keys replaced, "." written "__": tiny(moe__top_k=2)."""
   config = loads(TINY, env={})
-  return config.with_values(**{key.replace("__", "."): value for key, value in values.items()})
+  return changed(config, {key.replace("__", "."): value for key, value in values.items()})

@@ -1,6 +1,7 @@
 """The configuration: round trips, layers, tags, and an error that names file, key and value."""
 
 from dataclasses import MISSING, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,8 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nmoe.config import file as configs
-from nmoe.config.file import SECTIONS, Config, diff, fingerprint, kind, leaves, load, loads, to_toml
+from nmoe.config.file import load, loads, to_toml
+from nmoe.config.sections import SECTIONS, Config, diff, fingerprint, kind, leaves
 from nmoe.errors import ConfigError
+from nmoe.tables import Range
 
 BASE_TEXT = """
 [experiment]
@@ -105,10 +108,16 @@ def other_value(key: str, value: Any) -> Any:
 )
 def test_a_resolved_file_reads_back_equal(strings, rate, clip, seed, linears, flag):
   """Any text (quotes, controls, ${…}), any float to the last bit; the environment plays no part."""
-  config = BASE.with_values(
-    **strings,
-    **{"optim.dense_lr": rate, "optim.clip_norm": clip, "train.seed": seed},
-    **{"precision.linears": tuple(linears), "rdep.peer_access": flag},
+  config = configs.changed(
+    BASE,
+    {
+      **strings,
+      "optim.dense_lr": rate,
+      "optim.clip_norm": clip,
+      "train.seed": seed,
+      "precision.linears": tuple(linears),
+      "rdep.peer_access": flag,
+    },
   )
   again = loads(to_toml(config), env={"NMOE_ROOT": "/elsewhere", "NMOE_TRAIN__SEED": "7"})
   assert again == config and diff(again, config) == {}
@@ -137,7 +146,7 @@ def test_the_fingerprint_ignores_free_fields_and_nothing_else(key):
 def test_the_fingerprint_covers_the_data_and_not_the_spelling():
   assert fingerprint(BASE, "a") != fingerprint(BASE, "b")
   assert len(fingerprint(BASE)) == 16
-  whole, point = (BASE.with_values(**{"model.rope_theta": v}) for v in (10000, 10000.0))
+  whole, point = (configs.changed(BASE, {"model.rope_theta": v}) for v in (10000, 10000.0))
   assert fingerprint(whole) == fingerprint(point)
 
 
@@ -343,7 +352,7 @@ def test_a_default_root_expands_too(tmp_path):
     ("schedule.batch_tokens", {"schedule.batch_tokens": 1}, "the nearest are 4096 and 8192"),
     ("schedule.total_tokens", {"schedule.total_tokens": 4095}, "is less than one batch 4096"),
     ("schedule.warmup_tokens", {"schedule.decay_tokens": 1_200_000}, "exceeds total_tokens"),
-    ("schedule.final_ratio", {"schedule.final_ratio": 1.5}, "must be at most 1"),
+    ("schedule.final_ratio", {"schedule.final_ratio": 1.5}, "must be in [0, 1]"),
     ("model.num_dense_layers", {"model.num_dense_layers": 5}, "exceeds num_layers 4"),
     ("model.qk_rope_dim", {"model.qk_rope_dim": 15}, "must be even"),
     ("model.dim", {"model.dim": 0}, "must be positive"),
@@ -383,24 +392,56 @@ def test_a_default_root_expands_too(tmp_path):
 )
 def test_invariants(key, values, said):
   with pytest.raises(ConfigError) as error:
-    BASE.with_values(**values)
+    configs.changed(BASE, values)
   assert key in str(error.value) and said in str(error.value)
 
 
-def test_with_values_checks_names_and_types():
+def test_changed_checks_names_and_types():
   with pytest.raises(
     ConfigError, match="unknown key optim.dense = 1; did you mean 'optim.dense_lr'"
   ):
-    BASE.with_values(**{"optim.dense": 1})
+    configs.changed(BASE, {"optim.dense": 1})
   with pytest.raises(ConfigError, match="train.seed = 1.5 is float, must be int"):
-    BASE.with_values(**{"train.seed": 1.5})
+    configs.changed(BASE, {"train.seed": 1.5})
 
 
 def test_every_number_has_a_range_or_none_is_needed():
-  """A new numeric field must join a rule, or be named here as free of one."""
-  flat = leaves(BASE)
-  ruled = set(configs._POSITIVE) | set(configs._NOT_NEGATIVE)
-  ruled |= {"optim.beta1", "optim.beta2", "optim.muon_momentum", "yarn.factor"}
+  """A new numeric field states its range, or is named here as free of one."""
+  ranged = {
+    f"{section}.{f.name}"
+    for section, cls in SECTIONS.items()
+    for f in fields(cls)
+    if "range" in f.metadata
+  }
   free = {"yarn.beta_fast", "yarn.beta_slow", "yarn.mscale_all_dim"}
-  numbers = {key for key in flat if HINTS[key] in (int, float)}
-  assert numbers - ruled - free == set()
+  numbers = {key for key in HINTS if HINTS[key] in (int, float)}
+  assert numbers == ranged | free
+
+
+@pytest.mark.parametrize("key", sorted(k for k in HINTS if HINTS[k] in (int, float)))
+def test_every_default_is_in_its_range(key):
+  section, name = key.split(".")
+  f = next(f for f in fields(SECTIONS[section]) if f.name == name)
+  assert f.default is MISSING or "range" not in f.metadata or f.default in f.metadata["range"]
+
+
+@pytest.mark.parametrize(
+  ("limits", "inside", "outside", "said"),
+  [
+    ({"gt": 0}, (1e-300, inf), (0, -1), "must be positive"),
+    ({"ge": 0}, (0, inf), (-1e-300,), "must not be negative"),
+    ({"ge": 0.1}, (0.1,), (0.09,), "must be at least 0.1"),
+    ({"gt": 0, "lt": inf}, (1,), (0, inf), "must be positive and finite"),
+    ({"ge": 0, "lt": 1}, (0, 0.99), (1, -1), "must be in [0, 1)"),
+    ({"gt": 0, "le": 1}, (1,), (0, 1.01), "must be in (0, 1]"),
+  ],
+)
+def test_ranges(limits, inside, outside, said):
+  allowed = Range(**limits)
+  assert all(v in allowed for v in inside) and not any(v in allowed for v in outside)
+  assert str(allowed) == said
+
+
+def test_sizes_that_follow_from_keys():
+  c = configs.changed(BASE, {"launch.ranks": 2, "train.micro_batch": 4, "moe.top_k": 2})
+  assert (c.steps, c.sequences, c.rank_tokens, c.rows, c.micro_batches) == (300, 16, 1024, 2048, 2)

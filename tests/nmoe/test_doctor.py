@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nmoe.config.file import Config, load
+from nmoe.config.file import changed, load
+from nmoe.config.sections import Config
 from nmoe.machine import doctor
 
 
 def config(root: Path, **values) -> Config:
   values = {"run.root": str(root), "target.dtype": "bf16"} | values
-  return load("configs/moonlet/cpu.toml", env={}).with_values(**values)
+  return changed(load("configs/moonlet/cpu.toml", env={}), values)
 
 
 def found(checks, name: str) -> doctor.Check:

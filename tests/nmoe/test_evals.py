@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmoe.config.file import changed
 from nmoe.data.loader import Validation, open_data
 from nmoe.evals.heldout import evaluate
 from nmoe.train import loop as train
@@ -34,7 +35,7 @@ class Ranks:
 def measure(trained, micro_batch: int, ranks: int = 1) -> dict[str, float]:
   model, data, config = trained
   batch = {"train.micro_batch": micro_batch, "schedule.batch_tokens": 64 * micro_batch}
-  config = config.with_values(**batch)
+  config = changed(config, batch)
   validation = Validation(data, seq_len=64, tokens=2048)
   sums: list = []
   for rank in range(ranks):

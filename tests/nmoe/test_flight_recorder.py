@@ -8,7 +8,7 @@ from model_configs import tiny
 
 from kernels import reference
 from kernels.reference import quantize
-from nmoe.config.file import to_toml
+from nmoe.config.file import changed, to_toml
 from nmoe.data.loader import open_data
 from nmoe.data.mixture import FilesSource, Mixture
 from nmoe.data.prepare import prepare
@@ -210,13 +210,13 @@ def trained(folder, config, name, stop=-1):
 def six_steps(**values):
   """A configuration of six steps of two micro-batches each, all logged."""
   config = config_of("nvfp4", model__vocab_size=257, schedule__total_tokens=48 * 6, **values)
-  return config.with_values(**{"train.log_every": 1, "train.micro_batch": 1, "launch.threads": 1})
+  return changed(config, {"train.log_every": 1, "train.micro_batch": 1, "launch.threads": 1})
 
 
 def test_training_has_the_same_bits_with_and_without(folder):
   config = six_steps(train__keep_checkpoints=0)
   plain, without = trained(folder, config, "without")
-  config = config.with_values(**{"train.flight_every": 2})
+  config = changed(config, {"train.flight_every": 2})
   watched, logged = trained(folder, config, "with")
   assert plain == watched and len(plain) == 6
   tag = "flight/1/experts/w2.wgrad_dy/sqnr_db"

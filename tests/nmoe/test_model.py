@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kernels import reference
-from nmoe.config.file import Config
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.model.decoder import (
   Model,

@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import _muon
 
 from kernels import reference
-from nmoe.config.file import Config, load
+from nmoe.config.file import changed, load
 from nmoe.config.owners import owners
+from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, RunError
 from nmoe.model.decoder import Model, matrix_blocks, parameter_group
 from nmoe.train import optim
@@ -44,7 +45,7 @@ TINY = {
 
 
 def config(**values) -> Config:
-  return load("configs/moonlet/cpu.toml", env={}).with_values(**(TINY | values))
+  return changed(load("configs/moonlet/cpu.toml", env={}), TINY | values)
 
 
 def build(c: Config) -> tuple[Model, Optimizer]:
@@ -146,7 +147,7 @@ def test_muon_equals_torch_on_a_plain_matrix(shape):
 def test_muon_orthogonalises_each_logical_block():
   """The update of every block equals Muon of that block alone, experts one by one."""
   c = config(**{"optim.matrices": "muon", "optim.experts": "muon", "optim.dense_weight_decay": 0.0})
-  c = c.with_values(**{"optim.expert_weight_decay": 0.0, "optim.muon_momentum": 0.0})
+  c = changed(c, {"optim.expert_weight_decay": 0.0, "optim.muon_momentum": 0.0})
   model, optimizer = build(c)
   before = copy.deepcopy(model.state_dict())
   fill_grads(model, 1)
@@ -286,7 +287,7 @@ def test_nan_scale_changes_nothing_but_the_count(kind):
 def test_owners_update_their_rows_as_one_rank_does(ranks, kind, dtype, moments):
   """From the same summed gradients, bit for bit: weights, state, and squares that add up."""
   c = config(**{"optim.matrices": kind, "optim.experts": kind, "optim.moments": moments})
-  c = c.with_values(**{"target.dtype": dtype})
+  c = changed(c, {"target.dtype": dtype})
   model, optimizer = build(c)
   shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
   parts = []
@@ -324,7 +325,7 @@ def test_owners_update_their_rows_as_one_rank_does(ranks, kind, dtype, moments):
 def test_state_round_trip_is_bit_exact(kind, dtype, moments):
   """save → load → steps equals the uninterrupted run bit for bit."""
   c = config(**{"optim.matrices": kind, "optim.experts": kind, "optim.moments": moments})
-  c = c.with_values(**{"target.dtype": dtype})
+  c = changed(c, {"target.dtype": dtype})
   model, optimizer = build(c)
   run(model, optimizer, range(3))
   weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -369,7 +370,7 @@ def test_bf16_parameters_follow_fp32_masters():
   c = config(**{"target.dtype": "bf16", "optim.dense_lr": 1e-4})
   plain = Plain(4, 4, torch.bfloat16)
   nn.init.ones_(plain.o.weight)
-  optimizer = Optimizer(plain, c.with_values(**{"optim.dense_weight_decay": 0.0}), reference)
+  optimizer = Optimizer(plain, changed(c, {"optim.dense_weight_decay": 0.0}), reference)
   for _ in range(100):
     plain.o.weight.grad = torch.ones_like(plain.o.weight)
     optimizer.step(1.0, ONE)

@@ -20,8 +20,9 @@ from torch import nn
 
 import kernels.reference as ops
 from kernels.reference import symmetric
-from nmoe.config.file import Config
+from nmoe.config.file import changed
 from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.config.sections import Config
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel, Shared
 from nmoe.distributed.rdep import Rdep
@@ -277,7 +278,7 @@ def test_init_joins_the_ranks(tmp_path: Path, expert_ranks: int, second: int) ->
 
 
 def test_init_refuses_what_the_target_cannot() -> None:
-  apart = settings(2, 2.0).with_values(**{"rdep.peer_access": False})
+  apart = changed(settings(2, 2.0), {"rdep.peer_access": False})
   with pytest.raises(ConfigError, match="set it to true"):
     select(apart)
   alone = settings(1, 2.0)

@@ -32,7 +32,8 @@ from kernels.places import places
 from kernels.reference import symmetric
 from kernels.reference.blockscale import quantize
 from kernels.reference.exchange import Exchange
-from nmoe.config.file import Config, loads
+from nmoe.config.file import changed, loads
+from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Rdep
 from nmoe.model.decoder import Model
 
@@ -92,7 +93,7 @@ CASES = {
 def config(num_ranks: int, payload: str, capacity: float = 4.0) -> Config:
   values = {"launch.ranks": num_ranks, "train.micro_batch": 4 // num_ranks}
   values |= {"rdep.capacity": capacity, "rdep.payload": payload}
-  return loads(BASE, env={}).with_values(**values)
+  return changed(loads(BASE, env={}), values)
 
 
 def exact(x: Tensor) -> Tensor:
@@ -436,7 +437,7 @@ def test_rows_as_they_are_are_not_quantized() -> None:
 @pytest.mark.parametrize("payload", PACKED)
 def test_a_model_of_one_rank_quantizes_too(payload: str) -> None:
   x, expert, gate, dy, w13, w2 = data(0)
-  model = Model(config(1, payload).with_values(**{"model.num_dense_layers": 0}), ops)
+  model = Model(changed(config(1, payload), {"model.num_dense_layers": 0}), ops)
   experts = model.layers[0].moe.experts
   with torch.no_grad():
     experts.w13.copy_(w13)

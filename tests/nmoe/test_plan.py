@@ -14,8 +14,9 @@ import torch
 from model_configs import tiny
 
 from kernels import reference
-from nmoe.config.file import Config, diff, load
+from nmoe.config.file import changed, load
 from nmoe.config.plan import DEVICES, fits, parameter_shapes, peak_flops, plan
+from nmoe.config.sections import Config, diff
 from nmoe.distributed.heap import buffer_layout
 from nmoe.distributed.parallel import shared
 from nmoe.model.decoder import Model, parameter_group
@@ -190,8 +191,8 @@ def test_memory_terms_of_moonlet_on_one_h200():
 )
 def test_gradients_that_autograd_adds_are_first_beside_those_that_are_there(values, beside):
   config = load(CONFIGS / "moonlet" / "h200.toml", env={})
-  config = config.with_values(**{"model.vocab_size": 1024})  # so that a layer is the peak
-  other = config.with_values(**values | {"target.emulate_blockscale": "target.dtype" in values})
+  config = changed(config, {"model.vocab_size": 1024})  # so that a layer is the peak
+  other = changed(config, values | {"target.emulate_blockscale": "target.dtype" in values})
   workspace = [{t.name: t for t in plan(c).memory}["workspace"] for c in (config, other)]
   assert ["weight gradients" in term.formula for term in workspace] == [False, beside]
 
@@ -199,7 +200,7 @@ def test_gradients_that_autograd_adds_are_first_beside_those_that_are_there(valu
 def test_one_micro_batch_keeps_gradients_in_bf16_and_never_all_of_them_with_all_activations():
   config = load(CONFIGS / "moonlet" / "h200.toml", env={})
   tokens = config.train.micro_batch * config.data.seq_len
-  one = plan(config.with_values(**{"schedule.batch_tokens": tokens}))
+  one = plan(changed(config, {"schedule.batch_tokens": tokens}))
   assert one.peak_bytes < plan(config).peak_bytes - 4 * one.parameters.total / 2
   transient = [t.value for t in one.memory if t.name in ("activations", "gradients", "workspace")]
   assert sum(transient) >= 2 * one.parameters.total
@@ -208,9 +209,9 @@ def test_one_micro_batch_keeps_gradients_in_bf16_and_never_all_of_them_with_all_
 def test_an_evaluation_comes_beside_what_a_graph_keeps():
   config = load(CONFIGS / "moonlet" / "small.toml", env={})
   terms = {term.name: term.value for term in plan(config).memory}
-  without = plan(config.with_values(**{"train.cuda_graph": False}))
+  without = plan(changed(config, {"train.cuda_graph": False}))
   assert plan(config).peak_bytes == without.peak_bytes + terms["evaluation"]
-  wider = config.with_values(**{"model.vocab_size": 2 * config.model.vocab_size})
+  wider = changed(config, {"model.vocab_size": 2 * config.model.vocab_size})
   assert terms["evaluation"] == {term.name: term.value for term in plan(wider).memory}["evaluation"]
 
 
@@ -222,9 +223,9 @@ def test_rdep_bytes_are_those_of_the_heap(capacity, dtype, payload):
   values = {"target__dtype": dtype, "rdep__payload": payload, "rdep__capacity": capacity}
   config = tiny(launch__ranks=2, schedule__batch_tokens=96, **values)
   assert plan(config).rdep.capacity == buffer_layout(config).nbytes
-  even = config.with_values(**{"rdep.capacity": 1.0})
+  even = changed(config, {"rdep.capacity": 1.0})
   assert plan(config).rdep.balanced == buffer_layout(even).nbytes
-  worst = config.with_values(**{"rdep.capacity": 2.0})  # top 3 of 4 local experts, 2 ranks
+  worst = changed(config, {"rdep.capacity": 2.0})  # top 3 of 4 local experts, 2 ranks
   assert plan(config).rdep.worst == buffer_layout(worst).nbytes
   assert plan(tiny()).rdep.worst == 0
 
@@ -258,9 +259,9 @@ def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
   config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
   misfit = fits(plan(config), 140 * GIB)
   assert misfit.remedy.key == "train.micro_batch"
-  changed = config.with_values(**{misfit.remedy.key: misfit.remedy.new})
-  assert plan(changed).peak_bytes == misfit.remedy.peak_bytes <= 140 * GIB
-  larger = config.with_values(**{misfit.remedy.key: 2 * misfit.remedy.new})
+  smaller = changed(config, {misfit.remedy.key: misfit.remedy.new})
+  assert plan(smaller).peak_bytes == misfit.remedy.peak_bytes <= 140 * GIB
+  larger = changed(config, {misfit.remedy.key: 2 * misfit.remedy.new})
   assert plan(larger).peak_bytes > 140 * GIB
   message = str(misfit)
   needed, short = misfit.needed / GIB, misfit.needed / GIB - 140
@@ -270,11 +271,11 @@ def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
 
 def test_remedies_go_from_cheap_to_dear():
   config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
-  config = config.with_values(**{"train.micro_batch": 1})
+  config = changed(config, {"train.micro_batch": 1})
   keys = [fits(plan(config), size * GIB).remedy.key for size in (110, 80)]
   assert keys == ["optim.moments", "launch.ranks"]
   assert "no single line" in str(fits(plan(config), GIB))
-  config = config.with_values(**{"train.cuda_graph": True})
+  config = changed(config, {"train.cuda_graph": True})
   assert fits(plan(config), plan(config).peak_bytes - 1).remedy.key == "train.cuda_graph"
 
 
@@ -290,15 +291,15 @@ def test_shipped_configurations_load_and_plan(path):
 
 def test_the_muon_variant_differs_in_one_leaf():
   a, b = (load(CONFIGS / "moonlet" / f"{name}.toml", env={}) for name in ("cpu", "cpu-muon"))
-  changed = {key for key in diff(a, b) if not key.startswith("experiment.")}
-  assert changed == {"optim.matrices"}
+  different = {key for key in diff(a, b) if not key.startswith("experiment.")}
+  assert different == {"optim.matrices"}
   assert a.experiment.statement != b.experiment.statement
 
 
 def test_peak_flops():
   config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
   assert peak_flops(config) == 2.25e15
-  assert peak_flops(config.with_values(**{"target.dtype": "nvfp4"})) == 9e15
+  assert peak_flops(changed(config, {"target.dtype": "nvfp4"})) == 9e15
   hopper = load(CONFIGS / "moonlet" / "h200.toml", env={})
   assert peak_flops(hopper) == 989e12
   emulated = replace(hopper.target, dtype="fp8", emulate_blockscale=True)

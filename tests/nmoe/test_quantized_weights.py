@@ -18,8 +18,8 @@ from model_configs import tiny
 from kernels import reference
 from kernels.formats import BlockScaled
 from kernels.reference import quantize, symmetric
-from nmoe.config.file import Config
 from nmoe.config.plan import plan
+from nmoe.config.sections import Config
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep

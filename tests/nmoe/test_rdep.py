@@ -19,7 +19,8 @@ import kernels.reference as ops
 from kernels.buffers import COUNTS, DISPATCH, RETURN
 from kernels.ops import Recipe
 from kernels.reference import exchange, symmetric
-from nmoe.config.file import Config, loads
+from nmoe.config.file import changed, loads
+from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import CommError
 from nmoe.train.watch import rdep_values
@@ -108,13 +109,13 @@ class Result(NamedTuple):
 
 
 def config(num_ranks: int, case: Case, **values: float) -> Config:
-  changed = {"rdep.capacity": case.capacity, "rdep.alignment": case.alignment}
-  changed["rdep.deadline_s"] = 20.0
+  case_values = {"rdep.capacity": case.capacity, "rdep.alignment": case.alignment}
+  case_values["rdep.deadline_s"] = 20.0
   if num_ranks == 1:
-    changed["train.micro_batch"] = 4
+    case_values["train.micro_batch"] = 4
   elif num_ranks == 2:
-    changed["train.micro_batch"] = 2
-  return loads(BASE, env={}).with_values(**{"launch.ranks": num_ranks, **changed, **values})
+    case_values["train.micro_batch"] = 2
+  return changed(loads(BASE, env={}), {"launch.ranks": num_ranks, **case_values, **values})
 
 
 def route(name: str, num_tokens: int, generator: torch.Generator) -> Tensor:

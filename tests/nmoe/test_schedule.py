@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmoe.config.file import ScheduleConfig
+from nmoe.config.sections import ScheduleConfig
 from nmoe.train.schedule import lr_factor
 
 BATCH = 100

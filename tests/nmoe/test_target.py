@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kernels import reference
-from nmoe.config.file import Config, load
+from nmoe.config.file import changed, load
+from nmoe.config.sections import Config
 from nmoe.errors import TargetError
 from nmoe.machine import target
 from nmoe.machine.versions import Requirement, python_clauses, requirements, satisfies
@@ -27,7 +28,7 @@ def restore_torch():
 
 
 def config(**values) -> Config:
-  return load("configs/moonlet/cpu.toml", env={}).with_values(**values)
+  return changed(load("configs/moonlet/cpu.toml", env={}), values)
 
 
 def gpu(

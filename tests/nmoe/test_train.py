@@ -134,7 +134,7 @@ def test_dtypes_of_a_bf16_state(lab):
 
 
 def retoml(lab: Lab, run_id: str, **values) -> str:
-  return configs.to_toml(configs.loads(lab.run(run_id).toml).with_values(**values))
+  return configs.to_toml(configs.changed(configs.loads(lab.run(run_id).toml), values))
 
 
 class Whole(NamedTuple):
@@ -409,7 +409,7 @@ def test_arms_share_initial_weights_and_batches(lab, feed):
 
 
 def machine(lab: Lab, **values):
-  config = lab.config.with_values(**values)
+  config = configs.changed(lab.config, values)
   return config, train.select(config), train.Parallel()
 
 

@@ -97,7 +97,9 @@ def gradients(group, toml: str) -> dict[str, list[np.ndarray]]:
 
 def resolved(file, **values) -> str:
   config = bench_rdep.layer_config(configs.load(file, env={}), file, 2, TOKENS, None)
-  return configs.to_toml(config.with_values(**{k.replace("__", "."): v for k, v in values.items()}))
+  return configs.to_toml(
+    configs.changed(config, {k.replace("__", "."): v for k, v in values.items()})
+  )
 
 
 def test_both_layers_compute_the_definition(file):
@@ -163,9 +165,9 @@ def test_what_cannot_be_measured(file):
     bench_rdep.layer_config(config, file, None, None, None)
   with pytest.raises(ConfigError, match="--shape huge is unknown; choose from moonlight, deepseek"):
     bench_rdep.layer_config(config, file, 2, None, "huge")
-  far = config.with_values(**{"rdep.peer_access": False})
+  far = configs.changed(config, {"rdep.peer_access": False})
   with pytest.raises(ConfigError, match="set rdep.peer_access = true"):
     bench_rdep.layer_config(far, file, 2, None, None)
-  packed = config.with_values(**{"target.dtype": "bf16", "rdep.payload": "mxfp8"})
+  packed = configs.changed(config, {"target.dtype": "bf16", "rdep.payload": "mxfp8"})
   with pytest.raises(ConfigError, match='rdep.payload is "mxfp8"; set it to "bf16"'):
     bench_rdep.layer_config(packed, file, 2, None, None)

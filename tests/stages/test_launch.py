@@ -13,6 +13,7 @@ import pytest
 from labs import same_bits
 from rich.console import Console
 
+from nmoe.config.file import changed
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Progress
 from stages.launch import display
@@ -83,7 +84,7 @@ def scripts(lab, monkeypatch):
       return [sys.executable, "-c", head + lines[rank]]
 
     monkeypatch.setattr(launch, "child_command", command)
-    return lab.config.with_values(**{"launch.ranks": len(lines), "schedule.batch_tokens": 1024})
+    return changed(lab.config, {"launch.ranks": len(lines), "schedule.batch_tokens": 1024})
 
   return use
 

@@ -54,7 +54,7 @@ def test_ranks_that_do_not_fit_are_refused_with_those_that_do(file):
 def test_micro_batches_divide_what_a_rank_gets(lab, ranks):
   """20 sequences in micro-batches of 10 on one rank: on four ranks 5 each, one at a time."""
   values = {"schedule.batch_tokens": 20 * 64, "train.micro_batch": 10}
-  made = parity.at_ranks(lab.config.with_values(**values), ranks)
+  made = parity.at_ranks(configs.changed(lab.config, values), ranks)
   assert made.train.micro_batch == {1: 10, 2: 5, 4: 1}[ranks]
 
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_changes_hands_from_1_over_4_to_1_bit_for_bit(lab, tmp_path
     target = tmp_path / f"hop{hop}"
     micro = config.train.micro_batch // num_ranks
     values = {"launch.ranks": num_ranks, "rdep.group": group, "train.micro_batch": micro}
-    toml = configs.to_toml(config.with_values(**values))
+    toml = configs.to_toml(configs.changed(config, values))
     ranks.run(hand_over, num_ranks, toml, str(folder), str(target), step)
     folder = target
     assert same_bits(checkpoint.read(folder / f"step_{step:08d}"), written)

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from nmoe.config import file as configs
+from nmoe.config.sections import fingerprint
 from nmoe.errors import RecordError
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
@@ -75,13 +76,13 @@ def make(
   for seed in range(seeds):
     shared = rng.normal(0, 0.015)
     for i, arm in enumerate(arms):
-      config = base.with_values(**{"train.seed": seed, "optim.matrices": ("adamw", "muon")[i]})
+      config = configs.changed(base, {"train.seed": seed, "optim.matrices": ("adamw", "muon")[i]})
       run = db.start_run(
         e.id,
         arm,
         seed,
         toml=configs.to_toml(config),
-        fingerprint=configs.fingerprint(config, "d"),
+        fingerprint=fingerprint(config, "d"),
         data_digest="5f0c2d9e8a41",
         commit="4794e4a8c3b1d2e5f60718293a4b5c6d7e8f9012",
         diff="--- a/nmoe/x.py\n+++ b/nmoe/x.py\n-a < b\n+a & b\n",
@@ -172,7 +173,7 @@ def test_what_lies_beside_the_page_repeats_the_experiment(ablation):
   html = path.read_text()
   first = gather(root, "moonlet-cpu-muon").runs[0]
   config = configs.load(path.parent / "baseline.toml", env={})
-  assert configs.fingerprint(config, "d") == first.fingerprint
+  assert fingerprint(config, "d") == first.fingerprint
   assert (path.parent / "changes.patch").read_text() == first.diff
   assert f"git checkout {first.commit}" in html and f"nmoe rerun {first.id}" in html
   lines = ["nmoe ablate", path.parent / "baseline.toml", path.parent / "variant.toml", "--seeds 3"]

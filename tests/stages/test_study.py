@@ -7,6 +7,7 @@ import pytest
 from labs import Lab
 from rich.console import Console
 
+from nmoe.config.file import changed
 from nmoe.errors import RunError
 from nmoe.records.reader import Hypothesis
 from stages import runs
@@ -20,20 +21,21 @@ CLAIM = Hypothesis("A larger rate is better.", "val/bpb", "lower", 0.0)
 @pytest.fixture(autouse=True)
 def quick(lab, monkeypatch):
   """Runs of two steps, and a report that costs nothing."""
-  lab.config = lab.config.with_values(
-    **{
+  lab.config = changed(
+    lab.config,
+    {
       "schedule.total_tokens": 1024,
       "schedule.warmup_tokens": 0,
       "schedule.decay_tokens": 0,
       "train.checkpoint_every": 0,
-    }
+    },
   )
   page = lab.root / "reports" / "index.html"
   monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
 
 
 def arm(lab: Lab, rate: float) -> Arm:
-  config = lab.config.with_values(**{"optim.dense_lr": rate})
+  config = changed(lab.config, {"optim.dense_lr": rate})
   return Arm(f"lr {rate:g}", config, lab.data, {"lr": rate})
 
 

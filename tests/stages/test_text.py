@@ -70,7 +70,7 @@ def test_plain_text_has_no_style_and_no_control(text):
 def test_names_of_configurations_and_their_differences(tmp_path):
   base = configs.load(write_files(tmp_path), env={})
   text = "by 3 % [see notes/x] [/notes]"
-  other = base.with_values(**{"experiment.name": text, "data.mixture": f"/x/{text}.toml"})
+  other = configs.changed(base, {"experiment.name": text, "data.mixture": f"/x/{text}.toml"})
   out = io.StringIO()
   show.plan(other, Console(file=out, width=400))
   ablate.differences(base, other, Console(file=out, width=400))

@@ -1,0 +1,102 @@
+"""What no single key can say: how the keys of a configuration must agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from nmoe.config.sections import Config, leaves
+from nmoe.errors import ConfigError
+
+
+def validate(config: Config, origins: Mapping[str, str], name: str = "config") -> None:
+  """Raise ConfigError at the first rule that is broken; `origins` has the file of each key."""
+  for key, broken, need in _invariants(config):
+    if broken:
+      where = origins.get(key, name)
+      raise ConfigError(f"{where}: {key} = {leaves(config)[key]!r} {need}")
+
+
+def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  """(dotted key, broken?, what is required and what to do)."""
+  yield from _model_invariants(c)
+  yield from _schedule_invariants(c)
+  yield from _target_invariants(c)
+  yield from _payload_invariants(c)
+
+
+def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  m, e, p, ranks = c.model, c.moe, c.precision, c.launch.ranks
+  need = f"exceeds num_layers {m.num_layers}"
+  yield "model.num_dense_layers", m.num_dense_layers > m.num_layers, need
+  yield "model.qk_rope_dim", m.qk_rope_dim % 2 != 0, "must be even: RoPE turns pairs"
+  yield "moe.top_k", e.top_k > e.num_experts, f"exceeds num_experts {e.num_experts}"
+  need = f"must divide num_experts {e.num_experts}"
+  yield "moe.num_groups", e.num_experts % e.num_groups != 0, need
+  yield "moe.topk_groups", e.topk_groups > e.num_groups, f"exceeds num_groups {e.num_groups}"
+  room = e.num_experts // e.num_groups * e.topk_groups
+  need = f"exceeds the {room} experts of topk_groups {e.topk_groups} groups"
+  yield "moe.top_k", e.top_k > room, need
+  shared = math.gcd(e.num_experts, ranks)
+  need = (
+    f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}, or "
+    f"replicate the experts: rdep.group = one of {_divisors(shared)}"
+  )
+  yield "launch.ranks", not c.rdep.group and e.num_experts % ranks != 0, need
+  need = f"must divide ranks {ranks} and num_experts {e.num_experts}: 0 (all), {_divisors(shared)}"
+  yield "rdep.group", shared % c.expert_ranks != 0, need
+  layers = p.bf16_first_layers + p.bf16_last_layers
+  need = f"+ bf16_last_layers {p.bf16_last_layers} exceeds num_layers {m.num_layers}"
+  yield "precision.bf16_first_layers", layers > m.num_layers, need
+
+
+def _schedule_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  s, seq_len, micro_batch = c.schedule, c.data.seq_len, c.train.micro_batch
+  step = seq_len * micro_batch * c.launch.ranks
+  below = max(1, s.batch_tokens // step) * step
+  need = (
+    f"must be a multiple of seq_len {seq_len} · micro_batch {micro_batch} · ranks {c.launch.ranks} "
+    f"= {step}; the nearest are {below} and {below + step}"
+  )
+  yield "schedule.batch_tokens", s.batch_tokens % step != 0, need
+  need = f"is less than one batch {s.batch_tokens}"
+  yield "schedule.total_tokens", s.total_tokens < s.batch_tokens, need
+  used = s.warmup_tokens + s.decay_tokens
+  need = f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}"
+  yield "schedule.warmup_tokens", used > s.total_tokens, need
+
+
+def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  t, block = c.target, c.target.dtype in ("fp8", "nvfp4")
+  need = 'fp32 is for arch = "cpu"; use "bf16"'
+  yield "target.dtype", t.dtype == "fp32" and t.arch != "cpu", need
+  need = (
+    f"needs block-scaled tensor cores, which {t.arch} lacks; set target.emulate_blockscale = true "
+    'to study the numerics, or target.arch = "sm_100a"'
+  )
+  yield "target.dtype", block and t.arch != "sm_100a" and not t.emulate_blockscale, need
+  need = "is for one GPU without block scales: set it to false, or "
+  for misfit, other in (
+    (t.arch == "cpu", 'target.arch = "sm_100a"'),
+    (block, 'target.dtype = "bf16"'),
+    (c.launch.ranks > 1, "launch.ranks = 1"),
+  ):
+    yield "train.cuda_graph", c.train.cuda_graph and misfit, need + other
+  need = 'has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'
+  yield "target.emulate_blockscale", t.emulate_blockscale and not block, need
+  for key, value in (("model.dim", c.model.dim), ("moe.expert_dim", c.moe.expert_dim)):
+    yield key, block and value % 32 != 0, f"must be a multiple of 32 for {t.dtype} blocks"
+
+
+def _payload_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  dim, packed = c.model.dim, c.rdep.payload != "bf16"
+  need = 'quantizes bf16 rows, but target.dtype is "fp32"; set it to "bf16" or payload = "bf16"'
+  yield "rdep.payload", packed and c.target.dtype == "fp32", need
+  need = f'has blocks of 32, model.dim is {dim}; make it a multiple of 32 or set payload = "bf16"'
+  yield "rdep.payload", packed and dim % 32 != 0, need
+  need = 'is not for rdep.peer_access = false; set that to true or payload = "bf16"'
+  yield "rdep.payload", packed and not c.rdep.peer_access, need
+
+
+def _divisors(n: int) -> str:
+  return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

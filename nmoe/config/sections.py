@@ -1,0 +1,272 @@
+"""The sections of a configuration: frozen dataclasses, what each key means, and what differs.
+
+Every field has a range, where its type leaves one open, and a tag: what a change of it means.
+  identity  it changes what the run computes; a checkpoint of another identity is refused
+  schedule  it changes results too, but a run may be continued under a new value
+  free      it changes no result (paths, logging)
+The fingerprint hashes identity and schedule fields. Sizes that follow from keys are properties.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
+
+from nmoe.records.measures import MEASURES
+from nmoe.records.root import DEFAULT_ROOT
+from nmoe.tables import ranged
+
+Metric = Literal[tuple(MEASURES)]
+
+
+def identity(default: Any = MISSING, **limits: float) -> Any:
+  return ranged(default, {"kind": "identity"}, **limits)
+
+
+def schedule(default: Any = MISSING, **limits: float) -> Any:
+  return ranged(default, {"kind": "schedule"}, **limits)
+
+
+def free(default: Any = MISSING, **limits: float) -> Any:
+  return ranged(default, {"kind": "free"}, **limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+  """The hypothesis, written down before the first step. An ablation reads the variant's."""
+
+  name: str = free()
+  statement: str = free()  # the claim, in a sentence
+  metric: Metric = free("val/bpb")
+  direction: Literal["lower", "higher", "none"] = free("none")  # the variant is expected to be …
+  min_effect: float = free(0.0, ge=0)  # smallest difference that matters, in the metric's unit
+  seeds: int = free(3, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+  arch: Literal["sm_100a", "sm_90a", "cpu"] = identity()
+  dtype: Literal["bf16", "fp8", "nvfp4", "fp32"] = identity("bf16")
+  emulate_blockscale: bool = identity(False)
+  deterministic: bool = identity(True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+  """Which products fp8 and nvfp4 apply to (arXiv 2509.25149 section 3; recipe: kernels/ops.py)."""
+
+  experts: bool = identity(True)
+  linears: tuple[Literal["q", "kv_a", "kv_b", "o", "dense", "shared"], ...] = identity(())
+  bf16_first_layers: int = identity(0, ge=0)
+  bf16_last_layers: int = identity(0, ge=0)
+  finish_tokens: int = schedule(0, ge=0)  # from this token on the forward product is bf16; 0: never
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The dense side of a DeepSeek-shaped decoder (arXiv 2412.19437 section 2.1)."""
+
+  vocab_size: int = identity(gt=0)
+  dim: int = identity(gt=0)
+  num_layers: int = identity(gt=0)
+  num_dense_layers: int = identity(1, ge=0)
+  dense_dim: int = identity(gt=0)
+  num_heads: int = identity(gt=0)
+  q_lora_rank: int = identity(0, ge=0)  # 0: q is one full projection
+  kv_lora_rank: int = identity(512, gt=0)
+  qk_nope_dim: int = identity(128, gt=0)
+  qk_rope_dim: int = identity(64, gt=0)
+  v_dim: int = identity(128, gt=0)
+  rope_theta: float = identity(10000.0, gt=0)
+  norm_eps: float = identity(1e-6, gt=0)
+  tie_embeddings: bool = identity(False)
+  init_std: float = identity(0.006, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+  """YaRN context extension (arXiv 2309.00071, 2412.19437 section 4.3). factor 1: plain RoPE."""
+
+  factor: float = identity(1.0, ge=1)
+  original_seq_len: int = identity(4096, gt=0)
+  beta_fast: float = identity(32.0)
+  beta_slow: float = identity(1.0)
+  mscale_all_dim: float = identity(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+  num_experts: int = identity(gt=0)
+  top_k: int = identity(gt=0)
+  num_shared: int = identity(1, ge=0)  # shared experts, run as one block of num_shared · expert_dim
+  expert_dim: int = identity(gt=0)
+  num_groups: int = identity(1, gt=0)
+  topk_groups: int = identity(1, gt=0)
+  score: Literal["sigmoid", "softmax"] = identity("sigmoid")
+  normalize: bool = identity(True)
+  route_scale: float = identity(1.0, gt=0)
+  bias_update_rate: float = identity(0.001, ge=0)  # 0: no aux-loss-free balancing
+  balance_alpha: float = identity(0.0001, ge=0)  # weight of the sequence-wise balance loss
+  forced_balance: bool = identity(False)  # benchmark switch: expert = (t·K + k) mod E
+
+
+@dataclass(frozen=True, kw_only=True)
+class RdepConfig:
+  group: int = schedule(0, ge=0)  # ranks over which the experts lie, more hold replicas; 0: all
+  capacity: float = schedule(1.5, ge=0.1)  # rows a rank's buffer holds, over the balanced T·K
+  alignment: int = schedule(1, gt=0)  # each expert's rows start at a multiple of this
+  deadline_s: float = free(120.0, gt=0)  # of every wait for a peer
+  payload: Literal["bf16", "mxfp8", "nvfp4"] = identity("bf16")  # of dispatched rows; bf16: as is
+  peer_access: bool = free(True)  # False: put-with-signal also inside a node (a test of that path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  mixture: str = free()  # path of the mixture's TOML; its content enters the fingerprint by digest
+  tokenizer: Literal["byte", "o200k_harmony"] = identity("o200k_harmony")
+  seq_len: int = identity(gt=0)
+  val_tokens: int = identity(1 << 20, gt=0)  # of an evaluation, at most what is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  matrices: Literal["adamw", "muon"] = identity("adamw")  # of attention and dense matrices
+  experts: Literal["adamw", "muon"] = identity("adamw")
+  dense_lr: float = schedule(ge=0)
+  router_lr: float = schedule(ge=0)
+  expert_lr: float = schedule(ge=0)
+  dense_weight_decay: float = schedule(0.1, ge=0)
+  router_weight_decay: float = schedule(0.0, ge=0)
+  expert_weight_decay: float = schedule(0.1, ge=0)
+  beta1: float = identity(0.9, ge=0, lt=1)
+  beta2: float = identity(0.95, ge=0, lt=1)
+  eps: float = identity(1e-8, gt=0)
+  muon_momentum: float = identity(0.95, ge=0, lt=1)
+  muon_steps: int = identity(5, gt=0)
+  moments: Literal["fp32", "bf16"] = identity("fp32")
+  clip_norm: float = schedule(1.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+  """Warm-up, sustain, decay, in tokens (arXiv 2404.06395, 2405.18392)."""
+
+  total_tokens: int = schedule(gt=0)
+  batch_tokens: int = schedule(gt=0)
+  warmup_tokens: int = schedule(0, ge=0)
+  decay_tokens: int = schedule(0, ge=0)
+  decay: Literal["linear", "sqrt"] = schedule("sqrt")
+  final_ratio: float = schedule(0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  seed: int = identity(0, ge=0)
+  micro_batch: int = schedule(gt=0)  # sequences of one forward pass on one rank
+  loss_chunk: int = free(4096, gt=0)  # tokens whose logits live at a time
+  cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
+  log_every: int = free(10, gt=0)
+  flight_every: int = free(0, ge=0)  # steps between measurements of nmoe.train.flight; 0: none
+  eval_every: int = free(0, ge=0)  # steps; 0: only at the end
+  checkpoint_every: int = free(0, ge=0)  # steps; 0: only at the end
+  keep_checkpoints: int = free(2, ge=0)  # 0: none is written, and a stopped run starts anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+  ranks: int = schedule(1, gt=0)
+  threads: int = schedule(0, ge=0)  # torch CPU threads per rank; 0: cores / ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  root: str = free(f"${{NMOE_ROOT:-{DEFAULT_ROOT}}}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  target: TargetConfig
+  model: ModelConfig
+  moe: MoeConfig
+  data: DataConfig
+  optim: OptimConfig
+  schedule: ScheduleConfig
+  train: TrainConfig
+  experiment: ExperimentConfig
+  yarn: YarnConfig = field(default_factory=YarnConfig)
+  precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+  rdep: RdepConfig = field(default_factory=RdepConfig)
+  launch: LaunchConfig = field(default_factory=LaunchConfig)
+  run: RunConfig = field(default_factory=RunConfig)
+
+  @property
+  def expert_ranks(self) -> int:
+    """The ranks that hold one set of routed experts: those of an RDEP group."""
+    return self.rdep.group or self.launch.ranks
+
+  def quantizes(self, product: str, layer: int) -> bool:
+    """Whether a product is block-scaled: "experts" or one of precision.linears' names."""
+    p = self.precision
+    chosen = p.experts if product == "experts" else product in p.linears
+    inner = p.bf16_first_layers <= layer < self.model.num_layers - p.bf16_last_layers
+    return self.target.dtype in ("fp8", "nvfp4") and chosen and inner
+
+  @property
+  def steps(self) -> int:
+    """Of the whole run; tokens short of a batch are not read."""
+    return self.schedule.total_tokens // self.schedule.batch_tokens
+
+  @property
+  def sequences(self) -> int:
+    """Of one batch, over all ranks."""
+    return self.schedule.batch_tokens // self.data.seq_len
+
+  @property
+  def rank_tokens(self) -> int:
+    """T: tokens of one forward pass on one rank."""
+    return self.train.micro_batch * self.data.seq_len
+
+  @property
+  def rows(self) -> int:
+    """N = T·K: rows that one rank dispatches in one MoE layer."""
+    return self.rank_tokens * self.moe.top_k
+
+  @property
+  def micro_batches(self) -> int:
+    """Forward passes of a rank in one step."""
+    return self.schedule.batch_tokens // (self.rank_tokens * self.launch.ranks)
+
+
+SECTIONS: dict[str, type] = {
+  f.name: hint for f, hint in ((f, get_type_hints(Config)[f.name]) for f in fields(Config))
+}
+
+
+def leaves(config: Config) -> dict[str, Any]:
+  """Every leaf of the configuration as a dotted key."""
+  return {
+    f"{section.name}.{leaf.name}": getattr(getattr(config, section.name), leaf.name)
+    for section in fields(config)
+    for leaf in fields(getattr(config, section.name))
+  }
+
+
+def kind(key: str) -> str:
+  """The tag of a dotted key: "identity", "schedule" or "free"."""
+  section, name = key.split(".")
+  return next(f.metadata["kind"] for f in fields(SECTIONS[section]) if f.name == name)
+
+
+def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+  """The leaves that differ: dotted key -> (value in a, value in b)."""
+  left, right = leaves(a), leaves(b)
+  return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+def fingerprint(config: Config, data_digest: str = "") -> str:
+  """16 hex digits over the identity and schedule fields and the digest of the prepared data."""
+  hashed = {key: value for key, value in leaves(config).items() if kind(key) != "free"}
+  text = json.dumps([hashed, data_digest], sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
