@@ -41,6 +41,7 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
     "NVSHMEM_DISABLE_NVLS": "1",  # RDEP needs no multicast, and some hosts fail to set it up
     "NCCL_NVLS_ENABLE": "0",
+    "NCCL_ALGO": "Ring",  # one order of sums, whatever the machine's links
     "QUACK_CACHE_DIR": cache,
     "FLASH_ATTENTION_ARCH": arch.removesuffix("a"),
     "FLASH_ATTENTION_NUM_SMS": str(info.num_sms),

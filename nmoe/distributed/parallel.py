@@ -11,10 +11,11 @@ no-op.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -84,17 +85,23 @@ class Shared:
     self.members, self.member, self.group = len(owned), member, group
     self.owned = owned[member]
     self.buckets = buckets(owned, row) if self.members > 1 else []
+    self.block = [min(_block(p.name) for p in pieces) for pieces in self.buckets]
 
   def reduce(self, grads: Mapping[str, Tensor]) -> None:
     """Sum the owned rows of the gradients over the members, in fp32, rounded once. Other rows keep
     what they are.
     """
-    for pieces in self.buckets:
-      bucket_NC = self._bucket(pieces, grads, torch.float32)
-      _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
-      dist.reduce_scatter(bucket_NC[self.member], list(bucket_NC), group=self.group)
-      mine = [p for p in pieces if p.owner == self.member]
-      _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
+    for number in range(len(self.buckets)):
+      self.reduce_bucket(number, grads)
+
+  def reduce_bucket(self, number: int, grads: Mapping[str, Tensor]) -> None:
+    """`reduce` for one of the buckets."""
+    pieces = self.buckets[number]
+    bucket_NC = self._bucket(pieces, grads, torch.float32)
+    _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
+    dist.reduce_scatter_tensor(bucket_NC[self.member], bucket_NC.view(-1), group=self.group)
+    mine = [p for p in pieces if p.owner == self.member]
+    _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
 
   def gather(self, weights: Mapping[str, Tensor]) -> None:
     """Give every member the owners' rows, bit for bit."""
@@ -102,7 +109,7 @@ class Shared:
       bucket_NC = self._bucket(pieces, weights, weights[pieces[0].name].dtype)
       mine = [p for p in pieces if p.owner == self.member]
       _copy([p.inside(bucket_NC) for p in mine], [p.of(weights) for p in mine])
-      dist.all_gather(list(bucket_NC), bucket_NC[self.member], group=self.group)
+      dist.all_gather_into_tensor(bucket_NC.view(-1), bucket_NC[self.member], group=self.group)
       others = [p for p in pieces if p.owner != self.member]
       _copy([p.of(weights) for p in others], [p.inside(bucket_NC) for p in others])
 
@@ -139,6 +146,8 @@ class Parallel:
   control: dist.ProcessGroup | None = None  # gloo, for host values
   saving: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
   shared: tuple[Shared, ...] = ()  # every parameter, with more than one rank
+  side: torch.cuda.Stream | None = None  # on which final gradients travel; None on the cpu
+  reduced: set[tuple[int, int]] = field(default_factory=set)  # (part, bucket) so far in this step
 
   @property
   def owned(self) -> dict[str, Span] | None:
@@ -163,14 +172,67 @@ class Parallel:
 
   def run(self, passes: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
     """passes(), the forward and backward passes of a step; see `Rdep.run`."""
-    return passes() if self.rdep is None else self.rdep.run(passes, forget)
+    if self.rdep is None:
+      return passes()
+
+    def forget_all() -> None:
+      self._join()  # with sums that read the gradients
+      forget()
+
+    return self.rdep.run(passes, forget_all)
+
+  def reduce_final(self, model: nn.Module) -> Callable[[int], None] | None:
+    """What the model is to call in a step's last backward pass when the gradients of its blocks i,
+    i + 1, … are final: their sums travel beside the rest of the pass. Every rank comes to the same
+    buckets in the same order, and the sums are those of `reduce_gradients`.
+
+    None where that is all done there: on one rank, and where the ranks are several RDEP groups, one
+    of which may repeat its passes without the others.
+    """
+    if self.rdep is None or self.rdep.num_ranks < self.ranks:
+      return None
+    params = dict(model.named_parameters())
+    self.reduced = set()
+
+    def reduce_from(block: int) -> None:
+      ready = {
+        (i, number)
+        for i, part in enumerate(self.shared)
+        for number, first in enumerate(part.block)
+        if first >= block
+      }
+      with self._beside():
+        self._reduce(sorted(ready - self.reduced), params)
+
+    return reduce_from
 
   @torch.no_grad()
   def reduce_gradients(self, model: nn.Module) -> None:
     """Make the gradients of the owned rows those of the global batch; the others are spent."""
-    grads = {name: param.grad for name, param in model.named_parameters()}
-    for part in self.shared:
-      part.reduce(grads)
+    every = {(i, n) for i, part in enumerate(self.shared) for n in range(len(part.buckets))}
+    self._reduce(sorted(every - self.reduced), dict(model.named_parameters()))
+    self._join()
+    self.reduced = set()
+
+  def _reduce(self, which: list[tuple[int, int]], params: Mapping[str, nn.Parameter]) -> None:
+    for i, number in which:
+      part = self.shared[i]
+      part.reduce_bucket(number, {p.name: params[p.name].grad for p in part.buckets[number]})
+      self.reduced.add((i, number))
+
+  @contextmanager
+  def _beside(self) -> Iterator[None]:
+    """Work inside comes after all so far, and beside what follows, until `_join`."""
+    if self.side is None:
+      yield
+      return
+    self.side.wait_stream(torch.cuda.current_stream(self.side.device))
+    with torch.cuda.stream(self.side):
+      yield
+
+  def _join(self) -> None:
+    if self.side is not None:
+      torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
   @torch.no_grad()
   def gather_weights(self, model: nn.Module) -> None:
@@ -240,7 +302,8 @@ def init(config: Config, target: Target, rank: int, rendezvous: str | None) -> P
     expert_ranks, replicas = expert_groups(config, control, timeout)
   rdep = Rdep(config, target.ops, expert_ranks, target.symmetric)
   parts = shared(config, rank, replicas)
-  return Parallel(rank, ranks, rdep, rdep.first, control, saving, parts)
+  side = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None
+  return Parallel(rank, ranks, rdep, rdep.first, control, saving, parts, side)
 
 
 def expert_groups(
@@ -259,6 +322,15 @@ def expert_groups(
     dist.new_subgroups_by_enumeration(rdep, timeout=timeout, backend="gloo")[0],
     dist.new_subgroups_by_enumeration(replicas, timeout=timeout)[0],
   )
+
+
+def _block(name: str) -> int:
+  """The block whose backward pass a parameter's gradient is final after: the head's and the last
+  norm's before the first, the embedding's after the last.
+  """
+  if name.startswith("layers."):
+    return int(name.split(".")[1])
+  return -1 if name.startswith("embed.") else sys.maxsize
 
 
 def _copy(into: list[Tensor], of: list[Tensor]) -> None:

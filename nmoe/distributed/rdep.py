@@ -370,10 +370,11 @@ class _Call:
       self._wait(COUNTS)
       count_RE, self.places = self.exchange.places(self.rdep.config.rdep.alignment)
       self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
+      self._send(self.x_TD, None, self.payload.x, self.keep)
+      self.offset_L1 = self._offsets()
       self.fetched = self.exchange.fetch(count_RE)
       self.counts = self.fetched.here
       self.rdep.trips[-1] = self.rdep.trips[-1]._replace(counts=self.counts)
-      self._send(self.x_TD, None, self.payload.x, self.keep)
 
   def forward(
     self,
@@ -493,9 +494,13 @@ class _Call:
 
   def _run(self, x_CD: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> tuple[Tensor | Product, Any]:
     """The grouped experts over this round's rows: results, and what backward needs."""
-    rdep = self.rdep
-    offset_L1 = (self.places.edge_RL1[rdep.rank] - self._low()).clamp(0, x_CD.shape[0]).int()
-    return rdep.ops.grouped_mlp_forward(x_CD, offset_L1, w13, w2, self.recipe, keep)
+    offset_L1 = self.offset_L1 if self.round == 0 else self._offsets()
+    return self.rdep.ops.grouped_mlp_forward(x_CD, offset_L1, w13, w2, self.recipe, keep)
+
+  def _offsets(self) -> Tensor:
+    """int32 [L + 1]: where this round's rows of each local expert begin, and the last one's end."""
+    edge_L1 = self.places.edge_RL1[self.rdep.rank] - self._low()
+    return edge_L1.clamp(0, self.exchange.capacity).int()
 
   def _multiplied(
     self, rows: Tensor | Product, origin_C: Tensor, gate_C: Tensor | None

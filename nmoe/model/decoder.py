@@ -9,7 +9,9 @@ never synchronises with the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -214,6 +216,7 @@ class Model(nn.Module):
     self.embed.weight = nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
     self.layers = nn.ModuleList(Block(config, i, ops, rdep) for i in range(m.num_layers))
     self.quantized = _quantized(self.layers)
+    self.on_final: Callable[[int], None] | None = None  # of backward: blocks i, i+1, … are done
     self.norm = Norm(m.dim, m.norm_eps, dtype, ops)
     if not m.tie_embeddings:
       self.head = nn.Module()
@@ -244,7 +247,9 @@ class Model(nn.Module):
     cos, sin = self.cos[:num_positions], self.sin[:num_positions]
     branch, residual = None, _Embedding.apply(tokens_BS, self.embed.weight)
     scores, counts = [], []
-    for block in self.layers:
+    for i, block in enumerate(self.layers):
+      if self.on_final is not None:
+        residual.register_hook(partial(_tell, self.on_final, i))
       x, residual = block.attention_norm.add(branch, residual)
       x, residual = block.mlp_norm.add(block.attention(x, cos, sin), residual)
       if block.dense:
@@ -309,6 +314,11 @@ class Model(nn.Module):
     cos, sin = rope_tables(m, self.config.yarn, self.config.data.seq_len)
     self.cos.copy_(cos)
     self.sin.copy_(sin)
+
+
+def _tell(on_final: Callable[[int], None], block: int, _: Tensor) -> None:
+  """A hook on a block's input: its gradient comes after those of the block's parameters."""
+  on_final(block)
 
 
 def _quantized(layers: nn.ModuleList) -> dict[tuple[int, str], Linear | Mlp | Experts]:

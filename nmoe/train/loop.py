@@ -106,6 +106,7 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     for micro, (x, y) in enumerate(zip(tokens.chunk(micros), targets.chunk(micros), strict=True)):
       clock.start("forward")
       state.model.set_draw(state.step, micro, ranks.rank)
+      state.model.on_final = ranks.reduce_final(state.model) if micro == micros - 1 else None
       out = state.model(x, y)
       mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
       clock.start("backward")

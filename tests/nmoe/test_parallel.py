@@ -43,6 +43,7 @@ class Trace(NamedTuple):
   grads: dict[str, tuple[int, np.ndarray]]  # of the first step: owned rows and the first's place
   weights: dict[str, np.ndarray]  # after the last, experts by global id
   rounds: dict[int, int]
+  early: list[int]  # buckets of each step that were reduced inside its backward pass
 
 
 def settings(num_ranks: int, capacity: float, group: int = 0) -> Config:
@@ -66,7 +67,7 @@ def gather(config: Config, group) -> Parallel:
   return Parallel(group.rank(), group.size(), rdep, rdep.first, group, None, parts)
 
 
-def train(group, num_ranks: int, capacity: float, expert_ranks: int) -> Trace:
+def train(group, num_ranks: int, capacity: float, expert_ranks: int, beside: bool = False) -> Trace:
   """Three steps of two micro-batches each, as nmoe.train.loop does them."""
   parallel.BUCKET = 5000  # this process's: parameters and parts lie across buckets
   config = settings(num_ranks, capacity, expert_ranks)
@@ -75,17 +76,19 @@ def train(group, num_ranks: int, capacity: float, expert_ranks: int) -> Trace:
   model.init_weights(0)
   optimizer = Optimizer(model, config, ops, together.owned)
   generator = torch.Generator().manual_seed(1)
-  losses, norms, grads = [], [], {}
+  losses, norms, grads, early = [], [], {}, []
   for _ in range(STEPS):
     batch = torch.randint(0, 97, (BATCH, 25), generator=generator)
     tokens = batch.chunk(num_ranks)[together.rank]
     loss, counts = torch.zeros(()), 0
-    for micro in tokens.chunk(2):
+    for i, micro in enumerate(tokens.chunk(2)):
+      model.on_final = together.reduce_final(model) if beside and i == 1 else None
       out = model(micro[:, :-1], micro[:, 1:])
       mean = out.loss_sum / config.schedule.batch_tokens + out.balance_loss / (2 * num_ranks)
       mean.backward()
       loss += out.loss_sum.detach()
       counts = counts + out.count_LE
+    early.append(len(together.reduced))
     together.reduce_gradients(model)
     grads = grads or owned_gradients(model, together)
     losses.append(float(together.sum(loss)) / config.schedule.batch_tokens)
@@ -99,7 +102,8 @@ def train(group, num_ranks: int, capacity: float, expert_ranks: int) -> Trace:
     name: p.numpy().copy() for name, p in split_experts(named, together.first_expert).items()
   }
   weights |= {f"bias.{i}": r.bias.numpy().copy() for i, r in enumerate(model.routers)}
-  return Trace(losses, norms, grads, weights, together.rdep.rounds if together.rdep else {})
+  rounds = together.rdep.rounds if together.rdep else {}
+  return Trace(losses, norms, grads, weights, rounds, early)
 
 
 def owned_gradients(model: nn.Module, together: Parallel) -> dict[str, tuple[int, np.ndarray]]:
@@ -164,6 +168,21 @@ def test_two_runs_repeat_their_bits(num_ranks: int, group: int) -> None:
   for a, b in zip(traces(num_ranks, 2.0, group), again, strict=True):
     assert a.losses == b.losses and a.norms == b.norms
     assert all(a.weights[name].tobytes() == b.weights[name].tobytes() for name in a.weights)
+
+
+@pytest.mark.parametrize(
+  ("num_ranks", "capacity", "group"), [(2, 2.0, 0), (4, 0.4, 0), (4, 2.0, 2)]
+)
+def test_sums_beside_the_backward_pass_have_the_same_bits(
+  num_ranks: int, capacity: float, group: int
+) -> None:
+  again = ranks.run(train, num_ranks, num_ranks, capacity, group, True)
+  for a, b in zip(traces(num_ranks, capacity, group), again, strict=True):
+    assert a.losses == b.losses and a.norms == b.norms
+    assert all(a.weights[name].tobytes() == b.weights[name].tobytes() for name in a.weights)
+    assert a.early == [0] * STEPS
+    whole = group in (0, num_ranks)  # else one group's passes may be repeated without the other's
+    assert all(n > 1 for n in b.early) if whole else b.early == [0] * STEPS
 
 
 def decide(group) -> tuple[bool, bool]:
