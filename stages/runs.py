@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -100,6 +101,19 @@ class Workbench:
     """
     planned = [self.arm_record(arm) for arm in arms]
     return self.experiments.find_or_create(name, stage, hypotheses, planned, seeds, grows)
+
+  @contextmanager
+  def carrying(self, experiment: Experiment) -> Iterator[None]:
+    """While its runs are executed and judged: whatever ends that before a conclusion, the record
+    says so.
+    """
+    self.experiments.set_status(experiment.id, "running")
+    try:
+      yield
+    finally:
+      if self.experiments.find(experiment.id).status == "running":
+        self.experiments.mark_interrupted()
+        self.experiments.set_status(experiment.id, "failed")
 
   def arm_record(self, arm: Arm) -> ArmRecord:
     """An arm as the records plan it: what it computes, whatever its seed, with which code."""

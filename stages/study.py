@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmoe.records.reader import Experiment, Hypothesis, Run
+from stages.comparable import check_held_out, check_one_machine
 from stages.judge.table import Judgement, Result, Table
 from stages.runs import Arm, Workbench
 
@@ -45,9 +46,11 @@ class Outcome:
 def carry_out(study: Study, workbench: Workbench) -> Outcome:
   """Record the study, run what is not yet run, judge, report.
 
-  A study that asks the same of the same runs goes on where it was. RunError if a run fails (then
+  A study that asks the same of the same runs goes on where it was. ConfigError, before anything
+  runs, if a hypothesis compares arms on different held-out sets. RunError if a run fails (then
   there is no verdict) or diverged (then there is one).
   """
+  check_held_out(study.hypotheses, study.arms)
   experiment = workbench.planned(
     study.stage,
     study.name,
@@ -56,21 +59,30 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
     study.seeds,
     grows=study.further is not None,
   )
+  with workbench.carrying(experiment):
+    table, runs = _results(study, experiment, workbench)
+    judgement = study.judge(table)
+    conclusion = {"reason": judgement.reason, **judgement.numbers}
+    report = workbench.close(experiment, judgement.verdict, conclusion, runs)
+  return Outcome(experiment, table, judgement, report)
+
+
+def _results(study: Study, experiment: Experiment, workbench: Workbench) -> tuple[Table, list[Run]]:
+  """Round after round of runs, until there are no further ones."""
   pairs = [(arm, seed) for seed in study.seeds for arm in study.arms]
   results: list[Result] = []
   runs: list[Run] = []
   while pairs:
+    arms = {arm.name: arm for arm in (*study.arms, *(arm for arm, _ in pairs))}
+    check_held_out(study.hypotheses, tuple(arms.values()))
+    workbench.experiments.add_arms(experiment.id, [workbench.arm_record(arm) for arm, _ in pairs])
     runs += workbench.run_all(experiment, pairs)
     workbench.check(experiment, runs)
+    check_one_machine(study.hypotheses, runs)
     new = runs[len(results) :]
     results += [_result(arm, run) for (arm, _), run in zip(pairs, new, strict=True)]
     pairs = study.further(Table(tuple(results))) if study.further else ()
-    workbench.experiments.add_arms(experiment.id, [workbench.arm_record(arm) for arm, _ in pairs])
-  table = Table(tuple(results))
-  judgement = study.judge(table)
-  conclusion = {"reason": judgement.reason, **judgement.numbers}
-  report = workbench.close(experiment, judgement.verdict, conclusion, runs)
-  return Outcome(experiment, table, judgement, report)
+  return Table(tuple(results)), runs
 
 
 def _result(arm: Arm, run: Run) -> Result:

@@ -17,7 +17,9 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "exchange reference cuda tools"
   ).split(),
   "nmoe": "errors tables records config machine data distributed model evals train bench".split(),
-  "stages": "text judge launch report viz runs study show research ablate proofs cli".split(),
+  "stages": (
+    "text judge launch report viz runs comparable study show research ablate proofs cli"
+  ).split(),
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15
 LAZY = {"stages.cli"}  # imports inside its commands, so that --help is instant

@@ -20,6 +20,7 @@ class Measure:
   better            the direction in which a model or machine improves
   device_dependent  whether another machine or library version gives another value: then only runs
                     of one device and one set of versions are compared
+  heldout           whether it is measured on the held-out set: then only on one set
   """
 
   label: str
@@ -27,6 +28,7 @@ class Measure:
   better: Literal["lower", "higher"]
   device_dependent: bool = False
   factor: float = 1.0
+  heldout: bool = False
 
   def show(self, value: float, sign: str = "") -> str:
     """The value in its unit; exact zeros are "0", what is not finite is "—"."""
@@ -36,8 +38,8 @@ class Measure:
 
 
 MEASURES = {  # in the order in which a report lists them
-  "val/bpb": Measure("held-out bits per byte", ".4f", "lower"),
-  "val/loss": Measure("held-out loss, nats per token", ".4f", "lower"),
+  "val/bpb": Measure("held-out bits per byte", ".4f", "lower", heldout=True),
+  "val/loss": Measure("held-out loss, nats per token", ".4f", "lower", heldout=True),
   "train/loss": Measure("training loss, nats per token", ".4f", "lower"),
   "train/tokens_per_s": Measure("tokens per second", ",.0f", "higher", True),
   "train/mfu": Measure("model FLOPs utilisation, %", ".1f", "higher", True, 100.0),

@@ -153,17 +153,92 @@ def test_more_than_one_difference_is_said(lab, launches):
   assert "train.log_every: 1 → 4" in said
 
 
+TWICE = """
+[[source]]
+name = "again"
+kind = "files"
+paths = ["text.jsonl"]
+format = "jsonl"
+max_documents = 150
+"""
+
+
 def test_another_mixture_is_a_difference(lab, launches):
-  """Its path is a free key, its content is not."""
-  other = lab.file.with_name("half.toml")
+  """Its path is a free key, its content is not; weights leave the held-out set as it is."""
   text = lab.file.with_name("mixture.toml").read_text()
-  other.write_text(text + "max_documents = 100\n")
-  call(lab, write_variant(lab.file, "data", '[data]\nmixture = "half.toml"\n'), seeds=1)
+  one, other = (lab.file.with_name(f"{name}.toml") for name in ("one", "other"))
+  one.write_text(text + "weight = 1.0" + TWICE + "weight = 1.0\n")
+  other.write_text(text + "weight = 3.0" + TWICE + "weight = 1.0\n")
+  lab.file.write_text(lab.file.read_text().replace("mixture.toml", "one.toml"))
+  call(lab, write_variant(lab.file, "data", '[data]\nmixture = "other.toml"\n'), seeds=1)
   assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
   copy = lab.file.with_name("copy.toml")
-  copy.write_text(text)
+  copy.write_text(one.read_text())
   with pytest.raises(ConfigError, match="computes the same"):
     call(lab, write_variant(lab.file, "same", '[data]\nmixture = "copy.toml"\n'))
+
+
+EASY = """
+[[source]]
+name = "easy"
+kind = "files"
+paths = ["easy.jsonl"]
+format = "jsonl"
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  "key, value",
+  [("mixture", '"easier.toml"'), ("mixture", '"half.toml"'), ("seq_len", 32), ("val_tokens", 512)],
+)
+@pytest.mark.parametrize("metric", ["val/bpb", "val/loss"])
+def test_arms_with_different_held_out_sets_get_no_verdict(lab, launches, key, value, metric):
+  """Before anything runs; both sets and the key are named."""
+  text = lab.file.with_name("mixture.toml").read_text()
+  lab.file.with_name("half.toml").write_text(text + "max_documents = 100\n")
+  lab.file.with_name("easier.toml").write_text(text + EASY)
+  lines = "".join(f'{{"text": "{"a" * (i + 30)}"}}\n' for i in range(200))
+  lab.file.with_name("easy.jsonl").write_text(lines)
+  body = f'[data]\n{key} = {value}\n[experiment]\nmetric = "{metric}"\n'
+  with pytest.raises(ConfigError, match="baseline and variant have different held-out") as caught:
+    call(lab, write_variant(lab.file, "other", body), seeds=1)
+  assert f"data.{key} (" in str(caught.value) and metric in str(caught.value)
+  assert launches.ids == [] and len(lab.records.list()) == 1
+
+
+@pytest.mark.faults
+def test_another_length_is_no_fault_of_a_metric_that_is_not_of_the_held_out_set(lab, launches):
+  body = '[data]\nseq_len = 32\n[experiment]\nmetric = "memory/peak_bytes"\n'
+  call(lab, write_variant(lab.file, "shorter", body), seeds=1)
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
+
+
+SPEED = MUON.replace("min_effect = 0.05", 'metric = "train/tokens_per_s"')
+
+
+@pytest.mark.faults
+def test_speeds_of_two_devices_get_no_verdict(lab, launches):
+  """A baseline that ran on another device of this host stands in the root; both are named."""
+  variant = write_variant(lab.file, "speed", SPEED)
+  call(lab, variant, seeds=1)
+  run = lab.records.runs(newest(lab).id)[0]
+  lab.records.update_run(run.id, results={**run.results, "device": "NVIDIA H100 80GB"})
+  again = write_variant(lab.file, "again", SPEED.replace("better", "faster"))
+  with pytest.raises(RunError, match="train/tokens_per_s depends on the machine") as caught:
+    call(lab, again, seeds=1)
+  assert "NVIDIA H100 80GB" in str(caught.value) and run.results["device"] in str(caught.value)
+  assert newest(lab).verdict == "" and newest(lab).status == "failed"
+
+
+@pytest.mark.faults
+def test_speeds_of_two_versions_get_no_verdict(lab, launches, monkeypatch):
+  """A pip install between two runs."""
+  versions = iter([{"torch": "2.1.0"}, {"torch": "2.13.0"}])
+  monkeypatch.setattr(runs, "environment", lambda: next(versions))
+  with pytest.raises(RunError, match="train/tokens_per_s depends on the machine") as caught:
+    call(lab, write_variant(lab.file, "speed", SPEED), seeds=1)
+  assert "torch 2.1.0" in str(caught.value) and "torch 2.13.0" in str(caught.value)
 
 
 def test_an_interrupted_ablation_continues(lab, variant, launches, monkeypatch):
