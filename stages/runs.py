@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +22,7 @@ from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError
 from nmoe.records.experiments import Experiments
+from nmoe.records.measures import MEASURES
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import ArmRecord, Experiment, Hypothesis, Run
 from nmoe.records.root import Root
@@ -28,6 +31,7 @@ from stages.judge.table import Point
 from stages.launch import local as launch
 from stages.launch.display import Display, Line
 from stages.launch.local import Handle, Job, Launcher
+from stages.launch.pool import Pool, Slot, slots
 from stages.report.html import write_report
 from stages.report.terminal import terminal_summary
 from stages.text import plain
@@ -126,17 +130,24 @@ class Workbench:
     return Arm(name, config, prepared(mixture, config.data.tokenizer, self.root, self.console))
 
   def run_all(self, experiment: Experiment, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
-    """The run of every arm and seed, in their order, as `run` finds or executes it."""
-    with Display(self.console) as display:
-      return [self.run(experiment, arm, seed, display) for arm, seed in pairs]
-
-  def run(self, experiment: Experiment, arm: Arm, seed: int, display: Display) -> Run:
-    """The run of an arm at a seed: found finished, continued, or executed from its start.
+    """The run of every arm and seed, in their order: found finished, continued, or executed from
+    its start, side by side in the slots of this machine.
 
     Only a run of the same fingerprint, data and code is found; a continued one takes over what the
-    configuration now says of free keys. The one returned is completed or failed; RunError if it was
-    stopped before either, RecordError if another process is at it.
+    configuration now says of free keys. Those returned are completed or failed. RunError if one was
+    stopped before either, after the others have ended; RecordError if another process is at one.
     """
+    devices = slots(max((arm.config for arm, _ in pairs), key=lambda c: c.launch.ranks))
+    afresh = any(MEASURES[h.metric].device_dependent for h in experiment.hypotheses)
+    with (
+      Display(self.console) as display,
+      launch.interruptible(),
+      Pool(Launcher(self.root), devices, afresh) as pool,
+    ):
+      return SideBySide(self, experiment, display, pool).runs(pairs)
+
+  def take_up(self, experiment: Experiment, arm: Arm, seed: int, display: Display) -> Run:
+    """The run of an arm at a seed: finished, or recorded and to be executed."""
     config, label = arm.at_seed(seed), f"{arm.name} seed {seed}"
     key = (fingerprint(config, arm.data.name), arm.data.name, seed, self.code_version)
     done = self.experiments.find_finished(*key)
@@ -147,11 +158,11 @@ class Workbench:
       return done
     run = self.experiments.find_unfinished(*key)
     if run is None:
-      return self.repeat(experiment, arm, seed, display)
+      return self.start(experiment, arm, seed)
     self.hand_over(run, config)
     self.experiments.attach(experiment.id, run.id, arm.name)
     display.say(f"{label}: {run.status} before as run {run.id}, continued")
-    return self.execute(experiment, Job(run.id, config), label, display)
+    return run
 
   def repeat(
     self,
@@ -243,28 +254,113 @@ class Workbench:
 
     self.experiments.set_status(experiment.id, "running")
     try:
-      ended = launch.run(Launcher(self.root), job, show, lambda _: line.idle())
+      ended = launch.run(Launcher(self.root), job, show, lambda handle: line.idle(handle.failure))
     except KeyboardInterrupt:
-      raise self._stopped(experiment, job.run, label, "it was told to") from None
-    return self._outcome(experiment, label, line, ended)
+      raise self.stopped(experiment, job.run, label, "it was told to") from None
+    return self.outcome(experiment, label, line, ended)
 
-  def _outcome(self, experiment: Experiment, label: str, line: Line, ended: Handle) -> Run:
+  def outcome(self, experiment: Experiment, label: str, line: Line, ended: Handle) -> Run:
     """What became of a run whose ranks have ended; RunError if that is nothing to go by."""
     found = self.experiments.run(ended.job.run)
     if found.status not in ("completed", "failed"):
       line.end("stopped")
       how = f"exit status {ended.poll()}\n{ended.tail()}"
-      raise self._stopped(experiment, found.id, label, how)
+      raise self.stopped(experiment, found.id, label, how)
     line.end(found.status)
     return found
 
-  def _stopped(self, experiment: Experiment, run_id: str, label: str, how: str) -> RunError:
+  def stopped(self, experiment: Experiment, run_id: str, label: str, how: str) -> RunError:
+    """The error of a run that ended without an outcome, which the records now say."""
     self.experiments.mark_interrupted()
     self.experiments.set_status(experiment.id, "interrupted")
     again = "starts all runs anew" if self.anew else "continues it"
     return RunError(
       f"run {run_id} ({label}) stopped before its end, the same command {again}: {how}"
     )
+
+
+class SideBySide:
+  """Runs of an experiment that a pool executes."""
+
+  def __init__(self, bench: Workbench, experiment: Experiment, display: Display, pool: Pool):
+    self.bench, self.experiment, self.display, self.pool = bench, experiment, display, pool
+    self.lines: dict[str, tuple[str, Line]] = {}  # run -> its label and its line
+    self.errors: list[RunError] = []
+
+  def runs(self, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
+    """The run of each pair, in their order. A run that crashes does not stop the others."""
+    found: dict[tuple[str, int], Run] = {}
+    places: dict[str, tuple[str, int]] = {}  # a run under way -> the pair it is of
+    waiting = deque(turns(pairs, len(self.pool.slots)))
+    self.bench.experiments.set_status(self.experiment.id, "running")
+    try:
+      while waiting or self.pool.running:
+        while (slot := self.pool.free()) and (pair := self.next(waiting)):
+          arm, seed = pair
+          run = self.bench.take_up(self.experiment, arm, seed, self.display)
+          if run.finished:
+            found[arm.name, seed] = run
+            continue
+          places[run.id] = arm.name, seed
+          self.start(slot, Job(run.id, arm.at_seed(seed)), f"{arm.name} seed {seed}")
+        for handle in self.pool.running:
+          self.lines[handle.job.run][1].idle(handle.failure)
+        for handle in self.pool.ended():
+          run = self.end(handle)
+          if run is not None:
+            found[places[run.id]] = run
+    except KeyboardInterrupt:
+      launch.finish(self.pool.running)
+      raise self.interrupted() from None
+    if self.errors:
+      raise RunError("\n".join(map(str, self.errors)))
+    return [found[arm.name, seed] for arm, seed in pairs]
+
+  def next(self, waiting: deque[tuple[Arm, int]]) -> tuple[Arm, int] | None:
+    """Take the first pair whose computation is not under way, or None."""
+    under_way = {fingerprint(handle.job.config) for handle in self.pool.running}
+    for pair in waiting:
+      if fingerprint(pair[0].at_seed(pair[1])) not in under_way:
+        waiting.remove(pair)
+        return pair
+    return None
+
+  def start(self, slot: Slot, job: Job, label: str) -> None:
+    line = self.display.line(label, job.config.steps, f"starting {job.run}")
+    self.lines[job.run] = label, line
+    slot.handle = slot.begin(job, line.follow)
+
+  def end(self, handle: Handle) -> Run | None:
+    """The run of a job that ended; None, and its error is kept, if it has no outcome."""
+    label, line = self.lines.pop(handle.job.run)
+    try:
+      return self.bench.outcome(self.experiment, label, line, handle)
+    except RunError as error:
+      self.errors.append(error)
+      return None
+
+  def interrupted(self) -> RunError:
+    """What an interrupt left: every run under way has saved its state."""
+    how = "it was told to"
+    errors = [
+      self.bench.stopped(self.experiment, run, label, how) for run, (label, _) in self.lines.items()
+    ]
+    return RunError("\n".join(map(str, errors)) or f"stopped before its first run: {how}")
+
+
+def turns(pairs: Sequence[tuple[Arm, int]], num_slots: int) -> list[tuple[Arm, int]]:
+  """The order in which pairs start: with several slots the arms of each next seed begin one
+  further, so that no slot has always the same arm, whatever a slot's GPU is like.
+  """
+  groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[1])]
+  if num_slots == 1:
+    return list(pairs)
+  return [pair for n, group in enumerate(groups) for pair in rotated(group, n)]
+
+
+def rotated(group: list[tuple[Arm, int]], by: int) -> list[tuple[Arm, int]]:
+  first = by % len(group)
+  return group[first:] + group[:first]
 
 
 def prepared(mixture: Path, tokenizer: str, root: Path, console: Console) -> Path:

@@ -11,6 +11,7 @@ from labs import Launches, open_lab
 
 from stages import runs
 from stages.launch import local as launch
+from stages.launch import pool
 
 settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
@@ -47,5 +48,6 @@ def launches(lab, monkeypatch):
   """Stage runners whose runs this process executes, whatever becomes of the code meanwhile."""
   made = Launches()
   monkeypatch.setattr(launch.Launcher, "start", lambda self, *args: made.start(self, *args))
+  monkeypatch.setattr(pool.Slot, "begin", lambda self, *args: made.start(self.launcher, *args))
   monkeypatch.setattr(runs, "provenance", lambda repo: ("0123456789abcdef", "", "code"))
   return made

@@ -178,6 +178,7 @@ class TrainConfig:
 class LaunchConfig:
   ranks: int = schedule(1, gt=0)
   threads: int = schedule(0, ge=0)  # torch CPU threads per rank; 0: cores / ranks
+  slots: int = free(0, ge=0)  # runs of a study side by side; 0: what GPUs there are, one on the cpu
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,8 +64,13 @@ class Line:
     else:
       self.idle()
 
-  def idle(self) -> None:
-    """To be called often: says that the run is under way if it was silent for LINE_S."""
+  def idle(self, failure: str = "") -> None:
+    """To be called often: says at once that a rank failed, and that the run is under way if it was
+    silent for LINE_S.
+    """
+    if failure and failure != self.last:
+      self.last, self._came = failure, time.monotonic()
+      self.display.say(f"{self.label}: {failure}")
     now = time.monotonic()
     if now - self._printed >= LINE_S:
       age = now - self._came

@@ -120,10 +120,11 @@ class Handle:
         rank.kill()
 
   def close(self) -> None:
-    """End what still lives; nothing of the job outlives this."""
-    self.kill()
-    for rank in self.ranks:
-      rank.wait()
+    """End what still lives; nothing of the job outlives this, but a worker that ended it."""
+    if self._said is None:
+      self.kill()
+      for rank in self.ranks:
+        rank.wait()
     self.cleanup.close()
 
   def tail(self, lines: int = 15) -> str:
@@ -252,6 +253,11 @@ def pipe(cleanup: ExitStack) -> tuple[int, int]:
   os.set_blocking(read, False)
   cleanup.callback(os.close, read)
   return read, write
+
+
+def close(fd: int) -> None:
+  """Close a descriptor of `pipe`."""
+  os.close(fd)
 
 
 def child_command(module: str, arguments: Sequence[str]) -> list[str]:
