@@ -55,7 +55,6 @@ class Minifloat(NamedTuple):
 
 E4M3 = Minifloat(3, -6, 448.0)
 E2M1 = Minifloat(1, 0, 6.0)
-BLOCK = {"fp8": 32, "nvfp4": 16}
 NVFP4_LARGEST = E2M1.largest * E4M3.largest  # 2688, of a number over its tensor's scale
 
 

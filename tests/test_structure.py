@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "nmoe", "stages")  # each may import itself and those before it
 ROOMS = {  # of a floor, folders or single files: likewise
   "kernels": (
-    "arch errors arithmetic copies ops shapes gradient halves ragged places formats buffers flight "
-    "exchange reference cuda tools"
+    "arch errors sizes costs arithmetic copies ops shapes gradient halves ragged places formats "
+    "buffers flight exchange reference cuda tools"
   ).split(),
   "nmoe": "errors tables records config machine data distributed model evals train bench".split(),
   "stages": (

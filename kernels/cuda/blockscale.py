@@ -43,8 +43,9 @@ from kernels.cuda.jit import (
   load_vector,
   vector_at,
 )
-from kernels.formats import BLOCK, BlockScaled, derive, signs
+from kernels.formats import BlockScaled, derive, signs
 from kernels.ops import check
+from kernels.sizes import BLOCK
 
 THREADS = 256
 WIDTH = 8  # elements of a row that a thread owns

@@ -40,13 +40,7 @@ import torch
 from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from torch import Tensor
 
-from kernels.buffers import (
-  DISPATCH,
-  RETURN,
-  Buffers,
-  Route,
-  row_bytes,
-)
+from kernels.buffers import DISPATCH, RETURN, Buffers, Route
 from kernels.cuda import gemms, scatter
 from kernels.cuda.jit import (
   DTYPES,
@@ -73,6 +67,7 @@ from kernels.cuda.signals import (
 )
 from kernels.ops import Product, check
 from kernels.places import Places
+from kernels.sizes import row_bytes
 
 THREADS = 512
 WARPS = THREADS // 32

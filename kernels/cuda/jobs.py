@@ -12,7 +12,7 @@ from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.buffers import COUNTS, PAYLOADS, BufferLayout, Buffers, Route
+from kernels.buffers import COUNTS, DTYPES, Buffers, Route
 from kernels.copies import Copies
 from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
@@ -33,6 +33,7 @@ from kernels.cuda.router import route
 from kernels.formats import quantize_rows
 from kernels.ops import Product, Recipe, RouterSpec
 from kernels.shapes import Shapes
+from kernels.sizes import PAYLOADS, BufferLayout
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GRADIENTS = ("bf16", "fp32", "added")  # of weights: in bf16, made in fp32, added to one in fp32
@@ -79,8 +80,9 @@ def _combine(s: Shapes) -> None:
 
 def _mover(s: Shapes, slots: int = 1) -> Exchange:
   rows = s.batch * s.seq_len * s.top_k
-  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, BF16, s.payload, slots)
-  block = Buffers(*(meta(*shape, dtype=t, grad=False) for shape, t in sizes.fields.values()))
+  sizes = BufferLayout(s.ranks, s.num_experts, rows, rows, s.dim, "bf16", s.payload, slots)
+  fields = sizes.fields.values()
+  block = Buffers(*(meta(*shape, dtype=DTYPES[kind], grad=False) for shape, kind in fields))
   return Exchange([block] * s.ranks, 0, 1.0)
 
 

@@ -61,8 +61,8 @@ from kernels.cuda.jit import (
   store_vector,
 )
 from kernels.cuda.squares import write_squares
-from kernels.formats import BLOCK
 from kernels.ops import check, check_same_device
+from kernels.sizes import BLOCK
 
 THREADS = 256
 WIDTH = 8

@@ -34,10 +34,11 @@ from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
 from kernels.cuda.blockscale import Operand as Quantized
 from kernels.cuda.jit import ARCH
 from kernels.cuda.tail import zero_tail
-from kernels.formats import BLOCK, BlockScaled, derive
+from kernels.formats import BlockScaled, derive
 from kernels.gradient import gradient
 from kernels.ops import Operand, Recipe, check
 from kernels.ragged import gather, moved
+from kernels.sizes import BLOCK
 
 ALIGNMENT = 32  # of D and F: whole blocks along every summed dimension
 FORMATS = {"fp8": MXFP8_E4M3, "nvfp4": NVFP4}

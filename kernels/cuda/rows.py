@@ -12,10 +12,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from kernels.buffers import row_parts
 from kernels.cuda import minifloat as mf
 from kernels.cuda.jit import VECTOR_BYTES, load_vector
-from kernels.formats import BLOCK
+from kernels.sizes import BLOCK, row_parts
 
 CODES = 16  # elements of a packed row that a lane holds
 

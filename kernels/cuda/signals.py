@@ -13,9 +13,10 @@ from cutlass import Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
-from kernels.buffers import COUNTS, SIGNAL_STRIDE, Buffers
+from kernels.buffers import COUNTS, Buffers
 from kernels.cuda.jit import cached, compile_kernel, fake
 from kernels.cuda.rows import pointer, put
+from kernels.sizes import SIGNAL_STRIDE
 
 THREADS = 512  # of the one block: ranks at most
 

@@ -30,8 +30,8 @@ from kernels.cuda.blockscale import (
   store_words,
 )
 from kernels.cuda.jit import cached, compile_kernel, contiguous, fake, load_vector
-from kernels.formats import BLOCK
 from kernels.ops import check
+from kernels.sizes import BLOCK
 
 SIZE = BLOCK["nvfp4"]
 EDGE = ATOM_ROWS  # of a tile

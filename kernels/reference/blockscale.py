@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels.formats import (
-  BLOCK,
   E2M1,
   E4M3,
   HADAMARD,
@@ -29,6 +28,7 @@ from kernels.formats import (
   spread,
 )
 from kernels.ops import check
+from kernels.sizes import BLOCK
 
 
 def quantize(

@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route, row_parts
-from kernels.formats import BLOCK, BlockScaled, quantize_rows
+from kernels.buffers import COUNTS, DISPATCH, RETURN, Buffers, Route
+from kernels.formats import BlockScaled, quantize_rows
 from kernels.ops import Product
 from kernels.places import Places, places
 from kernels.reference.blockscale import quantize
 from kernels.reference.products import multiply
+from kernels.sizes import BLOCK, row_parts
 
 YIELDS = 200  # polls that only yield the core; later ones sleep
 PAUSE_S = 1e-4

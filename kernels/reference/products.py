@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.arithmetic import wide
-from kernels.formats import BLOCK, BlockScaled, derive
+from kernels.formats import BlockScaled, derive
 from kernels.ops import Operand, Product, Recipe, check
 from kernels.reference.blockscale import quantize
+from kernels.sizes import BLOCK
 
 
 def block_scaled_product(

@@ -23,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.buffers import DISPATCH, RETURN, Route
+from kernels.buffers import DISPATCH, DTYPES, RETURN, Route
 from kernels.ops import Product, Recipe
 from kernels.places import places
 from nmoe.config import file as configs
+from nmoe.config.parameters import parameter_dtype
 from nmoe.config.sections import Config
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import unknown
 from nmoe.errors import CommError, ConfigError, NmoeError
 from nmoe.machine.target import Target, select
-from nmoe.model.decoder import parameter_dtype
 from nmoe.records.experiments import Experiments
 from nmoe.train.clock import Clock
 from nmoe.train.startup import parser
@@ -131,7 +131,7 @@ class Bench:
   def __init__(self, config: Config, target: Target, ranks: Parallel):
     self.config, self.target, self.ops, self.ranks = config, target, target.ops, ranks
     self.rdep, self.device = ranks.rdep, target.device
-    self.dtype = parameter_dtype(config)
+    self.dtype = DTYPES[parameter_dtype(config)]
     self.chance = torch.Generator(self.device).manual_seed(ranks.rank)
     e, dim = config.moe, config.model.dim
     self.w13 = self._normal(self.rdep.num_local, 2 * e.expert_dim, dim, scale=dim**-0.5)

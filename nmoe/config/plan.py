@@ -17,12 +17,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kernels import costs
+from nmoe.config.buffers import buffer_layout, row_slots
 from nmoe.config.file import changed
-from nmoe.config.owners import Span, is_matrix, owners, parameter_group
+from nmoe.config.parameters import (
+  is_matrix,
+  owned_rows,
+  parameter_shapes,
+  parameter_width,
+)
 from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
-
-TRANSIENT = 2  # slots of received rows that one trip sends and reads (nmoe.distributed.rdep)
 
 
 @dataclass(frozen=True)
@@ -150,67 +155,6 @@ def plan(config: Config) -> Plan:
   return Plan(config, parameters(config), flops(config), memory(config), rdep_bytes(config))
 
 
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of every parameter of Model(config) with all experts, in its order."""
-  m, e = config.model, config.moe
-  shapes = {"embed.weight": (m.vocab_size, m.dim)}
-  for layer in range(m.num_layers):
-    block = _attention_shapes(config)
-    if layer < m.num_dense_layers:
-      block |= _mlp_shapes("mlp.", m.dim, m.dense_dim)
-    else:
-      block["moe.router.weight"] = (e.num_experts, m.dim)
-      block |= _mlp_shapes("moe.experts.", m.dim, e.expert_dim, (e.num_experts,))
-      if e.num_shared:
-        block |= _mlp_shapes("moe.shared.", m.dim, e.num_shared * e.expert_dim)
-    shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
-  shapes["norm.weight"] = (m.dim,)
-  if not m.tie_embeddings:
-    shapes["head.weight"] = (m.vocab_size, m.dim)
-  return shapes
-
-
-def owned_rows(config: Config) -> dict[str, list[dict[str, Span]]]:
-  """The owners of the parameters of each group: group -> member -> parameter -> rows.
-
-  The members are the ranks that hold the same: of dense parameters and routers all R, of experts
-  the R / G replicas. Their rows are the E / G experts of a rank.
-  """
-  ranks, group = config.launch.ranks, config.expert_ranks
-  shapes = parameter_shapes(config)
-  for name, shape in shapes.items():
-    if parameter_group(name) == "expert":
-      shapes[name] = (shape[0] // group, *shape[1:])
-  return {
-    kind: owners({n: s for n, s in shapes.items() if parameter_group(n) == kind}, members)
-    for kind, members in (("dense", ranks), ("router", ranks), ("expert", ranks // group))
-  }
-
-
-def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-  m = config.model
-  q_dim = m.num_heads * (m.qk_nope_dim + m.qk_rope_dim)
-  shapes = {"attention_norm.weight": (m.dim,)}
-  if m.q_lora_rank:
-    shapes["attention.q_a.weight"] = (m.q_lora_rank, m.dim)
-    shapes["attention.q_norm.weight"] = (m.q_lora_rank,)
-    shapes["attention.q_b.weight"] = (q_dim, m.q_lora_rank)
-  else:
-    shapes["attention.q.weight"] = (q_dim, m.dim)
-  shapes["attention.kv_a.weight"] = (m.kv_lora_rank + m.qk_rope_dim, m.dim)
-  shapes["attention.kv_norm.weight"] = (m.kv_lora_rank,)
-  shapes["attention.kv_b.weight"] = (m.num_heads * (m.qk_nope_dim + m.v_dim), m.kv_lora_rank)
-  shapes["attention.o.weight"] = (m.dim, m.num_heads * m.v_dim)
-  shapes["mlp_norm.weight"] = (m.dim,)
-  return shapes
-
-
-def _mlp_shapes(
-  prefix: str, dim: int, width: int, lead: tuple[int, ...] = ()
-) -> dict[str, tuple[int, ...]]:
-  return {f"{prefix}w13": (*lead, 2 * width, dim), f"{prefix}w2": (*lead, dim, width)}
-
-
 def _part(name: str, shape: tuple[int, ...]) -> str:
   """The field of Parameters that a parameter counts under."""
   if len(shape) == 1:
@@ -274,61 +218,29 @@ def _evaluation(config: Config) -> Term:
 
   The loss stores no logits then (kernels.cuda.loss).
   """
-  m, tokens, width = config.model, config.rank_tokens, _width(config)
+  m, tokens, width = config.model, config.rank_tokens, parameter_width(config)
   residual = 2 * tokens * m.dim * width
   layer = max(_kept_per_token(config, i) * tokens for i in range(m.num_layers))
   return Term("evaluation", f"{residual:,} residual, {layer:,.0f} of a layer", residual + layer)
 
 
 def rdep_bytes(config: Config) -> RdepBytes:
-  """The symmetric heap of one rank (kernels.buffers). One rank alone copies no rows."""
+  """The symmetric heap of one rank (kernels.sizes). One rank alone copies no rows."""
   c = config
   if c.expert_ranks == 1:
     return RdepBytes(0, 0, 0)
   num_local = c.moe.num_experts // c.expert_ranks
-  rows = c.rows
   worst = c.rank_tokens * min(c.moe.top_k, num_local) * c.expert_ranks
-  return RdepBytes(*(_heap(c, n) for n in (rows, math.ceil(c.rdep.capacity * rows), worst)))
-
-
-def row_slots(config: Config) -> int:
-  """Buffers of received rows: one for each MoE layer, where x stays until its backward pass, and
-  TRANSIENT for what is read in its own trip. One, from which rows are copied, where they are
-  unpacked, padded or moved by puts.
-  """
-  r, m = config.rdep, config.model
-  if r.payload != "bf16" or r.alignment > 1 or not r.peer_access:
-    return 1
-  return m.num_layers - m.num_dense_layers + TRANSIENT
-
-
-def _heap(config: Config, received: int) -> int:
-  """Bytes of one rank's block when it can receive this many rows in a round."""
-  ranks, rows = config.expert_ranks, config.rows
-  align = config.rdep.alignment
-  places = max(-(-received // align), 1) * align
-  row = config.model.dim * _width(config)
-  received_row = row
-  if config.rdep.payload != "bf16":  # dy's are the longest: a byte, and a scale per 32, in 16s
-    received_row = -(-config.model.dim * 33 // (32 * 16)) * 16
-  received_rows = row_slots(config) * places * received_row
-  sizes = (ranks * config.moe.num_experts * 4, received_rows, places * 4, places * 4)
-  sizes += (rows * row, rows * 4, 3 * ranks * 16 * 8)
-  return sum(-(-size // 256) * 256 for size in sizes)
-
-
-def _width(config: Config) -> int:
-  """Bytes of a parameter or an activation."""
-  return 4 if config.target.dtype == "fp32" else 2
+  return RdepBytes(*(buffer_layout(c, received).nbytes for received in (c.rows, None, worst)))
 
 
 def _grad_width(config: Config) -> int:
-  return 4 if config.micro_batches > 1 else _width(config)
+  return 4 if config.micro_batches > 1 else parameter_width(config)
 
 
 def _held(config: Config) -> Iterator[Term]:
   """What stays in memory from step to step."""
-  p, width = parameters(config), _width(config)
+  p, width = parameters(config), parameter_width(config)
   experts = p.experts // config.expert_ranks
   others = p.total - p.experts
   count = others + experts
@@ -345,8 +257,10 @@ def _held(config: Config) -> Iterator[Term]:
     yield Term("fp32 masters", f"{own.masters:,} · 4{of}", own.masters * 4)
   formula = f"({own.adamw:,} AdamW · 2 + {own.muon:,} Muon) · {moment}{of}"
   yield Term("moments", formula, (2 * own.adamw + own.muon) * moment)
-  elements, (formula, each) = _quantized_elements(config), _copy_bytes(config)
-  yield Term("quantized weights", f"{elements:,} · 2 · ({formula})", elements * 2 * each)
+  if elements := _quantized_elements(config):
+    copy = costs.quantized_copy(config.target.dtype, config.target.emulate_blockscale)
+    formula = f"{elements:,} · 2 · ({copy.formula})"
+    yield Term("quantized weights", formula, elements * 2 * copy.nbytes)
   received = rdep_bytes(config).capacity
   yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
 
@@ -367,14 +281,6 @@ def _product(name: str, shape: tuple[int, ...]) -> str:
   part = _part(name, shape)
   linear = name.split(".")[3]
   return {"q_a": "q", "q_b": "q"}.get(linear, linear) if part == "attention" else part
-
-
-def _copy_bytes(config: Config) -> tuple[str, float]:
-  """Of an element in one copy: data and scale; tensor cores want a 16 x 16 square's in each row."""
-  if config.target.dtype == "nvfp4":
-    rows = 256 if config.target.emulate_blockscale else 16
-    return f"1/2 + 1/{rows}", 1 / 2 + 1 / rows
-  return "1 + 1/32", 1 + 1 / 32
 
 
 @dataclass
@@ -420,21 +326,23 @@ class _Moment:
 
 def _moments_of_step(config: Config) -> Iterator[_Moment]:
   """The moments at which memory can peak, of the last micro-batch of a step."""
-  m, tokens, width, grad = config.model, config.rank_tokens, _width(config), _grad_width(config)
+  m, tokens = config.model, config.rank_tokens
+  width, grad = parameter_width(config), _grad_width(config)
   several = config.micro_batches > 1  # gradients are summed in fp32
   layers = [_kept_per_token(config, i) * tokens for i in range(m.num_layers)]
   grads = _layer_elements(config)
   total = parameters(config).total - parameters(config).experts + sum(e for _, e in grads)
   ends = tokens * (2 * m.dim * width + 4)  # the last norm's sum and result
-  head, dx = m.vocab_size * m.dim, tokens * m.dim * width
+  head = m.vocab_size * m.dim
   made = total if several else 0
   chunk = min(config.train.loss_chunk, tokens)
+  loss = costs.linear_cross_entropy(tokens, m.dim, m.vocab_size, chunk, width)
   yield _Moment(
     "loss, forward",
     sum(layers) + ends,
     made * grad,
-    head * 4 + dx + chunk * m.vocab_size * width,
-    f"{head:,} · 4 head gradient, {dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
+    sum(loss),
+    f"{head:,} · 4 head gradient, {loss.dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
   )
   scores = (m.num_layers - m.num_dense_layers) * tokens * config.moe.num_experts * 4
   scores *= config.moe.balance_alpha > 0  # their gradient, as long as a layer still wants it
@@ -442,16 +350,16 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
     "balance loss, backward",
     sum(layers) + ends,
     made * grad,
-    head * 4 + dx + 4 * scores,
-    f"{head:,} · 4 head gradient, {dx:,} dx, 4 · {scores:,} scores",
+    loss.dweight + loss.dx + 4 * scores,
+    f"{head:,} · 4 head gradient, {loss.dx:,} dx, 4 · {scores:,} scores",
   )
   scaled = 0 if several and width < 4 else width  # or added to the fp32 gradient as it is scaled
   yield _Moment(
     "loss, backward",
     sum(layers) + ends,
     made * grad,
-    head * (4 + scaled) + 2 * dx + scores,
-    f"{head:,} · {4 + scaled} head gradient, 2 · {dx:,} dx, {scores:,} scores",
+    loss.dweight + head * scaled + 2 * loss.dx + scores,
+    f"{head:,} · {4 + scaled} head gradient, 2 · {loss.dx:,} dx, {scores:,} scores",
   )
   made = made or head
   for i in reversed(range(m.num_layers)):
@@ -477,32 +385,31 @@ def _layer_elements(config: Config) -> list[tuple[int, int]]:
 
 def _kept_terms(config: Config, layer: int) -> dict[str, float]:
   """Bytes per token that a layer keeps for backward, by what they are."""
-  m, e, width = config.model, config.moe, _width(config)
-  qk = m.qk_nope_dim + m.qk_rope_dim
+  m, e, width = config.model, config.moe, parameter_width(config)
+  latent = sum(_normed(rank, width) for rank in (m.kv_lora_rank, m.q_lora_rank) if rank)
   terms = {
-    "residual sums and norms": 4 * m.dim * width + 8,
-    "q, k, v, o": m.num_heads * (2 * (qk + m.v_dim) * width + 4),
-    "latents": (2 * m.kv_lora_rank + m.qk_rope_dim) * width + 4,
+    "residual sums and norms": 2 * _normed(m.dim, width),
+    "q, k, v, o": costs.attention(m.num_heads, m.qk_nope_dim + m.qk_rope_dim, m.v_dim, width),
+    "latents": latent + m.qk_rope_dim * width,
   }
-  if m.q_lora_rank:
-    terms["latents"] += 2 * m.q_lora_rank * width + 4
   if layer < m.num_dense_layers:
-    return terms | {"SwiGLU inputs": 2 * m.dense_dim * width}
-  terms["routing"] = 20 * e.top_k
-  if e.balance_alpha:  # the scores, those of all layers side by side, and their sum
-    terms["routing"] += 4 * (2 * e.num_experts + 1)
-  elif e.score == "softmax":
-    terms["routing"] += 4 * e.num_experts
-  terms["SwiGLU inputs"] = 2 * (e.top_k + e.num_shared) * e.expert_dim * width
+    return terms | {"SwiGLU inputs": costs.mlp(m.dense_dim, width)}
+  terms["routing"] = costs.route(e.num_experts, e.top_k, e.score, e.balance_alpha > 0)
+  terms["SwiGLU inputs"] = (e.top_k + e.num_shared) * costs.mlp(e.expert_dim, width)
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1
-    terms["SwiGLU inputs"] += 2 * spare * e.top_k * e.expert_dim * width
+    terms["SwiGLU inputs"] += spare * e.top_k * costs.mlp(e.expert_dim, width)
     row = (1 + spare) * e.top_k * m.dim * width
     if row_slots(config) == 1:  # else they stay in the buffers
       terms["received rows"] = row
     if config.target.dtype in ("fp8", "nvfp4"):
       terms["results of received rows"] = row
   return terms
+
+
+def _normed(dim: int, width: int) -> int:
+  """Kept by a norm and by the product that reads its result."""
+  return costs.rms_norm(dim, width) + costs.linear(dim, width)
 
 
 def _kept_per_token(config: Config, layer: int) -> float:
@@ -524,24 +431,19 @@ def _kept_formula(config: Config) -> str:
 
 def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
   """Gradients of activations inside one layer's backward pass, and of weights not yet added."""
-  m, e, width, tokens = config.model, config.moe, _width(config), config.rank_tokens
+  m, e, width, tokens = config.model, config.moe, parameter_width(config), config.rank_tokens
   dense, experts = _layer_elements(config)[layer]
   if layer < m.num_dense_layers:
     rows, ffn = tokens, m.dense_dim
   else:
     rows, ffn = config.rows, e.expert_dim
-  inner = rows * (3 * ffn + m.dim) * width + 3 * tokens * m.dim * width
+  inner = costs.mlp_backward(rows, tokens, m.dim, ffn, width)
   formula = f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {tokens:,} · {m.dim} · {width}"
-  if config.micro_batches > 1 and width < 4 and not _adds_in_place(config):
+  if config.micro_batches > 1 and width < 4 and not costs.adds_in_place(config.target.arch):
     block = experts or 3 * m.dim * m.dense_dim
-    inner += block * width + block * 2 / 3 * 4
+    inner += costs.weights_apart(block, width)
     formula += f", {block:,} weight gradients · {width} and two thirds · 4"
   return inner, formula
-
-
-def _adds_in_place(config: Config) -> bool:
-  """Whether the experts' products add to the fp32 gradients themselves (kernels.ops): on a GPU."""
-  return config.target.arch != "cpu"
 
 
 def fits(plan: Plan, bytes_available: int) -> Misfit | None:

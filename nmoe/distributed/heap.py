@@ -1,38 +1,18 @@
 """The symmetric heap: every rank's buffers, mapped on every rank that can reach them.
 
-What lies where is kernels.buffers.BufferLayout; how memory is shared is the target's (the module
+What lies where is kernels.sizes.BufferLayout; how memory is shared is the target's (the module
 `symmetric` of its kernels: POSIX shared memory on the cpu, NVSHMEM on GPUs).
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.distributed as dist
 
-from kernels.buffers import BufferLayout, Buffers
+from kernels.buffers import Buffers, views
 from kernels.exchange import Memory
 from kernels.ops import KernelError
-from nmoe.config.plan import row_slots
-from nmoe.config.sections import Config
+from kernels.sizes import BufferLayout
 from nmoe.errors import CommError
-
-
-def buffer_layout(config: Config) -> BufferLayout:
-  """One rank's block: ⌈capacity · T·K⌉ received rows, rounded up to the alignment, in each slot."""
-  align = config.rdep.alignment
-  received = math.ceil(config.rdep.capacity * config.rows)
-  return BufferLayout(
-    ranks=config.expert_ranks,
-    experts=config.moe.num_experts,
-    capacity=max(math.ceil(received / align), 1) * align,
-    rows=config.rows,
-    dim=config.model.dim,
-    dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
-    payload=config.rdep.payload,
-    slots=row_slots(config),
-  )
 
 
 class Heap:
@@ -49,7 +29,7 @@ class Heap:
       raise CommError(f"rank {group.rank()} of {group.size()}: {error}") from error
     self._mine = blocks[group.rank()]
     self.nbytes = layout.nbytes
-    self.peers: list[Buffers] = [layout.views(block) for block in blocks]
+    self.peers: list[Buffers] = [views(layout, block) for block in blocks]
     self.mine = self.peers[group.rank()]
 
   def close(self) -> None:

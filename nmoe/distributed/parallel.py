@@ -2,10 +2,10 @@
 
 Dense and router parameters are on every rank. Routed experts lie over the G ranks of an RDEP group
 (rdep.group): rank r is in group r // G and holds the experts r mod G, like R / G - 1 other ranks.
-Of what several ranks hold each row has one owner (nmoe.config.owners), to which the gradients are
-summed and from which the updated weights come. Losses are divided by the global number of tokens
-before backward, so sums are right and nothing is averaged. With one rank everything here is a
-no-op.
+Of what several ranks hold each row has one owner (nmoe.config.parameters), to which the gradients
+are summed and from which the updated weights come. Losses are divided by the global number of
+tokens before backward, so sums are right and nothing is averaged. With one rank everything here is
+a no-op.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nmoe.config.owners import Span
-from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.config.parameters import Span, owned_rows, parameter_shapes
 from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Passes, Rdep
 from nmoe.errors import CommError

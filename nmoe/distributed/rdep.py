@@ -74,14 +74,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.buffers import COUNTS, DISPATCH, PAYLOADS, RETURN, Route
+from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
 from kernels.exchange import Memory
 from kernels.formats import quantize_rows
 from kernels.ops import Ops, Product, Recipe
 from kernels.places import places
-from nmoe.config.plan import TRANSIENT, row_slots
+from kernels.sizes import PAYLOADS
+from nmoe.config.buffers import TRANSIENT, buffer_layout, row_slots
 from nmoe.config.sections import Config
-from nmoe.distributed.heap import Heap, buffer_layout
+from nmoe.distributed.heap import Heap
 from nmoe.errors import CommError
 
 Passes = TypeVar("Passes")  # what passes() returns
@@ -250,7 +251,7 @@ class Rdep:
   def slot_of(self, layer: int) -> int:
     """The slot in which this layer's rows stay until its backward pass."""
     slot = self.slot.setdefault(layer, len(self.slot))
-    most = row_slots(self.config) - TRANSIENT
+    most = self.slots - TRANSIENT
     assert slot < most, f"RDEP: layer {layer} is one more than the {most} MoE layers of the model"
     return slot
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels.buffers import DTYPES
 from kernels.copies import Copies
 from kernels.formats import derive
 from kernels.gradient import gradient
 from kernels.ops import Ops, Recipe, Routing
-from nmoe.config.owners import is_matrix, parameter_group
+from nmoe.config.parameters import is_matrix, parameter_dtype, parameter_group
 from nmoe.config.sections import Config, ModelConfig, YarnConfig
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
@@ -111,7 +112,7 @@ class Attention(nn.Module):
 
   def __init__(self, config: Config, layer: int, ops: Ops):
     super().__init__()
-    m, dtype = config.model, parameter_dtype(config)
+    m, dtype = config.model, DTYPES[parameter_dtype(config)]
     self.ops, self.model = ops, m
     self.scale = (m.qk_nope_dim + m.qk_rope_dim) ** -0.5 * softmax_mscale(config.yarn) ** 2
 
@@ -148,7 +149,7 @@ class Experts(nn.Module):
 
   def __init__(self, config: Config, layer: int, rdep: Rdep):
     super().__init__()
-    dtype, e, dim = parameter_dtype(config), config.moe, config.model.dim
+    dtype, e, dim = DTYPES[parameter_dtype(config)], config.moe, config.model.dim
     self.rdep, self.layer = rdep, layer
     self.recipe = recipe_for(config, "experts", layer)
     num_local = e.num_experts // rdep.num_ranks
@@ -174,7 +175,8 @@ class Moe(nn.Module):
     self.shared = None
     if e.num_shared:
       recipe = recipe_for(config, "shared", layer)
-      self.shared = Mlp(dim, e.num_shared * e.expert_dim, parameter_dtype(config), recipe, ops)
+      dtype = DTYPES[parameter_dtype(config)]
+      self.shared = Mlp(dim, e.num_shared * e.expert_dim, dtype, recipe, ops)
 
   def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
     """The output [B, S, D], and where the router sent the tokens."""
@@ -189,7 +191,7 @@ class Block(nn.Module):
 
   def __init__(self, config: Config, layer: int, ops: Ops, rdep: Rdep):
     super().__init__()
-    m, dtype = config.model, parameter_dtype(config)
+    m, dtype = config.model, DTYPES[parameter_dtype(config)]
     self.attention_norm = Norm(m.dim, m.norm_eps, dtype, ops)
     self.attention = Attention(config, layer, ops)
     self.mlp_norm = Norm(m.dim, m.norm_eps, dtype, ops)
@@ -209,7 +211,7 @@ class Model(nn.Module):
 
   def __init__(self, config: Config, ops: Ops, rdep: Rdep | None = None):
     super().__init__()
-    m, dtype = config.model, parameter_dtype(config)
+    m, dtype = config.model, DTYPES[parameter_dtype(config)]
     self.config, self.ops = config, ops
     rdep = rdep or Rdep(config, ops)
     self.embed = nn.Module()
@@ -344,11 +346,6 @@ def copies_of(model: nn.Module) -> dict[str, Copies]:
 def update_router_bias(model: Model, count_LE: Tensor, rate: float) -> None:
   """One step of bias balancing from the step's global counts; see nmoe.model.router.update_bias."""
   update_bias(model.routers, count_LE, rate)
-
-
-def parameter_dtype(config: Config) -> torch.dtype:
-  """fp32 for dtype = "fp32", else bf16 (the optimizer holds fp32 masters). Routers are fp32."""
-  return torch.float32 if config.target.dtype == "fp32" else torch.bfloat16
 
 
 def recipe_for(config: Config, name: str, layer: int) -> Recipe:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.config.plan import parameter_shapes
+from nmoe.config.parameters import parameter_shapes
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, ConfigError
 

@@ -1,12 +1,12 @@
 """The optimizer: AdamW and Muon over every parameter, with fp32 masters and rates per group.
 
-Groups are "dense", "router" and "expert" (nmoe.config.owners.parameter_group); each has its own
+Groups are "dense", "router" and "expert" (nmoe.config.parameters.parameter_group); each has its own
 learning rate and weight decay, and 1-D parameters (norms) have no decay. Router biases are buffers:
 nothing here touches them. Matrices go to Muon where the configuration says so, one logical block at
 a time (nmoe.model.decoder.matrix_blocks); torch.optim.Muon takes whole 2-D parameters only, so the
 update is ours, and equals torch's on a plain matrix.
 
-Where ranks share a parameter, each keeps and updates the rows it owns (nmoe.config.owners).
+Where ranks share a parameter, each keeps and updates the rows it owns (nmoe.config.parameters).
 
 No method synchronises with the host. Gradients are read from `.grad`; when several micro-batches
 make a step, bf16 parameters get fp32 gradients (`Tensor.grad_dtype`), so small terms are not lost.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kernels.copies import Copies
 from kernels.ops import Ops
-from nmoe.config.owners import Span, parameter_group
+from nmoe.config.parameters import Span, parameter_group
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, RunError
 from nmoe.model.decoder import Rows, copies_of, matrix_blocks

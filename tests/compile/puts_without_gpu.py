@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.buffers import DISPATCH, BufferLayout, Buffers, Route
+from kernels.buffers import DISPATCH, Buffers, Route, views
 from kernels.cuda import exchange as direct
 from kernels.cuda import jit, puts
 from kernels.places import places
 from kernels.reference.exchange import Exchange
+from kernels.sizes import BufferLayout
 
 R, HELD, K, D, ROWS = 3, 2, 2, 8, 12
 E = R * HELD
@@ -52,13 +53,13 @@ class Copies(puts.Exchange):
 def blocks(layout: BufferLayout) -> tuple[list[Tensor], list[Buffers]]:
   memory = [torch.zeros(layout.nbytes + 256, dtype=torch.uint8) for _ in range(R)]
   memory = [m[-m.data_ptr() % 256 :][: layout.nbytes] for m in memory]
-  return memory, [layout.views(m) for m in memory]
+  return memory, [views(layout, m) for m in memory]
 
 
 def check(capacity: int, seed: int, tokens: list[int]) -> int:
   """Two passes (with and without gates) in all rounds; the buffers' contents must agree."""
   torch.manual_seed(seed)
-  layout = BufferLayout(R, E, capacity, ROWS, D, torch.float32)
+  layout = BufferLayout(R, E, capacity, ROWS, D, "fp32")
   (memory, ours), (_, theirs) = blocks(layout), blocks(layout)
   expert = [torch.randint(0, E, (t, K), dtype=torch.int32) for t in tokens]
   order = [reference.layout(e, E) for e in expert]

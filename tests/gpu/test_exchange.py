@@ -6,7 +6,7 @@ import torch
 from gpu.oracle import FOUR, normal, roundings
 from gpu.test_blockscale import samples
 from kernels import reference
-from kernels.buffers import ALIGNMENT, PAYLOADS, BufferLayout, Buffers, Route, row_parts
+from kernels.buffers import Buffers, Route, views
 from kernels.cuda.blockscale import quantize
 from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
@@ -17,6 +17,7 @@ from kernels.ops import Product, Recipe
 from kernels.places import places
 from kernels.reference.blockscale import quantize as by_definition
 from kernels.reference.exchange import Exchange as ReferenceExchange
+from kernels.sizes import ALIGNMENT, PAYLOADS, BufferLayout, row_parts
 
 pytestmark = pytest.mark.gpu
 RANKS, E, K, D, F, TOKENS = 2, 8, 3, 320, 136, 600
@@ -30,12 +31,12 @@ def blocks(sizes: BufferLayout, device: str) -> list[Buffers]:
   for _ in range(RANKS):
     memory = torch.zeros(sizes.nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
-    found.append(sizes.views(memory[start : start + sizes.nbytes]))
+    found.append(views(sizes, memory[start : start + sizes.nbytes]))
   return found
 
 
 def movers(capacity: int, payload: str) -> list[Exchange]:
-  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, torch.bfloat16, payload)
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, D, "bf16", payload)
   peers = blocks(sizes, "cuda")
   return [Exchange(peers, rank, 1.0) for rank in range(RANKS)]
 
@@ -173,7 +174,7 @@ def test_packed_rows_are_the_reference_bit_for_bit(format, kind, alignment, dim)
   torch.manual_seed(2)
   routes, where = routed(kind, alignment)
   capacity = -(-int(where.end_R.max()) // 2)
-  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, dim, torch.bfloat16, PACKED[format])
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * K, dim, "bf16", PACKED[format])
   ours, theirs = blocks(sizes, "cuda"), blocks(sizes, "cpu")
   pairs = [(Exchange(ours, r, 1.0), ReferenceExchange(theirs, r, 1.0)) for r in range(RANKS)]
   x = [rows_with_ends(len(r.expert_TK), dim) for r in routes]

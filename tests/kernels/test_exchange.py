@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.reference as ops
-from kernels.buffers import BufferLayout, Route
+from kernels.buffers import Route, views
 from kernels.places import places
 from kernels.reference import exchange
+from kernels.sizes import BufferLayout
 
 K = 2
 
@@ -61,8 +62,8 @@ def test_rows_are_conserved(data: st.DataObject) -> None:
     ).view(-1, K)
     for _ in range(num_ranks)
   ]
-  layout = BufferLayout(num_ranks, num_experts, capacity, 8, 2, torch.float32)
-  blocks = [layout.views(aligned(layout.nbytes)) for _ in range(num_ranks)]
+  layout = BufferLayout(num_ranks, num_experts, capacity, 8, 2, "fp32")
+  blocks = [views(layout, aligned(layout.nbytes)) for _ in range(num_ranks)]
   movers = [exchange.Exchange(blocks, r, 1.0) for r in range(num_ranks)]
   orders = [ops.layout(expert_TK, num_experts) for expert_TK in routing]
   for mover, order in zip(movers, orders, strict=True):

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.buffers import ALIGNMENT, BufferLayout, Buffers
+from kernels.buffers import Buffers, views
 from kernels.ops import KernelError
 from kernels.reference import symmetric
+from kernels.sizes import ALIGNMENT, BufferLayout
 from nmoe.distributed.heap import Heap
 from nmoe.errors import CommError
 
-LAYOUT = BufferLayout(ranks=2, experts=4, capacity=10, rows=6, dim=8, dtype=torch.bfloat16)
+LAYOUT = BufferLayout(ranks=2, experts=4, capacity=10, rows=6, dim=8, dtype="bf16")
 
 sizes = {
   "ranks": st.integers(1, 16),
@@ -33,12 +34,12 @@ layouts = st.builds(
   BufferLayout,
   **sizes,
   dim=st.integers(1, 300),
-  dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+  dtype=st.sampled_from(["bf16", "fp32"]),
 ) | st.builds(
   BufferLayout,
   **sizes,
   dim=st.integers(1, 10).map(lambda blocks: 32 * blocks),
-  dtype=st.just(torch.bfloat16),
+  dtype=st.just("bf16"),
   payload=st.sampled_from(["mxfp8", "nvfp4"]),
 )
 
@@ -59,19 +60,19 @@ def test_views_cover_the_block_without_overlap() -> None:
   memory = torch.zeros(LAYOUT.nbytes + ALIGNMENT, dtype=torch.uint8)
   start = -memory.data_ptr() % ALIGNMENT
   block = memory[start : start + LAYOUT.nbytes]
-  views = LAYOUT.views(block)
-  for i, view in enumerate(views):
+  buffers = views(LAYOUT, block)
+  for i, view in enumerate(buffers):
     block.zero_()
     view.view(torch.uint8).fill_(1)
     assert int(block.sum()) == view.numel() * view.element_size()
-    assert all(not other.view(torch.uint8).any() for j, other in enumerate(views) if j != i)
+    assert all(not other.view(torch.uint8).any() for j, other in enumerate(buffers) if j != i)
 
 
 def test_wrong_memory_and_too_many_rows_are_refused() -> None:
   with pytest.raises(KernelError, match="needs uint8"):
-    LAYOUT.views(torch.zeros(LAYOUT.nbytes - 1, dtype=torch.uint8))
+    views(LAYOUT, torch.zeros(LAYOUT.nbytes - 1, dtype=torch.uint8))
   with pytest.raises(KernelError, match="lower train.micro_batch"):
-    BufferLayout(16, 64, 8, 2**27, 8, torch.bfloat16)
+    BufferLayout(16, 64, 8, 2**27, 8, "bf16")
 
 
 def exchange_bytes(group) -> tuple[list[list[float]], list[str]]:
@@ -124,9 +125,7 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
 def without_room(group) -> str:
   room = os.statvfs(symmetric.FOLDER)
   rows = room.f_blocks * room.f_frsize // 2**20
-  layout = BufferLayout(
-    2, 4, rows, 8, 2**19, torch.bfloat16
-  )  # two blocks of all the pages there are
+  layout = BufferLayout(2, 4, rows, 8, 2**19, "bf16")  # two blocks of all the pages there are
   with pytest.raises(CommError) as caught:
     Heap(layout, symmetric, group)
   return str(caught.value)

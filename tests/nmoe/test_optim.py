@@ -12,7 +12,7 @@ from torch.optim import _muon
 
 from kernels import reference
 from nmoe.config.file import changed, load
-from nmoe.config.owners import owners
+from nmoe.config.parameters import owners
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, RunError
 from nmoe.model.decoder import Model, matrix_blocks, parameter_group

@@ -21,7 +21,7 @@ from torch import nn
 import kernels.reference as ops
 from kernels.reference import symmetric
 from nmoe.config.file import changed
-from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.config.parameters import owned_rows, parameter_shapes
 from nmoe.config.sections import Config
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel, Shared

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.reference as ops
-from kernels.buffers import PAYLOADS, BufferLayout, Buffers, Route, row_bytes
+from kernels.buffers import Buffers, Route, views
 from kernels.formats import (
-  BLOCK,
   E2M1,
   E4M3,
   BlockScaled,
@@ -32,6 +31,7 @@ from kernels.places import places
 from kernels.reference import symmetric
 from kernels.reference.blockscale import quantize
 from kernels.reference.exchange import Exchange
+from kernels.sizes import BLOCK, PAYLOADS, BufferLayout, row_bytes
 from nmoe.config.file import changed, loads
 from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Rdep
@@ -245,9 +245,9 @@ def test_nvfp4_rows_at_the_ends() -> None:
 
 
 def blocks(num_ranks: int, capacity: int, payload: str, dim: int = D) -> list[Buffers]:
-  sizes = BufferLayout(num_ranks, E, capacity, TOKENS * K, dim, torch.bfloat16, payload)
+  sizes = BufferLayout(num_ranks, E, capacity, TOKENS * K, dim, "bf16", payload)
   memory = (torch.zeros(sizes.nbytes + 256, dtype=torch.uint8) for _ in range(num_ranks))
-  return [sizes.views(m[-m.data_ptr() % 256 :][: sizes.nbytes]) for m in memory]
+  return [views(sizes, m[-m.data_ptr() % 256 :][: sizes.nbytes]) for m in memory]
 
 
 def row_as_bytes(q: BlockScaled, row: int) -> list[int]:
@@ -309,8 +309,8 @@ def test_bytes_of_a_row(format: str) -> None:
 
 @pytest.mark.parametrize("payload", PACKED)
 def test_the_buffer_holds_the_longer_row_and_nothing_else_differs(payload: str) -> None:
-  plain = BufferLayout(4, E, 100, 50, 64, torch.bfloat16)
-  packed = BufferLayout(4, E, 100, 50, 64, torch.bfloat16, payload)
+  plain = BufferLayout(4, E, 100, 50, 64, "bf16")
+  packed = BufferLayout(4, E, 100, 50, 64, "bf16", payload)
   assert plain.sizes["row_CD"] == 100 * 2 * 64 and packed.sizes["row_CD"] == 100 * 80
   others = [{k: v for k, v in part.fields.items() if k != "row_CD"} for part in (plain, packed)]
   assert others[0] == others[1]

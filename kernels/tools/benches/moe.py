@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.buffers import COUNTS, BufferLayout, Route
+from kernels.buffers import COUNTS, Route, views
 from kernels.cuda.combine import combine, sum_rows
 from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import experts, grouped_mlp, grouped_mlp_backward, grouped_mlp_forward
@@ -16,6 +16,7 @@ from kernels.cuda.gemms import rows as rows_of_experts
 from kernels.cuda.layout import layout
 from kernels.cuda.router import route
 from kernels.ops import Product, Recipe, RouterSpec
+from kernels.sizes import BufferLayout
 from kernels.tools.rates import Case, How, Row, normal, num_sets, rows
 from kernels.tools.timing import SETS
 
@@ -281,9 +282,9 @@ def bench_return(how: How) -> Iterator[Row]:
 
 def exchanges(moe: Moe, capacity: int, slots: int = 1) -> list[Exchange]:
   """Those of two ranks, both in this GPU's memory."""
-  sizes = BufferLayout(2, moe.num_experts, capacity, moe.rows, moe.dim, torch.bfloat16, slots=slots)
+  sizes = BufferLayout(2, moe.num_experts, capacity, moe.rows, moe.dim, "bf16", slots=slots)
   blocks = [torch.zeros(sizes.nbytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
-  peers = [sizes.views(block) for block in blocks]
+  peers = [views(sizes, block) for block in blocks]
   return [Exchange(peers, rank, 1.0) for rank in range(2)]
 
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from model_configs import tiny
 
 from nmoe.config.file import load
-from nmoe.config.owners import is_matrix, owners, parameter_group
-from nmoe.config.plan import owned_rows, parameter_shapes
+from nmoe.config.parameters import is_matrix, owned_rows, owners, parameter_group, parameter_shapes
 from nmoe.model.decoder import matrix_blocks
 
 CONFIGS = Path(__file__).parents[2] / "configs"

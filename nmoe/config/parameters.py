@@ -1,0 +1,146 @@
+"""The parameters of a configuration: names, shapes, groups, dtype, and who owns which rows.
+
+Of what several ranks hold, the owner alone keeps the fp32 masters and the moments and computes the
+update (ZeRO, arXiv 1910.02054). Matrices have one owner, so that Muon needs no other rank (as in
+distributed Muon, arXiv 2502.16982); everything else is cut by rows: embedding, head, routers and
+norms, which AdamW updates element by element, and routed experts, each row of which is a whole
+matrix. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from kernels.sizes import WIDTH
+from nmoe.config.sections import Config
+
+Span = tuple[int, int]  # of rows: start, stop
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of every parameter of Model(config) with all experts, in its order."""
+  m, e = config.model, config.moe
+  shapes = {"embed.weight": (m.vocab_size, m.dim)}
+  for layer in range(m.num_layers):
+    block = _attention_shapes(config)
+    if layer < m.num_dense_layers:
+      block |= _mlp_shapes("mlp.", m.dim, m.dense_dim)
+    else:
+      block["moe.router.weight"] = (e.num_experts, m.dim)
+      block |= _mlp_shapes("moe.experts.", m.dim, e.expert_dim, (e.num_experts,))
+      if e.num_shared:
+        block |= _mlp_shapes("moe.shared.", m.dim, e.num_shared * e.expert_dim)
+    shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+  shapes["norm.weight"] = (m.dim,)
+  if not m.tie_embeddings:
+    shapes["head.weight"] = (m.vocab_size, m.dim)
+  return shapes
+
+
+def owned_rows(config: Config) -> dict[str, list[dict[str, Span]]]:
+  """The owners of the parameters of each group: group -> member -> parameter -> rows.
+
+  The members are the ranks that hold the same: of dense parameters and routers all R, of experts
+  the R / G replicas. Their rows are the E / G experts of a rank.
+  """
+  ranks, group = config.launch.ranks, config.expert_ranks
+  shapes = parameter_shapes(config)
+  for name, shape in shapes.items():
+    if parameter_group(name) == "expert":
+      shapes[name] = (shape[0] // group, *shape[1:])
+  return {
+    kind: owners({n: s for n, s in shapes.items() if parameter_group(n) == kind}, members)
+    for kind, members in (("dense", ranks), ("router", ranks), ("expert", ranks // group))
+  }
+
+
+def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  m = config.model
+  q_dim = m.num_heads * (m.qk_nope_dim + m.qk_rope_dim)
+  shapes = {"attention_norm.weight": (m.dim,)}
+  if m.q_lora_rank:
+    shapes["attention.q_a.weight"] = (m.q_lora_rank, m.dim)
+    shapes["attention.q_norm.weight"] = (m.q_lora_rank,)
+    shapes["attention.q_b.weight"] = (q_dim, m.q_lora_rank)
+  else:
+    shapes["attention.q.weight"] = (q_dim, m.dim)
+  shapes["attention.kv_a.weight"] = (m.kv_lora_rank + m.qk_rope_dim, m.dim)
+  shapes["attention.kv_norm.weight"] = (m.kv_lora_rank,)
+  shapes["attention.kv_b.weight"] = (m.num_heads * (m.qk_nope_dim + m.v_dim), m.kv_lora_rank)
+  shapes["attention.o.weight"] = (m.dim, m.num_heads * m.v_dim)
+  shapes["mlp_norm.weight"] = (m.dim,)
+  return shapes
+
+
+def _mlp_shapes(
+  prefix: str, dim: int, width: int, lead: tuple[int, ...] = ()
+) -> dict[str, tuple[int, ...]]:
+  return {f"{prefix}w13": (*lead, 2 * width, dim), f"{prefix}w2": (*lead, dim, width)}
+
+
+def parameter_dtype(config: Config) -> Literal["fp32", "bf16"]:
+  """Of parameters and activations: fp32 for dtype = "fp32", else bf16 (the optimizer holds fp32
+  masters). Routers are fp32.
+  """
+  return "fp32" if config.target.dtype == "fp32" else "bf16"
+
+
+def parameter_width(config: Config) -> int:
+  """Bytes of an element of a parameter or an activation."""
+  return WIDTH[parameter_dtype(config)]
+
+
+def parameter_group(name: str) -> Literal["dense", "router", "expert"]:
+  """The optimizer's group of a parameter (its learning rate and weight decay), from its name."""
+  if ".experts." in name:
+    return "expert"
+  return "router" if ".router." in name else "dense"
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+  """Whether a parameter is a matrix or a stack of them: what Muon may update.
+
+  Norms, embedding, head and routers are not.
+  """
+  part = name.removesuffix(".weight").rpartition(".")[2]
+  return len(shape) > 1 and part not in ("embed", "head", "router")
+
+
+def owners(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[dict[str, Span]]:
+  """The rows that each rank owns of each parameter; no entry where it owns none.
+
+  A pure function of names, shapes and order. First the matrices, the dearest first, each to the
+  rank with the least work so far, counted in Newton-Schulz's multiplications (its products have
+  min(A, B)² · max(A, B)); then the rest, in order, fills all ranks to the same number of elements.
+  A rank that matrices alone bring above that level gets no more.
+  """
+  owned: list[dict[str, Span]] = [{} for _ in range(ranks)]
+  work, elements = [0] * ranks, [0] * ranks
+  whole = {name: s for name, s in shapes.items() if len(s) == 2 and is_matrix(name, s)}
+  for name, (a, b) in sorted(whole.items(), key=lambda item: -math.prod(item[1]) * min(item[1])):
+    rank = work.index(min(work))
+    owned[rank][name] = (0, a)
+    work[rank] += a * b * min(a, b)
+    elements[rank] += a * b
+  rest = {name: shape for name, shape in shapes.items() if name not in whole}
+  level = _level(elements, sum(math.prod(shape) for shape in rest.values()))
+  rank = 0
+  for name, shape in rest.items():
+    start, width = 0, math.prod(shape[1:])
+    while start < shape[0]:
+      while rank < ranks - 1 and elements[rank] >= level:
+        rank += 1
+      room = math.ceil((level - elements[rank]) / width) if rank < ranks - 1 else shape[0]
+      stop = min(shape[0], start + room)
+      owned[rank][name] = (start, stop)
+      elements[rank] += (stop - start) * width
+      start = stop
+  return owned
+
+
+def _level(elements: list[int], more: int) -> float:
+  """To what the ranks with the fewest elements rise when `more` are poured over them."""
+  lowest = sorted(elements)
+  return min((more + sum(lowest[:k])) / k for k in range(1, len(lowest) + 1))
