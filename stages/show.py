@@ -15,7 +15,7 @@ from nmoe.config import plan as plans
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
-from nmoe.records.reader import Reader
+from nmoe.records.reader import Counts, Reader
 from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.report.terminal import terminal_summary
@@ -72,16 +72,17 @@ def doctor(path: Path | None, console: Console) -> int:
 
 
 def experiments(root: Path, console: Console) -> None:
-  """Every experiment, newest first."""
+  """Every experiment, newest first. Older are runs that were there before the hypothesis."""
   records = Reader(root)
   table = Table()
   for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
     table.add_column(column, overflow="fold", max_width=40 if column == "experiment" else None)
   counts = records.counts()
   for e in records.list():
-    done, num_runs = counts.get(e.id, (0, 0))
+    count = counts.get(e.id, Counts(0, 0, 0))
     more = f" (+ {len(e.hypotheses) - 1} more)" if len(e.hypotheses) > 1 else ""
-    runs, claim = f"{done}/{num_runs}", e.headline.statement + more
+    older = f" ({count.older} older)" if count.older else ""
+    runs, claim = f"{count.completed}/{count.runs}{older}", e.headline.statement + more
     table.add_row(*map(plain, (e.id, e.stage, e.status, e.verdict, runs, claim)))
   console.print(table)
 

@@ -119,7 +119,23 @@ class Experiments(Reader):
           break
       else:
         experiment_id = self._insert(db, name, stage, hypotheses, arms)
+        self._link_to_results(db, experiment_id, stage, {arm.computation for arm in arms})
     return self.find(experiment_id)
+
+  def _link_to_results(
+    self, db: sqlite3.Connection, experiment_id: str, stage: str, computations: set[str]
+  ) -> None:
+    """Link a new experiment to the newest of its stage that had runs of just the same arms."""
+    places = ",".join("?" * len(computations))
+    sql = f"""SELECT a.experiment_id AS id FROM arms a JOIN experiments e ON e.id = a.experiment_id
+      WHERE e.stage = ? AND e.id != ? AND a.computation IN ({places})
+        AND EXISTS (SELECT 1 FROM members m WHERE m.experiment_id = e.id)
+      GROUP BY a.experiment_id HAVING count(DISTINCT a.computation) = ? ORDER BY e.rowid DESC"""
+    for row in self._read(sql + " LIMIT 1", stage, experiment_id, *computations, len(computations)):
+      note = "another hypothesis about the same arms, written when they had run"
+      db.execute(
+        "INSERT INTO links VALUES (?,?,?,?,?)", (experiment_id, row["id"], "refines", note, _now())
+      )
 
   def _one(self, row: sqlite3.Row) -> Experiment:
     return self._experiments([row])[0]
@@ -190,8 +206,18 @@ class Experiments(Reader):
     self._update("experiments", experiment_id, {"status": status})
 
   def conclude(self, experiment_id: str, verdict: str, conclusion: dict[str, Any]) -> None:
-    """Store the verdict and the numbers behind it; the experiment is completed."""
-    values = {"verdict": verdict, "conclusion": json.dumps(conclusion), "status": "completed"}
+    """Store the verdict and the numbers behind it; the experiment is completed.
+
+    The record adds to the numbers how many "runs" it had, and as "earlier" the verdicts over fewer.
+    """
+    old = self.find(experiment_id)
+    num_runs = len(self.runs(experiment_id))
+    earlier = [*old.conclusion.get("earlier", ())]
+    if old.verdict and old.conclusion.get("runs", num_runs) < num_runs:
+      earlier.append({"verdict": old.verdict, "runs": old.conclusion["runs"]})
+    added = {"runs": num_runs} | ({"earlier": earlier} if earlier else {})
+    text = json.dumps({**conclusion, **added})
+    values = {"verdict": verdict, "conclusion": text, "status": "completed"}
     self._update("experiments", experiment_id, values)
 
   def link(self, from_id: str, to_id: str, relation: str, note: str = "") -> None:

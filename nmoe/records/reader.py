@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nmoe.errors import RecordError
 from nmoe.records.migrations import MIGRATIONS, migrate, version
@@ -23,7 +23,8 @@ Point = Mapping[str, float | int | str]
 RUN_SQL = """
   SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
     r.diff, r.code_version, r.environment, r.target, r.status, r.results, r.error, r.host, r.pid,
-    r.created, r.updated
+    r.created, r.updated,
+    (SELECT o.experiment_id FROM members o WHERE o.run_id = r.id ORDER BY o.rowid LIMIT 1) AS origin
   FROM runs r JOIN members m ON m.run_id = r.id """
 
 
@@ -84,6 +85,7 @@ class Run:
   """One training run as a member of one experiment (`experiment_id`, `arm`).
 
   `host` and `pid` are its last owner; "" in `commit` means that it ran outside a git checkout.
+  `origin` is the experiment that it was started for.
   """
 
   id: str
@@ -105,11 +107,20 @@ class Run:
   pid: int
   created: str
   updated: str
+  origin: str = ""
 
   @property
   def finished(self) -> bool:
     """Whether it has an outcome: it completed or diverged."""
     return self.status == "completed" or "diverged" in self.results
+
+
+class Counts(NamedTuple):
+  """Of the runs of an experiment. `older` had finished before its hypotheses were written."""
+
+  completed: int
+  runs: int
+  older: int
 
 
 @dataclass(frozen=True)
@@ -195,13 +206,17 @@ class Reader:
     """Every experiment, newest first."""
     return self._experiments(self._read("SELECT * FROM experiments ORDER BY rowid DESC"))
 
-  def counts(self) -> dict[str, tuple[int, int]]:
-    """Of every experiment that has runs: how many completed, and how many there are."""
+  def counts(self) -> dict[str, Counts]:
+    """Of every experiment that has runs."""
     rows = self._read(
-      "SELECT m.experiment_id AS id, sum(r.status = 'completed') AS done, count(*) AS num_runs "
-      "FROM members m JOIN runs r ON r.id = m.run_id GROUP BY m.experiment_id"
+      """SELECT e.id, count(*) AS runs, sum(r.status = 'completed') AS completed,
+        sum(r.status IN ('completed', 'failed') AND r.updated <= e.created AND e.id != (
+          SELECT o.experiment_id FROM members o WHERE o.run_id = r.id ORDER BY o.rowid LIMIT 1
+        )) AS older
+      FROM members m JOIN runs r ON r.id = m.run_id JOIN experiments e ON e.id = m.experiment_id
+      GROUP BY e.id"""
     )
-    return {row["id"]: (row["done"], row["num_runs"]) for row in rows}
+    return {row["id"]: Counts(row["completed"], row["runs"], row["older"]) for row in rows}
 
   def links(self, experiment_id: str) -> list[Link]:
     """The links from and to an experiment, oldest first."""

@@ -161,6 +161,25 @@ class Findings:
     return next((row for row in self.rows if row.key == self.claim.metric), None)
 
   @property
+  def older(self) -> int:
+    """How many of the runs had finished before the hypotheses were written."""
+    e = self.experiment
+    return sum(r.finished and r.origin != e.id and r.updated <= e.created for r in self.runs)
+
+  @property
+  def timing(self) -> list[str]:
+    """What a reader must know where results came before hypotheses, or verdicts before runs."""
+    said = []
+    if self.older:
+      runs = f"{self.older} of {len(self.runs)} runs"
+      said.append(f"The hypothesis was written after {runs} had finished.")
+    for earlier in self.experiment.conclusion.get("earlier", ()):
+      said.append(
+        f"Runs were added after a verdict: over {earlier['runs']} runs it was {earlier['verdict']}."
+      )
+    return said
+
+  @property
   def compares(self) -> bool:
     """Whether there are two arms, and differences between them."""
     return any(row.difference for row in self.rows)

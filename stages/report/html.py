@@ -68,8 +68,19 @@ def _head(found: Findings) -> str:
     f'<div class="eyebrow">{escape(eyebrow)}</div><h1>{escape(found.claim.statement)}</h1>'
     f'<div class="verdict"><span class="badge {escape(found.verdict)}">'
     f"{escape(found.verdict.capitalize())}</span><p>{escape(found.reason)}</p></div>"
-    f"{_facts(found)}"
+    f"{''.join(f'<p class=note>{escape(line)}</p>' for line in found.timing)}"
+    f"{_claims(found)}{_facts(found)}"
   )
+
+
+def _claims(found: Findings) -> str:
+  """All hypotheses, where there are several."""
+  hypotheses = found.experiment.hypotheses
+  rows = [
+    (f"hypothesis {n}", f"{h.statement} ({h.metric}, {h.direction}, {h.min_effect:g})")
+    for n, h in enumerate(hypotheses, start=1)
+  ]
+  return definitions(rows) if len(rows) > 1 else ""
 
 
 def _facts(found: Findings) -> str:
@@ -198,14 +209,14 @@ def _changes(arms: Sequence[Arm]) -> str:
 
 
 def _runs(found: Findings) -> str:
-  metric = found.claim.metric
+  e, metric = found.experiment, found.claim.metric
   head = ("run", "arm", "seed", "status", metric, "tokens/s")
   rows = [
     [
       f"<code>{escape(run.id)}</code>",
       escape(run.arm),
       str(run.seed),
-      escape(run.status),
+      escape(run.status + (f", run for {run.origin}" if run.origin != e.id else "")),
       *(RESULTS[tag].show(run.results.get(tag, math.nan)) for tag in (metric, SPEED)),
     ]
     for run in found.runs

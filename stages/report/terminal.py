@@ -30,4 +30,5 @@ def terminal_summary(root: Path, experiment: str) -> Group:
       row.label, *map(plain, cells), style="bold" if row.key == found.claim.metric else ""
     )
   style = f"bold {BADGES.get(found.verdict, 'default')}"
-  return Group(grid, Text.assemble(plain(found.verdict, style), ": ", plain(found.reason)))
+  timing = [plain(line, "yellow") for line in found.timing]
+  return Group(grid, *timing, Text.assemble(plain(found.verdict, style), ": ", plain(found.reason)))

@@ -116,10 +116,10 @@ def test_a_reader_shows_an_old_root_and_leaves_it_alone(root):
   assert [e.id for e in reader.list()] == ["long-1", "rerun-tiny-muon-1", "tiny-1", "tiny-muon-1"]
   assert reader.find("tiny").headline.statement == "It learns."
   assert reader.counts() == {
-    "tiny-muon-1": (4, 4),
-    "tiny-1": (2, 2),
-    "rerun-tiny-muon-1": (1, 1),
-    "long-1": (0, 1),
+    "tiny-muon-1": (4, 4, 0),
+    "tiny-1": (2, 2, 2),  # a research run of the ablation's baseline
+    "rerun-tiny-muon-1": (1, 1, 0),
+    "long-1": (0, 1, 0),
   }
   assert [r.seed for r in reader.runs("tiny-1")] == [0, 1]
   reader.close()

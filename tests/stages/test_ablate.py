@@ -15,7 +15,7 @@ from nmoe.model.decoder import Model
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis
 from nmoe.train import loop as train
-from stages import ablate, runs
+from stages import ablate, runs, show
 from stages.launch import local as launch
 
 MUON = """
@@ -135,6 +135,41 @@ def test_runs_are_shared_between_experiments(lab, variant, launches):
   assert len(launches.ids) == 2
   assert newest(lab).headline.statement == "Muon is worse."
   assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
+
+
+@pytest.mark.faults
+def test_a_later_hypothesis_is_said_to_be_later(lab, variant, launches, monkeypatch):
+  """It is another experiment, linked to the first; terminal, page head and list say what it is."""
+  monkeypatch.setattr(runs, "write_report", REPORT)
+  call(lab, variant, seeds=2)
+  first = newest(lab)
+  assert "written after" not in lab.said
+  text = MUON.replace("Muon is better.", "Muon hardly matters.").replace("0.05", "0.5")
+  said = call(lab, write_variant(lab.file, "later", text), seeds=2)
+  told = "The hypothesis was written after 4 of 4 runs had finished."
+  page = lab.root / "reports" / newest(lab).id / "index.html"
+  assert told in " ".join(said.split()) and told in page.read_text(encoding="utf-8")
+  assert first.id != newest(lab).id and lab.records.find(first.id).hypotheses == first.hypotheses
+  (link,) = lab.records.links(first.id)
+  assert (link.from_id, link.to_id, link.relation) == (newest(lab).id, first.id, "refines")
+  out = io.StringIO()
+  show.experiments(lab.root, Console(file=out, width=200))
+  assert "4/4 (4 older)" in out.getvalue()
+
+
+@pytest.mark.faults
+def test_seeds_added_after_a_verdict_are_said(lab, variant, launches, monkeypatch):
+  """Adding runs until the interval fits is no experiment of that many seeds."""
+  monkeypatch.setattr(runs, "write_report", REPORT)
+  for seeds in (1, 2, 2, 3):
+    said = call(lab, variant, seeds=seeds)
+  assert newest(lab).conclusion["earlier"] == [
+    {"verdict": "inconclusive", "runs": 2},
+    {"verdict": newest(lab).conclusion["earlier"][1]["verdict"], "runs": 4},
+  ]
+  page = lab.root / "reports" / newest(lab).id / "index.html"
+  told = "Runs were added after a verdict: over 2 runs it was inconclusive."
+  assert told in " ".join(said.split()) and told in page.read_text(encoding="utf-8")
 
 
 def test_no_difference_is_an_error(lab, launches):

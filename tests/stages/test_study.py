@@ -69,6 +69,7 @@ def test_arms_take_turns_and_the_judge_sees_points_and_results(lab, launches):
   assert record.conclusion == {
     "reason": outcome.judgement.reason,
     "means": outcome.judgement.numbers["means"],
+    "runs": 4,
   }
 
 
