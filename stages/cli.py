@@ -133,6 +133,24 @@ def rerun(run: str, root: Root = ROOT) -> None:
 
 
 @app.command()
+def export(
+  run: Annotated[str, typer.Argument(help="A run, or the folder of one of its steps.")],
+  out: Annotated[Path, typer.Argument(help="A new folder.")],
+  step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+  dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: the run's.")] = None,
+  shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a file.")] = 5.0,
+  check: Annotated[
+    str | None, typer.Option(help="full, layers or tensors. Default: what memory allows.")
+  ] = None,
+  root: Root = ROOT,
+) -> None:
+  """Write a run's weights as a folder that transformers, vLLM, SGLang and lm-eval load."""
+  from stages import export as stage
+
+  stage.run(run, out, step, dtype, shard_gb, check, root.resolve(), _console())
+
+
+@app.command()
 def doctor(config: Annotated[Path | None, typer.Argument()] = None) -> None:
   """What works on this machine, what is missing, and the remedy."""
   from stages import show

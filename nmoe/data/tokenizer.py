@@ -103,6 +103,10 @@ class O200kTokenizer:
       half = len(text) // 2
       return np.concatenate([self._encode(text[:half]), self._encode(text[half:])])
 
+  def pieces(self) -> dict[int, bytes]:
+    """The bytes of every id that has any; its rank is the id."""
+    return self._pieces
+
   def decode(self, ids) -> bytes:
     return b"".join(self._pieces.get(i, b"") for i in np.asarray(ids).tolist())
 

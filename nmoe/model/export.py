@@ -1,202 +1,187 @@
-"""Weights under HuggingFace's names for `DeepseekV3ForCausalLM`, and back.
+"""A checkpoint as a folder that HuggingFace's DeepSeek classes load.
 
-The names are those of the files on disk: one matrix per expert and projection (transformers fuses
-experts in memory only). Our w13 interleaves the rows of gate and up; theirs are two matrices. RoPE
-pairs are interleaved on both sides (`rope_interleave`). The maps are linear, so gradients pass
-through them too.
+It is read and written part by part (embedding, each layer, norm and head), so the host holds one
+layer at a time, whatever the number of ranks that wrote the checkpoint.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nmoe.config.parameters import parameter_shapes
+from nmoe.config import file as configs
 from nmoe.config.sections import Config
-from nmoe.errors import CheckpointError, ConfigError
+from nmoe.data import tokenizer
+from nmoe.data.fast import write_tokenizer
+from nmoe.errors import CheckpointError
+from nmoe.model.hf_config import Dtype, generation_config, hf_config, model_type_of, positions
+from nmoe.model.names import from_hf, stack_experts, state_shapes, to_hf
+from nmoe.model.safetensors import Entry, Folder, ShardWriter
+from nmoe.records import checkpoint
 
-TOP = {
-  "embed.weight": "model.embed_tokens.weight",
-  "norm.weight": "model.norm.weight",
-  "head.weight": "lm_head.weight",
-}
-RENAMED = {
-  "attention_norm.weight": "input_layernorm.weight",
-  "mlp_norm.weight": "post_attention_layernorm.weight",
-  "attention.q.weight": "self_attn.q_proj.weight",
-  "attention.q_a.weight": "self_attn.q_a_proj.weight",
-  "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
-  "attention.q_b.weight": "self_attn.q_b_proj.weight",
-  "attention.kv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
-  "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-  "attention.kv_b.weight": "self_attn.kv_b_proj.weight",
-  "attention.o.weight": "self_attn.o_proj.weight",
-  "moe.router.weight": "mlp.gate.weight",
-  "moe.router.bias": "mlp.gate.e_score_correction_bias",
-}
-BLOCKS = {"mlp": "mlp", "moe.shared": "mlp.shared_experts", "moe.experts": "mlp.experts"}
+TORCH: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+EMPTY = "an empty or new folder"
 
 
-def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-  """A whole state dict (all experts) under HuggingFace's names; shares memory with it."""
-  hf = {}
-  for name, tensor in state.items():
-    if name in TOP:
-      hf[TOP[name]] = tensor
-      continue
-    prefix, part = _layer(name)
-    if part in RENAMED:
-      hf[prefix + RENAMED[part]] = tensor
-      continue
-    block, _, weight = part.rpartition(".")
-    if block == "moe.experts":
-      for expert, matrix in enumerate(tensor):
-        hf.update(_projections(f"{prefix}{BLOCKS[block]}.{expert}.", weight, matrix))
-    else:
-      hf.update(_projections(f"{prefix}{BLOCKS[block]}.", weight, tensor))
-  return hf
+@dataclass(frozen=True)
+class Source:
+  """The weights of a finished, verified checkpoint, rounded to `dtype` but for the routers."""
+
+  path: Path
+  config: Config
+  dtype: Dtype
+
+  @classmethod
+  def open(cls, path: Path, dtype: Dtype | None) -> Source:
+    """dtype None: that of the run's parameters. Hashes every file; raises CheckpointError."""
+    manifest = checkpoint.manifest(path)
+    checkpoint.verify(path)
+    config = configs.loads(manifest["config"], f"{path}/manifest.json")
+    own: Dtype = "float32" if config.target.dtype == "fp32" else "bfloat16"
+    return cls(path, config, dtype or own)
+
+  def parts(self) -> Iterator[list[str]]:
+    """The names of the state with whole experts, in parts that are read together."""
+    part: list[str] = []
+    for name in state_shapes(self.config):
+      if part and _part(part[-1]) != _part(name):
+        yield part
+        part = []
+      part.append(name)
+    yield part
+
+  def read(self, names: list[str]) -> dict[str, Tensor]:
+    """These tensors with whole experts. fp32 weights are the optimizer's masters where there are.
+
+    Raises CheckpointError for one that is missing, or of another shape.
+    """
+    shapes = state_shapes(self.config)
+    split = [one for name in names for one in self._split(name)]
+    masters = {}
+    if self.dtype == "float32":
+      stored = checkpoint.contents(self.path)
+      masters = {f"{name}.master": name for name in split if f"{name}.master" in stored}
+    wanted = [*masters, *(name for name in split if name not in masters.values())]
+    read = checkpoint.tensors(self.path, wanted)
+    state = stack_experts({masters.get(name, name): tensor for name, tensor in read.items()})
+    for name in names:
+      if tuple(state[name].shape) != shapes[name]:
+        raise CheckpointError(
+          f"{self.path}: {name} is {tuple(state[name].shape)}, its configuration says "
+          f"{shapes[name]}; is it of another model?"
+        )
+    return {name: state[name].to(self.dtype_of(name)) for name in names}
+
+  def dtype_of(self, name: str) -> torch.dtype:
+    """Routers stay fp32."""
+    return torch.float32 if ".router." in name else TORCH[self.dtype]
+
+  def _split(self, name: str) -> list[str]:
+    """The checkpoint's names of a tensor with whole experts."""
+    block, _, weight = name.rpartition(".")
+    if not block.endswith(".experts"):
+      return [name]
+    return [f"{block}.{e}.{weight}" for e in range(self.config.moe.num_experts)]
 
 
-def from_hf(hf: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-  """The state dict of `Model(config)` from HuggingFace's names, in their dtypes.
+def _part(name: str) -> str:
+  """ "layers.3" of a layer's tensor, else the tensor's own name."""
+  return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
 
-  Multi-token-prediction layers (model.layers.{num_layers}.…) are left out. Raises CheckpointError
-  for a missing, an unexpected, or a wrongly shaped tensor.
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+  """A folder beside `out` to fill, renamed to it at the end; nothing stays if anything fails.
+
+  Raises CheckpointError if `out` is there and not empty, or cannot be written.
   """
-  mtp = f"model.layers.{config.model.num_layers}."
-  left = {name: tensor for name, tensor in hf.items() if not name.startswith(mtp)}
-  state = {}
-  for name, shape in _expected(config):
-    tensor = _gather(name, shape, left)
-    if tuple(tensor.shape) != shape:
-      raise CheckpointError(f"{name} would be {tuple(tensor.shape)}, the model needs {shape}")
-    state[name] = tensor
-  if config.model.tie_embeddings:
-    left.pop("lm_head.weight", None)
-  if left:
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise CheckpointError(f"{out} is there already; name {EMPTY}")
+  partial = out.with_name(out.name + ".partial")
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.replace(out)
+  except OSError as error:
+    free = shutil.disk_usage(out.parent if out.parent.exists() else Path("/")).free
     raise CheckpointError(
-      f"{len(left)} tensors have no place in this model, the first is {min(left)!r}; "
-      "is it another architecture?"
-    )
-  return state
+      f"{out} was not written ({error}; {free / 2**30:.2f} GiB free); make room or name another "
+      "place, then run again"
+    ) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
-def hf_config(config: Config) -> dict[str, Any]:
-  """The config.json of `DeepseekV3ForCausalLM` for this model.
+def write_folder(source: Source, folder: Path, shard_bytes: int) -> ShardWriter:
+  """config.json, generation_config.json, the tokenizer and the weights, into an empty folder.
 
-  HuggingFace's class gives the latent norms the fixed eps 1e-6; ours follow model.norm_eps. Raises
-  ConfigError for what the class cannot express.
+  Returns the writer with the hashes. Raises ConfigError for a model that no class computes, before
+  anything is written.
   """
-  m, e = config.model, config.moe
-  if e.score != "sigmoid" or e.num_shared == 0:
-    raise ConfigError(
-      f'DeepseekV3ForCausalLM needs moe.score = "sigmoid" and moe.num_shared >= 1, '
-      f"this model has {e.score!r} and {e.num_shared}"
-    )
-  return {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": m.vocab_size,
-    "hidden_size": m.dim,
-    "intermediate_size": m.dense_dim,
-    "moe_intermediate_size": e.expert_dim,
-    "num_hidden_layers": m.num_layers,
-    "first_k_dense_replace": m.num_dense_layers,
-    "num_attention_heads": m.num_heads,
-    "num_key_value_heads": m.num_heads,
-    "q_lora_rank": m.q_lora_rank or None,
-    "kv_lora_rank": m.kv_lora_rank,
-    "qk_nope_head_dim": m.qk_nope_dim,
-    "qk_rope_head_dim": m.qk_rope_dim,
-    "v_head_dim": m.v_dim,
-    "n_routed_experts": e.num_experts,
-    "num_experts_per_tok": e.top_k,
-    "n_shared_experts": e.num_shared,
-    "n_group": e.num_groups,
-    "topk_group": e.topk_groups,
-    "norm_topk_prob": e.normalize,
-    "routed_scaling_factor": e.route_scale,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "rms_norm_eps": m.norm_eps,
-    "initializer_range": m.init_std,
-    "max_position_embeddings": _positions(config),
-    "tie_word_embeddings": m.tie_embeddings,
-    "num_nextn_predict_layers": 0,
-    "rope_interleave": True,
-    "rope_parameters": _rope_parameters(config),
-  }
+  text = tokenizer.get(source.config.data.tokenizer)
+  config = hf_config(source.config, text.eot, source.dtype)
+  writer = ShardWriter(folder, list(_entries(source)), shard_bytes)
+  for part in source.parts():
+    for name, tensor in _named(source, source.read(part)).items():
+      writer.write(name, tensor)
+  writer.finish()
+  write_json(folder / "config.json", config)
+  write_json(folder / "generation_config.json", generation_config(text.eot))
+  write_tokenizer(folder, text, positions(source.config))
+  return writer
 
 
-def _positions(config: Config) -> int:
-  """The context that the frequencies serve."""
-  extended = int(config.yarn.original_seq_len * config.yarn.factor)
-  return config.data.seq_len if config.yarn.factor == 1 else extended
+def compare_tensors(source: Source, folder: Path) -> int:
+  """Read a written folder again and compare it bit by bit; the number of our tensors in it.
+
+  Raises CheckpointError naming the first that differs.
+  """
+  count = 0
+  with Folder(folder) as files:
+    found = from_hf(files, source.config, without_bias=not _biased(source))
+    for part in source.parts():
+      for name, tensor in source.read(part).items():
+        _, there = next(found)
+        if there.dtype != tensor.dtype or not torch.equal(there, tensor):
+          raise CheckpointError(f"{folder}: {name} differs from {source.path}; write it again")
+        count += 1
+    next(found, None)  # nothing is left over
+  return count
 
 
-def _rope_parameters(config: Config) -> dict[str, Any]:
-  y, theta = config.yarn, config.model.rope_theta
-  if y.factor == 1:
-    return {"rope_type": "default", "rope_theta": theta}
-  return {
-    "rope_type": "yarn",
-    "rope_theta": theta,
-    "factor": y.factor,
-    "original_max_position_embeddings": y.original_seq_len,
-    "beta_fast": y.beta_fast,
-    "beta_slow": y.beta_slow,
-    "mscale": y.mscale_all_dim,
-    "mscale_all_dim": y.mscale_all_dim,
-  }
+def write_json(path: Path, table: dict) -> None:
+  path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def _layer(name: str) -> tuple[str, str]:
-  """("model.layers.3.", "attention.q.weight") from "layers.3.attention.q.weight"."""
-  _, layer, part = name.split(".", 2)
-  return f"model.layers.{layer}.", part
+def _biased(source: Source) -> bool:
+  return model_type_of(source.config) == "deepseek_v3"
 
 
-def _projections(prefix: str, weight: str, matrix: Tensor) -> dict[str, Tensor]:
-  if weight == "w2":
-    return {f"{prefix}down_proj.weight": matrix}
-  return {f"{prefix}gate_proj.weight": matrix[0::2], f"{prefix}up_proj.weight": matrix[1::2]}
+def _entries(source: Source) -> Iterator[Entry]:
+  """What the files will hold, in the order in which it comes."""
+  shapes = state_shapes(source.config)
+  for part in source.parts():
+    empty = {n: torch.empty(shapes[n], dtype=source.dtype_of(n), device="meta") for n in part}
+    for name, tensor in _named(source, empty).items():
+      yield Entry(name, tensor.dtype, tuple(tensor.shape))
 
 
-def _expected(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-  for name, shape in parameter_shapes(config).items():
-    yield name, shape
-    if name.endswith("router.weight"):
-      yield name.replace("weight", "bias"), shape[:1]
-
-
-def _gather(name: str, shape: tuple[int, ...], left: dict[str, Tensor]) -> Tensor:
-  """Our tensor `name`, taken out of `left`."""
-  if name in TOP:
-    return _take(TOP[name], left)
-  prefix, part = _layer(name)
-  if part in RENAMED:
-    return _take(prefix + RENAMED[part], left)
-  block, _, weight = part.rpartition(".")
-  if block != "moe.experts":
-    return _fused(f"{prefix}{BLOCKS[block]}.", weight, left)
-  matrices = [_fused(f"{prefix}{BLOCKS[block]}.{e}.", weight, left) for e in range(shape[0])]
-  return torch.stack(matrices)
-
-
-def _fused(prefix: str, weight: str, left: dict[str, Tensor]) -> Tensor:
-  if weight == "w2":
-    return _take(f"{prefix}down_proj.weight", left)
-  gate, up = _take(f"{prefix}gate_proj.weight", left), _take(f"{prefix}up_proj.weight", left)
-  return torch.stack([gate, up], dim=1).flatten(0, 1)
-
-
-def _take(name: str, left: dict[str, Tensor]) -> Tensor:
-  if name not in left:
-    near = difflib.get_close_matches(name, left, n=1)
-    found = f"; the nearest is {near[0]!r}" if near else ""
-    raise CheckpointError(f"{name!r} is missing among {len(left)} tensors{found}")
-  return left.pop(name)
+def _named(source: Source, state: dict[str, Tensor]) -> dict[str, Tensor]:
+  """Under HuggingFace's names; without selection biases, which must be 0, for a class of none."""
+  if not _biased(source):
+    for name in [name for name in state if name.endswith("router.bias")]:
+      bias = state.pop(name)
+      if bias.device.type != "meta" and bias.any():
+        raise CheckpointError(
+          f"{source.path}: {name} is not 0, but with moe.score = 'softmax' no class of HuggingFace "
+          "has a selection bias"
+        )
+  return to_hf(state)

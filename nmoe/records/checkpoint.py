@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
   ChunkStorageMetadata,
   MetadataIndex,
   TensorProperties,
+  TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -237,12 +238,24 @@ def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
   """Every wanted tensor of a finished checkpoint on the CPU, experts under their global ids."""
   verify(path)
-  stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-  state = {
-    name: torch.empty(entry.size, dtype=entry.properties.dtype)
-    for name, entry in stored.items()
-    if wanted(name)
-  }
+  return tensors(path, [name for name in contents(path) if wanted(name)])
+
+
+def contents(path: Path) -> dict[str, TensorStorageMetadata]:
+  """Name -> size and dtype of every tensor of a finished checkpoint."""
+  return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+
+
+def tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+  """These tensors of a checkpoint that `verify` has seen, on the CPU: to read it part by part.
+
+  Raises CheckpointError for one that it does not hold.
+  """
+  stored, state = contents(path), {}
+  for name in names:
+    if name not in stored:
+      raise CheckpointError(f"{path} holds no {name!r}; is it of another model?")
+    state[name] = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
   with _alone():
     dcp.load(state, checkpoint_id=path, no_dist=True)
   return state

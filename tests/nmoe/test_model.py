@@ -22,7 +22,8 @@ from nmoe.model.decoder import (
   softmax_mscale,
   update_router_bias,
 )
-from nmoe.model.export import hf_config, to_hf
+from nmoe.model.hf_config import hf_config
+from nmoe.model.names import to_hf
 from nmoe.model.router import balance_loss
 
 ORACLE = {
@@ -86,7 +87,7 @@ def fuse(hf: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tenso
 
 def oracle(config: Config, state: dict[str, torch.Tensor]) -> DeepseekV3ForCausalLM:
   hf = DeepseekV3ForCausalLM(
-    DeepseekV3Config(**hf_config(config), attn_implementation="eager")
+    DeepseekV3Config(**hf_config(config, 96, "float32"), attn_implementation="eager")
   ).float()
   hf.set_experts_implementation("eager")
   missing, unexpected = hf.load_state_dict(fuse(to_hf(state), config.moe.num_experts), strict=False)

@@ -1,0 +1,194 @@
+"""Weights under HuggingFace's names for DeepSeek's classes, and back.
+
+The names are those of the files on disk: one matrix per expert and projection; experts fused into
+one tensor [E, …], as transformers holds them in memory, are read too. Our w13 interleaves the rows
+of gate and up; theirs are two matrices. RoPE pairs are interleaved on both sides
+(`rope_interleave`). The maps are linear, so gradients pass through them too.
+
+Our experts come whole (`layers.3.moe.experts.w13` [E, 2F, D], as in a model of one rank) or one by
+one under their global ids (`layers.3.moe.experts.17.w13`, as in a checkpoint).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from nmoe.config.parameters import parameter_shapes
+from nmoe.config.sections import Config
+from nmoe.errors import CheckpointError
+
+TOP = {
+  "embed.weight": "model.embed_tokens.weight",
+  "norm.weight": "model.norm.weight",
+  "head.weight": "lm_head.weight",
+}
+RENAMED = {
+  "attention_norm.weight": "input_layernorm.weight",
+  "mlp_norm.weight": "post_attention_layernorm.weight",
+  "attention.q.weight": "self_attn.q_proj.weight",
+  "attention.q_a.weight": "self_attn.q_a_proj.weight",
+  "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+  "attention.q_b.weight": "self_attn.q_b_proj.weight",
+  "attention.kv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
+  "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+  "attention.kv_b.weight": "self_attn.kv_b_proj.weight",
+  "attention.o.weight": "self_attn.o_proj.weight",
+  "moe.router.weight": "mlp.gate.weight",
+  "moe.router.bias": "mlp.gate.e_score_correction_bias",
+}
+BLOCKS = {"mlp": "mlp", "moe.shared": "mlp.shared_experts", "moe.experts": "mlp.experts"}
+_EXPERT = re.compile(r"moe\.experts\.(\d+)")
+_ONE = re.compile(r"(.*\.experts)\.(\d+)\.(w13|w2)")
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Weights and router biases under HuggingFace's names; shares memory with them."""
+  hf = {}
+  for name, tensor in state.items():
+    if name in TOP:
+      hf[TOP[name]] = tensor
+      continue
+    prefix, part = _layer(name)
+    if part in RENAMED:
+      hf[prefix + RENAMED[part]] = tensor
+      continue
+    block, _, weight = part.rpartition(".")
+    if one := _EXPERT.fullmatch(block):
+      hf.update(_projections(f"{prefix}{BLOCKS['moe.experts']}.{one[1]}.", weight, tensor))
+    elif block == "moe.experts":
+      for expert, matrix in enumerate(tensor):
+        hf.update(_projections(f"{prefix}{BLOCKS[block]}.{expert}.", weight, matrix))
+    else:
+      hf.update(_projections(f"{prefix}{BLOCKS[block]}.", weight, tensor))
+  return hf
+
+
+def from_hf(
+  hf: Mapping[str, Tensor], config: Config, without_bias: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+  """The state of `Model(config)`, one tensor after the other, from HuggingFace's names.
+
+  hf reads a tensor when it is asked for. What `computed` names is left out. without_bias: the files
+  have no selection biases; they are 0. Raises CheckpointError for a missing, an unexpected, or a
+  wrongly shaped tensor; for an unexpected one after the last.
+  """
+  left = set(hf) - set(computed(hf, config))
+  for name, shape in state_shapes(config).items():
+    if without_bias and name.endswith("router.bias"):
+      tensor = torch.zeros(shape)
+    else:
+      tensor = _gather(name, shape, hf, left)
+    if tuple(tensor.shape) != shape:
+      raise CheckpointError(f"{name} would be {tuple(tensor.shape)}, the model needs {shape}")
+    yield name, tensor
+  if config.model.tie_embeddings:
+    left.discard("lm_head.weight")
+  if left:
+    raise CheckpointError(
+      f"{len(left)} tensors have no place in this model, the first is {min(left)!r}; "
+      "is it another architecture?"
+    )
+
+
+def computed(names: Mapping[str, Tensor], config: Config) -> list[str]:
+  """The tensors that a model needs not be given: RoPE's frequencies, and the layers of
+  multi-token prediction (model.layers.{num_layers}.…).
+  """
+  mtp = f"model.layers.{config.model.num_layers}."
+  return [name for name in names if name.startswith(mtp) or _COMPUTED.fullmatch(name)]
+
+
+def state_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of all weights and router biases, with whole experts."""
+  shapes = {}
+  for name, shape in parameter_shapes(config).items():
+    shapes[name] = shape
+    if name.endswith("router.weight"):
+      shapes[name.replace("weight", "bias")] = shape[:1]
+  return shapes
+
+
+def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Experts one by one -> whole, by ascending id; a copy of them."""
+  whole: dict[str, Tensor] = {}
+  experts: dict[str, dict[int, Tensor]] = {}
+  for name, tensor in state.items():
+    if one := _ONE.fullmatch(name):
+      experts.setdefault(f"{one[1]}.{one[3]}", {})[int(one[2])] = tensor
+    else:
+      whole[name] = tensor
+  stacks = {name: torch.stack([one[e] for e in sorted(one)]) for name, one in experts.items()}
+  return whole | stacks
+
+
+def _layer(name: str) -> tuple[str, str]:
+  """("model.layers.3.", "attention.q.weight") from "layers.3.attention.q.weight"."""
+  _, layer, part = name.split(".", 2)
+  return f"model.layers.{layer}.", part
+
+
+def _projections(prefix: str, weight: str, matrix: Tensor) -> dict[str, Tensor]:
+  if weight == "w2":
+    return {f"{prefix}down_proj.weight": matrix}
+  return {f"{prefix}gate_proj.weight": matrix[0::2], f"{prefix}up_proj.weight": matrix[1::2]}
+
+
+def _gather(name: str, shape: tuple[int, ...], hf: Mapping[str, Tensor], left: set[str]) -> Tensor:
+  """Our tensor `name`, whose sources are taken out of `left`."""
+  if name in TOP:
+    return _take(TOP[name], hf, left)
+  prefix, part = _layer(name)
+  if part in RENAMED:
+    return _take(prefix + RENAMED[part], hf, left)
+  block, _, weight = part.rpartition(".")
+  prefix = f"{prefix}{BLOCKS[block]}."
+  if block != "moe.experts":
+    return _matrix(prefix, weight, hf, left)
+  if f"{prefix}down_proj" in hf:
+    return _stacked(prefix, weight, hf, left)
+  out = None
+  for e in range(shape[0]):
+    matrix = _matrix(f"{prefix}{e}.", weight, hf, left)
+    out = matrix.new_empty(shape[0], *matrix.shape) if out is None else out
+    if matrix.shape != out.shape[1:]:
+      raise CheckpointError(
+        f"{prefix}{e}: {weight} would be {tuple(matrix.shape)}, expert 0 has {tuple(out[0].shape)}"
+      )
+    out[e] = matrix
+  return out
+
+
+def _stacked(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:
+  """From fused experts: gate_up_proj [E, 2F, D], gate rows before up rows; down_proj [E, D, F]."""
+  if weight == "w2":
+    return _take(f"{prefix}down_proj", hf, left)
+  gate, up = _take(f"{prefix}gate_up_proj", hf, left).chunk(2, dim=1)
+  return torch.stack([gate, up], dim=2).flatten(1, 2)
+
+
+def _matrix(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:
+  if weight == "w2":
+    return _take(f"{prefix}down_proj.weight", hf, left)
+  gate = _take(f"{prefix}gate_proj.weight", hf, left)
+  up = _take(f"{prefix}up_proj.weight", hf, left)
+  if gate.shape != up.shape:
+    raise CheckpointError(
+      f"{prefix}gate_proj.weight is {tuple(gate.shape)}, {prefix}up_proj.weight {tuple(up.shape)}; "
+      "they must agree"
+    )
+  return torch.stack([gate, up], dim=1).flatten(0, 1)
+
+
+def _take(name: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:
+  if name not in left:
+    near = difflib.get_close_matches(name, left, n=1)
+    found = f"; the nearest is {near[0]!r}" if near else ""
+    raise CheckpointError(f"{name!r} is missing among {len(hf)} tensors{found}")
+  left.remove(name)
+  return hf[name]

@@ -1,0 +1,149 @@
+"""config.json against transformers: whatever the configuration allows is refused or equal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_configs import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kernels import reference
+from nmoe.errors import ConfigError
+from nmoe.model.decoder import Model
+from nmoe.model.hf_config import generation_config, hf_config, model_type_of
+from nmoe.model.names import to_hf
+
+POSITIONS = 24
+
+
+def compare(config, tmp_path) -> float:
+  """Largest difference of logits, relative to the largest logit or 1."""
+  table = hf_config(config, 96, "float32")
+  model = Model(config, reference)
+  model.init_weights(1)
+  biased = table["model_type"] == "deepseek_v3"
+  for i, router in enumerate(model.routers):
+    router.bias.copy_(torch.linspace(-0.2, 0.2, len(router.bias)).roll(i) * biased)
+  hf = {n: x for n, x in to_hf(model.state_dict()).items() if biased or "e_score" not in n}
+  torch.save({n: x.contiguous().clone() for n, x in hf.items()}, tmp_path / "pytorch_model.bin")
+  (tmp_path / "config.json").write_text(json.dumps(table))
+  theirs, report = AutoModelForCausalLM.from_pretrained(
+    tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+  )
+  assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  tokens = torch.arange(2 * POSITIONS).view(2, POSITIONS) % 97
+  with torch.no_grad():
+    ours, other = model.logits(tokens), theirs(tokens, use_cache=False).logits
+  return float((ours - other).abs().max() / ours.abs().max().clamp(min=1))
+
+
+@st.composite
+def drawn(draw):
+  """A configuration of all that `validate` allows and that a model can be built of."""
+  num_groups = draw(st.sampled_from([1, 2, 4, 8]))
+  topk_groups = draw(st.integers(1, num_groups))
+  layers = draw(st.integers(1, 3))
+  slow = draw(st.sampled_from([0.5, 1.0, 4.0]))
+  return tiny(
+    model__num_layers=layers,
+    model__num_dense_layers=draw(st.integers(0, layers)),
+    model__num_heads=draw(st.sampled_from([1, 3, 4])),
+    model__q_lora_rank=draw(st.sampled_from([0, 24])),
+    model__qk_rope_dim=draw(st.sampled_from([2, 8])),
+    model__v_dim=draw(st.sampled_from([8, 12, 20])),
+    model__rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+    model__tie_embeddings=draw(st.booleans()),
+    yarn__factor=draw(st.sampled_from([1.0, 2.0, 40.0])),
+    yarn__original_seq_len=draw(st.sampled_from([8, 16, 64])),
+    yarn__beta_slow=slow,
+    yarn__beta_fast=draw(st.sampled_from([0.7, 8.0, 32.0])),
+    yarn__mscale_all_dim=draw(st.sampled_from([-1.0, 0.0, 0.707, 1.0])),
+    moe__num_groups=num_groups,
+    moe__topk_groups=topk_groups,
+    moe__top_k=draw(st.integers(1, min(8 // num_groups * topk_groups, 4))),
+    moe__num_shared=draw(st.sampled_from([0, 1, 1, 2])),
+    moe__score=draw(st.sampled_from(["sigmoid", "sigmoid", "softmax"])),
+    moe__normalize=draw(st.booleans()),
+    moe__route_scale=draw(st.sampled_from([1.0, 2.5])),
+    moe__bias_update_rate=draw(st.sampled_from([0.0, 0.0, 0.001])),
+    moe__forced_balance=draw(st.sampled_from([False] * 5 + [True])),
+  )
+
+
+@settings(max_examples=120)
+@given(config=drawn())
+def test_a_model_is_refused_or_has_equal_logits(config, tmp_path_factory):
+  try:
+    model_type_of(config)
+  except ConfigError:
+    return
+  assert compare(config, tmp_path_factory.mktemp("hf")) < 1e-5
+
+
+@settings(max_examples=200)
+@given(config=drawn())
+def test_what_is_refused_has_a_reason(config):
+  """Models of one of the two kinds are never refused."""
+  e, routed = config.moe, config.model.num_dense_layers < config.model.num_layers
+  limited = e.topk_groups < e.num_groups
+  v3 = e.score == "sigmoid" and not (limited and e.num_groups == e.num_experts)
+  v2 = e.score == "softmax" and not (e.normalize or e.bias_update_rate or limited)
+  fine = not routed or ((v3 or v2) and e.num_shared and not e.forced_balance)
+  if fine and not (config.yarn.factor > 1 and config.yarn.beta_fast < config.yarn.beta_slow):
+    assert model_type_of(config) == ("deepseek_v2" if routed and v2 else "deepseek_v3")
+  else:
+    with pytest.raises(ConfigError, match="no class of HuggingFace computes (moe|yarn)\\."):
+      model_type_of(config)
+
+
+FAULTS = {
+  "mscale 0": {"yarn__factor": 8.0, "yarn__original_seq_len": 8, "yarn__mscale_all_dim": 0.0},
+  "an expert a group, all groups": {"moe__num_groups": 8, "moe__topk_groups": 8},
+  "softmax": {"moe__score": "softmax", "moe__normalize": False, "moe__bias_update_rate": 0.0},
+  "softmax with YaRN": {
+    "moe__score": "softmax",
+    "moe__normalize": False,
+    "moe__bias_update_rate": 0.0,
+    "yarn__factor": 40.0,
+    "yarn__original_seq_len": 8,
+    "yarn__mscale_all_dim": 0.707,
+    "model__q_lora_rank": 24,
+  },
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_known_faults_of_configurations(name, tmp_path):
+  assert compare(tiny(**FAULTS[name]), tmp_path) < 1e-5
+
+
+def test_the_fixed_eps_of_latent_norms_is_seen(tmp_path):
+  """What the export must measure: another eps gives other logits in transformers."""
+  assert compare(tiny(model__norm_eps=1e-2), tmp_path) > 1e-4
+
+
+def test_the_file_says_what_readers_would_guess_wrongly(tmp_path):
+  config = tiny(yarn__factor=4.0)
+  table = hf_config(config, 96, "bfloat16")
+  (tmp_path / "config.json").write_text(json.dumps(table))
+  read = AutoConfig.from_pretrained(tmp_path)
+  for made in (table, generation_config(96)):
+    assert (made["bos_token_id"], made["eos_token_id"], made["pad_token_id"]) == (None, 96, 96)
+  assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (None, 96, 96)
+  assert read.num_nextn_predict_layers == 0
+  assert read.dtype == torch.bfloat16 and table["torch_dtype"] == "bfloat16"
+  assert read.head_dim == config.model.qk_rope_dim
+  wanted = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_router_dtype": "float32"}
+  wanted |= {"rope_interleave": True, "hidden_act": "silu", "attention_bias": False}
+  assert {key: table[key] for key in wanted} == wanted
+  assert table["rope_scaling"]["factor"] == table["rope_parameters"]["factor"] == 4.0
+  assert table["rope_theta"] == table["rope_parameters"]["rope_theta"]
+
+
+def test_a_separator_without_a_row_is_refused():
+  with pytest.raises(ConfigError, match="vocab_size = 97 has no row for the separator 256"):
+    hf_config(tiny(), 256, "float32")
