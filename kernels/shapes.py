@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shapes:
-  """What the kernels of a run depend on. The fields are those of nmoe.config.sections's sections;
-  E is per rank.
-  """
+  """What the kernels of a run depend on, named as the keys of a configuration; E is per rank."""
 
   batch: int
   seq_len: int
@@ -38,13 +36,3 @@ class Shapes:
   moments: str  # "fp32" or "bf16"
   muon: bool
   payload: str  # of RDEP's dispatched rows: "bf16", "mxfp8" or "nvfp4"
-
-  @classmethod
-  def of(cls, config) -> Shapes:
-    """The shapes of a configuration (like nmoe.config.sections.Config)."""
-    sections = (config.model, config.moe, config.data, config.launch, config.target, config.optim)
-    sections += (config.rdep,)
-    named = {key: value for section in sections for key, value in vars(section).items()}
-    named |= {"batch": config.train.micro_batch, "loss_chunk": config.train.loss_chunk}
-    named["muon"] = "muon" in (config.optim.matrices, config.optim.experts)
-    return cls(**{name: named[name] for name in cls.__dataclass_fields__})

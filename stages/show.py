@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.arch import ARCHS
-from kernels.shapes import Shapes
 from kernels.tools.build import build
 from nmoe.config import file as configs
 from nmoe.config import plan as plans
 from nmoe.config.sections import Config
+from nmoe.config.shapes import kernel_shapes
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
 from nmoe.records.reader import Counts, Reader
@@ -111,6 +111,6 @@ def kernels_built(path: Path, arch: str | None, console: Console) -> None:
     raise ConfigError(f"{arch!r} has no device code to compile; pass --arch {' or '.join(ARCHS)}")
   cache = Root(Path(config.run.root).resolve()).kernel_cache
   with console.status(plain(f"compiling the kernels of {path.name} for {arch}")):
-    records = build([Shapes.of(config)], arch, cache, launch.parent_environment())
+    records = build([kernel_shapes(config)], arch, cache, launch.parent_environment())
   seconds = sum(record["seconds"] for record in records)
   console.print(plain(f"{len(records)} kernels compiled in {seconds:.1f} s into {cache / arch}"))

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from nmoe.config import file as configs
 from nmoe.config.sections import fingerprint
+from nmoe.data.loader import open_data
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get
+from nmoe.distributed.parallel import Parallel
 from nmoe.errors import NmoeError
+from nmoe.machine.target import select
 from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis, Run
 from nmoe.train import loop as train
+from nmoe.train.profiler import Profiler
 from nmoe.train.progress import Entry
+from nmoe.train.session import Session
 from stages.launch.local import Job, Launcher
 
 TINY = """
@@ -138,6 +143,21 @@ class Lab:
   def attempt(self, run_id: str, first: Path | None = None) -> int:
     """Execute a recorded run in this process as a child of the launcher would."""
     return train.attempt(options(self.root, run_id, first))
+
+  def session(self, run_id: str, **more: Any) -> Session:
+    """What the loop gets of a run on one rank, with fields replaced."""
+    config = self.config
+    made = {
+      "config": config,
+      "target": select(config),
+      "parallel": Parallel(),
+      "data": open_data(self.data),
+      "metrics": metrics.Metrics(self.root, run_id),
+      "checkpoints": checkpoint.Writer(self.checkpoints(run_id), config.train.keep_checkpoints),
+      "meta": {"config": configs.to_toml(config)},
+      "profiler": Profiler(None, config.steps),
+    }
+    return Session(**made | more)
 
   def run(self, run_id: str) -> Run:
     return self.records.run(run_id)

@@ -28,6 +28,8 @@ APART = {  # a target picks one of the two by name; production never imports the
   "nmoe": {"kernels.reference", "kernels.cuda"},
   "stages": {"kernels.reference", "kernels.cuda"},
 }
+OURS = {"session", "config", "ops", "rdep", "exchange"}  # parameters with a type of ours
+OPAQUE = {"Any", "object", "ModuleType"}
 DEVICE = {"kernel", "jit"}  # CuTeDSL's decorators: cute.kernel, cute.jit
 
 
@@ -120,6 +122,16 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
   return next((found for name in edges if (found := visit(name, []))), [])
 
 
+def hidden(tree: ast.AST) -> list[str]:
+  """Parameters that stand for one of our own types and are typed Any, a module or nothing."""
+  arguments = (a for f in functions(tree) for a in (*f.args.args, *f.args.kwonlyargs))
+  return [
+    f"line {a.lineno}: {a.arg}"
+    for a in arguments
+    if a.arg in OURS and (a.annotation is None or ast.unparse(a.annotation) in OPAQUE)
+  ]
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
   return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
@@ -193,6 +205,18 @@ def test_the_rules_see_an_arrow_back_and_a_file_in_no_room():
   ]
   assert homeless(trees) == ["nmoe.alone"]
   assert together(graph(trees)) == ["kernels.cuda.new -> kernels.reference.swiglu"]
+
+
+@pytest.mark.parametrize("name", sorted(TREES))
+def test_no_type_hides_an_arrow(name):
+  assert hidden(TREES[name]) == []
+
+
+def test_the_rule_sees_a_hidden_type():
+  text = "def f(session: Any, ops: ModuleType, rdep, x: Any, *, config: object, exchange: E): ..."
+  assert hidden(ast.parse(text)) == [
+    f"line 1: {name}" for name in ("session", "ops", "rdep", "config")
+  ]
 
 
 @pytest.mark.parametrize("name", sorted(TREES.keys() - LAZY))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.buffers import DISPATCH, DTYPES, RETURN, Route
-from kernels.ops import Product, Recipe
+from kernels.ops import Layout, Ops, Product, Recipe
 from kernels.places import places
 from nmoe.config import file as configs
 from nmoe.config.parameters import parameter_dtype
@@ -95,7 +95,7 @@ class _Expand(torch.autograd.Function):
   """A token's row for each of its experts, in the layout's order; backward sums them in fp32."""
 
   @staticmethod
-  def forward(ctx: Any, x_TD: Tensor, layout: Any, ops: Any) -> Tensor:
+  def forward(ctx: Any, x_TD: Tensor, layout: Layout, ops: Ops) -> Tensor:
     ctx.row_TK, ctx.ops = layout.row_TK, ops
     return x_TD.index_select(0, layout.source_N // layout.row_TK.shape[1])
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nmoe.data.loader import Validation, bits_per_byte
+from nmoe.distributed.parallel import Parallel
 from nmoe.model.decoder import Model
 
 
 @torch.no_grad()
-def evaluate(session: Any, model: Model, validation: Validation) -> dict[str, float]:
+def evaluate(
+  model: Model, validation: Validation, micro_batch: int, ranks: Parallel
+) -> dict[str, float]:
   """`val/loss` (nats per target token) and `val/bpb` over the frozen validation set.
 
   Each rank takes its share of every batch. Bits per byte counts the targets that have bytes;
   separators are in the loss but not in it (nmoe.data.loader.bits_per_byte). One host
   synchronisation, at the end.
   """
-  ranks, device = session.parallel, session.target.device
+  device = model.embed.weight.device
   sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, targets, nats counted, bytes
-  for batch in validation.batches(session.config.train.micro_batch, ranks.rank, ranks.ranks):
+  for batch in validation.batches(micro_batch, ranks.rank, ranks.ranks):
     tokens, targets, bytes_BS = (t.to(device) for t in batch)
     loss_T = model(tokens, targets).loss_T.double()
     bytes_T = bytes_BS.flatten()

@@ -10,24 +10,20 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from nmoe.config import file as configs
 from nmoe.config import plan
-from nmoe.config.sections import Config, diff, kind
+from nmoe.config.sections import Config
 from nmoe.data.loader import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
-from nmoe.errors import CheckpointError, ConfigError, DivergedError, NmoeError
+from nmoe.errors import ConfigError, DivergedError, NmoeError
 from nmoe.evals.heldout import evaluate
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model, update_router_bias
@@ -36,105 +32,69 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
-from nmoe.train.flight import FlightRecorder
-from nmoe.train.graph import Graph
+from nmoe.train.clock import Clock
+from nmoe.train.guard import Guard
 from nmoe.train.optim import Optimizer
+from nmoe.train.passes import Passes
 from nmoe.train.profiler import Profiler
 from nmoe.train.progress import Progress
+from nmoe.train.saving import resume, save, save_aside
 from nmoe.train.schedule import lr_factor
+from nmoe.train.session import Session, TrainState
 from nmoe.train.startup import StartUp, parser
-from nmoe.train.watch import Watch
+from nmoe.train.watch import StepValues, Watch
 
 Opened = Callable[..., PreparedData]  # nmoe.data.loader.open_data, or one that remembers
 
 INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
 
 
-@dataclass
-class TrainState:
-  """All that a checkpoint saves. The data position is the step: the loader is a pure function of
-  it.
-  """
+class Parts(NamedTuple):
+  """What the loop turns with, made for one session and the step that it begins at."""
 
-  model: Model
-  optimizer: Optimizer
-  step: int = 0
-
-  def tensors(self) -> dict[str, Tensor]:
-    return {**self.model.state_dict(), **self.optimizer.state_dict()}
+  batches: Prefetcher
+  validation: Validation
+  passes: Passes
+  guard: Guard
+  watch: Watch
+  clock: Clock
 
 
-@dataclass
-class Session:
-  """What the loop reads and writes but does not save."""
+def parts_of(session: Session, state: TrainState) -> Parts:
+  c, ranks, device = session.config, session.parallel, session.target.device
+  batches = Prefetcher(
+    Loader(session.data, seq_len=c.data.seq_len, seed=c.train.seed),
+    c.sequences,
+    start=state.step,
+    stop=c.steps,
+    rank=ranks.rank,
+    ranks=ranks.ranks,
+    device=device,
+  )
+  validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
+  clock, guard = Clock(device), Guard(c.optim.clip_norm, device)
+  passes = Passes(session, state, clock)
+  watch = Watch(session, state.step, clock, guard, passes.graph)
+  return Parts(batches, validation, passes, guard, watch, clock)
 
-  config: Config
-  target: Target
-  parallel: Parallel
-  data: PreparedData
-  metrics: Metrics
-  checkpoints: checkpoint.Writer
-  meta: dict[str, Any]  # written into every checkpoint's manifest
-  profiler: Profiler  # its `step` is called after every step
-  startup: StartUp = field(default_factory=StartUp)
-  progress: Progress = field(default_factory=Progress)
-  first: Path | None = None  # a folder for the state before and after the first step
-  stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 
-
-def train(session: Session, state: TrainState) -> dict[str, Any] | None:
+def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] | None:
   """Run the remaining steps, the last of which evaluates. Returns the results, or None if told to
   stop.
   """
-  c, target, ranks = session.config, session.target, session.parallel
-  total, micros = c.steps, c.micro_batches
-  loader = Loader(session.data, seq_len=c.data.seq_len, seed=c.train.seed)
-  batches = Prefetcher(
-    loader,
-    c.sequences,
-    start=state.step,
-    stop=total,
-    rank=ranks.rank,
-    ranks=ranks.ranks,
-    device=target.device,
-  )
-  validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
-
-  def passes(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A step's gradients. Returns this rank's sum of losses, counts, last micro-batch's losses."""
-    loss, counts = torch.zeros((), device=target.device), 0
-    for micro, (x, y) in enumerate(zip(tokens.chunk(micros), targets.chunk(micros), strict=True)):
-      clock.start("forward")
-      state.model.set_draw(state.step, micro, ranks.rank)
-      state.model.on_final = ranks.reduce_final(state.model) if micro == micros - 1 else None
-      out = state.model(x, y)
-      mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
-      clock.start("backward")
-      mean.backward()
-      loss += out.loss_sum.detach()
-      counts = counts + out.count_LE
-    return loss, counts, out.loss_T
-
-  graph = Graph(state.model, passes) if c.train.cuda_graph else None
-  watch = Watch(session, state.step, total, graph)
-  clock, flight = watch.clock, FlightRecorder(state.model, c.train.flight_every)
-  begun = state.step
+  c, ranks, total, begun = session.config, session.parallel, session.config.steps, state.step
+  batches, validation, passes, guard, watch, clock = parts
   save_aside(session, state)
   while state.step < total and not ranks.any(session.stop):
     session.checkpoints.check()
     clock.start("load")
     tokens, targets = next(batches)
-    state.model.set_forward_bf16(finishing(c, state.step))
-    flight.start(state.step + 1)
-    if graph is not None:
-      clock.start("graph")
-    run = partial(graph or passes, tokens, targets)
-    loss, counts, loss_T = ranks.run(run, partial(forget, state.model, flight))
+    loss, counts, loss_T = passes(tokens, targets)
     clock.start("clip")
     ranks.reduce_gradients(state.model)
     loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
     norms = state.optimizer.grad_norms(ranks.sum)
-    scale = watch.guard(state.step, loss, norms["all"])
+    scale = guard.factor(state.step, loss, norms["all"])
     clock.start("step")
     factor = lr_factor(state.step * c.schedule.batch_tokens, c.schedule)
     state.optimizer.step(factor, scale)
@@ -142,13 +102,13 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
     update_router_bias(state.model, counts, c.moe.bias_update_rate)
     state.step += 1
     clock.start("log")
-    watch.add(state.step, flight.stop())
+    watch.add(state.step, passes.flight.stop())
     if state.step % c.train.log_every == 0 or state.step == total:
-      last = targets.chunk(micros)[-1]
-      watch.log(state, factor, loss, norms, counts, loss_T, last, batches.wait_s())
+      last = targets.chunk(c.micro_batches)[-1]
+      watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
     if due(state.step, c.train.eval_every) or state.step == total:
       clock.start("eval")
-      watch.add(state.step, evaluate(session, state.model, validation))
+      watch.add(state.step, evaluate(state.model, validation, c.train.micro_batch, ranks))
     if due(state.step, c.train.checkpoint_every) or state.step == total:
       clock.start("checkpoint")
       save(session, state, watch)
@@ -162,82 +122,8 @@ def train(session: Session, state: TrainState) -> dict[str, Any] | None:
   return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
 
 
-def forget(model: Model, flight: FlightRecorder) -> None:
-  """Undo what a step's passes did, before they run again."""
-  model.zero_grad()
-  flight.forget()
-
-
 def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
-
-
-def finishing(config: Config, step: int) -> bool:
-  """Whether the step belongs to the recipe's forward-bf16 finish (precision.finish_tokens)."""
-  return 0 < config.precision.finish_tokens <= step * config.schedule.batch_tokens
-
-
-def save(session: Session, state: TrainState, watch: Watch) -> None:
-  """Begin a checkpoint of the state, after every step so far is known to be finite.
-
-  The loop waits for the write before, if it is still under way, and for the copy; this stall is
-  logged. The metrics are on disk before the checkpoint is.
-  """
-  watch.check(int(watch.bad_step))
-  begun, writer = time.perf_counter(), session.checkpoints
-  writer.wait()
-  if writer.keep == 0 or state.step in checkpoint.steps(writer.folder):
-    session.metrics.flush()
-    return
-  writer.copy(state.tensors())
-  watch.add(state.step, {"checkpoint/stall_s": time.perf_counter() - begun})
-  session.metrics.flush()
-  writer.start(state.step, session.meta)
-
-
-def save_aside(session: Session, state: TrainState) -> None:
-  """Write the state into the session's folder for the first step's, if it has one; waits for the
-  checkpoint under way, which speaks over the same group.
-  """
-  if session.first is not None:
-    ranks = session.parallel
-    session.checkpoints.wait()
-    checkpoint.save(
-      session.first, state.step, state.tensors(), ranks.first_expert, session.meta, ranks.saving
-    )
-
-
-def resume(session: Session, state: TrainState) -> None:
-  """Load the newest checkpoint, if any, and forget the metrics logged after it.
-
-  Raises CheckpointError if it is of another identity.
-  """
-  folder = session.checkpoints.folder
-  found = checkpoint.steps(folder)
-  if not found:
-    session.metrics.rewind(0)
-    return
-  written = checkpoint.manifest(folder / f"step_{found[-1]:08d}")
-  check_identity(configs.loads(written["config"]), session.config, folder)
-  checkpoint.load(folder, found[-1], state.tensors(), session.parallel.first_expert)
-  state.step = found[-1]
-  session.metrics.rewind(state.step)
-
-
-def check_identity(written: Config, wanted: Config, folder: Path) -> None:
-  """CheckpointError listing the identity keys that differ from those of the checkpoint, if any
-  does; other keys that differ are said to be in the log.
-  """
-  lines: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
-  for key, (before, now) in diff(written, wanted).items():
-    lines[kind(key)].append(f"{key}: checkpoint {before!r}, now {now!r}")
-  if lines["identity"]:
-    raise CheckpointError(
-      f"{folder} holds another model: {'; '.join(lines['identity'])}; restore these keys or start "
-      "a new run"
-    )
-  for line in lines["schedule"] + lines["free"]:
-    sys.stderr.write(f"resumed under {line}\n")
 
 
 def check_vocabulary(config: Config, data: PreparedData) -> None:
@@ -283,22 +169,22 @@ def execute(
   check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(
-    config,
-    target,
-    ranks,
-    data,
-    Metrics(root, run.id, ranks.rank),
-    checkpoint.Writer(
+    config=config,
+    target=target,
+    parallel=ranks,
+    data=data,
+    metrics=Metrics(root, run.id, ranks.rank),
+    checkpoints=checkpoint.Writer(
       checkpoint.directory(root, run.id),
       config.train.keep_checkpoints,
       ranks.first_expert,
       ranks.saving,
     ),
-    meta,
-    Profiler(options.trace, config.steps),
-    startup,
-    Progress(options.progress),
-    options.first,
+    meta=meta,
+    profiler=Profiler(options.trace, config.steps),
+    startup=startup,
+    progress=Progress(options.progress),
+    first=options.first,
   )
   startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
@@ -307,7 +193,7 @@ def execute(
   startup.end("model")
   try:
     with session.checkpoints, ranks.explained():
-      results = train(session, state)
+      results = train(session, state, parts_of(session, state))
   finally:
     session.metrics.flush()
   ranks.close()

@@ -1,12 +1,10 @@
-"""What a run observes of itself: the guard against non-finite values, the logged metrics, the
-progress line.
-"""
+"""What a run observes of itself: the logged metrics, the progress line, the results."""
 
 from __future__ import annotations
 
 import math
 import resource
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,85 +13,62 @@ from torch import Tensor
 from nmoe.config import plan
 from nmoe.data.loader import bits_per_byte
 from nmoe.distributed.rdep import Rdep
-from nmoe.errors import DivergedError
 from nmoe.model.decoder import Model
 from nmoe.train.clock import Clock
 from nmoe.train.graph import Graph
-from nmoe.train.optim import clip_factor
+from nmoe.train.guard import Guard
 from nmoe.train.progress import Entry
+from nmoe.train.session import Session, TrainState
+
+
+class StepValues(NamedTuple):
+  """A step's values, of all ranks but for the last three."""
+
+  factor: float  # on the peak learning rates
+  loss: Tensor  # fp32 0-d: nats per token
+  norms: dict[str, Tensor]  # of the gradients, by group and "all"
+  count_LE: Tensor  # int [MoE layers, E]: tokens that each expert got
+  loss_T: Tensor  # of this rank's last micro-batch
+  target_BS: Tensor  # of the same
+  wait_s: float  # for data, since the last log
 
 
 class Watch:
-  """`session` is a nmoe.train.loop.Session; start, total: the run's first step and their number."""
+  """Logs what a run observes of itself. start: the run's first step."""
 
-  def __init__(self, session: Any, start: int, total: int, graph: Graph | None):
-    self.session, self.total, self.graph = session, total, graph
+  def __init__(
+    self, session: Session, start: int, clock: Clock, guard: Guard, graph: Graph | None = None
+  ):
+    self.session, self.graph, self.guard, self.clock = session, graph, guard, clock
     self.config, self.target = session.config, session.target
-    device = session.target.device
-    self.token_bytes_V = torch.from_numpy(session.data.tokenizer.token_bytes()).to(device)
+    token_bytes_V = torch.from_numpy(session.data.tokenizer.token_bytes())
+    self.token_bytes_V = token_bytes_V.to(session.target.device)
     self.flops_per_token = plan.plan(session.config).flops_per_token
-    self.clock = Clock(device)
-    self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     self.logged_step = start
 
-  def guard(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-    """The clip factor as a 0-d tensor; NaN from the first step whose loss or gradient is not
-    finite.
-
-    The optimizer does nothing under a NaN factor, so the state stays that of the last good step
-    until the host looks (`check`). On cpu looking is free and happens here.
-    """
-    finite = torch.isfinite(loss) & torch.isfinite(norm)
-    first = ~finite & (self.bad_step < 0)
-    self.bad_step = torch.where(first, step, self.bad_step)
-    if not self.bad_step.is_cuda:
-      self.check(int(self.bad_step))
-    scale = clip_factor(norm, self.config.optim.clip_norm)
-    return torch.where(self.bad_step >= 0, torch.nan, scale)
-
-  def check(self, bad_step: int) -> None:
-    """Raise DivergedError if a step was not finite."""
-    if bad_step >= 0:
-      raise DivergedError(
-        f"step {bad_step + 1}: the loss or a gradient is not finite; the optimizer did not step. "
-        "Lower the learning rates or the clip norm (optim.*), or lengthen the warm-up "
-        "(schedule.warmup_tokens)"
-      )
-
-  def log(
-    self,
-    state: Any,
-    factor: float,
-    loss: Tensor,
-    norms: dict[str, Tensor],
-    count_LE: Tensor,
-    loss_T: Tensor,
-    target_BS: Tensor,
-    wait_s: float,
-  ) -> None:
+  def log(self, state: TrainState, of: StepValues) -> None:
     """Add one row of every tag, after the step of which these are the values.
 
-    loss and count_LE are of the whole step; loss_T [B·S] and target_BS of its last micro-batch, for
-    bits per byte. Together with `save` the only place where the loop waits for the device.
+    Together with `save` the only place where the loop waits for the device.
     """
-    bytes_T = self.token_bytes_V[target_BS.flatten()]
-    nats = (loss_T * (bytes_T > 0)).sum()
+    bytes_T = self.token_bytes_V[of.target_BS.flatten()]
+    nats = (of.loss_T * (bytes_T > 0)).sum()
     scalars = torch.stack(
-      [self.bad_step.float(), loss, nats, bytes_T.sum(), *norms.values()]
+      [self.guard.bad_step.float(), of.loss, nats, bytes_T.sum(), *of.norms.values()]
     ).tolist()
-    self.check(int(scalars[0]))
+    self.guard.check(int(scalars[0]))
     o = self.config.optim
     values = {
       "train/loss": scalars[1],
       "train/bpb": bits_per_byte(scalars[2], scalars[3]),
-      "lr/dense": o.dense_lr * factor,
-      "lr/router": o.router_lr * factor,
-      "lr/expert": o.expert_lr * factor,
-      "data/wait_s": wait_s,
+      "lr/dense": o.dense_lr * of.factor,
+      "lr/router": o.router_lr * of.factor,
+      "lr/expert": o.expert_lr * of.factor,
+      "data/wait_s": of.wait_s,
       "memory/peak_bytes": float(self._peak()),
     }
-    values |= {f"grad_norm/{k}": v for k, v in zip(norms, scalars[4:], strict=True)}
-    values |= load_values(count_LE.cpu(), bias_ranges(state.model))
+    values |= {f"grad_norm/{k}": v for k, v in zip(of.norms, scalars[4:], strict=True)}
+    values |= load_values(of.count_LE.cpu(), bias_ranges(state.model))
     values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
@@ -149,8 +124,8 @@ class Watch:
 
   def _progress(self, step: int, values: dict[str, float]) -> None:
     rate = values["train/tokens_per_s"]
-    left_s = (self.total - step) * self.config.schedule.batch_tokens / rate
-    entry = Entry(step, self.total, values["train/loss"], rate, left_s)
+    left_s = (self.config.steps - step) * self.config.schedule.batch_tokens / rate
+    entry = Entry(step, self.config.steps, values["train/loss"], rate, left_s)
     if not self.session.progress.log(entry, tell=self.session.parallel.rank == 0):
       self.session.stop = True
 

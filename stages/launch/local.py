@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.arch import environment
-from kernels.shapes import Shapes
 from kernels.tools import build
 from nmoe.config.sections import Config
+from nmoe.config.shapes import kernel_shapes
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry
 
@@ -318,7 +318,7 @@ def compile_beside(root: Path, config: Config, logs: Path) -> list[subprocess.Po
   """The process, if one is needed, that compiles on all cores what the run would compile on one."""
   if config.target.arch == "cpu":
     return []
-  shapes, arch, env = Shapes.of(config), config.target.arch, parent_environment()
+  shapes, arch, env = kernel_shapes(config), config.target.arch, parent_environment()
   started = build.start(shapes, arch, Root(root).kernel_cache, env, logs / "kernels.txt")
   return [] if started is None else [started]
 

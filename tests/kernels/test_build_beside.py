@@ -11,12 +11,13 @@ from labs import Lab
 
 from kernels.shapes import Shapes
 from kernels.tools import build
+from nmoe.config.shapes import kernel_shapes
 from stages.launch import local as launch
 
 
 @pytest.fixture
 def shapes(lab: Lab) -> Shapes:
-  return Shapes.of(lab.config)
+  return kernel_shapes(lab.config)
 
 
 @pytest.fixture
@@ -77,5 +78,5 @@ def test_a_run_on_a_gpu_builds_beside_its_start(lab, monkeypatch, tmp_path, arch
   assert len(calls) == started
   if started:
     shapes, arch, cache, _, log = calls[0]
-    assert (shapes, arch) == (Shapes.of(config), "sm_90a")
+    assert (shapes, arch) == (kernel_shapes(config), "sm_90a")
     assert (cache, log) == (tmp_path / "kernel_cache", tmp_path / "kernels.txt")

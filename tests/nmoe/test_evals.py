@@ -1,31 +1,31 @@
 """Evaluation against the definition in float64: every held-out window once, however it is cut."""
 
 import math
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 
-from nmoe.config.file import changed
 from nmoe.data.loader import Validation, open_data
+from nmoe.distributed.parallel import Parallel
 from nmoe.evals.heldout import evaluate
+from nmoe.machine.target import select
 from nmoe.train import loop as train
 
 
 @pytest.fixture
 def trained(lab):
-  """A model, its data and its configuration."""
-  config = lab.config
-  state = train.build(config, train.select(config), train.Parallel())
-  return state.model, open_data(lab.data), config
+  """A model and its data."""
+  state = train.build(lab.config, select(lab.config), Parallel())
+  return state.model, open_data(lab.data)
 
 
-class Ranks:
+@dataclass
+class OneOf(Parallel):
   """One of several ranks, whose sums are collected and added up by the test."""
 
-  def __init__(self, rank: int, ranks: int, sums: list):
-    self.rank, self.ranks, self.sums = rank, ranks, sums
+  sums: list = field(default_factory=list)
 
   def sum(self, x):
     self.sums.append(x)
@@ -33,18 +33,11 @@ class Ranks:
 
 
 def measure(trained, micro_batch: int, ranks: int = 1) -> dict[str, float]:
-  model, data, config = trained
-  batch = {"train.micro_batch": micro_batch, "schedule.batch_tokens": 64 * micro_batch}
-  config = changed(config, batch)
+  model, data = trained
   validation = Validation(data, seq_len=64, tokens=2048)
   sums: list = []
   for rank in range(ranks):
-    session = SimpleNamespace(
-      parallel=Ranks(rank, ranks, sums),
-      config=config,
-      target=SimpleNamespace(device=torch.device("cpu")),
-    )
-    found = evaluate(session, model, validation)
+    found = evaluate(model, validation, micro_batch, OneOf(rank, ranks, sums=sums))
   nats, targets, counted, num_bytes = sum(sums).tolist()
   whole = {"val/loss": nats / targets, "val/bpb": counted / (math.log(2) * num_bytes)}
   assert ranks > 1 or found == whole
@@ -53,7 +46,7 @@ def measure(trained, micro_batch: int, ranks: int = 1) -> dict[str, float]:
 
 def oracle(trained) -> dict[str, float]:
   """From the whole logits in float64, window by window, in plain Python."""
-  model, data, _ = trained
+  model, data = trained
   separator = data.tokenizer.eot
   losses, counted = [], []
   for tokens, targets, _ in Validation(data, seq_len=64, tokens=2048).batches(1):

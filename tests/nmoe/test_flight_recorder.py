@@ -20,7 +20,8 @@ from nmoe.records import metrics
 from nmoe.records.checkpoint import Writer
 from nmoe.records.metrics import Metrics
 from nmoe.train.flight import FlightRecorder
-from nmoe.train.loop import Session, build, resume, train
+from nmoe.train.loop import build, parts_of, resume, train
+from nmoe.train.session import Session
 
 LINEARS = ("q", "kv_a", "kv_b", "o", "dense", "shared")
 LEGS = {"fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x", "wgrad_dy"}
@@ -197,11 +198,20 @@ def trained(folder, config, name, stop=-1):
   checkpoints = Writer(root / "checkpoints" / name, config.train.keep_checkpoints)
   meta = {"config": to_toml(config)}
   steps, writer = Steps(stop), Metrics(root, name)
-  session = Session(config, target, ranks, open_data(data), writer, checkpoints, meta, steps)
+  session = Session(
+    config=config,
+    target=target,
+    parallel=ranks,
+    data=open_data(data),
+    metrics=writer,
+    checkpoints=checkpoints,
+    meta=meta,
+    profiler=steps,
+  )
   state, steps.session = build(config, target, ranks), session
   resume(session, state)
   with checkpoints:
-    train(session, state)
+    train(session, state, parts_of(session, state))
   writer.flush()
   logged = metrics.read(root, name)
   return logged["train/loss"][2].tolist(), logged

@@ -22,6 +22,8 @@ from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
 from nmoe.train import loop as train
 from nmoe.train import watch
+from nmoe.train.guard import Guard
+from nmoe.train.progress import Progress
 from nmoe.train.startup import PHASES as STARTUP
 
 SHORT = {
@@ -240,7 +242,7 @@ def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, whole, monke
   run = lab.record()
   reader, writer = os.pipe()
   with monkeypatch.context() as patch:
-    patch.setattr(watch, "PROGRESS_FD", writer)
+    patch.setattr(train, "Progress", lambda _: Progress(writer))
     feed.before[5] = lambda: os.close(reader)
     interrupt(run, lab)
   os.close(writer)
@@ -283,13 +285,13 @@ def test_divergence_stops_before_the_optimizer(lab, monkeypatch, spoil):
 def test_a_run_that_is_not_finite_is_never_saved(lab, monkeypatch):
   """Where the host does not look at every step, saving looks."""
   run = lab.record()
-  monkeypatch.setattr(watch.Watch, "guard", blind_guard)
+  monkeypatch.setattr(Guard, "factor", blind_factor)
   with pytest.raises(DivergedError, match="step 3"):
     lab.attempt(run)
   assert checkpoint.steps(lab.checkpoints(run)) == []
 
 
-def blind_guard(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+def blind_factor(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
   if step == 2:
     self.bad_step = torch.tensor(step)
   return torch.ones(())

@@ -1,4 +1,4 @@
-"""The guard, the load's health, the phases' clock, the progress line."""
+"""The guard, the load's health, the phases' clock, what is logged and told."""
 
 import json
 import math
@@ -10,53 +10,43 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmoe.distributed.parallel import Parallel
 from nmoe.errors import DivergedError
 from nmoe.train import clock
+from nmoe.train import loop as train
 from nmoe.train.clock import Clock
+from nmoe.train.guard import Guard
 from nmoe.train.progress import Progress
-from nmoe.train.watch import Watch, load_values
+from nmoe.train.watch import StepValues, Watch, load_values
 
 
-class Session:
-  """What a Watch asks of a session, of one rank on the cpu."""
-
-  def __init__(self, config):
-    self.config, self.stop, self.parallel = config, False, Parallel()
+@pytest.fixture
+def guard() -> Guard:
+  return Guard(1.0, torch.device("cpu"))
 
 
-def a_watch(lab) -> Watch:
-  made = Watch.__new__(Watch)
-  made.session, made.config, made.total = Session(lab.config), lab.config, 12
-  made.bad_step = torch.full((), -1, dtype=torch.int64)
-  return made
-
-
-def test_guard_gives_the_clip_factor(lab):
-  guard = a_watch(lab).guard
-  assert float(guard(3, torch.tensor(2.0), torch.tensor(0.5))) == 1.0
-  assert float(guard(3, torch.tensor(2.0), torch.tensor(4.0))) == 0.25
+def test_guard_gives_the_clip_factor(guard):
+  assert float(guard.factor(3, torch.tensor(2.0), torch.tensor(0.5))) == 1.0
+  assert float(guard.factor(3, torch.tensor(2.0), torch.tensor(4.0))) == 0.25
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "norm"])
-def test_guard_stops_at_the_first_value_that_is_not_finite(lab, bad, where):
+def test_guard_stops_at_the_first_value_that_is_not_finite(guard, bad, where):
   values = {"loss": 2.0, "norm": 0.5} | {where: bad}
   with pytest.raises(DivergedError, match="step 8: .*Lower the learning rates"):
-    a_watch(lab).guard(7, torch.tensor(values["loss"]), torch.tensor(values["norm"]))
+    guard.factor(7, torch.tensor(values["loss"]), torch.tensor(values["norm"]))
 
 
-def test_guard_without_the_host(lab, monkeypatch):
+def test_guard_without_the_host(guard, monkeypatch):
   """Where the host does not look, the factor is NaN from the first bad step on."""
-  found = a_watch(lab)
-  looked, check = [], found.check
-  monkeypatch.setattr(found, "check", looked.append)
+  looked, check = [], guard.check
+  monkeypatch.setattr(guard, "check", looked.append)
   ok, bad = torch.tensor(1.0), torch.tensor(math.inf)
-  factors = [float(found.guard(step, ok, bad if step in (2, 4) else ok)) for step in range(6)]
+  factors = [float(guard.factor(step, ok, bad if step in (2, 4) else ok)) for step in range(6)]
   assert [math.isnan(f) for f in factors] == [False, False, True, True, True, True]
   assert looked == [-1, -1, 2, 2, 2, 2]
   with pytest.raises(DivergedError, match="step 3:"):
-    check(int(found.bad_step))
+    check(int(guard.bad_step))
 
 
 counts = st.lists(st.integers(0, 5000), min_size=2, max_size=64).filter(sum)
@@ -107,16 +97,35 @@ def test_phases_add_up_to_the_time_that_passed(stretches):
     assert timer.read() == {last: pytest.approx(3.0)}
 
 
-def test_progress_is_a_line_of_json(lab):
+def test_what_is_logged_and_told(lab, guard):
+  """The values of a step, by their definitions; a launcher that is gone stops the run."""
   reader, writer = os.pipe()
-  found = a_watch(lab)
-  found.session.progress = Progress(writer)
-  found._progress(3, {"train/loss": 2.5, "train/tokens_per_s": 100.0})
-  line = os.read(reader, 1000).decode()
-  told = {"step": 3, "total": 12, "loss": 2.5, "tokens_per_s": 100.0}
-  assert json.loads(line) == told | {"left_s": 9 * 512 / 100}
-  assert line.endswith("}\n") and not found.session.stop
+  session = lab.session(lab.record(), progress=Progress(writer))
+  state = train.build(session.config, session.target, session.parallel)
+  state.step = 3
+  watch = Watch(session, 1, Clock(session.target.device), guard)
+  norms = {"all": torch.tensor(0.5), "dense": torch.tensor(0.25)}
+  loss_T, target_BS = torch.tensor([2.0, 4.0, 7.0]), torch.tensor([[101, 102, 256]])
+  count_LE = torch.tensor([[4, 2, 1, 1]])
+  values = StepValues(0.5, torch.tensor(2.5), norms, count_LE, loss_T, target_BS, 0.125)
+  watch.log(state, values)
+  logged = {tag: float(v[-1]) for tag, (_, _, v) in session.metrics.read().items()}
+  assert logged["train/loss"] == 2.5 and logged["grad_norm/dense"] == 0.25
+  assert logged["train/bpb"] == pytest.approx((2 + 4) / 2 / math.log(2))  # a separator has no bytes
+  assert logged["lr/dense"] == session.config.optim.dense_lr / 2
+  assert logged["data/wait_s"] == 0.125 and logged["moe/0/load_max_over_mean"] == 2.0
+  told = json.loads(os.read(reader, 1000))
+  rate = logged["train/tokens_per_s"]
+  assert told == {
+    "step": 3,
+    "total": session.config.steps,
+    "loss": 2.5,
+    "tokens_per_s": pytest.approx(rate),
+    "left_s": pytest.approx((session.config.steps - 3) * 512 / rate),
+  }
+  assert not session.stop
   os.close(reader)
-  found._progress(4, {"train/loss": 2.5, "train/tokens_per_s": 100.0})
-  assert found.session.stop
+  state.step = 4
+  watch.log(state, values)
+  assert session.stop
   os.close(writer)

@@ -18,8 +18,8 @@ from nmoe.model.decoder import Model
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics, read
-from nmoe.train.loop import TrainState
 from nmoe.train.optim import Optimizer
+from nmoe.train.session import TrainState
 from stages.proofs import check_ep as parity
 
 

@@ -1,0 +1,62 @@
+"""The forward and backward passes of a step, over its micro-batches."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nmoe.train.clock import Clock
+from nmoe.train.flight import FlightRecorder
+from nmoe.train.graph import Graph
+from nmoe.train.session import Session, TrainState
+
+
+class Passes:
+  """passes(tokens, targets) leaves a step's gradients in the model, whose parameters have none.
+
+  `graph` is the CUDA graph that queues them, if there is one; `flight` measures what quantization
+  loses in them.
+  """
+
+  def __init__(self, session: Session, state: TrainState, clock: Clock):
+    self.config, self.ranks, self.device = session.config, session.parallel, session.target.device
+    self.state, self.clock = state, clock
+    self.flight = FlightRecorder(state.model, self.config.train.flight_every)
+    self.graph = Graph(state.model, self._all) if self.config.train.cuda_graph else None
+
+  def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's sum of losses, tokens per expert [MoE layers, E], and the losses [T] of the last
+    micro-batch. tokens, targets: int64 [sequences of this rank's batch, S].
+    """
+    self.state.model.set_forward_bf16(self._finishing())
+    self.flight.start(self.state.step + 1)
+    if self.graph is not None:
+      self.clock.start("graph")
+    return self.ranks.run(partial(self.graph or self._all, tokens, targets), self._forget)
+
+  def _all(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c, model, ranks, micros = self.config, self.state.model, self.ranks, self.config.micro_batches
+    loss, counts = torch.zeros((), device=self.device), 0
+    for micro, (x, y) in enumerate(zip(tokens.chunk(micros), targets.chunk(micros), strict=True)):
+      self.clock.start("forward")
+      model.set_draw(self.state.step, micro, ranks.rank)
+      model.on_final = ranks.reduce_final(model) if micro == micros - 1 else None
+      out = model(x, y)
+      mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
+      self.clock.start("backward")
+      mean.backward()
+      loss += out.loss_sum.detach()
+      counts = counts + out.count_LE
+    return loss, counts, out.loss_T
+
+  def _forget(self) -> None:
+    """Undo what a step's passes did, before they run again."""
+    self.state.model.zero_grad()
+    self.flight.forget()
+
+  def _finishing(self) -> bool:
+    """Whether the step belongs to the recipe's forward-bf16 finish (precision.finish_tokens)."""
+    tokens = self.state.step * self.config.schedule.batch_tokens
+    return 0 < self.config.precision.finish_tokens <= tokens

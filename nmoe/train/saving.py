@@ -1,0 +1,77 @@
+"""Checkpoints of a run: begun between steps, resumed from at the start."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config, diff, kind
+from nmoe.errors import CheckpointError
+from nmoe.records import checkpoint
+from nmoe.train.session import Session, TrainState
+from nmoe.train.watch import Watch
+
+
+def save(session: Session, state: TrainState, watch: Watch) -> None:
+  """Begin a checkpoint of the state, after every step so far is known to be finite.
+
+  The loop waits for the write before, if it is still under way, and for the copy; this stall is
+  logged. The metrics are on disk before the checkpoint is.
+  """
+  watch.guard.check(int(watch.guard.bad_step))
+  begun, writer = time.perf_counter(), session.checkpoints
+  writer.wait()
+  if writer.keep == 0 or state.step in checkpoint.steps(writer.folder):
+    session.metrics.flush()
+    return
+  writer.copy(state.tensors())
+  watch.add(state.step, {"checkpoint/stall_s": time.perf_counter() - begun})
+  session.metrics.flush()
+  writer.start(state.step, session.meta)
+
+
+def save_aside(session: Session, state: TrainState) -> None:
+  """Write the state into the session's folder for the first step's, if it has one; waits for the
+  checkpoint under way, which speaks over the same group.
+  """
+  if session.first is not None:
+    ranks = session.parallel
+    session.checkpoints.wait()
+    checkpoint.save(
+      session.first, state.step, state.tensors(), ranks.first_expert, session.meta, ranks.saving
+    )
+
+
+def resume(session: Session, state: TrainState) -> None:
+  """Load the newest checkpoint, if any, and forget the metrics logged after it.
+
+  Raises CheckpointError if it is of another identity.
+  """
+  folder = session.checkpoints.folder
+  steps = checkpoint.steps(folder)
+  if not steps:
+    session.metrics.rewind(0)
+    return
+  written = checkpoint.manifest(folder / f"step_{steps[-1]:08d}")
+  check_identity(configs.loads(written["config"]), session.config, folder)
+  checkpoint.load(folder, steps[-1], state.tensors(), session.parallel.first_expert)
+  state.step = steps[-1]
+  session.metrics.rewind(state.step)
+
+
+def check_identity(written: Config, wanted: Config, folder: Path) -> None:
+  """CheckpointError listing the identity keys that differ from those of the checkpoint, if any
+  does; other keys that differ are said to be in the log.
+  """
+  lines: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
+  for key, (before, now) in diff(written, wanted).items():
+    lines[kind(key)].append(f"{key}: checkpoint {before!r}, now {now!r}")
+  if lines["identity"]:
+    raise CheckpointError(
+      f"{folder} holds another model: {'; '.join(lines['identity'])}; restore these keys or start "
+      "a new run"
+    )
+  for line in lines["schedule"] + lines["free"]:
+    sys.stderr.write(f"resumed under {line}\n")
