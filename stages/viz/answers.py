@@ -15,6 +15,8 @@ import numpy as np
 import tomli
 
 from nmoe.config import file as configs
+from nmoe.config.sections import SECTIONS, diff, kind
+from nmoe.config.sections import leaves as config_leaves
 from nmoe.errors import ConfigError
 from nmoe.records.live import Live, Logged, Snapshot
 from nmoe.records.measures import MEASURES
@@ -258,8 +260,8 @@ def _changes(a: Run, b: Run) -> Json:
     left, right = (configs.loads(run.toml, run.id, env={}) for run in (a, b))
   except ConfigError as error:
     return {"error": f"not comparable by this version of nmoe: {error}"}
-  changed = configs.diff(left, right).items()
-  rows = [[key, _text(x), _text(y), configs.kind(key)] for key, (x, y) in changed]
+  changed = diff(left, right).items()
+  rows = [[key, _text(x), _text(y), kind(key)] for key, (x, y) in changed]
   return {"rows": [row for row in rows if row[0] not in ("train.seed", "run.root")]}
 
 
@@ -302,11 +304,11 @@ def _marked(toml: str) -> list[Json]:
   except ConfigError:  # of another version: as it stands
     return [{"key": key, "value": value, "kind": "", "given": True} for key, value in leaves(toml)]
   rows = []
-  for key, value in configs.leaves(config).items():
+  for key, value in config_leaves(config).items():
     section, name = key.split(".")
-    default = next(f.default for f in fields(configs.SECTIONS[section]) if f.name == name)
+    default = next(f.default for f in fields(SECTIONS[section]) if f.name == name)
     given = default is MISSING or default != value
-    rows.append({"key": key, "value": _text(value), "kind": configs.kind(key), "given": given})
+    rows.append({"key": key, "value": _text(value), "kind": kind(key), "given": given})
   return rows
 
 

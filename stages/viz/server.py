@@ -35,6 +35,7 @@ PAGES = (
   "/run/{id}/router",
   "/run/{id}/ranks",
   "/compare",
+  "/experiments",
   "/experiment/{id}",
   "/sweep/{id}",
   "/prod/{id}",

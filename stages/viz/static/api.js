@@ -1,0 +1,134 @@
+// What the server is asked, and how its answers are read. State lives in the URL.
+import { useEffect, useReducer, useRef, useState } from "/static/preact-htm.js";
+
+export async function getJson(path) {
+  const answer = await fetch(path);
+  if (!answer.ok) throw new Error((await answer.text()) || answer.statusText);
+  return answer.json();
+}
+
+async function getColumns(path) {
+  const answer = await fetch(path);
+  if (!answer.ok) throw new Error((await answer.text()) || answer.statusText);
+  const body = await answer.arrayBuffer();
+  const length = new DataView(body).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(body, 4, length)));
+  return [header, body, 4 + length];
+}
+
+// [{tag, x: Float64Array, curves: [{run, rank, last, y: Float32Array}]}]
+export async function getSeries(query) {
+  const [header, body, start] = await getColumns("/api/series?" + search(query));
+  let at = start;
+  for (const panel of header) {
+    panel.x = new Float64Array(body, at, panel.length);
+    at += 8 * panel.length;
+  }
+  for (const panel of header) {
+    for (const curve of panel.curves) {
+      curve.y = new Float32Array(body, at, panel.length);
+      at += 4 * panel.length;
+    }
+  }
+  return header;
+}
+
+// {n, experts, steps: Float64Array, counts: Float32Array [n * experts]}
+export async function getLoads(query) {
+  const [header, body, start] = await getColumns("/api/loads?" + search(query));
+  const steps = new Float64Array(body, start, header.n);
+  const counts = new Float32Array(body, start + 8 * header.n, header.n * header.experts);
+  return { ...header, steps, counts };
+}
+
+export function search(query) {
+  const out = new URLSearchParams();
+  for (const [key, value] of Object.entries(query)) {
+    for (const one of Array.isArray(value) ? value : [value]) {
+      if (one !== undefined && one !== null && one !== "") out.append(key, one);
+    }
+  }
+  return out.toString().replaceAll("%2C", ",").replaceAll("%2F", "/");
+}
+
+// The page's address: where it is, and its query as an object. Every change redraws.
+const listeners = new Set();
+addEventListener("popstate", () => redraw());
+
+export function go(path, replace = false) {
+  history[replace ? "replaceState" : "pushState"](null, "", path);
+  if (!replace) scrollTo(0, 0);
+  redraw();
+}
+
+export const redraw = () => listeners.forEach((f) => f());
+
+export function useAddress() {
+  const [, again] = useReducer((n) => n + 1, 0);
+  useEffect(() => {
+    listeners.add(again);
+    return () => listeners.delete(again);
+  }, []);
+  return [location.pathname, Object.fromEntries(new URLSearchParams(location.search))];
+}
+
+export function change(values) {
+  const query = { ...Object.fromEntries(new URLSearchParams(location.search)), ...values };
+  const text = search(query);
+  go(location.pathname + (text ? "?" + text : ""), true);
+}
+
+// What changed since: the server says it once a second, over one connection. A browser has six for a
+// server, so a page that is not seen gives its own back; when it is seen again it asks for all anew.
+const watchers = new Set();
+let stream = null;
+
+function listen() {
+  if (document.hidden || !watchers.size || stream) return;
+  stream = new EventSource("/api/events");
+  stream.onmessage = (message) => watchers.forEach((f) => f(JSON.parse(message.data)));
+  stream.onerror = () => watchers.forEach((f) => f({ records: false, runs: [], lost: true }));
+}
+
+function leave() {
+  stream?.close();
+  stream = null;
+}
+
+addEventListener("visibilitychange", () => (document.hidden ? leave() : listen()));
+addEventListener("pagehide", leave);
+addEventListener("pageshow", listen);
+
+export function watch(f) {
+  watchers.add(f);
+  listen();
+  return () => watchers.delete(f);
+}
+
+// The newest answer of `load` for a key, asked again when `concerns(event)`; one request at a time.
+export function useLive(key, load, concerns) {
+  const [state, setState] = useState({ key: null, data: null, error: "" });
+  const latest = useRef({});
+  latest.current = { load, concerns };
+  useEffect(() => {
+    let gone = false, busy = false, again = false;
+    const ask = async () => {
+      if (busy) { again = true; return; }
+      busy = true;
+      try {
+        const data = await latest.current.load();
+        if (!gone) setState({ key, data, error: "" });
+      } catch (error) {
+        if (!gone) setState((old) => ({ ...old, key, error: error.message }));
+      }
+      busy = false;
+      if (again && !gone) { again = false; ask(); }
+    };
+    ask();
+    const stop = watch((event) => !event.lost && latest.current.concerns(event) && ask());
+    return () => { gone = true; stop(); };
+  }, [key]);
+  return state;
+}
+
+export const hits = (ids) => (event) => event.records || event.runs.some((id) => ids.includes(id));

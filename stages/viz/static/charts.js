@@ -1,0 +1,281 @@
+// Lines (uPlot) and maps (a canvas). Both redraw when their data, theme or width change.
+import { html, useEffect, useRef, useState } from "/static/preact-htm.js";
+import { color, dash, label, short, xText } from "/static/format.js";
+
+export const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+
+export function useTheme() {
+  const [theme, setTheme] = useState(document.documentElement.dataset.theme);
+  useEffect(() => {
+    const observer = new MutationObserver(() => setTheme(document.documentElement.dataset.theme));
+    observer.observe(document.documentElement, { attributes: true });
+    return () => observer.disconnect();
+  }, []);
+  return theme;
+}
+
+export function useWidth(ref) {
+  const [width, setWidth] = useState(0);
+  useEffect(() => {
+    const observer = new ResizeObserver(([entry]) => setWidth(Math.floor(entry.contentRect.width)));
+    observer.observe(ref.current);
+    return () => observer.disconnect();
+  }, []);
+  return width;
+}
+
+const TALL = () => (innerWidth >= 1900 ? 260 : 200);
+const plain = (y) => Array.from(y, (v) => (Number.isNaN(v) || v === null ? null : v));
+
+// The extent of y, without the first `skip` of the x axis, where losses and norms are off the scale.
+function extent(u, skip, log) {
+  const x = u.data[0];
+  const start = x.length ? u.scales.x.min + skip * (u.scales.x.max - u.scales.x.min) : 0;
+  let low = Infinity, high = -Infinity;
+  for (const y of u.data.slice(1)) {
+    for (let i = 0; i < y.length; i++) {
+      if (y[i] === null || (x[i] < start && y.length > 20) || x[i] > u.scales.x.max) continue;
+      if (log && y[i] <= 0) continue;
+      low = Math.min(low, y[i]);
+      high = Math.max(high, y[i]);
+    }
+  }
+  if (low > high) return log ? [0.1, 1] : [0, 1];
+  if (log) return [low * 0.95, high * 1.05];
+  const pad = 0.06 * (high - low) || 0.05 * Math.abs(high) || 1;
+  return [low - pad, high + pad];
+}
+
+function axis(size, space, format) {
+  return {
+    stroke: ink("--soft"),
+    font: "11px ui-sans-serif, system-ui, Arial, sans-serif",
+    grid: { stroke: ink("--line"), width: 1 },
+    ticks: { show: false },
+    gap: 4,
+    size,
+    space,
+    values: (u, splits) => splits.map((v) => (v === null ? "" : format(v))),
+  };
+}
+
+function options(props, width, say) {
+  const { curves, log, xKind = "tokens", height = TALL(), skip = 0, bands, zero, onZoom, sync } = props;
+  const read = (u) => say(nearest(u, curves));
+  return {
+    width,
+    height,
+    padding: [8, 18, 0, 0],
+    legend: { show: false },
+    cursor: {
+      points: { show: false },
+      drag: { x: true, y: false, setScale: false },
+      sync: sync ? { key: sync, setSeries: false, scales: ["x", null] } : undefined,
+    },
+    scales: {
+      x: { time: false, range: (u, a, b) => props.range || (a === b ? [a - 1, b + 1] : [a, b]) },
+      y: { distr: log ? 3 : 1, range: (u) => extent(u, skip, log) },
+    },
+    axes: [{ ...axis(24, 64, props.xText || ((v) => xText(xKind, v))), splits: props.splits }, axis(52, 36, (v) => short(v, 3))],
+    bands,
+    series: [{}, ...curves.map((curve, i) => ({
+      label: curve.label,
+      stroke: curve.color || color(i),
+      fill: curve.fill,
+      width: curve.width ?? 1,
+      alpha: curve.alpha ?? 1,
+      dash: curve.dash || dash(i),
+      spanGaps: true,
+      points: { show: curve.points || undefined, size: 5 },
+    }))],
+    hooks: {
+      setCursor: [read],
+      setSelect: [(u) => {
+        if (u.select.width > 4 && onZoom) {
+          onZoom(u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x"));
+        }
+        u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+      }],
+      draw: zero ? [(u) => {
+        const y = u.valToPos(0, "y", true);
+        if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) return;
+        u.ctx.save();
+        u.ctx.strokeStyle = ink("--soft");
+        u.ctx.setLineDash([4, 4]);
+        u.ctx.beginPath();
+        u.ctx.moveTo(u.bbox.left, y);
+        u.ctx.lineTo(u.bbox.left + u.bbox.width, y);
+        u.ctx.stroke();
+        u.ctx.restore();
+      }] : [],
+    },
+  };
+}
+
+// What lies under the cursor: the curve that is nearest in y.
+function nearest(u, curves) {
+  const { idx, left, top } = u.cursor;
+  if (idx === null || idx === undefined || left < 0) return null;
+  let best = null, distance = Infinity;
+  for (let i = 1; i < u.data.length; i++) {
+    let j = idx;
+    for (let k = 0; k < 40 && u.data[i][j] === null && j > 0; k++) j--;
+    const y = u.data[i][j];
+    if (y === null || y === undefined || curves[i - 1].mute) continue;
+    const away = Math.abs(u.valToPos(y, "y") - top);
+    if (away < distance) [best, distance] = [{ x: u.data[0][j], y, curve: curves[i - 1] }, away];
+  }
+  return best;
+}
+
+// x, curves: [{y, label, color?, dash?, width?, fill?}] on that x.
+export function Lines(props) {
+  const { x, curves, title, xKind = "tokens", height = TALL() } = props;
+  const textOf = props.xText || ((v) => xText(xKind, v));
+  const ref = useRef(), plot = useRef(null), note = useRef();
+  const width = useWidth(ref);
+  const theme = useTheme();
+  const say = (found) => {
+    if (!note.current) return;
+    note.current.textContent = found
+      ? `${found.curve.label}  ${short(found.y, 5)}  at ${textOf(found.x)}` : props.note || "";
+    note.current.style.color = found ? found.curve.color || "" : "";
+  };
+  useEffect(() => say(null), [props.note]);
+  const shape = JSON.stringify([width > 0, theme, props.log, xKind, height, props.range,
+    curves.map((c) => [c.label, c.color, c.dash, c.width])]);
+  const latest = useRef();
+  latest.current = props;
+  useEffect(() => {
+    if (!width) return undefined;
+    const made = options({ ...props, onZoom: (a, b) => latest.current.onZoom?.(a, b) }, width, say);
+    plot.current = new uPlot(made, [x, ...curves.map((c) => plain(c.y))], ref.current);
+    return () => { plot.current.destroy(); plot.current = null; };
+  }, [shape]);
+  useEffect(() => {
+    if (plot.current && width) plot.current.setSize({ width, height });
+  }, [width]);
+  useEffect(() => {
+    if (plot.current) plot.current.setData([x, ...curves.map((c) => plain(c.y))]);
+  }, [x, curves.map((c) => c.y.length).join(), curves[0]?.y]);
+  return html`<figure class="panel" data-curves=${curves.length} data-points=${x.length}
+      data-last=${x.length ? x[x.length - 1] : ""}>
+    <figcaption><b>${title}</b><span ref=${note} class="readout" /></figcaption>
+    <div ref=${ref} class="plot" style=${{ height: height + "px" }}
+      onDblClick=${() => props.onZoom?.(null, null)}>
+      ${x.length === 0 && html`<p class="empty">nothing logged</p>`}</div>
+  </figure>`;
+}
+
+// One panel of /api/series; `style(curve)` gives label and colour of each.
+export function Panel({ panel, style, ...rest }) {
+  const curves = panel.curves.map((curve, i) => ({ ...curve, ...style(curve, i) }));
+  const skip = /loss|bpb|norm/.test(panel.tag) ? 0.05 : 0;
+  return html`<${Lines} x=${panel.x} curves=${curves} title=${rest.title || label(panel.tag)}
+    skip=${skip} ...${rest} />`;
+}
+
+// A map of rows × columns. `shade(value)` in 0..1 picks from `stops`; null is left blank.
+export function HeatMap({ title, note, rows, columns, value, shade, stops, tip, onPick, rowLabel,
+  columnLabel, picked, cell = 14, max = 420 }) {
+  const ref = useRef(), canvas = useRef(), say = useRef();
+  const width = useWidth(ref);
+  const theme = useTheme();
+  const left = 52, bottom = 20;
+  const tall = Math.max(3, Math.min(cell, max / Math.max(rows, 1)));
+  const height = Math.ceil(rows * tall);
+  const wide = Math.max(0, width - left - 2);
+  useEffect(() => {
+    if (!wide || !rows || !columns) return;
+    const c = canvas.current, ratio = devicePixelRatio || 1;
+    c.width = width * ratio;
+    c.height = (height + bottom) * ratio;
+    const g = c.getContext("2d");
+    g.scale(ratio, ratio);
+    const picture = new ImageData(columns, rows);
+    const table = ramp(stops);
+    for (let r = 0; r < rows; r++) {
+      for (let k = 0; k < columns; k++) {
+        const v = value(r, k);
+        if (v === null || Number.isNaN(v)) continue;
+        const i = 3 * Math.round(255 * Math.min(1, Math.max(0, shade(v))));
+        picture.data.set([table[i], table[i + 1], table[i + 2], 255], 4 * (r * columns + k));
+      }
+    }
+    const small = new OffscreenCanvas(columns, rows);
+    small.getContext("2d").putImageData(picture, 0, 0);
+    g.imageSmoothingEnabled = false;
+    g.drawImage(small, left, 0, wide, height);
+    g.fillStyle = ink("--soft");
+    g.font = "11px ui-sans-serif, system-ui, Arial, sans-serif";
+    g.textBaseline = "middle";
+    g.textAlign = "right";
+    const every = Math.ceil(14 / tall);
+    for (let r = 0; r < rows; r += every) g.fillText(rowLabel(r), left - 6, (r + 0.5) * tall);
+    g.textBaseline = "top";
+    const marks = Math.max(1, Math.min(columns - 1, Math.floor(wide / 110)));
+    for (let i = 0; i <= marks; i++) {
+      const k = Math.round((i * (columns - 1)) / marks);
+      g.textAlign = i === 0 ? "left" : i === marks ? "right" : "center";
+      g.fillText(columnLabel(k), left + ((k + 0.5) / columns) * wide, height + 6);
+    }
+    if (picked !== undefined && picked >= 0) {
+      g.strokeStyle = ink("--ink");
+      g.lineWidth = 1.5;
+      g.strokeRect(left + 0.75, picked * tall + 0.75, wide - 1.5, Math.max(tall - 1.5, 2));
+    }
+  });
+  useEffect(() => { say.current.textContent = note || ""; }, [note]);
+  const place = (event) => {
+    const box = canvas.current.getBoundingClientRect();
+    const r = Math.floor((event.clientY - box.top) / tall);
+    const k = Math.floor(((event.clientX - box.left - left) / wide) * columns);
+    return r >= 0 && r < rows && k >= 0 && k < columns ? [r, k] : null;
+  };
+  const move = (event) => {
+    const found = place(event);
+    say.current.textContent = found ? tip(...found) : note || "";
+  };
+  return html`<figure class="panel" data-rows=${rows} data-columns=${columns} data-theme=${theme}>
+    <figcaption><b>${title}</b><span ref=${say} class="readout" /></figcaption>
+    <div ref=${ref} class="map">
+      <canvas ref=${canvas} style=${{ width: width + "px", height: height + bottom + "px" }}
+        class=${onPick ? "pick" : ""} onMouseMove=${move}
+        onMouseLeave=${() => { say.current.textContent = note || ""; }}
+        onClick=${(event) => { const found = place(event); if (found && onPick) onPick(...found); }} />
+    </div>
+  </figure>`;
+}
+
+// 256 colours between hex stops, as a flat array of bytes.
+function ramp(stops) {
+  const parts = stops.map((s) => [1, 3, 5].map((i) => parseInt(s.slice(i, i + 2), 16)));
+  const out = [];
+  for (let i = 0; i < 256; i++) {
+    const t = (i / 255) * (parts.length - 1), j = Math.min(Math.floor(t), parts.length - 2);
+    for (let c = 0; c < 3; c++) out.push(parts[j][c] + (t - j) * (parts[j + 1][c] - parts[j][c]));
+  }
+  return out;
+}
+
+const dark = () => document.documentElement.dataset.theme === "dark";
+export const rising = () => (dark()
+  ? ["#1b222b", "#24476f", "#4f86c9", "#d3e3f7"] : ["#f4f6f9", "#c5d7ee", "#4f86c9", "#12305e"]);
+// Below, at, above: orange, neutral, blue.
+export const around = () => (dark()
+  ? ["#f0a35e", "#8a5426", "#20262e", "#2b5f9e", "#8fc1f5"]
+  : ["#a84a06", "#eab27e", "#f6f7f9", "#7fa8dc", "#12305e"]);
+
+// A curve of a few pixels, for a table.
+export function Spark({ y, color: stroke }) {
+  const points = y ? plain(y).map((v, i) => [i, v]).filter(([, v]) => v !== null) : [];
+  if (points.length < 2) return html`<svg class="spark" />`;
+  const tail = points.slice(Math.floor(points.length * 0.05)).map(([, v]) => v);
+  const low = Math.min(...tail), high = Math.max(...tail), last = points[points.length - 1][0];
+  const path = points.map(([i, v]) => {
+    const up = (Math.min(v, high) - low) / (high - low || 1);
+    return `${((i / last) * 78 + 1).toFixed(1)},${(17 - 15 * up).toFixed(1)}`;
+  });
+  return html`<svg class="spark" viewBox="0 0 80 18"><polyline points=${path.join(" ")}
+    fill="none" stroke=${stroke || "currentColor"} stroke-width="1.2" /></svg>`;
+}

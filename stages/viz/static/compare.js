@@ -1,0 +1,108 @@
+// Two groups of runs, seed by seed: results, curves of the difference, configurations.
+import { html } from "/static/preact-htm.js";
+import { change, getJson, getSeries, hits, search, useLive } from "/static/api.js";
+import { Lines, Panel } from "/static/charts.js";
+import { COLORS, grey, label, measure, short } from "/static/format.js";
+import { CurveBar, Failed, Legend, Link, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
+
+const TAGS = ["train/loss", "val/bpb", "grad_norm/all"];
+
+export function Compare({ query }) {
+  const [a, b] = ["a", "b"].map((side) => (query[side] || "").split(",").filter(Boolean));
+  useKeys({ ...curveKeys(query), s: () => change({ a: query.b, b: query.a }) });
+  if (!a.length || !b.length) {
+    return html`<p class="empty">Select at least two <${Link} to="/">runs<//> with <kbd>x</kbd>, then <kbd>c</kbd>.</p>`;
+  }
+  return html`<${Pair} a=${a} b=${b} query=${query} />`;
+}
+
+function Pair({ a, b, query }) {
+  const path = search({ a: a.join(","), b: b.join(",") });
+  const state = useLive(path, () => getJson("/api/compare?" + path), hits([...a, ...b]));
+  if (!state.data || state.error) return html`<${Failed} state=${state} />`;
+  const { seeds, rows, curves, changes, measures } = state.data;
+  const names = [nameOf(state.data.a), nameOf(state.data.b)];
+  return html`<h1>${names[1]} against ${names[0]}</h1>
+    <p class="soft">${seeds.length ? `Paired at seed${seeds.length > 1 ? "s" : ""} ${seeds.join(", ")}.`
+      : "No seed is on both sides: there are no pairs."}
+      <button onClick=${() => change({ a: query.b, b: query.a })}>swap sides</button></p>
+    <h2>Results</h2><${Results} rows=${rows} measures=${measures} names=${names} />
+    <h2>Difference over training, ${names[1]} − ${names[0]}</h2>
+    <p class="soft">Thick: mean over seeds, with its 95 % Student band. Thin: each seed. Below 0 is lower.</p>
+    <div class="panels">${Object.entries(curves).filter(([, c]) => c).map(([tag, c]) => html`
+      <${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
+    <h2>Curves</h2><${CurveBar} query=${query} />
+    <${Curves} a=${state.data.a} b=${state.data.b} names=${names} query=${query} />
+    <h2>Configuration</h2><${Changes} changes=${changes} names=${names} />`;
+}
+
+const nameOf = (runs) => (runs.length > 1 ? runs[0].arm : `${runs[0].arm} · seed ${runs[0].seed}`);
+
+export function Results({ rows, measures, names, metric }) {
+  const plus = (of, one) => html`${measure(of, one.mean)}
+    ${one.n > 1 && one.high > one.mean ? html`<span class="soft"> ± ${measure(of, one.high - one.mean)}</span>` : ""}
+    ${one.diverged ? html`<span class="soft"> (${one.n} of ${one.n + one.diverged})</span>` : ""}`;
+  return html`<table data-results=${rows.length}><thead><tr><th></th><th class="num">${names[0]}</th><th class="num">${names[1]}</th>
+      <th class="num">difference</th><th class="num">95 % interval</th><th></th></tr></thead>
+    <tbody>${rows.map((row) => {
+      const of = measures[row.key], d = row.difference;
+      const known = d && d.low !== null && d.high !== null;
+      return html`<tr class=${row.key === metric ? "key" : ""}><td>${of.label}</td><td class="num">${plus(of, row.a)}</td>
+        <td class="num">${plus(of, row.b)}</td>
+        <td class="num">${d?.n ? measure(of, d.mean_difference, true) : "—"}</td>
+        <td class="num">${known ? `[${measure(of, d.low, true)}, ${measure(of, d.high, true)}]` : "—"}</td>
+        <td>${known && html`<${Interval} of=${of} d=${d} />`}</td></tr>`;
+    })}</tbody></table>`;
+}
+
+// Each pair as a dot, the interval as a bar, zero as a line.
+function Interval({ of, d }) {
+  const values = [0, d.low, d.high, ...d.differences];
+  const low = Math.min(...values), span = Math.max(...values) - low || 1;
+  const at = (v) => 5 + (150 * (v - low)) / span;
+  const good = of.better === "lower" ? d.high < 0 : d.low > 0;
+  const bad = of.better === "lower" ? d.low > 0 : d.high < 0;
+  const tone = good ? "#009e73" : bad ? "#d55e00" : "currentColor";
+  return html`<svg width="160" height="16" role="img" aria-label="interval and pairs">
+    <line x1=${at(0)} x2=${at(0)} y1="0" y2="16" stroke="currentColor" opacity="0.35" />
+    <line x1=${at(d.low)} x2=${at(d.high)} y1="8" y2="8" stroke=${tone} stroke-width="3" opacity="0.5" />
+    ${d.differences.map((v) => html`<circle cx=${at(v)} cy="8" r="2.2" fill=${tone} />`)}</svg>`;
+}
+
+function Difference({ tag, curve, seeds }) {
+  const x = Float64Array.from(curve.steps);
+  const thin = curve.seeds.map((y, i) => ({ y, label: `seed ${seeds[i]}`, color: grey(), alpha: 0.7, dash: [] }));
+  const band = curve.high ? [
+    { y: curve.high, label: "95 % high", color: "transparent", dash: [], mute: true },
+    { y: curve.low, label: "95 % low", color: "transparent", dash: [], mute: true },
+  ] : [];
+  const n = thin.length;
+  const bands = curve.high ? [{ series: [n + 1, n + 2], fill: "rgba(0, 114, 178, 0.16)" }] : undefined;
+  const mean = { y: curve.mean, label: "mean", color: COLORS[0], width: 2, dash: [] };
+  return html`<${Lines} title=${label(tag)} x=${x} curves=${[...thin, ...band, mean]} bands=${bands} zero=${true}
+    skip=${0.1} xKind="step" note=${`now ${short(curve.mean[curve.mean.length - 1], 3)}`} />`;
+}
+
+function Curves({ a, b, names, query }) {
+  const runs = [...a, ...b], ids = [...new Set(runs.map((r) => r.id))];
+  const asked = { run: ids, tag: TAGS, px: 600, ...seriesQuery(query) };
+  const state = useLive(search(asked), () => getSeries(asked), hits(ids));
+  if (!state.data || state.error) return html`<${Failed} state=${state} />`;
+  const of = (id) => (a.some((r) => r.id === id) ? 0 : 1);
+  const style = (curve) => ({
+    label: `${names[of(curve.run)]} · seed ${runs.find((r) => r.id === curve.run)?.seed}`,
+    color: [grey(), COLORS[0]][of(curve.run)], dash: [],
+  });
+  return html`<${Legend} entries=${[[names[0], grey()], [names[1], COLORS[0]]]} />
+    <div class="panels" data-ready="yes">${state.data.map((panel) => html`
+      <${Panel} key=${panel.tag} panel=${panel} style=${style} ...${curveProps(query)} />`)}</div>`;
+}
+
+export function Changes({ changes, names }) {
+  if (changes.error) return html`<p class="soft">${changes.error}</p>`;
+  const rows = changes.rows.filter(([key]) => !key.startsWith("experiment."));
+  if (!rows.length) return html`<p class="soft">The same in every key.</p>`;
+  return html`<table><thead><tr><th>key</th><th>${names[0]}</th><th>${names[1]}</th><th>changes</th></tr></thead>
+    <tbody>${rows.map(([key, x, y, kind]) => html`<tr><td class="mono">${key}</td><td class="mono wrap">${x}</td>
+      <td class="mono wrap"><b>${y}</b></td><td class="soft">${kind}</td></tr>`)}</tbody></table>`;
+}

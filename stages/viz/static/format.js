@@ -1,0 +1,74 @@
+// Numbers and times as text, and the colours of curves.
+
+// Okabe and Ito's palette, told apart with every kind of colour vision; the last is the baseline's grey.
+const PALETTES = {
+  light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a7a7a"],
+  dark: ["#56b4e9", "#e6832e", "#2fbf93", "#dd93bd", "#3d8fd1", "#f0c04a", "#a3acb6"],
+};
+export const COLORS = [...PALETTES.light];
+export const paint = (theme) => COLORS.splice(0, COLORS.length, ...PALETTES[theme]);
+export const grey = () => COLORS[COLORS.length - 1];
+const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
+
+export const color = (i) => COLORS[i % COLORS.length];
+export const dash = (i) => DASHES[Math.floor(i / COLORS.length) % DASHES.length];
+
+const finite = (x) => typeof x === "number" && Number.isFinite(x);
+
+export function short(x, digits = 4) {
+  if (!finite(x)) return "—";
+  if (x === 0) return "0";
+  const size = Math.abs(x);
+  for (const [unit, scale] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
+    if (size >= scale * 0.99995) return trim(x / scale, Math.min(digits, 3)) + unit;
+  }
+  if (size < 1e-3) return x.toExponential(2).replace("-", "−").replace("e−", "e-");
+  return trim(x, digits);
+}
+
+function trim(x, digits) {
+  const text = String(+x.toPrecision(digits));
+  return (text.includes(".") ? text.replace(/\.?0+$/, "") : text).replace("-", "−");
+}
+
+// In a measure's unit, as reports write it: format is Python's, such as ",.1f" or ".3g".
+export function measure(of, x, sign = false) {
+  if (!finite(x)) return "—";
+  if (x === 0) return "0";
+  const value = x * of.factor;
+  const [, comma, digits, kind] = /^(,?)\.(\d+)([fg])$/.exec(of.format);
+  let text = kind === "f" ? Math.abs(value).toFixed(+digits) : trim(Math.abs(value), +digits);
+  if (comma) text = text.replace(/\B(?=(\d{3})+(?!\d))/g, ",");
+  return (value < 0 ? "−" : sign ? "+" : "") + text;
+}
+
+export function seconds(s) {
+  if (!finite(s)) return "—";
+  if (s < 1) return `${Math.round(1000 * s)} ms`;
+  if (s < 90) return `${s < 10 ? s.toFixed(1) : Math.round(s)} s`;
+  if (s < 5400) return `${Math.round(s / 60)} min`;
+  if (s < 172800) return `${(s / 3600).toFixed(1)} h`;
+  return `${(s / 86400).toFixed(1)} d`;
+}
+
+export const when = (iso) => (iso || "").slice(0, 16).replace("T", " ");
+export const at = (unix) => new Date(unix * 1000).toISOString().slice(0, 16).replace("T", " ");
+
+export const X_NAMES = { tokens: "tokens", step: "steps", time: "time" };
+export const xText = (kind, x, digits) => (kind === "time" ? seconds(x) : short(x, digits));
+
+export const LABELS = {
+  "train/loss": "training loss, nats per token",
+  "val/loss": "held-out loss, nats per token",
+  "val/bpb": "held-out bits per byte",
+  "train/bpb": "training bits per byte",
+  "train/tokens_per_s": "tokens per second",
+  "train/mfu": "model FLOPs utilisation",
+  "grad_norm/all": "gradient norm",
+  "lr/dense": "learning rate, dense",
+  "lr/router": "learning rate, router",
+  "lr/expert": "learning rate, experts",
+  "memory/peak_bytes": "peak memory, bytes",
+  "data/wait_s": "waiting for data, s",
+};
+export const label = (tag) => LABELS[tag] || tag;

@@ -1,0 +1,97 @@
+// Small pieces that pages share.
+import { html, useLayoutEffect } from "/static/preact-htm.js";
+import { change, go } from "/static/api.js";
+import { COLORS, grey, seconds } from "/static/format.js";
+
+// An <a> that stays in this page.
+export function Link({ to, children, ...rest }) {
+  const follow = (event) => {
+    if (event.metaKey || event.ctrlKey || event.shiftKey) return;
+    event.preventDefault();
+    go(to);
+  };
+  return html`<a href=${to} onClick=${follow} ...${rest}>${children}</a>`;
+}
+
+export const Badge = ({ kind }) => html`<span class="badge ${kind}">${kind}</span>`;
+
+export function Status({ run }) {
+  const age = run.status === "running" && run.age_s !== null && run.age_s !== undefined
+    ? ` · ${seconds(Math.max(0, run.age_s))} ago` : "";
+  return html`<span title=${run.error || run.status}><i class="dot ${run.status}" />${run.status}${age}</span>`;
+}
+
+// Buttons of which one is on; `key` is the query's.
+export function Choice({ name, value, of }) {
+  return html`<span class="group" role="group">${Object.entries(of).map(([key, text]) => html`
+    <button class=${key === value ? "on" : ""} aria-pressed=${key === value}
+      onClick=${() => change({ [name]: key })}>${text}</button>`)}</span>`;
+}
+
+// Keys of a page: {key: f}; none while someone types.
+export function useKeys(keys) {
+  useLayoutEffect(() => {  // before the next key comes
+    const press = (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+      if (typing && event.key === "Escape") event.target.blur();
+      if (typing || !keys[event.key]) return;
+      event.preventDefault();
+      keys[event.key]();
+    };
+    addEventListener("keydown", press);
+    return () => removeEventListener("keydown", press);
+  });
+}
+
+const X_ORDER = ["tokens", "step", "time"];
+
+// The keys of every page with curves.
+export const curveKeys = (query) => ({
+  t: () => change({ x: X_ORDER[(X_ORDER.indexOf(query.x || "tokens") + 1) % 3], from: "", to: "" }),
+  l: () => change({ log: query.log ? "" : 1 }),
+  z: () => change({ from: "", to: "" }),
+});
+
+export function CurveBar({ query, children }) {
+  return html`<div class="bar">
+    <${Choice} name="x" value=${query.x || "tokens"} of=${{ tokens: "tokens", step: "steps", time: "time" }} />
+    <button class=${query.log ? "on" : ""} onClick=${() => change({ log: query.log ? "" : 1 })}>log</button>
+    ${query.from && html`<button onClick=${() => change({ from: "", to: "" })}>whole range</button>`}
+    ${children}</div>`;
+}
+
+// What a panel needs of the query: axis, log, zoom.
+export function curveProps(query) {
+  const zoomed = query.from !== undefined && query.to !== undefined;
+  return {
+    xKind: query.x || "tokens",
+    log: Boolean(query.log),
+    range: zoomed ? [+query.from, +query.to] : undefined,
+    onZoom: (a, b) => change(a === null ? { from: "", to: "" } : { from: a.toPrecision(6), to: b.toPrecision(6) }),
+    sync: "page",
+  };
+}
+
+export const seriesQuery = (query) => ({ x: query.x || "tokens", from: query.from, to: query.to });
+
+// Runs of one arm share a colour; a baseline is grey, as in reports.
+export function armColors(runs) {
+  const arms = [...new Set(runs.map((r) => `${r.experiment}/${r.arm}`))].sort();
+  const others = arms.filter((arm) => !arm.endsWith("/baseline"));
+  const of = (arm) => (others.includes(arm) ? COLORS[others.indexOf(arm) % (COLORS.length - 1)] : grey());
+  return Object.fromEntries(arms.map((arm) => [arm, of(arm)]));
+}
+
+export function Legend({ entries }) {
+  return html`<div class="legend">${entries.map(([text, stroke]) => html`
+    <span><i class="key-line" style=${{ borderColor: stroke }} />${text}</span>`)}</div>`;
+}
+
+export const Facts = ({ pairs }) => html`<div class="facts">${pairs.map(([text, value]) => html`
+  <div><b>${value}</b>${text}</div>`)}</div>`;
+
+export function Failed({ state }) {
+  if (state.error) return html`<p class="notice bad">${state.error}</p>`;
+  return state.data ? null : html`<p class="empty">reading…</p>`;
+}

@@ -1,0 +1,121 @@
+// One run: its state, its curves in groups, its configuration, log and provenance.
+import { html, useState } from "/static/preact-htm.js";
+import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
+import { Lines } from "/static/charts.js";
+import { color, measure, seconds, short, when } from "/static/format.js";
+import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
+  useKeys } from "/static/parts.js";
+
+const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "log", "eval", "checkpoint"];
+const PHASE_COLORS = ["#b4bbc4", "#56b4e9", "#0072b2", "#1b9e9e", "#e69f00", "#12305e", "#8d6e63",
+  "#009e73", "#cc79a7"];
+
+// The groups of a run's panels: title and tags, drawn on one axis each.
+function groups(tags) {
+  const of = (pattern) => tags.filter((tag) => pattern.test(tag));
+  return [
+    ["loss, nats per token", ["train/loss", "val/loss"]],
+    ["bits per byte", ["train/bpb", "val/bpb"]],
+    ["evaluations", of(/^eval\/.*(accuracy|acc|bpb)/).slice(0, 7)],
+    ["gradient norm", of(/^grad_norm\//)],
+    ["learning rate", of(/^lr\//)],
+    ["tokens per second", ["train/tokens_per_s"]],
+    ["model FLOPs utilisation", ["train/mfu"]],
+    ["peak memory, bytes", ["memory/peak_bytes"]],
+    ["waiting for data, s", ["data/wait_s"]],
+    ["rows received, and again", of(/^rdep\/rows/)],
+    ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
+    ["checkpoint stall, s", ["checkpoint/stall_s"]],
+  ].map(([title, wanted]) => [title, wanted.filter((tag) => tags.includes(tag))])
+    .filter(([, wanted]) => wanted.length);
+}
+
+export function Run({ id, query, data }) {
+  const state = useLive(id, () => getJson(`/api/run/${id}`), hits([id]));
+  useKeys(curveKeys(query));
+  if (!state.data || state.error) return html`<${Failed} state=${state} />`;
+  const run = { ...state.data, age_s: data.runs.find((r) => r.id === id)?.age_s };
+  return html`<div class="eyebrow">${run.memberships.map(([e, arm]) => html`
+      <${Link} to=${"/experiment/" + e}>${e}<//> · ${arm} · `)}seed ${run.seed} · ${run.target} ·
+      ${run.host} · started ${when(run.created)} UTC</div>
+    <h1 class="mono">${id}</h1>
+    <p><${Status} run=${run} /></p>
+    ${run.error && html`<p class="notice bad">${run.error}</p>`}
+    ${run.trouble && html`<p class="notice">${run.trouble}</p>`}
+    <${Facts} pairs=${Object.entries(run.measures).filter(([key]) => key in run.results)
+      .map(([key, of]) => [of.label, measure(of, run.results[key])])} />
+    <${CurveBar} query=${query} />
+    <${RunCurves} run=${run} query=${query} />
+    <div class="two"><div><h2>Configuration</h2><${Leaves} leaves=${run.leaves} /></div>
+      <div><h2>Provenance</h2><${Provenance} run=${run} />
+        <h2>Log</h2>${run.log ? html`<pre>${run.log}</pre>` : html`<p class="soft">No log in this root.</p>`}</div></div>`;
+}
+
+function RunCurves({ run, query }) {
+  const drawn = groups(run.tags);
+  const phases = PHASES.filter((phase) => run.tags.includes(`time/${phase}_s`));
+  const tags = [...drawn.flatMap(([, wanted]) => wanted), ...phases.map((phase) => `time/${phase}_s`)];
+  const asked = { run: run.id, tag: tags, px: 600, ...seriesQuery(query) };
+  const state = useLive(search(asked), () => (tags.length ? getSeries(asked) : []), hits([run.id]));
+  const panels = Object.fromEntries((state.data || []).map((panel) => [panel.tag, panel]));
+  if (!tags.length) return html`<p class="empty">Nothing logged yet.</p>`;
+  return html`<div class="panels" data-ready=${state.data ? "yes" : "no"}>
+    ${state.data && drawn.map(([title, wanted]) => html`<${Group} key=${title} title=${title}
+      panels=${wanted.map((tag) => panels[tag]).filter(Boolean)} query=${query} />`)}
+    ${state.data && phases.length > 0 && html`<${Phases} panels=${panels} phases=${phases} query=${query} />`}</div>`;
+}
+
+// Several tags on one axis; they are logged at different steps, so their x are joined.
+function Group({ title, panels, query }) {
+  const x = Float64Array.from([...new Set(panels.flatMap((p) => [...p.x]))].sort((a, b) => a - b));
+  const place = new Map([...x].map((v, i) => [v, i]));
+  const curves = panels.filter((p) => p.curves.length).map((p, i) => {
+    const y = new Float32Array(x.length).fill(NaN);
+    p.x.forEach((v, k) => { y[place.get(v)] = p.curves[0].y[k]; });
+    return { y, label: p.tag, color: color(i), dash: [], points: p.x.length < 40, width: i && p.x.length < 60 ? 2 : 1 };
+  });
+  const last = panels.map((p) => p.curves[0]?.last).filter(Boolean)
+    .map(([, v]) => short(v, 5)).join("  ");
+  const skip = /loss|bits|norm/.test(title) ? 0.05 : 0;
+  return html`<div><${Lines} title=${title} x=${x} curves=${curves} skip=${skip} note=${last}
+      ...${curveProps(query)} />
+    ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [c.label, c.color])} />`}</div>`;
+}
+
+// Seconds of each phase between two log lines, stacked as shares of the whole.
+function Phases({ panels, phases, query }) {
+  const of = phases.map((phase) => panels[`time/${phase}_s`]).filter((p) => p?.curves.length);
+  if (!of.length) return null;
+  const { x } = of[0];
+  const sum = new Float64Array(x.length);
+  const rows = of.map((p) => Array.from(x, (v, i) => (p.x[i] === v ? p.curves[0].y[i] : p.curves[0].y[p.x.indexOf(v)]) || 0));
+  rows.forEach((row) => row.forEach((v, i) => { sum[i] += v; }));
+  const total = new Float64Array(x.length);
+  const curves = rows.map((row, i) => {
+    const tone = PHASE_COLORS[PHASES.indexOf(of[i].tag.slice(5, -2))];
+    const y = row.map((v, k) => { total[k] += v; return sum[k] ? (100 * total[k]) / sum[k] : null; });
+    return { y, label: of[i].tag.slice(5, -2), color: tone, fill: tone, dash: [], width: 1 };
+  });
+  return html`<div><${Lines} title="time by phase, % of the whole" x=${x} curves=${curves.reverse()}
+      ...${{ ...curveProps(query), log: false }} />
+    <${Legend} entries=${curves.map((c) => [c.label, c.color]).reverse()} /></div>`;
+}
+
+export function Leaves({ leaves }) {
+  const [all, setAll] = useState(false);
+  const rows = all ? leaves : leaves.filter((leaf) => leaf.given);
+  return html`<p class="soft">${rows.length} of ${leaves.length} keys${all ? "" : " that differ from their default"}.
+      <button onClick=${() => setAll(!all)}>${all ? "only given ones" : "all"}</button></p>
+    <table><tbody>${rows.map((leaf) => html`<tr><td class="mono">${leaf.key}</td>
+      <td class="mono wrap">${leaf.given ? html`<b>${leaf.value}</b>` : leaf.value}</td>
+      <td class="soft">${leaf.kind}</td></tr>`)}</tbody></table>`;
+}
+
+function Provenance({ run }) {
+  const pairs = [["commit", run.commit || "not a git checkout"], ["code version", run.code_version],
+    ["fingerprint", run.fingerprint], ["data digest", run.data_digest], ["process", `${run.pid} on ${run.host}`],
+    ["ranks that logged", run.ranks.join(", ") || "none"], ["updated", when(run.updated) + " UTC"],
+    ["wall time", seconds(run.results.wall_s)],
+    ...Object.entries(run.environment).map(([key, value]) => [key, typeof value === "string" ? value : JSON.stringify(value)])];
+  return html`<dl>${pairs.map(([key, value]) => html`<dt>${key}</dt><dd class="mono">${value}</dd>`)}</dl>`;
+}

@@ -1,0 +1,171 @@
+// All runs: a table to filter and select from, and the curves of what is selected.
+import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.js";
+import { change, getSeries, go, hits, search, useLive } from "/static/api.js";
+import { Panel, Spark } from "/static/charts.js";
+import { color, dash, measure, when } from "/static/format.js";
+import { Badge, CurveBar, Legend, Link, Status, armColors, curveKeys, curveProps, seriesQuery,
+  useKeys } from "/static/parts.js";
+
+const TAGS = ["train/loss", "val/bpb", "grad_norm/all", "train/tokens_per_s", "lr/dense",
+  "memory/peak_bytes"];
+const COLUMNS = ["val/bpb", "train/loss", "train/tokens_per_s", "train/mfu"];
+const HEADS = { "val/bpb": "val bpb", "train/loss": "loss", "train/tokens_per_s": "tok/s",
+  "train/mfu": "MFU %" };
+const MANY = 300; // rows drawn before "show all"
+
+// A word with = looks at the leaves of the configuration (and seed, status, target), as key=value;
+// one without it at names: run, experiment, arm, status, host.
+function matching(data, text) {
+  if (!text) return data.runs;
+  let words;
+  try {
+    words = text.split(/\s+/).filter(Boolean).map((word) => [word.includes("="), new RegExp(word, "im")]);
+  } catch {
+    return [];
+  }
+  const configs = data.configs.map((leaves) => leaves.map(([k, v]) => `${k}=${v}`).join("\n"));
+  return data.runs.filter((r) => {
+    const names = [r.id, ...r.memberships.flat(), r.status, r.host].join("\n");
+    const leaves = `train.seed=${r.seed}\nstatus=${r.status}\ntarget=${r.target}\n${configs[r.config]}`;
+    return words.every(([leaf, pattern]) => pattern.test(leaf ? leaves : names));
+  });
+}
+
+function sorted(runs, by) {
+  if (!by) return runs;
+  const down = by.startsWith("-"), key = by.replace("-", "");
+  const value = (r) => (key in HEADS ? r.results[key] : r[key]);
+  return [...runs].sort((a, b) => {
+    const [x, y] = [value(a), value(b)];
+    if (x === undefined || x === null) return 1;
+    if (y === undefined || y === null) return -1;
+    return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
+  });
+}
+
+export function Runs({ query, data }) {
+  const shown = useMemo(() => sorted(matching(data, query.f), query.sort), [data, query.f, query.sort]);
+  const chosen = query.sel === undefined ? shown.slice(0, 10).map((r) => r.id)
+    : query.sel.split(",").filter((id) => data.runs.some((r) => r.id === id));
+  const at = Math.min(+(query.at || 0), Math.max(shown.length - 1, 0));
+  const filter = useRef();
+  const toggle = (id) => change({
+    sel: (chosen.includes(id) ? chosen.filter((other) => other !== id) : [...chosen, id]).join(",") || "none",
+  });
+  const move = (by) => change({ at: Math.min(Math.max(at + by, 0), shown.length - 1) });
+  useEffect(() => document.querySelector("tr.at")?.scrollIntoView({ block: "nearest" }), [at]);
+  useKeys({
+    ...curveKeys(query),
+    "/": () => filter.current.focus(),
+    j: () => move(1), ArrowDown: () => move(1), k: () => move(-1), ArrowUp: () => move(-1),
+    x: () => shown[at] && toggle(shown[at].id),
+    a: () => change({ sel: shown.slice(0, 50).map((r) => r.id).join(",") }),
+    n: () => change({ sel: "none" }),
+    c: () => go(comparison(data, chosen)),
+    Enter: () => shown[at] && go(`/run/${shown[at].id}`),
+  });
+  const runs = data.runs.filter((r) => chosen.includes(r.id));
+  return html`<div class="runs"><div class="side">
+    <div class="bar">
+      <input ref=${filter} class="filter" type="search" placeholder="filter: words, key=value, regex   ( / )"
+        aria-label="filter runs" value=${query.f || ""} onInput=${(e) => change({ f: e.target.value, at: "" })} />
+      <span class="soft">${shown.length} of ${data.runs.length} runs, ${runs.length} selected</span>
+      <button onClick=${() => go(comparison(data, chosen))} disabled=${runs.length < 2}>compare</button>
+      <button onClick=${() => change({ sel: "none" })}>none</button>
+    </div>
+    <${Table} ...${{ data, shown, chosen, toggle, at, query }} />
+  </div><${Curves} ...${{ runs, query, chosen }} /></div>`;
+}
+
+// The selected runs as two groups: by arm where there are two, else the first against the others.
+export function comparison(data, chosen) {
+  const runs = data.runs.filter((r) => chosen.includes(r.id)).reverse();
+  const arms = [...new Set(runs.map((r) => r.arm))];
+  const first = arms.includes("baseline") ? "baseline" : arms[0];
+  const a = arms.length > 1 ? runs.filter((r) => r.arm === first) : runs.slice(0, 1);
+  const b = arms.length > 1 ? runs.filter((r) => r.arm === arms.find((arm) => arm !== first)) : runs.slice(1);
+  return "/compare?" + search({ a: a.map((r) => r.id).join(","), b: b.map((r) => r.id).join(",") });
+}
+
+function Table({ data, shown, chosen, toggle, at, query }) {
+  const [all, setAll] = useState(false);
+  const rows = all ? shown : shown.slice(0, MANY);
+  const colors = runColors(data.runs.filter((r) => chosen.includes(r.id)), query);
+  const sparks = useSparks(rows);
+  const head = (key, text, kind = "") => html`<th class="sort ${kind}"
+    aria-sort=${query.sort === key ? "ascending" : query.sort === "-" + key ? "descending" : "none"}
+    onClick=${() => change({ sort: query.sort === key ? "-" + key : query.sort === "-" + key ? "" : key })}>
+    ${text}${query.sort === key ? " ↑" : query.sort === "-" + key ? " ↓" : ""}</th>`;
+  return html`<div class="list scroll"><table><thead><tr><th></th>${head("id", "run")}
+    ${head("experiment", "experiment")}${head("arm", "arm")}${head("seed", "seed", "num")}
+    ${head("status", "status")}${COLUMNS.map((key) => head(key, HEADS[key], "num"))}<th>loss</th></tr></thead>
+    <tbody>${rows.map((r, i) => html`<tr key=${r.id} class=${i === at ? "at" : ""}>
+      <td><button class="swatch" aria-label=${"select " + r.id} aria-pressed=${chosen.includes(r.id)}
+        style=${{ background: colors[r.id] || "", borderColor: colors[r.id] || "" }}
+        onClick=${() => toggle(r.id)} /></td>
+      <td><${Link} to=${"/run/" + r.id} class="mono" title=${when(r.created)}>${r.id}<//></td>
+      <td><${Link} to=${"/experiment/" + r.experiment}>${r.experiment}<//></td>
+      <td>${r.arm}</td><td class="num">${r.seed}</td><td><${Status} run=${r} /></td>
+      ${COLUMNS.map((key) => html`<td class="num">${measure(data.measures[key], r.results[key])}</td>`)}
+      <td><${Spark} y=${sparks[r.id]} color=${colors[r.id]} /></td></tr>`)}</tbody></table>
+    ${rows.length < shown.length && html`<p class="empty"><button onClick=${() => setAll(true)}>
+      show all ${shown.length}</button></p>`}
+    ${data.runs.length === 0 && html`<p class="empty">No runs yet: <code>nmoe ablate BASE VARIANT</code> makes some.</p>`}
+  </div>`;
+}
+
+export function runColors(runs, query) {
+  const arms = armColors(runs);
+  const pairs = runs.map((r, i) => [r.id, query.by === "run" ? color(i) : arms[`${r.experiment}/${r.arm}`]]);
+  return Object.fromEntries(pairs);
+}
+
+// The loss of every row in a few points; asked for after the page stands, ten runs at a time.
+function useSparks(rows) {
+  const [sparks, setSparks] = useState({});
+  const asked = useRef(new Set());
+  useEffect(() => {
+    let gone = false;
+    const ask = async () => {
+      for (;;) {
+        const next = rows.filter((r) => !asked.current.has(r.id)).slice(0, 10).map((r) => r.id);
+        if (gone || !next.length) return;
+        next.forEach((id) => asked.current.add(id));
+        const answers = await Promise.all(next.map((id) => getSeries({ run: id, tag: "train/loss", px: 40 })));
+        const found = answers.map(([panel], i) => [next[i], panel.curves[0]?.y]);
+        setSparks((old) => ({ ...old, ...Object.fromEntries(found) }));
+      }
+    };
+    const timer = setTimeout(() => ask().catch(() => {}), 400);
+    return () => { gone = true; clearTimeout(timer); };
+  }, [rows.map((r) => r.id).join()]);
+  return sparks;
+}
+
+function Curves({ runs, query, chosen }) {
+  const tags = query.tags ? query.tags.split(",") : TAGS;
+  const ids = runs.map((r) => r.id);
+  const asked = { run: ids, tag: tags, px: 600, ...seriesQuery(query) };
+  const state = useLive(search(asked), () => (ids.length ? getSeries(asked) : []), hits(ids));
+  const colors = runColors(runs, query);
+  const byId = Object.fromEntries(runs.map((r) => [r.id, r]));
+  const style = (curve) => {
+    const r = byId[curve.run];
+    return r ? { label: `${r.arm} · seed ${r.seed}`, color: colors[r.id], dash: [] } : { label: curve.run };
+  };
+  const styleOfRun = (curve) => ({ ...style(curve), dash: dash(ids.indexOf(curve.run)) });
+  const arms = armColors(runs);
+  if (!ids.length) return html`<p class="empty">Select runs with <kbd>x</kbd> or a click to see their curves.</p>`;
+  return html`<div><${CurveBar} query=${query}>
+      <button class=${query.by === "run" ? "on" : ""}
+        onClick=${() => change({ by: query.by === "run" ? "" : "run" })}>colour by run</button>
+      <input class="filter" placeholder="panels: tags, with commas" aria-label="panels" value=${query.tags || ""}
+        onChange=${(e) => change({ tags: e.target.value.replace(/\s/g, "") })} /><//>
+    ${query.by !== "run" && html`<${Legend} entries=${Object.entries(arms)} />`}
+    ${state.error && html`<p class="notice bad">${state.error}</p>`}
+    <div class="panels" data-ready=${state.data ? "yes" : "no"}>${(state.data || []).map((panel) => html`
+      <${Panel} key=${panel.tag} panel=${panel} style=${query.by === "run" ? styleOfRun : style}
+        ...${curveProps(query)} />`)}</div></div>`;
+}
+
+export const Verdict = ({ e }) => html`<${Badge} kind=${e.verdict || e.status} />`;

@@ -1,0 +1,297 @@
+"""The dashboard in headless Chromium: every page, live, by keyboard, from its own server alone.
+
+Pictures of the pages are left in NMOE_PICTURES, where that is set.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from chrome import chrome
+from roots import add_loads, curves, fill, tree_hash
+
+from nmoe.config import file as configs
+from nmoe.records.experiments import Experiments
+from nmoe.records.live import Live
+from nmoe.records.metrics import Metrics
+from nmoe.records.reader import ArmRecord, Hypothesis
+from nmoe.records.root import Root
+from stages.viz.server import Server
+
+pytestmark = pytest.mark.browser
+REPO = Path(__file__).resolve().parents[2]
+STEPS = np.arange(1, 201) * 10
+LAYERS, EXPERTS, RANKS = 4, 16, 4
+
+
+def start(records, experiment, arm, seed, base, **keys):
+  config = configs.changed(base, {"train.seed": seed, **keys})
+  facts = dict(fingerprint=arm, data_digest="d", commit="", diff="", code_version="c")
+  toml = configs.to_toml(config)
+  return records.start_run(
+    experiment.id, arm, seed, toml=toml, environment={"torch": "2.13"}, target="cpu", **facts
+  ).id
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(root, ids of an ablation by arm and seed): beside it a sweep and a link."""
+  root = tmp_path_factory.mktemp("viz") / "root"
+  base = configs.load(REPO / "configs/moonlet/cpu.toml", env={})
+  records = Experiments(root)
+  claim = Hypothesis("A higher rate learns faster.", "val/bpb", "lower", 0.005)
+  experiment = records.create("rate", "ablate", [claim])
+  ids = {}
+  for seed in range(3):
+    for arm, shift in (("baseline", 0.0), ("variant", -0.05)):
+      rate = 3e-3 if arm == "baseline" else 5e-3
+      run = start(records, experiment, arm, seed, base, **{"optim.dense_lr": rate})
+      values = curves(STEPS, seed, shift, LAYERS)
+      values["val/bpb"] = values["train/bpb"]
+      fill(root, run, 0, STEPS, values)
+      add_loads(root, run, STEPS, LAYERS, EXPERTS)
+      for rank in range(1, RANKS):
+        slow = 1.2 if rank == 2 else 1.0
+        fill(root, run, rank, STEPS, {k: slow * v for k, v in values.items() if k[:5] == "time/"})
+      bpb = (3.0 + shift + 0.01 * seed) / 2.6
+      records.update_run(run, status="completed", results={"val/bpb": bpb})
+      ids[arm, seed] = run
+  records.conclude(experiment.id, "confirmed", {"reason": "variant − baseline = −0.019"})
+  again = records.create("again", "ablate", [claim])
+  records.link(again.id, experiment.id, "repeats", "elsewhere")
+  arms = [ArmRecord(f"w{w}-{lr:g}", {"width": w, "lr": lr}, "") for w in (64, 128) for lr in RATES]
+  sweep = records.create("sweep", "proxy", [claim], arms)
+  for arm in arms:
+    run = start(records, sweep, arm.name, 0, base)
+    bpb = 1.3 + 0.03 * np.log2(arm.point["lr"] / 4e-3) ** 2 - arm.point["width"] / 1000
+    records.update_run(run, status="completed", results={"val/bpb": bpb})
+  records.close()
+  report = Root(root).report(experiment.id)
+  report.mkdir(parents=True)
+  (report / "index.html").write_text("<h1>the report</h1>")
+  return root, ids
+
+
+RATES = (1e-3, 4e-3, 1.6e-2)
+
+
+class Served:
+  """A server in a thread of this process, on a free port of loopback."""
+
+  def __init__(self, root, cache):
+    app = Server(Live(root, cache)).app()
+    self.server = uvicorn.Server(
+      uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
+    )
+    self.thread = threading.Thread(target=self.server.run)
+    self.thread.start()
+    deadline = time.monotonic() + 30
+    while not self.server.started and time.monotonic() < deadline:
+      time.sleep(0.02)
+    (socket,) = self.server.servers[0].sockets
+    self.address = f"http://127.0.0.1:{socket.getsockname()[1]}"
+
+  def stop(self):
+    self.server.should_exit = True
+    self.thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def served(made, tmp_path_factory):
+  server = Served(made[0], tmp_path_factory.mktemp("cache"))
+  yield server.address
+  server.stop()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+  with chrome(browser, tmp_path / "profile") as page:
+    page.size(1280, 1000)
+    yield page
+
+
+def pages(ids):
+  """Name -> (address, what must stand on the page: expressions, and words)."""
+  of = ids["variant", 1]
+  sides = {
+    arm: ",".join(v for (a, _), v in ids.items() if a == arm) for arm in ("baseline", "variant")
+  }
+  panels = "document.querySelectorAll('.panel canvas').length"
+  return {
+    "runs": ("/?f=rate-1", f"document.querySelectorAll('tbody tr').length == 6 && {panels} == 6"),
+    "run": (f"/run/{of}", f"{panels} >= 9 && document.body.innerText.includes('optim.dense_lr')"),
+    "router": (
+      f"/run/{of}/router?layer=2",
+      f"document.querySelector('figure[data-rows=\"{LAYERS}\"]') "
+      f"&& document.querySelector('figure[data-rows=\"{EXPERTS}\"]') "
+      "&& document.body.innerText.includes('dead now: 3, 11')",
+    ),
+    "ranks": (
+      f"/run/{of}/ranks",
+      f"document.querySelector('figure[data-rows=\"{RANKS}\"]') "
+      "&& /\\b2\\b\\s*slowest rank there/.test(document.body.innerText)",
+    ),
+    "compare": (
+      f"/compare?a={sides['baseline']}&b={sides['variant']}",
+      f"{panels} >= 5 && document.body.innerText.includes('optim.dense_lr') "
+      "&& document.body.innerText.includes('−0.0192')",
+    ),
+    "experiment": (
+      "/experiment/rate-1",
+      "document.querySelector('svg.graph[data-nodes=\"2\"]') && document.querySelector('iframe') "
+      "&& document.body.innerText.includes('confirmed')",
+    ),
+    "sweep": ("/sweep/sweep-1", f"{panels} == 1 && document.body.innerText.includes('0.004')"),
+    "production": (
+      f"/prod/{of}",
+      f"{panels} >= 4 && document.querySelector('[data-attempts=\"1\"]')",
+    ),
+  }
+
+
+NAMES = "runs run router ranks compare experiment sweep production".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_page_stands_without_an_error(page, served, made, name):
+  address, whole = pages(made[1])[name]
+  page.open(served + address)
+  page.wait(whole)
+  page.wait("![...document.querySelectorAll('main .empty')].some(e => e.innerText == 'reading…')")
+  keep(page, name)
+  assert page.errors == []
+  assert page.ask("document.title").startswith("nmoe")
+  assert page.ask("document.documentElement.scrollWidth <= innerWidth"), "nothing hangs out"
+
+
+def keep(page, name):
+  folder = os.environ.get("NMOE_PICTURES")
+  for width in (1280, 2560) if folder else ():
+    page.size(width, 1000)
+    time.sleep(0.3)
+    page.picture(Path(folder) / f"{name}-{width}.png", whole=True)
+
+
+def test_no_request_leaves_the_machine_and_the_root_stays_as_it_was(page, served, made):
+  before = tree_hash(made[0])
+  for address, whole in pages(made[1]).values():
+    page.open(served + address)
+    page.wait(whole)
+  outside = [url for url in page.requests if not url.startswith((served, "data:", "about:"))]
+  assert outside == [] and len(page.requests) > 40
+  assert tree_hash(made[0]) == before
+
+
+def test_a_new_line_is_on_the_screen_within_two_seconds(page, served, made):
+  root, ids = made
+  run = ids["variant", 0]
+  page.open(f"{served}/?sel={run}&x=step&tags=train/loss")
+  page.wait("document.querySelector('.panel[data-last=\"2000\"] canvas')")
+  time.sleep(1.5)
+  writer = Metrics(root, run)
+  writer.add(2010, 2_010_000, {"train/loss": 3.0})
+  writer.flush()
+  took = page.wait("document.querySelector('.panel[data-last=\"2010\"]')", 10)
+  writer.rewind(2000)
+  assert took <= 2.0, f"{took:.2f} s"
+  page.wait("document.querySelector('.panel[data-last=\"2000\"]')", 10)
+
+
+def test_from_the_runs_to_a_comparison_by_keyboard_alone(page, served, made):
+  page.open(served + "/")
+  page.wait("document.querySelectorAll('tbody tr').length == 12")
+  page.press("/")
+  for key in "rate-1":
+    page.press(key)
+  page.wait("document.querySelectorAll('tbody tr').length == 6")
+  page.press("Escape")
+  page.press("n")
+  page.press("x")
+  page.press("j")
+  page.press("x")
+  page.wait("document.querySelectorAll('button[aria-pressed=\"true\"].swatch').length == 2")
+  page.press("c")
+  page.wait("location.pathname == '/compare' && document.querySelector('[data-results]')")
+  assert "variant" in page.ask("document.querySelector('h1').innerText")
+  page.press("t")
+  page.wait("location.search.includes('x=step')")
+  page.press("l")
+  page.wait("location.search.includes('log=1')")
+  before = page.ask("document.documentElement.dataset.theme")
+  page.press("d")
+  page.wait(f"document.documentElement.dataset.theme != {json.dumps(before)}")
+  page.press("g")
+  page.press("h")
+  page.wait("location.pathname == '/'")
+  assert page.errors == []
+
+
+def test_an_address_gives_the_same_selection_and_zoom_in_a_new_profile(
+  browser, page, served, made, tmp_path
+):
+  some = [made[1]["baseline", 0], made[1]["variant", 0]]
+  address = f"{served}/?sel={','.join(some)}&x=step&from=500&to=900&log=1&tags=train/loss,val/bpb"
+  state = """JSON.stringify([
+    [...document.querySelectorAll('button.swatch')].map(b => b.ariaPressed),
+    [...document.querySelectorAll('.panel')].map(p => ({...p.dataset})), location.search,
+    [...document.querySelectorAll('button.on')].map(b => b.innerText)])"""
+  ready = "document.querySelectorAll('.panel[data-last=\"900\"] canvas').length == 2"
+  page.open(address)
+  page.wait(ready)
+  with chrome(browser, tmp_path / "other") as other:
+    other.size(1280, 1000)
+    other.open(address)
+    other.wait(ready)
+    assert other.ask(state) == page.ask(state)
+  pressed = json.loads(page.ask(state))[0]
+  assert pressed.count("true") == 2 and page.ask("location.search").count("from=500") == 1
+
+
+def test_a_corrupt_run_and_lost_records_leave_the_page_alive(page, browser, tmp_path):
+  root = tmp_path / "root"
+  records = Experiments(root)
+  claim = Hypothesis("It learns.", "val/bpb", "lower", 0.0)
+  experiment = records.create("two", "research", [claim])
+  base = configs.load(REPO / "configs/moonlet/cpu.toml", env={})
+  ids = [start(records, experiment, "arm", seed, base) for seed in (0, 1)]
+  for run in ids:
+    fill(root, run, 0, STEPS, curves(STEPS, 0, 0.0, 1))
+    records.update_run(run, status="completed")
+  records.close()
+  broken = Root(root).metrics(ids[0], 0)
+  broken.write_bytes(broken.read_bytes()[:9000])
+  server = Served(root, tmp_path / "cache")
+  try:
+    page.open(server.address + "/?tags=train/loss")
+    page.wait('document.querySelector(\'.panel[data-curves="1"][data-points="200"]\')')
+    page.open(f"{server.address}/run/{ids[0]}")
+    page.wait("document.body.innerText.includes('cannot be read')")
+    page.open(server.address + "/")
+    page.wait("document.querySelectorAll('tbody tr').length == 2")
+    Root(root).experiments_db.write_bytes(b"no database any more, whatever one does with it" * 30)
+    page.wait("document.body.innerText.includes('corrupt')", 15)
+    assert page.ask("document.querySelectorAll('tbody tr').length") == 2
+  finally:
+    server.stop()
+
+
+def test_the_pages_memory_is_flat_while_lines_come(page, served, made):
+  """Thirty looks at a growing run; the heap after them is that after the first ten, within 4 MB."""
+  root, ids = made
+  run = ids["variant", 2]
+  page.open(f"{served}/?sel={','.join(ids.values())}&x=step")
+  page.wait("document.querySelectorAll('.panel canvas').length == 6")
+  writer, sizes = Metrics(root, run), []
+  heap = "(gc(), performance.memory.usedJSHeapSize)"
+  for step in range(2010, 2010 + 30 * 10, 10):
+    writer.add(step, 1000 * step, {"train/loss": 3.0})
+    writer.flush()
+    page.wait(f"document.querySelector('.panel[data-last=\"{step}\"]')")
+    sizes.append(page.ask(heap))
+  writer.rewind(2000)
+  assert max(sizes[-5:]) - max(sizes[5:10]) < 4e6, [round(s / 1e6, 1) for s in sizes]
