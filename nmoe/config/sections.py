@@ -197,6 +197,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """A suite of downstream tasks inside a run (nmoe.evals.suites). It changes no bit of training."""
+
+  suite: str = free("none")  # "quick", "olmes", "short", a .toml file; "none": nothing
+  every: int = free(0, ge=0)  # steps; 0: only at the end
+  limit: int = free(0, ge=0)  # documents of a task; 0: the suite's own
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
   ranks: int = schedule(1, gt=0)
   threads: int = schedule(0, ge=0)  # torch CPU threads per rank; 0: cores / ranks
@@ -222,6 +231,7 @@ class Config:
   scaling: ScalingConfig = field(default_factory=ScalingConfig)
   precision: PrecisionConfig = field(default_factory=PrecisionConfig)
   rdep: RdepConfig = field(default_factory=RdepConfig)
+  eval: EvalConfig = field(default_factory=EvalConfig)
   launch: LaunchConfig = field(default_factory=LaunchConfig)
   run: RunConfig = field(default_factory=RunConfig)
 

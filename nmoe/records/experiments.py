@@ -27,7 +27,16 @@ from typing import IO, Any, Literal
 
 from nmoe.errors import RecordError
 from nmoe.records.migrations import migrate_file, transaction, version
-from nmoe.records.reader import RUN_SQL, ArmRecord, Experiment, Hypothesis, Reader, Run, decoded_run
+from nmoe.records.reader import (
+  RUN_SQL,
+  ArmRecord,
+  Evaluation,
+  Experiment,
+  Hypothesis,
+  Reader,
+  Run,
+  decoded_run,
+)
 from nmoe.records.root import Root
 
 STATUSES = ("planned", "running", "completed", "failed", "interrupted")
@@ -227,6 +236,12 @@ class Experiments(Reader):
     row = (self.find(from_id).id, self.find(to_id).id, relation, note, _now())
     with self._writing() as db:
       db.execute("INSERT INTO links VALUES (?,?,?,?,?)", row)
+
+  def add_evaluation(self, run_id: str, e: Evaluation) -> None:
+    """Record what a suite measured of a run's checkpoint."""
+    row = (run_id, e.step, e.suite, e.items, e.arithmetic, json.dumps(e.results), e.seconds, _now())
+    with self._writing() as db:
+      db.execute("INSERT INTO evaluations VALUES (?,?,?,?,?,?,?,?)", row)
 
   def start_run(
     self,

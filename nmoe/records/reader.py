@@ -134,6 +134,24 @@ class Link:
   created: str
 
 
+@dataclass(frozen=True)
+class Evaluation:
+  """What a suite measured of a run's checkpoint.
+
+  items       the digest of what was asked
+  arithmetic  of the model: architecture and dtype
+  results     values by tag: eval/TASK/MEASURE, eval/SUITE/MEASURE
+  """
+
+  step: int
+  suite: str
+  items: str
+  arithmetic: str
+  results: dict[str, float]
+  seconds: float
+  created: str = ""
+
+
 class Reader:
   """The records of one root, opened read-only: it creates, changes and locks nothing.
 
@@ -222,6 +240,12 @@ class Reader:
     """The links from and to an experiment, oldest first."""
     sql = "SELECT * FROM links WHERE from_id = ? OR to_id = ? ORDER BY rowid"
     return [Link(**row) for row in self._read(sql, experiment_id, experiment_id)]
+
+  def evaluations(self, run_id: str) -> list[Evaluation]:
+    """What `nmoe eval` measured of a run, oldest first."""
+    columns = "step, suite, items, arithmetic, results, seconds, created"
+    rows = self._read(f"SELECT {columns} FROM evaluations WHERE run_id = ? ORDER BY rowid", run_id)
+    return [Evaluation(**{**dict(row), "results": json.loads(row["results"])}) for row in rows]
 
   def runs(self, experiment_id: str) -> list[Run]:
     """The members of an experiment, in the order in which they joined it."""

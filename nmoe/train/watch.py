@@ -93,8 +93,10 @@ class Watch:
     speeds = {k: float(np.median(logged[k])) for k in rates if k in logged}
     loads = [v for k, v in last.items() if k.endswith("/load_max_over_mean")]
     seconds = sum(float(v.sum()) for k, v in logged.items() if k.startswith("time/"))
+    suites = {tag: x for tag, x in last.items() if tag.startswith("eval/")}
     return {
       **losses,
+      **suites,
       **speeds,
       "memory/peak_bytes": float(logged["memory/peak_bytes"].max()),
       "load/max_over_mean": max(loads, default=math.nan),
