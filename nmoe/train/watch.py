@@ -68,7 +68,10 @@ class Watch:
       "memory/peak_bytes": float(self._peak()),
     }
     values |= {f"grad_norm/{k}": v for k, v in zip(of.norms, scalars[4:], strict=True)}
-    values |= load_values(of.count_LE.cpu(), bias_ranges(state.model))
+    count_LE = of.count_LE.cpu()
+    values |= load_values(count_LE, bias_ranges(state.model))
+    if len(count_LE) and self.session.parallel.rank == 0:
+      self.session.metrics.add_loads(state.step, count_LE.numpy())
     values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
