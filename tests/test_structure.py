@@ -16,7 +16,9 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "arch errors sizes costs arithmetic copies ops shapes gradient halves ragged places formats "
     "buffers flight exchange reference cuda tools"
   ).split(),
-  "nmoe": "errors tables records config machine data distributed model evals train bench".split(),
+  "nmoe": (
+    "errors tables files records config machine data distributed model evals train bench"
+  ).split(),
   "stages": (
     "text judge launch report viz runs comparable study show research ablate evals export proofs "
     "cli"

@@ -11,8 +11,6 @@ stand in the record for people to read.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -25,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records.migrations import migrate_file, transaction, version
 from nmoe.records.reader import (
@@ -411,15 +410,15 @@ class Experiments(Reader):
         f"{path}: cannot be opened ({error.strerror}); give this user write access to it"
       ) from error
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if files.lock(lock):
+        return lock
     except OSError as error:
       lock.close()
-      if error.errno in (errno.EAGAIN, errno.EACCES):
-        return None
       raise RecordError(
         f"{path}: cannot be locked ({error.strerror}); put run.root on a filesystem with file locks"
       ) from error
-    return lock
+    lock.close()
+    return None
 
 
 def _now() -> str:

@@ -5,7 +5,6 @@ A claim is a chain: hypothesis -> experiment -> runs -> conclusion, and links be
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records.migrations import MIGRATIONS, migrate, version
 from nmoe.records.root import Root
@@ -318,13 +318,12 @@ class Reader:
 def _held(path: Path) -> bool:
   """Whether a process holds this lock file; one that is not there is not held."""
   try:
-    with path.open() as lock:
-      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with path.open() as file:
+      return not files.lock(file, shared=True)
   except FileNotFoundError:
     return False
   except OSError:
-    return True  # held, or not ours to ask
-  return False
+    return True  # not ours to ask
 
 
 def decoded_run(row: sqlite3.Row) -> Run:
