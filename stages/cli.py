@@ -42,7 +42,12 @@ bench_app = typer.Typer(
 )
 kernels_app = typer.Typer(help="Device code, ahead of time.", no_args_is_help=True)
 check_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True)
+proxy_app = typer.Typer(
+  help="Stage 3: do rates and mixtures found on small models hold on large ones?",
+  no_args_is_help=True,
+)
 app.add_typer(research_app, name="research")
+app.add_typer(proxy_app, name="proxy")
 app.add_typer(experiments_app, name="experiments")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
@@ -50,6 +55,7 @@ app.add_typer(check_app, name="check")
 app.add_typer(kernels_app, name="kernels")
 
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
+Sweep = Annotated[Path, typer.Argument(help="A sweep (TOML).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
 Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
 ROOT = Path(DEFAULT_ROOT)
@@ -69,6 +75,14 @@ def research_run(config: File, seeds: Seeds = None) -> None:
   from stages import research
 
   research.run(config, seeds, _console())
+
+
+@proxy_app.command("coords")
+def proxy_coords(sweep: Sweep) -> None:
+  """A few steps at several widths and depths on the cpu: does each tensor move as it should?"""
+  from stages.proxy import coords
+
+  raise typer.Exit(coords.run(sweep, _console()))
 
 
 @app.command()
