@@ -298,7 +298,7 @@ def test_shipped_configurations_load_and_plan(path):
 def test_the_muon_variant_differs_in_one_leaf():
   a, b = (load(CONFIGS / "moonlet" / f"{name}.toml", env={}) for name in ("cpu", "cpu-muon"))
   different = {key for key in diff(a, b) if not key.startswith("experiment.")}
-  assert different == {"optim.matrices"}
+  assert different == {"optim.experts"}
   assert a.experiment.statement != b.experiment.statement
 
 
