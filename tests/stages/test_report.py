@@ -269,7 +269,7 @@ def test_a_record_of_another_version_is_still_shown(tmp_path):
   name, _ = make(tmp_path, seeds=1)
   with sqlite3.connect(tmp_path / "experiments.db") as db:
     db.execute("DROP TRIGGER completed_runs_keep_their_toml")
-    db.execute("UPDATE runs SET toml = '[model]\nwings = 2\n'")
+    db.execute("UPDATE runs SET toml = replace(toml, '[model]', '[model]\nwings = 2')")
   html = write_report(tmp_path, name).read_text()
   assert "Not comparable by this version of nmoe: baseline: " in html
 
