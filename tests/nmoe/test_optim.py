@@ -21,6 +21,7 @@ from nmoe.train.optim import GROUPS, UPDATE_RMS, Optimizer, clip_factor
 
 ONE = torch.tensor(1.0)
 TINY = {
+  "optim.matrices": "adamw",
   "model.dim": 32,
   "model.num_layers": 3,
   "model.dense_dim": 48,
