@@ -251,7 +251,7 @@ class Model(nn.Module):
     branch, residual = None, _Embedding.apply(tokens_BS, self.embed.weight)
     scores, counts = [], []
     for i, block in enumerate(self.layers):
-      if self.on_final is not None:
+      if self.on_final is not None and residual.requires_grad:
         residual.register_hook(partial(_tell, self.on_final, i))
       x, residual = block.attention_norm.add(branch, residual)
       x, residual = block.mlp_norm.add(block.attention(x, cos, sin), residual)

@@ -160,6 +160,27 @@ def test_shorter_sequences_are_prefixes_and_longer_ones_are_refused():
     model.logits(tokens.repeat(1, 2))
 
 
+def test_blocks_tell_when_their_gradients_are_final():
+  """From the last block to the first, each after its parameters' gradients; never without any."""
+  config = tiny()
+  model, told = build(config), []
+  tokens, targets = batch(config)
+
+  def final(block: int) -> None:
+    done = {name for name, p in model.named_parameters() if p.grad is not None}
+    told.append((block, done))
+
+  model.on_final = final
+  with torch.no_grad():
+    model(tokens, targets)
+  assert told == []
+  model(tokens, targets).loss_sum.backward()
+  assert [block for block, _ in told] == [2, 1, 0]
+  for block, done in told:
+    behind = [f"layers.{i}." for i in range(block, 3)]
+    assert {n for n, _ in model.named_parameters() if n.startswith(tuple(behind))} <= done
+
+
 def test_forced_balance_spreads_rows_evenly_and_keeps_gradients():
   config = tiny(moe__forced_balance=True, train__micro_batch=1, moe__num_experts=7)
   model = build(config)
