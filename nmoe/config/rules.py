@@ -23,11 +23,6 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _schedule_invariants(c)
   yield from _target_invariants(c)
   yield from _payload_invariants(c)
-  yield from _scaling_invariants(c)
-  need = f'is not measured by [eval] suite = "{c.eval.suite}"'
-  suite = c.experiment.metric.removeprefix("eval/").partition("/")[0]
-  measured = not c.experiment.metric.startswith("eval/") or suite == c.eval.suite
-  yield "experiment.metric", not measured, need
 
 
 def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
@@ -50,6 +45,13 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "launch.ranks", not c.rdep.group and e.num_experts % ranks != 0, need
   need = f"must divide ranks {ranks} and num_experts {e.num_experts}: 0 (all), {_divisors(shared)}"
   yield "rdep.group", shared % c.expert_ranks != 0, need
+  need = f"does not divide launch.ranks {ranks}; choose one of {_divisors(ranks)}, or 0"
+  yield "launch.ranks_per_node", ranks % c.node_ranks != 0, need
+  need = (
+    f"of ranks on several hosts ({c.node_ranks} a host): experts lie inside a host; set it to one "
+    f"of {_divisors(math.gcd(shared, c.node_ranks))}"
+  )
+  yield "rdep.group", c.nodes > 1 and c.node_ranks % c.expert_ranks != 0, need
   layers = p.bf16_first_layers + p.bf16_last_layers
   need = f"+ bf16_last_layers {p.bf16_last_layers} exceeds num_layers {m.num_layers}"
   yield "precision.bf16_first_layers", layers > m.num_layers, need
@@ -101,26 +103,6 @@ def _payload_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "rdep.payload", packed and dim % 32 != 0, need
   need = 'is not for rdep.peer_access = false; set that to true or payload = "bf16"'
   yield "rdep.payload", packed and not c.rdep.peer_access, need
-
-
-def _scaling_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
-  s, m = c.scaling, c.model
-  on = s.rule != "none"
-  need = "has no form for tied embeddings (the head needs a factor); set tie_embeddings = false"
-  yield "scaling.rule", on and m.tie_embeddings, need
-  base = s.base_dim or m.dim
-  fits = m.dim % base == 0 or base % m.dim == 0
-  need = f"neither divides model.dim {m.dim} nor is a multiple of it; choose a base that does"
-  yield "scaling.base_dim", on and not fits, need
-  heads = s.base_heads or m.num_heads
-  wanted = m.num_heads * base / m.dim
-  need = (
-    f"gives {m.num_heads / heads:g} times the heads at {m.dim / base:g} times the width; head dims "
-    f"stay and heads grow with the width, from {wanted:g} at the base"
-  )
-  yield "scaling.base_heads", on and heads != wanted, need
-  need = "but model.q_lora_rank is 0: q has no rank; set base_q_rank = 0"
-  yield "scaling.base_q_rank", on and s.base_q_rank > 0 and m.q_lora_rank == 0, need
 
 
 def _divisors(n: int) -> str:

@@ -83,7 +83,6 @@ class ModelConfig:
   norm_eps: float = identity(1e-6, gt=0)
   tie_embeddings: bool = identity(False)
   init_std: float = identity(0.006, gt=0)
-  embed_std: float = identity(0.0, ge=0)  # of the embedding; 0: init_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,6 @@ class OptimConfig:
   dense_lr: float = schedule(ge=0)
   router_lr: float = schedule(ge=0)
   expert_lr: float = schedule(ge=0)
-  embed_lr: float = schedule(0.0, ge=0)  # of embedding and head; 0: dense_lr
   dense_weight_decay: float = schedule(0.1, ge=0)
   router_weight_decay: float = schedule(0.0, ge=0)
   expert_weight_decay: float = schedule(0.1, ge=0)
@@ -149,26 +147,6 @@ class OptimConfig:
   muon_steps: int = identity(5, gt=0)
   moments: Literal["fp32", "bf16"] = identity("fp32")
   clip_norm: float = schedule(1.0, gt=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScalingConfig:
-  """What rates and sizes were tuned for, and how they follow the model (nmoe.config.scaling).
-
-  base_*: of the model on which they were tuned; 0: this model's own, a ratio of 1.
-  """
-
-  rule: Literal["none", "completep-moe"] = identity("none")
-  base_dim: int = identity(0, ge=0)
-  base_layers: int = identity(0, ge=0)
-  base_dense_dim: int = identity(0, ge=0)
-  base_expert_dim: int = identity(0, ge=0)
-  base_kv_rank: int = identity(0, ge=0)
-  base_q_rank: int = identity(0, ge=0)
-  base_heads: int = identity(0, ge=0)
-  base_batch_tokens: int = schedule(0, ge=0)
-  base_total_tokens: int = schedule(0, ge=0)
-  horizon: float = schedule(0.3, ge=0)  # rates go with total_tokens to the power of minus this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,19 +175,48 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-  """A suite of downstream tasks inside a run (nmoe.evals.suites). It changes no bit of training."""
-
-  suite: str = free("none")  # "quick", "olmes", "short", a .toml file; "none": nothing
-  every: int = free(0, ge=0)  # steps; 0: only at the end
-  limit: int = free(0, ge=0)  # documents of a task; 0: the suite's own
-
-
-@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
   ranks: int = schedule(1, gt=0)
   threads: int = schedule(0, ge=0)  # torch CPU threads per rank; 0: cores / ranks
   slots: int = free(0, ge=0)  # runs of a study side by side; 0: what GPUs there are, one on the cpu
+  hang_s: float = free(
+    1800.0, gt=0
+  )  # a step, with its evaluation and checkpoint, takes at most this
+  engine: Literal["local", "slurm", "jobset"] = free("local")  # of `nmoe prod`: what starts hosts
+  ranks_per_node: int = free(0, ge=0)  # 0: all ranks on one host
+  interface: str = free("")  # network interface between hosts; "": as the engine chooses
+  port: int = free(29400, gt=0)  # where the hosts meet, on the first of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProdConfig:
+  """A production launch: what it rests on, and how often it is tried again."""
+
+  evidence: tuple[str, ...] = free(())  # concluded experiments, by id or name
+  max_restarts: int = free(3, ge=0)  # of the ranks, within an attempt
+  max_attempts: int = free(50, gt=0)
+  no_progress: int = free(3, gt=0)  # attempts in a row without a newer checkpoint end the run
+  stale_s: float = free(120.0, gt=0)  # a heartbeat older than this is a stall
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+  """What `launch.engine = "slurm"` asks for; "" and 0: the cluster's default."""
+
+  partition: str = free("")
+  account: str = free("")
+  container: str = free("")  # for a cluster with srun --container-image
+  time_limit_s: int = free(0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobsetConfig:
+  """What `launch.engine = "jobset"` asks for."""
+
+  namespace: str = free("default")
+  image: str = free("")  # with its digest: name@sha256:…
+  claim: str = free("nmoe-data")  # the PersistentVolumeClaim that holds the root
+  gpu_resource: str = free("nvidia.com/gpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +235,12 @@ class Config:
   train: TrainConfig
   experiment: ExperimentConfig
   yarn: YarnConfig = field(default_factory=YarnConfig)
-  scaling: ScalingConfig = field(default_factory=ScalingConfig)
   precision: PrecisionConfig = field(default_factory=PrecisionConfig)
   rdep: RdepConfig = field(default_factory=RdepConfig)
-  eval: EvalConfig = field(default_factory=EvalConfig)
   launch: LaunchConfig = field(default_factory=LaunchConfig)
+  prod: ProdConfig = field(default_factory=ProdConfig)
+  slurm: SlurmConfig = field(default_factory=SlurmConfig)
+  jobset: JobsetConfig = field(default_factory=JobsetConfig)
   run: RunConfig = field(default_factory=RunConfig)
 
   @property
@@ -246,6 +254,16 @@ class Config:
     chosen = p.experts if product == "experts" else product in p.linears
     inner = p.bf16_first_layers <= layer < self.model.num_layers - p.bf16_last_layers
     return self.target.dtype in ("fp8", "nvfp4") and chosen and inner
+
+  @property
+  def node_ranks(self) -> int:
+    """Ranks on one host."""
+    return self.launch.ranks_per_node or self.launch.ranks
+
+  @property
+  def nodes(self) -> int:
+    """Hosts of the run."""
+    return self.launch.ranks // self.node_ranks
 
   @property
   def steps(self) -> int:

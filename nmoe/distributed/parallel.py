@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from nmoe.config.parameters import Span, owned_rows, parameter_shapes
 from nmoe.config.sections import Config
+from nmoe.distributed import hosts
 from nmoe.distributed.rdep import Passes, Rdep
-from nmoe.errors import CommError
+from nmoe.errors import CommError, ConfigError
 from nmoe.machine.target import Target
 
 SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
@@ -275,17 +276,30 @@ def collectives(rank: int, ranks: int) -> Iterator[None]:
     ) from error
 
 
-def init(config: Config, target: Target, rank: int, rendezvous: str | None) -> Parallel:
+def init(
+  config: Config,
+  target: Target,
+  rank: int,
+  rendezvous: str | None,
+  local_ranks: int | None = None,
+) -> Parallel:
   """Join the run's other ranks and open all communicators. rendezvous: where they meet, a URL of
   torch.distributed such as "file:///tmp/new" or "env://".
 
   Gradients and weights travel over NCCL on GPUs, over gloo on the cpu and where ranks share a GPU
-  (NCCL refuses that). RDEP's heap is allocated here. Raises CommError.
+  (NCCL refuses that). The hosts are compared; each has local_ranks ranks, None: there is one host.
+  RDEP's heap is allocated here. Raises CommError, TargetError.
   """
   ranks = config.launch.ranks
   if ranks == 1:
     return Parallel()
-  alone = target.device.type == "cuda" and ranks <= torch.cuda.device_count()
+  local_ranks = local_ranks or ranks
+  alone = target.device.type == "cuda" and local_ranks <= torch.cuda.device_count()
+  if target.device.type == "cuda" and not alone and local_ranks < ranks:
+    raise ConfigError(
+      f"{local_ranks} ranks on a host with {torch.cuda.device_count()} GPUs, {ranks} in all: on "
+      "several hosts each rank needs a GPU of its own; lower launch.ranks_per_node"
+    )
   timeout = timedelta(seconds=config.rdep.deadline_s)
   with collectives(rank, ranks):
     dist.init_process_group(
@@ -298,6 +312,7 @@ def init(config: Config, target: Target, rank: int, rendezvous: str | None) -> P
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
     saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
+    hosts.compare(hosts.facts(target, local_ranks), control)
     expert_ranks, replicas = expert_groups(config, control, timeout)
   rdep = Rdep(config, target.ops, expert_ranks, target.symmetric)
   parts = shared(config, rank, replicas)

@@ -40,10 +40,11 @@ class Target:
   symmetric: Memory | None = None  # RDEP's memory and row movers; None with one rank
 
 
-def select(config: Config, rank: int = 0) -> Target:
+def select(config: Config, rank: int = 0, local_ranks: int | None = None) -> Target:
   """The machine as [target] asks for it, with torch's determinism and threads set.
 
-  rank picks the GPU, modulo those visible. Raises TargetError: what was found, what is wanted, and
+  rank: this process's number among the local_ranks of its host, None for all of the run; it picks
+  the GPU, modulo those visible. Raises TargetError: what was found, what is wanted, and
   the line to change or the command to run.
   """
   t = config.target
@@ -59,7 +60,9 @@ def select(config: Config, rank: int = 0) -> Target:
   torch.utils.deterministic.fill_uninitialized_memory = False
   torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
   cores = len(os.sched_getaffinity(0))
-  torch.set_num_threads(config.launch.threads or max(1, cores // config.launch.ranks))
+  torch.set_num_threads(
+    config.launch.threads or max(1, cores // (local_ranks or config.launch.ranks))
+  )
   peak = peak_flops(config) or _measured_peak()
   return Target(t.arch, name, device, ops, peak, symmetric)
 

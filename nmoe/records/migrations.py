@@ -108,18 +108,29 @@ def several_hypotheses_and_arms(db: sqlite3.Connection) -> None:
   )
 
 
-def evaluations(db: sqlite3.Connection) -> None:
-  """Schema 3: what `nmoe eval` measured of a run's checkpoint; of equal ones the newest counts.
-
-  `items` is the digest of what was asked; `results` are values by tag (JSON).
-  """
+def attempts_and_events(db: sqlite3.Connection) -> None:
+  """The attempts of production runs, what happened in them, what was generated for them."""
   db.execute(
-    """CREATE TABLE evaluations (
-    run_id TEXT NOT NULL REFERENCES runs(id), step INTEGER NOT NULL, suite TEXT NOT NULL,
-    items TEXT NOT NULL, arithmetic TEXT NOT NULL, results TEXT NOT NULL, seconds REAL NOT NULL,
-    created TEXT NOT NULL)"""
+    """CREATE TABLE attempts (
+    run_id TEXT NOT NULL REFERENCES runs(id), number INTEGER NOT NULL, engine TEXT NOT NULL,
+    job_id TEXT NOT NULL, nodes TEXT NOT NULL, "commit" TEXT NOT NULL, started REAL NOT NULL,
+    first_step INTEGER NOT NULL, last_step INTEGER NOT NULL, ended REAL NOT NULL,
+    outcome TEXT NOT NULL, exit INTEGER NOT NULL, PRIMARY KEY (run_id, number))"""
   )
-  db.execute("CREATE INDEX evaluations_of_run ON evaluations (run_id, step)")
+  db.execute(
+    """CREATE TABLE events (
+    run_id TEXT NOT NULL REFERENCES runs(id), attempt INTEGER NOT NULL, time REAL NOT NULL,
+    step INTEGER NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, host TEXT NOT NULL,
+    detail TEXT NOT NULL)"""
+  )
+  db.execute("CREATE INDEX events_of_run ON events (run_id)")
+  db.execute(
+    """CREATE TABLE artifacts (
+    run_id TEXT NOT NULL REFERENCES runs(id), path TEXT NOT NULL, sha256 TEXT NOT NULL,
+    PRIMARY KEY (run_id, path))"""
+  )
+  for change in ("UPDATE", "DELETE"):
+    _fixed(db, "events", change)
 
 
 def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
@@ -131,7 +142,11 @@ def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
   )
 
 
-MIGRATIONS: tuple[Step, ...] = (runs_and_members, several_hypotheses_and_arms, evaluations)
+MIGRATIONS: tuple[Step, ...] = (
+  runs_and_members,
+  several_hypotheses_and_arms,
+  attempts_and_events,
+)
 
 
 def version(db: sqlite3.Connection) -> int:

@@ -25,15 +25,6 @@ class Root:
     return self.path / "data"
 
   @property
-  def evals(self) -> Path:
-    """One folder a set of prepared items, named by its digest."""
-    return self.path / "evals"
-
-  def eval_items(self, run_id: str, step: int, suite: str) -> Path:
-    """What a suite measured at a step, an item a row (Parquet)."""
-    return self.path / "evals" / "runs" / run_id / f"step_{step:08d}_{suite}.parquet"
-
-  @property
   def kernel_cache(self) -> Path:
     """One folder an architecture, as kernels.tools.build fills it."""
     return self.path / "kernel_cache"
@@ -45,6 +36,11 @@ class Root:
   def checkpoints(self, run_id: str) -> Path:
     """One folder a step."""
     return self.path / "checkpoints" / run_id
+
+  def checkpoint_steps(self, run_id: str) -> list[int]:
+    """Of the run's finished checkpoints, ascending."""
+    folders = self.checkpoints(run_id).glob("step_*")
+    return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdecimal())
 
   @property
   def locks(self) -> Path:
@@ -58,6 +54,18 @@ class Root:
   def logs(self, run_id: str) -> Path:
     """What the run's ranks and the compiler beside them print."""
     return self.path / "logs" / run_id
+
+  def prod(self, run_id: str) -> Path:
+    """Of a production run: what was generated for it, its heartbeat, the request to stop."""
+    return self.path / "runs" / run_id
+
+  def heartbeat(self, run_id: str) -> Path:
+    """How far a production run is, written by rank 0."""
+    return self.prod(run_id) / "heartbeat.json"
+
+  def stop_request(self, run_id: str) -> Path:
+    """While this file exists, a production run saves and leaves."""
+    return self.prod(run_id) / "stop"
 
   def report(self, experiment_id: str) -> Path:
     """index.html, the arms' TOML, changes.patch."""

@@ -8,7 +8,9 @@ experiment database; at every log rank 0 tells its progress (nmoe.train.progress
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -20,19 +22,19 @@ import torch
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config
-from nmoe.data.loader import Loader, Prefetcher, PreparedData, open_data, unigram_bpb
+from nmoe.data.loader import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
-from nmoe.errors import ConfigError, DivergedError, NmoeError
+from nmoe.errors import ConfigError, DataError, DivergedError, NmoeError, TargetError
+from nmoe.evals.heldout import evaluate
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model, update_router_bias
 from nmoe.records import checkpoint
-from nmoe.records.experiments import Experiments
+from nmoe.records.attempts import Attempts, History
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from nmoe.train.clock import Clock
-from nmoe.train.evaluations import Evaluations
 from nmoe.train.guard import Guard
 from nmoe.train.optim import Optimizer
 from nmoe.train.passes import Passes
@@ -46,6 +48,8 @@ from nmoe.train.watch import StepValues, Watch
 
 Opened = Callable[..., PreparedData]  # nmoe.data.loader.open_data, or one that remembers
 
+FINAL = (DivergedError, ConfigError, TargetError, DataError)  # another try would end alike
+FAILED_FOR_GOOD = 76  # exit status after one of them
 INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
 
 
@@ -53,6 +57,7 @@ class Parts(NamedTuple):
   """What the loop turns with, made for one session and the step that it begins at."""
 
   batches: Prefetcher
+  validation: Validation
   passes: Passes
   guard: Guard
   watch: Watch
@@ -70,10 +75,11 @@ def parts_of(session: Session, state: TrainState) -> Parts:
     ranks=ranks.ranks,
     device=device,
   )
+  validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
   clock, guard = Clock(device), Guard(c.optim.clip_norm, device)
   passes = Passes(session, state, clock)
   watch = Watch(session, state.step, clock, guard, passes.graph)
-  return Parts(batches, passes, guard, watch, clock)
+  return Parts(batches, validation, passes, guard, watch, clock)
 
 
 def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] | None:
@@ -81,9 +87,10 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   stop.
   """
   c, ranks, total, begun = session.config, session.parallel, session.config.steps, state.step
-  batches, passes, guard, watch, clock = parts
+  batches, validation, passes, guard, watch, clock = parts
   save_aside(session, state)
   while state.step < total and not ranks.any(session.stop):
+    no_longer_than(c.launch.hang_s)
     session.checkpoints.check()
     clock.start("load")
     tokens, targets = next(batches)
@@ -104,9 +111,9 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     if state.step % c.train.log_every == 0 or state.step == total:
       last = targets.chunk(c.micro_batches)[-1]
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
-    if session.evaluations.due(state.step):
+    if due(state.step, c.train.eval_every) or state.step == total:
       clock.start("eval")
-      watch.add(state.step, session.evaluations.values(state.step, state.model))
+      watch.add(state.step, evaluate(state.model, validation, c.train.micro_batch, ranks))
     if due(state.step, c.train.checkpoint_every) or state.step == total:
       clock.start("checkpoint")
       save(session, state, watch)
@@ -118,6 +125,13 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     return None
   session.checkpoints.wait()
   return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
+
+
+def no_longer_than(seconds: float) -> None:
+  """End this process, with the stacks of its threads in its log, unless this is called again within
+  `seconds`: a hang in a kernel, a collective or Python ends the run, and a launcher may restart it.
+  """
+  faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
 
 def due(step: int, every: int) -> bool:
@@ -152,7 +166,7 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
 
 
 def execute(
-  options: argparse.Namespace, run: Run, experiments: Experiments | None, opened: Opened
+  options: argparse.Namespace, run: Run, experiments: Attempts | None, opened: Opened
 ) -> int:
   """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
   records. opened: how its data are opened.
@@ -160,9 +174,12 @@ def execute(
   startup = StartUp(options.since)
   startup.end("imports")
   root, config = options.root, configs.loads(run.toml, f"run {run.id}")
-  target = select(config, options.rank)
+  no_longer_than(config.launch.hang_s)
+  rank, local_ranks = options.rank, options.local_ranks
+  local_rank = rank if options.local_rank is None else options.local_rank
+  target = select(config, local_rank, local_ranks)
   startup.end("kernels")
-  ranks = parallel.init(config, target, options.rank, options.rendezvous)
+  ranks = parallel.init(config, target, rank, options.rendezvous, local_ranks)
   data = opened(Root(root).data / run.data_digest, verify=options.rank == 0)
   check_vocabulary(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
@@ -178,28 +195,32 @@ def execute(
       ranks.first_expert,
       ranks.saving,
     ),
-    evaluations=Evaluations(config, ranks, data, Root(root), run.id),
     meta=meta,
     profiler=Profiler(options.trace, config.steps),
     startup=startup,
-    progress=Progress(options.progress),
+    progress=Progress(options.progress, options.heartbeat, options.attempt),
     first=options.first,
   )
   startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks)
   resume(session, state)
+  if experiments is not None and options.attempt:
+    experiments.started(run.id, options.attempt, state.step, socket.gethostname())
   startup.end("model")
   try:
     with session.checkpoints, ranks.explained():
       results = train(session, state, parts_of(session, state))
   finally:
+    faulthandler.cancel_dump_traceback_later()
     session.metrics.flush()
   ranks.close()
   if experiments is None:
     return 0 if results is not None else INTERRUPTED
   if results is None:
     experiments.update_run(run.id, status="interrupted")
+    if options.attempt:
+      experiments.event(run.id, options.attempt, "stop", step=state.step)
     return INTERRUPTED
   experiments.update_run(run.id, status="completed", results=results)
   return 0
@@ -211,9 +232,11 @@ def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
   opened: how its data are opened; None: anew.
   """
   opened = opened or open_data
-  with closing(Experiments(options.root)) as records:
-    if options.rank > 0:
-      return execute(options, records.run(options.run), None, opened)
+  if options.rank > 0:
+    with closing(History(options.root)) as reader:
+      run = reader.run(options.run)
+    return execute(options, run, None, opened)
+  with closing(Attempts(options.root)) as records:
     run = records.claim(options.run)
     try:
       return execute(options, run, records, opened)
@@ -221,6 +244,9 @@ def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
       results = {"diverged": 1} if isinstance(error, DivergedError) else {}
       name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
       records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
+      if options.attempt and isinstance(error, FINAL):
+        kind = "diverged" if isinstance(error, DivergedError) else "refused"
+        records.event(run.id, options.attempt, kind, detail={"error": str(error)})
       raise
 
 
@@ -240,7 +266,7 @@ def main() -> int:
     return attempt(options())
   except NmoeError as error:
     sys.stderr.write(f"error: {error}\n")
-    return 1
+    return FAILED_FOR_GOOD if isinstance(error, FINAL) else 1
 
 
 if __name__ == "__main__":

@@ -16,8 +16,12 @@ def parser(module: str) -> argparse.ArgumentParser:
   p.add_argument("--root", type=Path, required=True)
   p.add_argument("--run", required=True, help="a recorded run of the root")
   p.add_argument("--rank", type=int, default=0)
+  p.add_argument("--local-rank", type=int, help="among the ranks of this host; default: --rank")
+  p.add_argument("--local-ranks", type=int, help="on this host; default: all of the run")
   p.add_argument("--rendezvous", help="where the ranks meet: a URL, as torch.distributed's")
   p.add_argument("--progress", type=int, help="the descriptor of a pipe for messages")
+  p.add_argument("--heartbeat", type=Path, help="a file that says how far the run is")
+  p.add_argument("--attempt", type=int, default=0, help="of a production run; 0: it is none")
   return p
 
 

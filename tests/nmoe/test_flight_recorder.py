@@ -19,8 +19,6 @@ from nmoe.model.decoder import Model
 from nmoe.records import metrics
 from nmoe.records.checkpoint import Writer
 from nmoe.records.metrics import Metrics
-from nmoe.records.root import Root
-from nmoe.train.evaluations import Evaluations
 from nmoe.train.flight import FlightRecorder
 from nmoe.train.loop import build, parts_of, resume, train
 from nmoe.train.session import Session
@@ -200,15 +198,13 @@ def trained(folder, config, name, stop=-1):
   checkpoints = Writer(root / "checkpoints" / name, config.train.keep_checkpoints)
   meta = {"config": to_toml(config)}
   steps, writer = Steps(stop), Metrics(root, name)
-  opened = open_data(data)
   session = Session(
     config=config,
     target=target,
     parallel=ranks,
-    data=opened,
+    data=open_data(data),
     metrics=writer,
     checkpoints=checkpoints,
-    evaluations=Evaluations(config, ranks, opened, Root(root), name),
     meta=meta,
     profiler=steps,
   )

@@ -192,11 +192,11 @@ def test_a_step_that_fails_changes_nothing(root, monkeypatch):
 def test_the_next_step_is_one_function(root, monkeypatch):
   """What a colleague adds: schema 1 and schema 2 both get there, data intact."""
 
-  def attempts(db):
-    db.execute("CREATE TABLE attempts (run_id TEXT NOT NULL REFERENCES runs(id), n INTEGER)")
+  def notes(db):
+    db.execute("CREATE TABLE notes (run_id TEXT NOT NULL REFERENCES runs(id), n INTEGER)")
 
   Experiments(root).close()
-  monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, attempts))
+  monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, notes))
   for path in (root, root / "older"):
     path.mkdir(exist_ok=True)
     if path != root:
@@ -204,7 +204,7 @@ def test_the_next_step_is_one_function(root, monkeypatch):
     Experiments(path).close()
     assert version(path / "experiments.db") == len(MIGRATIONS) + 1
     assert counts(path / "experiments.db") == COUNTS
-    assert counts(path / "experiments.db", ("attempts",)) == {"attempts": 0}
+    assert counts(path / "experiments.db", ("notes",)) == {"notes": 0}
 
 
 def test_several_processes_migrate_at_once(root):

@@ -1,0 +1,128 @@
+"""The attempts of a production run and what happened in them.
+
+An attempt is one allocation: it begins when an engine starts the hosts and ends with an outcome.
+Its number counts a run's attempts; the highest is the one that may write (a fencing token).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmoe.records.experiments import Experiments
+from nmoe.records.reader import Reader
+
+KINDS = ("launch", "restart", "stop", "override", "diverged", "refused", "crashed", "preempted")
+OUTCOMES = ("completed", "stopped", "preempted", "crashed", "diverged", "refused", "no progress")
+
+
+@dataclass(frozen=True)
+class Attempt:
+  """Times are seconds since 1970; `ended` is 0 and `outcome` "" while it is under way.
+
+  first_step, last_step: of the newest checkpoint when it began and when it ended.
+  """
+
+  run_id: str
+  number: int
+  engine: str
+  job_id: str
+  nodes: list[str]
+  commit: str
+  started: float
+  first_step: int
+  last_step: int
+  ended: float
+  outcome: str
+  exit: int
+
+
+@dataclass(frozen=True)
+class Event:
+  """One of KINDS, at a step of an attempt."""
+
+  run_id: str
+  attempt: int
+  time: float
+  step: int
+  kind: str
+  rank: int
+  host: str
+  detail: dict[str, Any]
+
+
+class History(Reader):
+  """The records, with what production runs add; opened read-only."""
+
+  def attempts(self, run_id: str) -> list[Attempt]:
+    """Of a run, oldest first."""
+    rows = self._read("SELECT * FROM attempts WHERE run_id = ? ORDER BY number", run_id)
+    return [Attempt(**{**dict(row), "nodes": json.loads(row["nodes"])}) for row in rows]
+
+  def events(self, run_id: str) -> list[Event]:
+    """Of a run, oldest first."""
+    rows = self._read("SELECT * FROM events WHERE run_id = ? ORDER BY rowid", run_id)
+    return [Event(**{**dict(row), "detail": json.loads(row["detail"])}) for row in rows]
+
+  def artifacts(self, run_id: str) -> dict[str, str]:
+    """Path -> SHA-256 of what was generated for a run."""
+    rows = self._read("SELECT path, sha256 FROM artifacts WHERE run_id = ? ORDER BY rowid", run_id)
+    return {row["path"]: row["sha256"] for row in rows}
+
+
+class Attempts(Experiments, History):
+  """The same, opened for writing: by the commands and by rank 0."""
+
+  def begin(
+    self, run_id: str, *, engine: str, job_id: str, nodes: Sequence[str], commit: str, step: int
+  ) -> int:
+    """Record that an attempt begins at the checkpoint of `step`; its number."""
+    with self._writing() as db:
+      last = db.execute("SELECT max(number) FROM attempts WHERE run_id = ?", (run_id,)).fetchone()
+      number = (last[0] or 0) + 1
+      row = (run_id, number, engine, job_id, json.dumps(list(nodes)), commit, time.time(), step)
+      db.execute("INSERT INTO attempts VALUES (?,?,?,?,?,?,?,?,?,0,'',0)", (*row, step))
+    return number
+
+  def end(self, run_id: str, number: int, *, outcome: str, exit_status: int, step: int) -> None:
+    """Record how an attempt ended; `step` of the newest checkpoint."""
+    assert outcome in OUTCOMES
+    with self._writing() as db:
+      db.execute(
+        "UPDATE attempts SET ended = ?, outcome = ?, exit = ?, last_step = ? "
+        "WHERE run_id = ? AND number = ?",
+        (time.time(), outcome, exit_status, step, run_id, number),
+      )
+
+  def started(self, run_id: str, attempt: int, step: int, host: str) -> None:
+    """Record that ranks train from `step` on: a launch, or a restart within the attempt."""
+    before = any(event.attempt == attempt for event in self.events(run_id))
+    self.event(run_id, attempt, "restart" if before else "launch", step=step, host=host)
+
+  def event(
+    self,
+    run_id: str,
+    attempt: int,
+    kind: str,
+    *,
+    step: int = 0,
+    rank: int = 0,
+    host: str = "",
+    detail: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Record that something of `kind` happened now."""
+    assert kind in KINDS
+    row = (run_id, attempt, time.time(), step, kind, rank, host, json.dumps(dict(detail or {})))
+    with self._writing() as db:
+      db.execute("INSERT INTO events VALUES (?,?,?,?,?,?,?,?)", row)
+
+  def artifact(self, run_id: str, path: Path) -> None:
+    """Record a generated file by its hash."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with self._writing() as db:
+      db.execute("INSERT OR REPLACE INTO artifacts VALUES (?,?,?)", (run_id, str(path), digest))
