@@ -2,6 +2,10 @@
 
 `python -P -m stages.launch.child --parent PID MODULE ARGUMENTS…`. Imports nothing slow, so that
 there is no moment of importing torch in which a rank would outlive its parent.
+
+`--agent`: the parent is torch's elastic agent (stages.launch.agent). The rank's place comes from
+the environment, and its exit status is 0 whenever another start would not help: what became of the
+run stands in the records, and the agent restarts ranks that leave with another status.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+RECORDED = (0, 75, 76)  # completed, told to stop, failed for good: nmoe.train.loop
 
 
 def die_with(parent: int, number: int) -> None:
@@ -28,16 +33,29 @@ def die_with(parent: int, number: int) -> None:
     sys.exit(128 + number)
 
 
+def place() -> list[str]:
+  """Where this rank is among the others, as torch's agent says it."""
+  env = os.environ
+  found = ["--rank", env["RANK"], "--local-rank", env["LOCAL_RANK"], "--rendezvous", "env://"]
+  return [*found, "--local-ranks", env["LOCAL_WORLD_SIZE"]]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m stages.launch.child")
   parser.add_argument("--parent", type=int, required=True)
-  parser.add_argument("--signal", type=int, default=signal.SIGTERM, help="SIGTERM saves first.")
+  parser.add_argument("--agent", action="store_true", help="the parent is torch's elastic agent")
   parser.add_argument("module")
   parser.add_argument("arguments", nargs=argparse.REMAINDER)
   options = parser.parse_args()
-  die_with(options.parent, options.signal)
-  sys.argv = [options.module, *options.arguments]
-  runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+  die_with(options.parent, signal.SIGKILL if options.agent else signal.SIGTERM)
+  more = place() if options.agent else []
+  sys.argv = [options.module, *options.arguments, *more]
+  try:
+    runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+  except SystemExit as left:
+    if options.agent and left.code in RECORDED:
+      sys.exit(0)
+    raise
 
 
 if __name__ == "__main__":

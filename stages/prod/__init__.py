@@ -1,0 +1,1 @@
+"""Stage 4: production launches that rest on evidence and survive weeks."""

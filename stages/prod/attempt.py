@@ -1,0 +1,104 @@
+"""How an attempt of a production run begins, and what its end means for the next one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmoe.config import file as configs
+from nmoe.errors import RecordError
+from nmoe.records.attempts import Attempt, Attempts, History
+from nmoe.records.reader import Run
+from nmoe.records.root import Root
+
+DONE, AGAIN, NEVER = 0, 75, 76  # exit statuses: over; to be queued again; never to be queued again
+STATUS = {
+  "completed": DONE,
+  "stopped": DONE,
+  "preempted": AGAIN,
+  "crashed": AGAIN,
+  "diverged": NEVER,
+  "refused": NEVER,
+  "no progress": NEVER,
+}
+
+
+@dataclass(frozen=True)
+class End:
+  """Of an attempt: one of nmoe.records.attempts.OUTCOMES, and why."""
+
+  outcome: str
+  why: str
+
+  @property
+  def status(self) -> int:
+    return STATUS[self.outcome]
+
+
+def begin(root: Path, run_id: str, engine: str, job_id: str = "", nodes: Sequence[str] = ()) -> int:
+  """Record the next attempt of a run; its number."""
+  records = Attempts(root)
+  try:
+    run = records.run(run_id)
+    if run.status == "completed":
+      raise RecordError(f"run {run_id} is completed")
+    Root(root).stop_request(run_id).unlink(missing_ok=True)
+    hosts = list(nodes) or [socket.gethostname()]
+    step = newest_step(root, run_id)
+    return records.begin(
+      run_id, engine=engine, job_id=job_id, nodes=hosts, commit=run.commit, step=step
+    )
+  finally:
+    records.close()
+
+
+def settle(root: Path, run_id: str, number: int) -> End:
+  """What became of an attempt whose processes have ended, as the records say it; recorded."""
+  records = Attempts(root)
+  try:
+    end = judged(root, records, records.run(run_id), number)
+    step = newest_step(root, run_id)
+    records.end(run_id, number, outcome=end.outcome, exit_status=end.status, step=step)
+    if end.outcome in ("crashed", "preempted"):
+      records.event(run_id, number, end.outcome, step=step, detail={"why": end.why})
+    Root(root).stop_request(run_id).unlink(missing_ok=True)
+    return end
+  finally:
+    records.close()
+
+
+def judged(root: Path, records: History, run: Run, number: int) -> End:
+  """The end of attempt `number`, the newest one of the run."""
+  if run.status == "completed":
+    return End("completed", "")
+  events = [event for event in records.events(run.id) if event.attempt == number]
+  final = next((event for event in events if event.kind in ("diverged", "refused")), None)
+  if final is not None:
+    return End(final.kind, final.detail["error"])
+  if events and events[-1].kind == "stop":
+    asked = Root(root).stop_request(run.id).exists()
+    return End("stopped" if asked else "preempted", "it was told to leave, and saved")
+  config = configs.loads(run.toml, f"run {run.id}", env={})
+  attempts = records.attempts(run.id)
+  why = run.error or "a rank died without a word: see the logs"
+  if stuck(attempts, newest_step(root, run.id), config.prod.no_progress):
+    n = config.prod.no_progress
+    return End("no progress", f"{n} attempts in a row ended without a newer checkpoint: {why}")
+  if len(attempts) >= config.prod.max_attempts:
+    return End("no progress", f"{len(attempts)} attempts (prod.max_attempts): {why}")
+  return End("crashed", why)
+
+
+def stuck(attempts: Sequence[Attempt], step: int, limit: int) -> bool:
+  """Whether the last `limit` attempts, of which the newest ends now at the checkpoint of `step`,
+  all ended where the first of them began.
+  """
+  last = attempts[-limit:]
+  return len(last) == limit and last[0].first_step == step
+
+
+def newest_step(root: Path, run_id: str) -> int:
+  """Of the run's checkpoints; 0: it has none."""
+  return max(Root(root).checkpoint_steps(run_id), default=0)

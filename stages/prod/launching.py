@@ -1,0 +1,246 @@
+"""`nmoe prod launch`, `status`, `stop`: a run that rests on evidence, and what it is doing now.
+
+Launching a configuration again goes on with its run. The local engine is here: this process starts
+torch's agent, follows the run's heartbeat, and begins the next attempt when one crashed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config, fingerprint
+from nmoe.errors import ConfigError, RunError
+from nmoe.records.attempts import Attempts, History
+from nmoe.records.reader import Experiment, Run
+from nmoe.records.root import Root
+from nmoe.train.progress import Heartbeat
+from stages.launch import local
+from stages.launch.display import Display, Line
+from stages.prod.attempt import DONE, End, begin, newest_step, settle
+from stages.prod.evidence import Evidence, evidence
+from stages.runs import Arm, Workbench
+
+POLL_S = 0.5
+HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `status --check`
+
+
+def launch(path: Path, console: Console, without_evidence: str = "") -> int:
+  """Check the evidence, record the run or find it, execute it to its end; the exit status of
+  stages.prod.attempt. ConfigError if evidence is missing and no reason to do without is given.
+  """
+  config = configs.load(path)
+  if config.train.checkpoint_every == 0:
+    raise ConfigError(
+      f"{path}: train.checkpoint_every = 0 in a production run: a crash would lose all of it; "
+      "`nmoe prod plan` says how often is best"
+    )
+  bench = Workbench.open(config.run.root, console)
+  found = evidence(config, path, bench.experiments, bench.code_version)
+  _show_evidence(found, console)
+  lacking = [one for one in found if one.lack]
+  if lacking and not without_evidence:
+    lines = "\n".join(f"  {one.what}: {one.lack}" for one in lacking)
+    raise ConfigError(
+      f"{path}: a launch rests on evidence, and this is missing:\n{lines}\n"
+      "or launch --without-evidence REASON, which every report of the run will show"
+    )
+  arm = bench.arm("production", config)
+  experiment = bench.experiment("prod", config, [arm])
+  run = _run(bench, experiment, arm, console)
+  if run.status == "completed":
+    console.print(f"run {run.id} is completed", markup=False)
+    return DONE
+  _rest_on(bench, experiment, run, found, without_evidence)
+  with _alone(bench.root, run.id), Display(console) as display:
+    line = display.line("production", config.steps, f"starting {run.id}")
+    end = _execute(bench.root, run, config, line)
+    line.end(f"{end.outcome}{f': {end.why}' if end.why else ''}")
+  if end.status == DONE and end.outcome == "completed":
+    done = bench.experiments.run(run.id)
+    verdict = {"reason": f"{config.steps} steps, {_restarts(bench.root, run.id)}."}
+    bench.close(experiment, "completed", verdict, [done])
+  return end.status
+
+
+def _run(bench: Workbench, experiment: Experiment, arm: Arm, console: Console) -> Run:
+  """The newest run of this computation, under the configuration's free keys; else a new one."""
+  config = arm.config
+  key = fingerprint(config, arm.data.name), arm.data.name, config.train.seed, bench.code_version
+  done = bench.experiments.find_finished(*key)
+  if done is not None and done.status == "completed":
+    return done
+  run = bench.experiments.find_unfinished(*key)
+  if run is None:
+    return bench.start(experiment, arm, config.train.seed)
+  if run.status != "running":
+    bench.hand_over(run, config)
+  step = newest_step(bench.root, run.id)
+  console.print(f"run {run.id} goes on from step {step}", markup=False)
+  return run
+
+
+def _rest_on(
+  bench: Workbench, experiment: Experiment, run: Run, found: list[Evidence], reason: str
+) -> None:
+  """Link the evidence to the launch, and record what it does without."""
+  known = {link.from_id for link in bench.experiments.links(experiment.id)}
+  for one in found:
+    if not one.lack and one.experiment not in known:
+      bench.experiments.link(one.experiment, experiment.id, "supports", one.what)
+  lacking = {one.what: one.lack for one in found if one.lack}
+  if lacking:
+    records = Attempts(bench.root)
+    records.event(run.id, 0, "override", detail={"reason": reason, "without": lacking})
+    records.close()
+
+
+def _show_evidence(found: list[Evidence], console: Console) -> None:
+  for one in found:
+    text = f"evidence {one.what}: " + (one.lack or f"{one.experiment} passed")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _alone(root: Path, run_id: str) -> Iterator[None]:
+  """Hold the launch of a run; RunError naming who does, if another process has it."""
+  folder = Root(root).prod(run_id)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "launch.lock").open("a+") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      lock.seek(0)
+      who, beat = lock.read() or "another process", Heartbeat.read(Root(root).heartbeat(run_id))
+      told = "no heartbeat yet"
+      if beat is not None:
+        told = f"attempt {beat.attempt}, heartbeat {time.time() - beat.time:.0f} s ago"
+      raise RunError(
+        f"run {run_id} is launched already by {who} ({told}); `nmoe prod stop {run_id}` ends it"
+      ) from None
+    lock.truncate(0)
+    lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
+    lock.flush()
+    yield
+
+
+def _execute(root: Path, run: Run, config: Config, line: Line) -> End:
+  """Attempts, until one ends otherwise than by a crash or this process is told to stop."""
+  while True:
+    number = begin(root, run.id, "local")
+    told = _attempt(root, run, config, number, line)
+    end = settle(root, run.id, number)
+    if end.outcome != "crashed" or told:
+      return end
+    line.display.say(f"production: attempt {number} crashed: {end.why}")
+
+
+def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> bool:
+  """Run the agent of this host until it ends; whether an interrupt was passed on as SIGTERM."""
+  logs = Root(root).logs(run.id)
+  logs.mkdir(parents=True, exist_ok=True)
+  env = local.child_environment(root, config)
+  env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+  arguments = ["--root", str(root), "--run", run.id, "--attempt", str(number)]
+  command = local.child_command("stages.launch.agent", arguments)
+  told = False
+  with ExitStack() as cleanup, local.interruptible():
+    cleanup.callback(local.terminate, local.compile_beside(root, config, logs))
+    agent = local.spawn(command, env, logs / "agent.txt")
+    cleanup.callback(agent.kill)
+    while agent.poll() is None:
+      try:
+        _follow(root, run.id, number, line)
+        time.sleep(POLL_S)
+      except KeyboardInterrupt:
+        if told:
+          raise
+        agent.terminate()
+        told = True
+    _follow(root, run.id, number, line)
+  return told
+
+
+def _follow(root: Path, run_id: str, number: int, line: Line) -> None:
+  beat = Heartbeat.read(Root(root).heartbeat(run_id))
+  if beat is not None and beat.attempt == number and beat.entry != line.entry:
+    line.follow(beat.entry)
+  else:
+    line.idle()
+
+
+def _restarts(root: Path, run_id: str) -> str:
+  records = History(root)
+  attempts, events = records.attempts(run_id), records.events(run_id)
+  records.close()
+  restarts = sum(event.kind == "restart" for event in events)
+  return f"{len(attempts)} attempts, {restarts} restarts within them"
+
+
+def stop(run_id: str, root: Path, console: Console) -> None:
+  """Ask a run to save its state and leave; it does at its next log. RecordError: no such run."""
+  records = History(root)
+  run = records.run(run_id)
+  records.close()
+  if run.status != "running":
+    raise RunError(f"run {run_id} is {run.status}; there is nothing to stop")
+  request = Root(root).stop_request(run_id)
+  request.parent.mkdir(parents=True, exist_ok=True)
+  request.write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
+  console.print(f"run {run_id} saves its state and leaves at its next log", markup=False)
+
+
+def status(run_id: str | None, root: Path, console: Console) -> int:
+  """Print what a production run is doing, by default the newest; HEALTHY, UNKNOWN or SICK."""
+  records = History(root)
+  try:
+    run = records.run(run_id) if run_id else _newest(records)
+    attempts, events = records.attempts(run.id), records.events(run.id)
+  finally:
+    records.close()
+  config = configs.loads(run.toml, f"run {run.id}", env={})
+  beat = Heartbeat.read(Root(root).heartbeat(run.id))
+  told = "no step logged yet"
+  age = float("inf")
+  if beat is not None:
+    age = time.time() - beat.time
+    told = f"{beat.entry}, {age:.0f} s ago on {beat.host}"
+  console.print(f"run {run.id}: {run.status}; {told}", markup=False, highlight=False)
+  table = Table()
+  for column in ("attempt", "engine", "hosts", "from step", "to step", "outcome"):
+    table.add_column(column)
+  for a in attempts:
+    steps = str(a.first_step), str(a.last_step) if a.ended else ""
+    table.add_row(str(a.number), a.engine, str(len(a.nodes)), *steps, a.outcome or "under way")
+  console.print(table)
+  for event in events[-10:]:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
+    text = f"{when} attempt {event.attempt} step {event.step}: {event.kind} {event.detail or ''}"
+    console.print(text, markup=False, highlight=False)
+  return health(run, age, config.prod.stale_s)
+
+
+def health(run: Run, age_s: float, stale_s: float) -> int:
+  """What a monitor is told: a run that is over is healthy, one that failed or is silent is sick."""
+  if run.status == "completed":
+    return HEALTHY
+  if run.status == "running":
+    return HEALTHY if age_s <= stale_s else UNKNOWN if age_s == float("inf") else SICK
+  return SICK if run.status == "failed" else UNKNOWN
+
+
+def _newest(records: History) -> Run:
+  for experiment in records.list():
+    if experiment.stage == "prod" and (runs := records.runs(experiment.id)):
+      return runs[-1]
+  raise RunError(f"{records.path}: no production run; `nmoe prod launch CONFIG` starts one")

@@ -1,0 +1,207 @@
+"""Production launches: the gate, what an end means, what hosts must have in common, the records."""
+
+import io
+import subprocess
+import sys
+import time
+
+import pytest
+from labs import write_variant
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.config.file import changed
+from nmoe.config.sections import fingerprint
+from nmoe.distributed.hosts import differences
+from nmoe.errors import ConfigError, RecordError
+from nmoe.records.attempts import Attempt, Attempts, History
+from nmoe.records.reader import Hypothesis
+from nmoe.records.root import Root
+from nmoe.train.progress import Entry, Heartbeat, Progress
+from stages.prod import launching
+from stages.prod.attempt import begin, settle, stuck
+from stages.prod.evidence import evidence
+
+CLAIM = Hypothesis("It is better.", "val/bpb", "lower", 0.0)
+
+
+@pytest.fixture
+def records(lab):
+  found = Attempts(lab.root)
+  yield found
+  found.close()
+
+
+def conclude(lab, records, stage, name, verdict, code="code", **values):
+  """A concluded experiment with one run; its id."""
+  config = changed(lab.config, {key.replace("__", "."): value for key, value in values.items()})
+  experiment = records.create(name, stage, (CLAIM,))
+  run = records.start_run(
+    experiment.id,
+    "arm",
+    0,
+    toml=configs.to_toml(config),
+    fingerprint=fingerprint(config, "data"),
+    data_digest="data",
+    code_version=code,
+    commit="",
+    diff="",
+    environment={},
+    target="cpu",
+  )
+  records.update_run(run.id, status="completed")
+  records.conclude(experiment.id, verdict, {})
+  return experiment.id
+
+
+def lacks(lab, records, **values) -> dict[str, str]:
+  config = changed(lab.config, {key.replace("__", "."): value for key, value in values.items()})
+  found = evidence(config, lab.file, records, "code")
+  return {one.what: one.lack for one in found}
+
+
+def test_the_gate(lab, records):
+  """Everything is missing, with the command that makes it; then it comes, piece by piece."""
+  missing = lacks(lab, records, prod__evidence=["better"])
+  assert missing.keys() == {"better", "check-resume", "prod-check"}  # check-ep: of several ranks
+  assert "no experiment 'better'" in missing["better"]
+  assert f"run `nmoe check resume {lab.file}`" in missing["check-resume"]
+  conclude(lab, records, "ablate", "better", "refuted")
+  assert (
+    "is refuted; only what was confirmed"
+    in lacks(lab, records, prod__evidence=["better"])["better"]
+  )
+  conclude(lab, records, "research", "better", "confirmed")
+  assert "is of stage research" in lacks(lab, records, prod__evidence=["better"])["better"]
+  conclude(lab, records, "ablate", "better", "confirmed", optim__beta1=0.8)
+  assert "optim.beta1" in lacks(lab, records, prod__evidence=["better"])["better"]
+  conclude(lab, records, "ablate", "better", "confirmed", model__num_layers=1)  # another size
+  assert lacks(lab, records, prod__evidence=["better"])["better"] == ""
+  conclude(lab, records, "check", "check-resume-x", "confirmed", model__num_layers=1)
+  assert "was not run for this configuration" in lacks(lab, records)["check-resume"]
+  conclude(lab, records, "check", "check-resume-x", "confirmed", code="other")
+  assert "passed with other code" in lacks(lab, records)["check-resume"]
+  conclude(
+    lab,
+    records,
+    "check",
+    "check-resume-x",
+    "confirmed",
+    schedule__total_tokens=1024,
+    schedule__warmup_tokens=0,
+    schedule__decay_tokens=0,
+  )
+  conclude(lab, records, "check", "prod-check-x", "confirmed")
+  assert set(lacks(lab, records, prod__evidence=["better"]).values()) == {""}
+  conclude(lab, records, "check", "prod-check-x", "refuted")
+  assert "did not pass" in lacks(lab, records)["prod-check"]
+  assert "cites no experiment" in lacks(lab, records)["evidence"]
+
+
+def test_a_launch_without_evidence_starts_nothing(lab):
+  with pytest.raises(ConfigError, match=r"(?s)this is missing:.*launch --without-evidence REASON"):
+    launching.launch(lab.file, Console(file=io.StringIO()))
+  assert not (lab.root / "logs").exists()
+
+
+def test_a_launch_that_would_lose_everything_is_refused(lab):
+  file = write_variant(lab.file, "never", "[train]\ncheckpoint_every = 0\n")
+  with pytest.raises(ConfigError, match="a crash would lose all of it"):
+    launching.launch(file, Console(file=io.StringIO()))
+
+
+def test_attempts_count_and_end(lab, records):
+  run = lab.record()
+  first = begin(lab.root, run, "local", nodes=["a", "b"])
+  records.started(run, first, 0, "a")
+  records.started(run, first, 6, "a")
+  records.event(run, first, "stop", step=7)
+  end = settle(lab.root, run, first)
+  assert (end.outcome, end.status) == ("preempted", 75)
+  second = begin(lab.root, run, "local")
+  Root(lab.root).prod(run).mkdir(parents=True)
+  Root(lab.root).stop_request(run).touch()
+  records.event(run, second, "stop", step=9)
+  end = settle(lab.root, run, second)
+  assert (end.outcome, end.status) == ("stopped", 0)
+  assert not Root(lab.root).stop_request(run).exists()
+  third = begin(lab.root, run, "local")
+  records.event(run, third, "diverged", detail={"error": "step 3: not finite"})
+  end = settle(lab.root, run, third)
+  assert (end.outcome, end.status, end.why) == ("diverged", 76, "step 3: not finite")
+  reader = History(lab.root)
+  assert [(a.number, a.outcome, a.exit) for a in reader.attempts(run)] == [
+    (1, "preempted", 75),
+    (2, "stopped", 0),
+    (3, "diverged", 76),
+  ]
+  assert reader.attempts(run)[0].nodes == ["a", "b"]
+  kinds = [(event.attempt, event.kind) for event in reader.events(run)]
+  assert kinds[:3] == [(1, "launch"), (1, "restart"), (1, "stop")]
+  reader.close()
+  records.update_run(run, status="completed")
+  with pytest.raises(RecordError, match="is completed"):
+    begin(lab.root, run, "local")
+
+
+def attempt(first: int) -> Attempt:
+  return Attempt("r", 1, "local", "", [], "", 0.0, first, first, 0.0, "", 0)
+
+
+@pytest.mark.parametrize(
+  ("firsts", "step", "given_up"),
+  [([0, 0], 0, False), ([0, 0, 0], 0, True), ([0, 0, 10], 10, False), ([0, 10, 10, 10], 10, True)],
+)
+def test_no_progress(firsts, step, given_up):
+  """Three attempts that end where the first of them began; a newer checkpoint begins the count."""
+  assert stuck([attempt(first) for first in firsts], step, 3) is given_up
+
+
+def test_hosts_that_differ_are_named():
+  same = {"host": "a", "torch": "2.13.0", "processor": "H100"}
+  assert differences([same, same | {"host": "b"}]) == []
+  told = [same, same, same | {"host": "c", "torch": "2.12.0"}]
+  (line,) = differences(told)
+  assert line.startswith("c (rank 2) has torch 2.12.0, most have 2.13.0: use hosts of one kind")
+
+
+def test_a_heartbeat_is_whole_and_a_request_is_seen(tmp_path):
+  path = tmp_path / "heartbeat.json"
+  assert Heartbeat.read(path) is None
+  progress = Progress(None, path, 3)
+  entry = Entry(1, 9, 2.0, 3.0, 4.0)
+  assert progress.log(entry, tell=True)
+  beat = Heartbeat.read(path)
+  assert beat.entry == entry and beat.attempt == 3 and abs(beat.time - time.time()) < 60
+  (tmp_path / "stop").touch()
+  assert not progress.log(entry, tell=True)
+  assert progress.log(entry, tell=False)  # rank 0 hears it for all
+
+
+HANG = """
+import sys, threading, time
+from nmoe.train.loop import no_longer_than
+for _ in range(3):
+  no_longer_than(1.0)
+  time.sleep(0.6)
+print("three steps", flush=True)
+def the_line_that_hangs(): threading.Event().wait()
+the_line_that_hangs()
+"""
+
+
+def test_a_hang_ends_with_the_stacks():
+  """Steps within the deadline go on; a hang leaves the stack and a status that is not 0."""
+  done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=120)
+  assert done.returncode == 1 and done.stdout == "three steps\n"
+  assert "the_line_that_hangs" in done.stderr and "Timeout" in done.stderr
+
+
+def test_health(lab, records):
+  run = lab.record()
+  found = {}
+  for state in ("running", "failed", "completed"):
+    records.update_run(run, status=state)
+    at = records.run(run)
+    found[state] = [launching.health(at, age, 30.0) for age in (1.0, 60.0, float("inf"))]
+  assert found == {"running": [0, 2, 1], "failed": [2, 2, 2], "completed": [0, 0, 0]}
