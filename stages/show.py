@@ -11,6 +11,7 @@ from kernels.arch import ARCHS
 from kernels.tools.build import build
 from nmoe.config import file as configs
 from nmoe.config import plan as plans
+from nmoe.config import scaling
 from nmoe.config.sections import Config
 from nmoe.config.shapes import kernel_shapes
 from nmoe.errors import ConfigError
@@ -34,6 +35,7 @@ def plan(config: Config, console: Console) -> None:
   )
   console.print(_terms("FLOPs per token, forward and backward", p.flops, 1e9, "GFLOP"))
   console.print(_terms("Bytes of a rank at the step's peak", p.memory, 2**30, "GiB"))
+  console.print(_roles(config))
   if config.launch.ranks > 1:
     r = p.rdep
     console.print(
@@ -44,6 +46,18 @@ def plan(config: Config, console: Console) -> None:
     if device.arch == config.target.arch:
       misfit = plans.fits(p, device.memory_bytes)
       console.print(f"{device.name}: {'fits' if misfit is None else misfit}")
+
+
+def _roles(config: Config) -> Table:
+  table = Table(title=f"Tensors under scaling.rule = {config.scaling.rule!r}", title_justify="left")
+  table.add_column("tensor")
+  for name in ("shape", "initial std", "peak rate", "weight decay", "Muon's factor"):
+    table.add_column(name, justify="right")
+  for r in scaling.roles(config):
+    shape = " × ".join(map(str, r.shape))
+    muon = "—" if r.muon is None else f"{r.muon:.4g}"
+    table.add_row(r.name, shape, f"{r.std:.4g}", f"{r.lr:.4g}", f"{r.weight_decay:.4g}", muon)
+  return table
 
 
 def _terms(title: str, terms: tuple[plans.Term, ...], unit: float, name: str) -> Table:

@@ -24,7 +24,9 @@ from nmoe.machine.target import select
 from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis, Run
+from nmoe.records.root import Root
 from nmoe.train import loop as train
+from nmoe.train.evaluations import Evaluations
 from nmoe.train.profiler import Profiler
 from nmoe.train.progress import Entry
 from nmoe.train.session import Session
@@ -146,12 +148,13 @@ class Lab:
 
   def session(self, run_id: str, **more: Any) -> Session:
     """What the loop gets of a run on one rank, with fields replaced."""
-    config = self.config
+    config, data = self.config, open_data(self.data)
     made = {
       "config": config,
       "target": select(config),
       "parallel": Parallel(),
-      "data": open_data(self.data),
+      "data": data,
+      "evaluations": Evaluations(config, Parallel(), data, Root(self.root), run_id),
       "metrics": metrics.Metrics(self.root, run_id),
       "checkpoints": checkpoint.Writer(self.checkpoints(run_id), config.train.keep_checkpoints),
       "meta": {"config": configs.to_toml(config)},
@@ -179,6 +182,7 @@ class Lab:
       "memory/",
       "train/tokens_per_s",
       "train/mfu",
+      "eval/seconds",
     )
     return {
       tag: list(zip(steps.tolist(), values.tolist(), strict=True))

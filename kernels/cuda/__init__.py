@@ -1,7 +1,7 @@
 """CuTeDSL and QuACK implementation of kernels.ops for sm_90a and sm_100a."""
 
+from kernels.cuda.adamw import adamw
 from kernels.cuda.attention import attention
-from kernels.cuda.blockscale import quantize
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.experts import (
@@ -12,8 +12,9 @@ from kernels.cuda.experts import (
 )
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
+from kernels.cuda.newton_schulz import newton_schulz
 from kernels.cuda.norm import add_rms_norm, rms_norm
-from kernels.cuda.optim import adamw, newton_schulz
+from kernels.cuda.quantization import quantize
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
 

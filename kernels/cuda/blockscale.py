@@ -1,4 +1,4 @@
-"""Block-scale quantization, bit-equal to kernels.reference.blockscale, in one pass over the tensor.
+"""Kernels of kernels.cuda.quantization: bit-equal to kernels.reference.blockscale, in one pass.
 
 `Rows` quantizes along the last dimension: a thread block owns 128 rows by 4 blocks, a thread 8
 neighbouring elements at a time (one 16-byte access of bf16); 4 lanes (MXFP8), 2 lanes (NVFP4) or a
@@ -19,6 +19,8 @@ amax.
 MXFP8 along rows runs at 0.85 of a copy's rate on one H200; NVFP4 is limited by its arithmetic
 (kernels/RESULTS.md). sm_100a has an instruction for NVFP4's rounding to nearest; that path is
 compiled, not run.
+
+One file: `Rows` and `Columns` are one quantizer in two directions and share its scales and codes.
 """
 
 from __future__ import annotations
@@ -30,21 +32,16 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, Uint8, Uint16, Uint32, const_expr
 from cutlass.memory import SmemAllocator
-from torch import Tensor
 
 from kernels.cuda import minifloat as mf
 from kernels.cuda.jit import (
   DTYPES,
   cached,
-  check_device,
   compile_kernel,
-  contiguous,
   fake,
   load_vector,
   vector_at,
 )
-from kernels.formats import BlockScaled, derive, signs
-from kernels.ops import check
 from kernels.sizes import BLOCK
 
 THREADS = 256
@@ -414,136 +411,3 @@ def compile_quantize(mode: Mode, axis: int):
   random = Randomness(*(Uint32(0) for _ in range(3)))
   kernel = Rows(mode) if axis == -1 else Columns(mode)
   return compile_kernel(kernel, x, data, scale, amax, tensor_scale, offset, Int32(1), random)
-
-
-class Operand(NamedTuple):
-  """A quantized operand of a tensor-core product."""
-
-  data: Tensor  # as BlockScaled.data
-  scale: Tensor  # [L, row tiles, block tiles, 32, 4, 4] in the 128 x 4 layout; L is 1 with offsets
-  tensor_scale: Tensor | None  # nvfp4: fp32 0-d
-
-
-def _check(x, format, axis, square, seed, hadamard, offset_E1) -> None:
-  check_device(x.device)
-  check(format in BLOCK, f'quantize: format {format!r} is unknown; use "fp8" or "nvfp4"')
-  check(axis in (-1, -2), f"quantize: axis {axis} must be -1 or -2")
-  check(x.dtype in DTYPES, f"quantize: x is {x.dtype}; use torch.bfloat16 or torch.float32")
-  check(x.ndim >= 2, f"quantize: x {tuple(x.shape)} needs two dimensions at least")
-  check(x.shape[-1] % WIDTH == 0, f"quantize: rows of {x.shape[-1]} elements; need a multiple of 8")
-  check(
-    format == "nvfp4" or not (square or seed is not None),
-    "quantize: square blocks and stochastic rounding are for nvfp4 only",
-  )
-  length, pack = x.shape[axis], 16 if hadamard is not None else 2 if format == "nvfp4" else 1
-  check(
-    length % pack == 0, f"quantize: axis {axis} has {length} elements; need a multiple of {pack}"
-  )
-  check(not square or hadamard is None, "quantize: square blocks are not rotated")
-  check(
-    seed is None or x.numel() < 2**32,
-    f"quantize: {x.numel()} elements exceed the 2^32 - 1 random counters",
-  )
-  check(
-    offset_E1 is None or (offset_E1.dtype == torch.int32 and axis == -1 and x.ndim == 2),
-    "quantize: expert offsets must be int32, and go with axis -1 of a matrix",
-  )
-
-
-def _scale_shape(x: Tensor, mode: Mode, axis: int, offset_E1: Tensor | None) -> tuple[int, ...]:
-  size = BLOCK[mode.format]
-  rows, columns = x.shape[-2:]
-  if not mode.blocked:
-    block = (size, size) if mode.square else (1, size) if axis == -1 else (size, 1)
-    return (*x.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
-  rows, length = (rows, columns) if axis == -1 else (columns, rows)
-  tiles, batch = -(-rows // ATOM_ROWS), x.shape[:-2].numel()
-  if offset_E1 is not None:
-    tiles += offset_E1.numel() - 2
-  return (batch, tiles, -(-length // (size * ATOM_BLOCKS)), 32, 4, 4)
-
-
-def _run(
-  x: Tensor,
-  format: str,
-  axis: int,
-  tensor_amax: Tensor | None,
-  square: bool,
-  seed: int | None,
-  hadamard: int | None,
-  blocked: bool,
-  offset_E1: Tensor | None,
-) -> Operand:
-  _check(x, format, axis, square, seed, hadamard, offset_E1)
-  x = x.detach().contiguous()
-  contiguous(x=x)
-  rows, columns = x.shape[-2:]
-  mode = Mode(
-    x.dtype,
-    format,
-    columns,
-    square,
-    seed is not None,
-    hadamard is not None,
-    False,
-    blocked,
-    offset_E1 is not None,
-  )
-  keys = (0, 0) if seed is None else (derive(seed), derive(seed, 1))
-  bits = 0 if hadamard is None else sum((s < 0) << i for i, s in enumerate(signs(hadamard)))
-  random = Randomness(*keys, bits)
-  flat, nv = x.view(-1, columns), format == "nvfp4"
-  if nv and tensor_amax is None:
-    tensor_amax = x.new_zeros(1, dtype=torch.float32)
-    if x.numel():
-      run = compile_quantize(mode._replace(amax_only=True, stochastic=False, blocked=False), axis)
-      run(flat, None, None, tensor_amax.view(torch.int32), None, offset_E1, rows, random)
-  shape = list(x.shape)
-  shape[axis] //= 2 if nv else 1
-  data = x.new_empty(shape, dtype=torch.uint8)
-  new = x.new_zeros if blocked and axis == -2 else x.new_empty
-  scale = new(_scale_shape(x, mode, axis, offset_E1), dtype=torch.uint8)
-  tensor_scale = x.new_ones(1, dtype=torch.float32) if nv else None
-  if x.numel():
-    amax = tensor_amax.reshape(1).float() if nv else None
-    run = compile_quantize(mode, axis)
-    run(flat, data.view(-1), scale.view(-1), amax, tensor_scale, offset_E1, rows, random)
-  data = data if nv else data.view(torch.float8_e4m3fn)
-  scale = scale.view(torch.float8_e4m3fn if nv else torch.float8_e8m0fnu)
-  return Operand(data, scale, tensor_scale.view(()) if nv else None)
-
-
-def quantize(
-  x: Tensor,
-  format: str,
-  *,
-  axis: int = -1,
-  tensor_amax: Tensor | None = None,
-  square: bool = False,
-  seed: int | None = None,
-  hadamard: int | None = None,
-) -> BlockScaled:
-  """See kernels.reference.blockscale.quantize: the same bits. x bf16 or fp32, whole rows of 8."""
-  out = _run(x, format, axis, tensor_amax, square, seed, hadamard, False, None)
-  size = BLOCK[format]
-  block = (size, size) if square else (1, size) if axis == -1 else (size, 1)
-  return BlockScaled(format, *out, axis, block)
-
-
-def quantize_operand(
-  x: Tensor,
-  format: str,
-  *,
-  axis: int = -1,
-  tensor_amax: Tensor | None = None,
-  square: bool = False,
-  seed: int | None = None,
-  hadamard: int | None = None,
-  offset_E1: Tensor | None = None,
-) -> Operand:
-  """`quantize` with the scales in the tensor cores' layout; `axis` is the dimension that is summed.
-
-  With offset_E1 the rows of x are sorted by expert and each expert's scales begin a new row tile.
-  A square block's scale is repeated for each of its rows.
-  """
-  return _run(x, format, axis, tensor_amax, square, seed, hadamard, True, offset_E1)

@@ -30,9 +30,9 @@ from quack.gemm_tvm_ffi_utils import (
 from quack.rounding import RoundingMode
 from torch import Tensor
 
-from kernels.cuda.blockscale import Operand
 from kernels.cuda.gemms import config, epilogue_plan
 from kernels.cuda.jit import ARCH, cached, compiling
+from kernels.cuda.quantization import Operand
 
 
 @gemm_epilogue(outputs=("act",), mode="acc_pair")

@@ -30,8 +30,9 @@ from quack.gemm_runtime.host import GemmEpiPlan
 from quack.gemm_tvm_ffi_utils import make_scheduler_args
 from torch import Tensor
 
-from kernels.cuda.blockscale import ATOM_ROWS, Operand
+from kernels.cuda.blockscale import ATOM_ROWS
 from kernels.cuda.jit import ARCH, check_device, compiling
+from kernels.cuda.quantization import Operand
 from kernels.ops import check, check_same_device
 from kernels.ragged import gather, moved
 

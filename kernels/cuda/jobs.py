@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.buffers import COUNTS, DTYPES, Buffers, Route
 from kernels.copies import Copies
-from kernels.cuda.blockscale import quantize
+from kernels.cuda.adamw import adamw
 from kernels.cuda.combine import combine
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.exchange import Exchange
@@ -26,8 +26,9 @@ from kernels.cuda.experts import (
 )
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
+from kernels.cuda.newton_schulz import newton_schulz
 from kernels.cuda.norm import add_rms_norm, rms_norm
-from kernels.cuda.optim import adamw, newton_schulz
+from kernels.cuda.quantization import quantize
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
 from kernels.formats import quantize_rows

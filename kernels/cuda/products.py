@@ -7,9 +7,9 @@
 A weight is quantized twice, as it is and transposed; with `Recipe.copies` at the first forward and
 backward pass after it changed. Per element that moves 2 + 1 and 2 + 2 (the transposed copy in bf16)
 + 2 + 1 bytes in MXFP8, besides scales, for a step instead of for each of its micro-batches. What
-AdamW writes with the weight (kernels.cuda.optim: for the tensor cores) is not quantized here.
+AdamW writes with the weight (kernels.cuda.adamw: for the tensor cores) is not quantized here.
 
-Quantization is kernels.cuda.blockscale; the tensors' scales multiply the fp32 sums, which are
+Quantization is kernels.cuda.quantization; the tensors' scales multiply the fp32 sums, which are
 rounded once, or for dw not at all (kernels.ops: gradients of weights). With `emulate` the operands'
 values, exact in bf16, are multiplied by the bf16 kernels of `gemms`. Without it (sm_100a only)
 QuACK's block-scaled kernels read data and scales. Those read a sum over ragged rows in MXFP8 alone,
@@ -30,9 +30,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels.arithmetic import swiglu
 from kernels.cuda import blockscaled_gemm, gemms
-from kernels.cuda.blockscale import ATOM_ROWS, quantize, quantize_operand
-from kernels.cuda.blockscale import Operand as Quantized
+from kernels.cuda.blockscale import ATOM_ROWS
 from kernels.cuda.jit import ARCH
+from kernels.cuda.quantization import Operand as Quantized
+from kernels.cuda.quantization import quantize, quantize_operand
 from kernels.cuda.tail import zero_tail
 from kernels.formats import BlockScaled, derive
 from kernels.gradient import gradient

@@ -2,8 +2,8 @@
 
 Squares of 16 x 16 elements have the same scales and the same codes in both, rounded to nearest; so
 the weight is quantized once, and what is transposed are codes of 4 bits, in shared memory. The
-results are those of `kernels.cuda.blockscale.quantize_operand`, bit for bit, given the tensor's
-largest magnitude (kernels.cuda.optim finds it while it writes the weight).
+results are those of `kernels.cuda.quantization.quantize_operand`, bit for bit, given the tensor's
+largest magnitude (kernels.cuda.adamw finds it while it writes the weight).
 
 Per element 2 bytes are read and 2 · (1/2 + 1/16) written. The tensor cores that multiply these
 operands are sm_100a's: there it is compiled, not run.
@@ -25,11 +25,11 @@ from kernels.cuda.blockscale import (
   ATOM_ROWS,
   THREADS,
   WIDTH,
-  Operand,
   atom_byte,
   store_words,
 )
 from kernels.cuda.jit import cached, compile_kernel, contiguous, fake, load_vector
+from kernels.cuda.quantization import Operand
 from kernels.ops import check
 from kernels.sizes import BLOCK
 

@@ -4,6 +4,7 @@ Any device. Inputs may be bf16, fp32 or float64; sums, norms and softmax are com
 fp32, float64 stays float64. Every function repeats its bits from run to run on one machine.
 """
 
+from kernels.reference.adamw import adamw
 from kernels.reference.attention import attention
 from kernels.reference.blockscale import quantize
 from kernels.reference.dense import linear, mlp
@@ -14,8 +15,8 @@ from kernels.reference.experts import (
   grouped_mlp_forward,
 )
 from kernels.reference.loss import linear_cross_entropy
+from kernels.reference.newton_schulz import newton_schulz
 from kernels.reference.norm import add_rms_norm, rms_norm
-from kernels.reference.optim import adamw, newton_schulz
 from kernels.reference.rope import mla_qkv
 from kernels.reference.router import combine, layout, route
 

@@ -4,7 +4,7 @@ Of what several ranks hold, the owner alone keeps the fp32 masters and the momen
 update (ZeRO, arXiv 1910.02054). Matrices have one owner, so that Muon needs no other rank (as in
 distributed Muon, arXiv 2502.16982); everything else is cut by rows: embedding, head, routers and
 norms, which AdamW updates element by element, and routed experts, each row of which is a whole
-matrix. Does not import torch.
+matrix. Imports neither torch nor kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from kernels.sizes import WIDTH
 from nmoe.config.sections import Config
 
 Span = tuple[int, int]  # of rows: start, stop
@@ -80,6 +79,11 @@ def _mlp_shapes(
   return {f"{prefix}w13": (*lead, 2 * width, dim), f"{prefix}w2": (*lead, dim, width)}
 
 
+def num_parameters(config: Config) -> int:
+  """Of the whole model, with all experts."""
+  return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
 def parameter_dtype(config: Config) -> Literal["fp32", "bf16"]:
   """Of parameters and activations: fp32 for dtype = "fp32", else bf16 (the optimizer holds fp32
   masters). Routers are fp32.
@@ -89,7 +93,7 @@ def parameter_dtype(config: Config) -> Literal["fp32", "bf16"]:
 
 def parameter_width(config: Config) -> int:
   """Bytes of an element of a parameter or an activation."""
-  return WIDTH[parameter_dtype(config)]
+  return {"fp32": 4, "bf16": 2}[parameter_dtype(config)]
 
 
 def parameter_group(name: str) -> Literal["dense", "router", "expert"]:

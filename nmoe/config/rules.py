@@ -23,6 +23,11 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _schedule_invariants(c)
   yield from _target_invariants(c)
   yield from _payload_invariants(c)
+  yield from _scaling_invariants(c)
+  need = f'is not measured by [eval] suite = "{c.eval.suite}"'
+  suite = c.experiment.metric.removeprefix("eval/").partition("/")[0]
+  measured = not c.experiment.metric.startswith("eval/") or suite == c.eval.suite
+  yield "experiment.metric", not measured, need
 
 
 def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
@@ -103,6 +108,26 @@ def _payload_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "rdep.payload", packed and dim % 32 != 0, need
   need = 'is not for rdep.peer_access = false; set that to true or payload = "bf16"'
   yield "rdep.payload", packed and not c.rdep.peer_access, need
+
+
+def _scaling_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  s, m = c.scaling, c.model
+  on = s.rule != "none"
+  need = "has no form for tied embeddings (the head needs a factor); set tie_embeddings = false"
+  yield "scaling.rule", on and m.tie_embeddings, need
+  base = s.base_dim or m.dim
+  fits = m.dim % base == 0 or base % m.dim == 0
+  need = f"neither divides model.dim {m.dim} nor is a multiple of it; choose a base that does"
+  yield "scaling.base_dim", on and not fits, need
+  heads = s.base_heads or m.num_heads
+  wanted = m.num_heads * base / m.dim
+  need = (
+    f"gives {m.num_heads / heads:g} times the heads at {m.dim / base:g} times the width; head dims "
+    f"stay and heads grow with the width, from {wanted:g} at the base"
+  )
+  yield "scaling.base_heads", on and heads != wanted, need
+  need = "but model.q_lora_rank is 0: q has no rank; set base_q_rank = 0"
+  yield "scaling.base_q_rank", on and s.base_q_rank > 0 and m.q_lora_rank == 0, need
 
 
 def _divisors(n: int) -> str:

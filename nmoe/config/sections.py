@@ -83,6 +83,7 @@ class ModelConfig:
   norm_eps: float = identity(1e-6, gt=0)
   tie_embeddings: bool = identity(False)
   init_std: float = identity(0.006, gt=0)
+  embed_std: float = identity(0.0, ge=0)  # of the embedding; 0: init_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,7 @@ class OptimConfig:
   dense_lr: float = schedule(ge=0)
   router_lr: float = schedule(ge=0)
   expert_lr: float = schedule(ge=0)
+  embed_lr: float = schedule(0.0, ge=0)  # of embedding and head; 0: dense_lr
   dense_weight_decay: float = schedule(0.1, ge=0)
   router_weight_decay: float = schedule(0.0, ge=0)
   expert_weight_decay: float = schedule(0.1, ge=0)
@@ -147,6 +149,26 @@ class OptimConfig:
   muon_steps: int = identity(5, gt=0)
   moments: Literal["fp32", "bf16"] = identity("fp32")
   clip_norm: float = schedule(1.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+  """What rates and sizes were tuned for, and how they follow the model (nmoe.config.scaling).
+
+  base_*: of the model on which they were tuned; 0: this model's own, a ratio of 1.
+  """
+
+  rule: Literal["none", "completep-moe"] = identity("none")
+  base_dim: int = identity(0, ge=0)
+  base_layers: int = identity(0, ge=0)
+  base_dense_dim: int = identity(0, ge=0)
+  base_expert_dim: int = identity(0, ge=0)
+  base_kv_rank: int = identity(0, ge=0)
+  base_q_rank: int = identity(0, ge=0)
+  base_heads: int = identity(0, ge=0)
+  base_batch_tokens: int = schedule(0, ge=0)
+  base_total_tokens: int = schedule(0, ge=0)
+  horizon: float = schedule(0.3, ge=0)  # rates go with total_tokens to the power of minus this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +194,15 @@ class TrainConfig:
   eval_every: int = free(0, ge=0)  # steps; 0: only at the end
   checkpoint_every: int = free(0, ge=0)  # steps; 0: only at the end
   keep_checkpoints: int = free(2, ge=0)  # 0: none is written, and a stopped run starts anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """A suite of downstream tasks inside a run (nmoe.evals.suites). It changes no bit of training."""
+
+  suite: str = free("none")  # "quick", "olmes", "short", a .toml file; "none": nothing
+  every: int = free(0, ge=0)  # steps; 0: only at the end
+  limit: int = free(0, ge=0)  # documents of a task; 0: the suite's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +266,10 @@ class Config:
   train: TrainConfig
   experiment: ExperimentConfig
   yarn: YarnConfig = field(default_factory=YarnConfig)
+  scaling: ScalingConfig = field(default_factory=ScalingConfig)
   precision: PrecisionConfig = field(default_factory=PrecisionConfig)
   rdep: RdepConfig = field(default_factory=RdepConfig)
+  eval: EvalConfig = field(default_factory=EvalConfig)
   launch: LaunchConfig = field(default_factory=LaunchConfig)
   prod: ProdConfig = field(default_factory=ProdConfig)
   slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -13,7 +13,6 @@ dropped. Near-duplicates are not looked for.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from nmoe import files
 from nmoe.data.mixture import Mixture, Source, load_mixture
 from nmoe.data.shards import FORMAT, SplitWriter, digest, list_files, write_manifest
 from nmoe.data.sources import Document, Skip, reader
@@ -241,7 +241,7 @@ def _lock(folder: Path) -> Iterator[None]:
   """Wait for other preparers of this folder; clear what a killed one left behind."""
   with (folder.parent / f".{folder.name}.lock").open("w") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX)
+      files.lock(file, wait=True)
       stale = list(folder.parent.glob(f".{folder.name}-*.partial"))
     except OSError:  # no locks on this filesystem: what is there may be in use
       stale = []

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nmoe.errors import DataError
+from nmoe.files import sha256
 
 FORMAT = 1  # raise it whenever the same source would give other tokens or files
 SHARD_TOKENS = 1 << 27
@@ -142,15 +143,10 @@ class Stream:
       offset = (offset + len(piece)) % self.length
 
 
-def file_hash(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
   """The manifest's table of the .npy files in a folder: their bytes and hashes."""
   paths = sorted(folder.glob("*.npy"))
-  return {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
+  return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -190,7 +186,7 @@ def check_files(folder: Path, manifest: dict[str, Any], hashes: bool) -> None:
     remedy = f"delete {folder} and prepare the mixture again"
     try:
       size = path.stat().st_size
-      found = file_hash(path) if hashes else entry["sha256"]
+      found = sha256(path) if hashes else entry["sha256"]
     except OSError as error:
       raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
     if size != entry["bytes"]:

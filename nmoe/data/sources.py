@@ -10,7 +10,6 @@ the `datasets` library takes a second to import, and the embedded text must not 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from types import ModuleType
 
 from nmoe.data.mixture import FilesSource, Source
 from nmoe.errors import DataError
+from nmoe.files import sha256
 
 _MODULES = {
   "python": "nmoe.data.sources_python",
@@ -70,8 +70,7 @@ def read_bytes(path: Path) -> bytes:
 def file_identity(path: Path) -> str:
   """The sha256 of the content, in hex."""
   try:
-    with path.open("rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
   except OSError as error:
     raise DataError(
       f"{path}: cannot be read: {error}; check the file and its permissions"

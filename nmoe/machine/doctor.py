@@ -7,7 +7,6 @@ cannot be imported is a finding.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib.util
 import json
 import platform
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nmoe.config import plan
+from nmoe import files
+from nmoe.config.parameters import num_parameters
 from nmoe.config.sections import Config
 from nmoe.machine.versions import installed, pip_line, python_clauses, requirements, satisfies
 
@@ -140,7 +140,7 @@ def _nvshmem() -> Check:
 def _disk(config: Config) -> Check:
   """Whether root can be written and holds the checkpoints that are kept, and one being written."""
   root, name = Path(config.run.root), "root"
-  place = _existing(root)
+  place = files.existing(root)
   try:
     with tempfile.TemporaryDirectory(dir=place, prefix="nmoe-doctor-") as folder:
       (Path(folder) / "file").write_bytes(b"nmoe")
@@ -148,7 +148,7 @@ def _disk(config: Config) -> Check:
     remedy = f"make {place} writable, or set run.root (or NMOE_ROOT) to a folder that is"
     return Check(name, False, f"{root}: {error}", remedy)
   free = shutil.disk_usage(place).free
-  need = plan.parameters(config).total * _bytes_per_parameter(config)
+  need = num_parameters(config) * _bytes_per_parameter(config)
   need *= config.train.keep_checkpoints + 1
   found = f"{root}: {free / 1e9:,.1f} GB free, checkpoints take {need / 1e9:,.1f} GB"
   return Check(
@@ -166,7 +166,7 @@ def _locks(root: Path) -> Check:
   """flock must exclude a second holder, and SQLite must lock and write."""
   remedy = "the filesystem has no working locks: set run.root to a local disk"
   try:
-    with tempfile.TemporaryDirectory(dir=_existing(root), prefix="nmoe-doctor-") as folder:
+    with tempfile.TemporaryDirectory(dir=files.existing(root), prefix="nmoe-doctor-") as folder:
       excludes = _flock_excludes(Path(folder) / "lock") and _sqlite_excludes(Path(folder) / "db")
   except (OSError, sqlite3.Error) as error:
     return Check("locks", False, f"{root}: {error}", remedy)
@@ -177,12 +177,7 @@ def _locks(root: Path) -> Check:
 
 def _flock_excludes(path: Path) -> bool:
   with path.open("w") as first, path.open("w") as second:
-    fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-      fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return True
-  return False
+    return files.lock(first) and not files.lock(second)
 
 
 def _sqlite_excludes(path: Path) -> bool:
@@ -200,11 +195,6 @@ def _sqlite_excludes(path: Path) -> bool:
     second.close()
     first.close()
   return False
-
-
-def _existing(path: Path) -> Path:
-  path = path.absolute()
-  return path if path.exists() else _existing(path.parent)
 
 
 def _run(command: list[str]) -> str:

@@ -1,22 +1,20 @@
 """The versions that nmoe asks for, read from its own project file, and those that are installed.
 
-Clauses are the few that the project file uses (==, >=, <), compared by release number, == by what
-follows it too (4.0.0b36); a local part (2.13.0+cu130) does not count.
+A pre-release counts (4.0.0b36), and a local part (2.13.0+cu130) does not.
 """
 
 from __future__ import annotations
 
-import operator
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import tomli
+from packaging.requirements import Requirement as Line
+from packaging.specifiers import SpecifierSet
 
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-_COMPARE = {">=": operator.ge, "<": operator.lt}
-_CLAUSE = re.compile(r"(==|>=|<)\s*([\w.+]+)")
 
 
 @dataclass(frozen=True)
@@ -29,16 +27,12 @@ class Requirement:
 
   def allows(self, version: str | None) -> bool:
     """Whether an installed version (None: not installed) satisfies the line."""
-    return version is not None and satisfies(version, self.line)
+    return version is not None and satisfies(version, str(Line(self.line).specifier))
 
 
 def satisfies(version: str, clauses: str) -> bool:
-  """Whether the version meets every clause in the text."""
-  found = _parts(version)
-  bounds = [(sign, _parts(bound)) for sign, bound in _CLAUSE.findall(clauses)]
-  return all(
-    found == bound if sign == "==" else _COMPARE[sign](found[0], bound[0]) for sign, bound in bounds
-  )
+  """Whether the version meets all clauses, e.g. ">=3.11,<3.15" (PEP 440)."""
+  return SpecifierSet(clauses).contains(version, prereleases=True)
 
 
 def requirements() -> list[Requirement]:
@@ -47,12 +41,8 @@ def requirements() -> list[Requirement]:
     project = tomli.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
     extras = {"": project["dependencies"], **project["optional-dependencies"]}
     return [_requirement(line, extra) for extra, lines in extras.items() for line in lines]
-  found = []
-  for line in metadata.requires("nmoe") or ():
-    line, _, marker = line.partition(";")
-    extra = re.search(r"extra == [\"'](\w+)[\"']", marker)
-    found.append(_requirement(line.strip(), extra[1] if extra else ""))
-  return found
+  extras = metadata.metadata("nmoe").get_all("Provides-Extra") or ()
+  return [_requirement(line, _extra(line, extras)) for line in metadata.requires("nmoe") or ()]
 
 
 def python_clauses() -> str:
@@ -76,13 +66,14 @@ def pip_line(wanted: list[Requirement]) -> str:
 
 
 def _requirement(line: str, extra: str) -> Requirement:
-  return Requirement(re.match(r"[\w.-]+", line)[0], line, extra)
+  parsed = Line(line)
+  parsed.marker = None
+  return Requirement(parsed.name, str(parsed), extra)
 
 
-def _parts(version: str) -> tuple[tuple[int, ...], str]:
-  """((4,), "b36") of "4.0.0b36+cu13"; trailing zeros dropped, so that 6 equals 6.0."""
-  release, suffix = re.match(r"(\d+(?:\.\d+)*)([^+]*)", version).groups()
-  numbers = [int(n) for n in release.split(".")]
-  while numbers and numbers[-1] == 0:
-    numbers.pop()
-  return tuple(numbers), suffix
+def _extra(line: str, extras: Iterable[str]) -> str:
+  """The extra that a line of metadata belongs to; "" if to every installation."""
+  marker = Line(line).marker
+  if marker is None or marker.evaluate({"extra": ""}):
+    return ""
+  return next((extra for extra in extras if marker.evaluate({"extra": extra})), "")

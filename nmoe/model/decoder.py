@@ -25,6 +25,7 @@ from kernels.formats import derive
 from kernels.gradient import gradient
 from kernels.ops import Ops, Recipe, Routing
 from nmoe.config.parameters import is_matrix, parameter_dtype, parameter_group
+from nmoe.config.scaling import initial_std
 from nmoe.config.sections import Config, ModelConfig, YarnConfig
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
@@ -295,22 +296,24 @@ class Model(nn.Module):
 
   @torch.no_grad()
   def init_weights(self, seed: int) -> None:
-    """Matrices normal with std model.init_std, norms 1, router biases 0, and the RoPE tables.
+    """Matrices normal (std: nmoe.config.scaling), norms 1, router biases 0, and the RoPE tables.
 
     Bit-equal on any device. A parameter depends on the seed, its name and its shape, an expert's
     also on its global id: arms of an ablation, and runs on other numbers of ranks, share them.
     """
     m = self.config.model
-    normal = NormalInit(seed, m.init_std, self.cos.device)
+    normal = NormalInit(seed, self.cos.device)
     for name, parameter in self.named_parameters():
       if parameter.ndim == 1:
         parameter.fill_(1.0)
-      elif parameter_group(name) == "expert":
+        continue
+      std = initial_std(self.config, name)
+      if parameter_group(name) == "expert":
         first = self.get_submodule(name.rpartition(".")[0]).first
         for i, matrix in enumerate(parameter):
-          normal.fill_(matrix, f"{name}.{first + i}")
+          normal.fill_(matrix, f"{name}.{first + i}", std)
       else:
-        normal.fill_(parameter, name)
+        normal.fill_(parameter, name, std)
     for router in self.routers:
       router.bias.zero_()
     cos, sin = rope_tables(m, self.config.yarn, self.config.data.seq_len)

@@ -19,21 +19,24 @@ CHUNK = 1 << 24  # weights made at a time: bounds the temporaries to about 1 GB
 
 
 class NormalInit:
-  """Fills tensors with normal weights (standard deviation `std`) from named streams of a seed."""
+  """Fills tensors with normal weights from named streams of a seed."""
 
-  def __init__(self, seed: int, std: float, device: torch.device):
+  def __init__(self, seed: int, device: torch.device):
     middle = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     quantile = torch.special.ndtri(middle)
-    self.seed = seed
-    self.table = (quantile / quantile.square().mean().sqrt() * std).float().to(device)
+    self.seed, self.device = seed, device
+    self.unit = quantile / quantile.square().mean().sqrt()
+    self.tables: dict[float, Tensor] = {}  # by standard deviation
 
-  def fill_(self, out: Tensor, name: str) -> None:
-    """Fill a contiguous floating tensor on the table's device from the stream `name`."""
-    stream = _stream(self.seed, name)
+  def fill_(self, out: Tensor, name: str, std: float) -> None:
+    """Fill a contiguous floating tensor on the device from the stream `name`."""
+    if std not in self.tables:
+      self.tables[std] = (self.unit * std).float().to(self.device)
+    table, stream = self.tables[std], _stream(self.seed, name)
     flat = out.view(-1)
     for start in range(0, flat.numel(), CHUNK):
       part = flat[start : start + CHUNK]
-      part.copy_(self.table[_words(stream, start, part.numel(), out.device)])
+      part.copy_(table[_words(stream, start, part.numel(), out.device)])
 
 
 def _stream(seed: int, name: str) -> int:

@@ -13,7 +13,6 @@ never read. A run saves through `Writer`: its steps wait for a copy to host memo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -38,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from nmoe.errors import CheckpointError, CommError
+from nmoe.files import existing, sha256
 from nmoe.records.root import Root
 
 FORMAT = 1
@@ -151,7 +151,7 @@ def save(
   except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
     if single or dist.get_rank() == 0:
       shutil.rmtree(beside, ignore_errors=True)
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     raise CheckpointError(
       f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} "
       "GiB free); "
@@ -290,7 +290,7 @@ def verify(path: Path) -> None:
     if not file.is_file():
       raise CheckpointError(f"{file} is missing; delete {path} to resume from an earlier step")
     size = file.stat().st_size
-    if size != want["size"] or (digest := _sha256(file)) != want["sha256"]:
+    if size != want["size"] or (digest := sha256(file)) != want["sha256"]:
       found = f"size {size}" if size != want["size"] else f"sha256 {digest[:12]}"
       raise CheckpointError(
         f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 "
@@ -336,16 +336,11 @@ def _seal(path: Path, meta: dict[str, Any]) -> None:
   """Write the manifest and flush everything to the disk."""
   files = {}
   for file in sorted(p for p in path.iterdir() if p.name != "manifest.json"):
-    files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
     _sync(file)
   (path / "manifest.json").write_text(json.dumps({**meta, "files": files}, indent=1))
   _sync(path / "manifest.json")
   _sync(path)
-
-
-def _sha256(file: Path) -> str:
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -354,10 +349,6 @@ def _sync(path: Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
-
-
-def _existing(path: Path) -> Path:
-  return path if path.exists() else _existing(path.parent)
 
 
 def _cause(error: BaseException) -> str:

@@ -11,8 +11,6 @@ stand in the record for people to read.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -25,9 +23,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records.migrations import migrate_file, transaction, version
-from nmoe.records.reader import RUN_SQL, ArmRecord, Experiment, Hypothesis, Reader, Run, decoded_run
+from nmoe.records.reader import (
+  RUN_SQL,
+  ArmRecord,
+  Evaluation,
+  Experiment,
+  Hypothesis,
+  Reader,
+  Run,
+  decoded_run,
+)
 from nmoe.records.root import Root
 
 STATUSES = ("planned", "running", "completed", "failed", "interrupted")
@@ -228,6 +236,12 @@ class Experiments(Reader):
     with self._writing() as db:
       db.execute("INSERT INTO links VALUES (?,?,?,?,?)", row)
 
+  def add_evaluation(self, run_id: str, e: Evaluation) -> None:
+    """Record what a suite measured of a run's checkpoint."""
+    row = (run_id, e.step, e.suite, e.items, e.arithmetic, json.dumps(e.results), e.seconds, _now())
+    with self._writing() as db:
+      db.execute("INSERT INTO evaluations VALUES (?,?,?,?,?,?,?,?)", row)
+
   def start_run(
     self,
     experiment_id: str,
@@ -396,15 +410,15 @@ class Experiments(Reader):
         f"{path}: cannot be opened ({error.strerror}); give this user write access to it"
       ) from error
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if files.lock(lock):
+        return lock
     except OSError as error:
       lock.close()
-      if error.errno in (errno.EAGAIN, errno.EACCES):
-        return None
       raise RecordError(
         f"{path}: cannot be locked ({error.strerror}); put run.root on a filesystem with file locks"
       ) from error
-    return lock
+    lock.close()
+    return None
 
 
 def _now() -> str:

@@ -1,9 +1,11 @@
 """The metrics of a run, in DuckDB: `{root}/metrics/{run_id}/rank_{rank}.duckdb`.
 
-One table of (step, tokens, tag, value, time). DuckDB locks a file while it is open for writing, so
-the writer keeps rows in memory, and `flush` opens the file, appends them in one transaction and
-closes it: others read a live run in between. A killed writer loses the rows not yet flushed and
-nothing else: flush before a checkpoint becomes the newest, `rewind` to its step after loading it.
+A table of (step, tokens, tag, value, time), and `loads` of (step, layer, count of each expert):
+the tokens that a MoE layer sent to each of its experts in that step. DuckDB locks a file while it
+is open for writing, so the writer keeps rows in memory, and `flush` opens the file, appends them in
+one transaction and closes it: others read a live run in between. A killed writer loses the rows not
+yet flushed and nothing else: flush before a checkpoint becomes the newest, `rewind` to its step
+after loading it.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ LOCK_TIMEOUT_S = 10.0
 
 _TABLE = """CREATE TABLE metrics (step BIGINT NOT NULL, tokens BIGINT NOT NULL,
   tag VARCHAR NOT NULL, value DOUBLE NOT NULL, time DOUBLE NOT NULL)"""
+_LOADS = "CREATE TABLE IF NOT EXISTS loads (step BIGINT, layer INTEGER, count UINTEGER[])"
 _TYPES = {"step": np.int64, "tokens": np.int64, "tag": object, "value": float, "time": float}
 # DuckDB takes a NaN of a registered NumPy array for NULL.
 _APPEND = (
   "INSERT INTO metrics SELECT step, tokens, tag, coalesce(value, 'NaN'::DOUBLE), time FROM batch"
 )
+_APPEND_LOADS = """INSERT INTO loads SELECT step, layer, list(count ORDER BY expert) FROM counts
+  GROUP BY step, layer ORDER BY step, layer"""
 
 
 class Metrics:
@@ -39,6 +44,7 @@ class Metrics:
     self.path = _path(root, run_id, rank)
     self._batch = batch
     self._rows: list[tuple[int, int, str, float, float]] = []
+    self._loads: list[tuple[int, np.ndarray]] = []
 
   def add(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
     """Log tag -> value at a step, after `tokens` tokens of the run. NaN and infinities are kept."""
@@ -46,6 +52,10 @@ class Metrics:
     self._rows += [(step, tokens, tag, float(value), now) for tag, value in values.items()]
     if len(self._rows) >= self._batch:
       self.flush()
+
+  def add_loads(self, step: int, count_LE: np.ndarray) -> None:
+    """Log the tokens of every expert of every MoE layer in a step, beside its `add`."""
+    self._loads.append((step, count_LE.astype(np.uint32)))
 
   def flush(self) -> None:
     """Append what is held, all or nothing.
@@ -61,14 +71,22 @@ class Metrics:
     with _opened(self.path) as db:
       db.register("batch", batch)
       db.execute(_APPEND)
+      if self._loads:
+        db.execute(_LOADS)  # of a file of before there were any
+        db.register("counts", _counts(self._loads))
+        db.execute(_APPEND_LOADS)
     self._rows.clear()
+    self._loads.clear()
 
   def rewind(self, step: int) -> None:
     """Delete the rows after `step`: a run resumed from the checkpoint of `step` logs them again."""
     self._rows = [row for row in self._rows if row[0] <= step]
+    self._loads = [row for row in self._loads if row[0] <= step]
     if self.path.exists():
       with _opened(self.path) as db:
         db.execute("DELETE FROM metrics WHERE step > ?", [step])
+        db.execute(_LOADS)
+        db.execute("DELETE FROM loads WHERE step > ?", [step])
 
   def read(self) -> dict[str, Series]:
     """Flush, and everything logged so far, also before the run was interrupted."""
@@ -105,6 +123,15 @@ def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
   }
 
 
+def _counts(loads: list[tuple[int, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Columns of one row an expert."""
+  steps, counts = zip(*loads, strict=True)
+  count_NLE = np.stack(counts)
+  n, layer, expert = (i.ravel() for i in np.indices(count_NLE.shape, np.int32))
+  step = np.array(steps, np.int64)[n]
+  return {"step": step, "layer": layer, "expert": expert, "count": count_NLE.ravel()}
+
+
 def _path(root: str | Path, run_id: str, rank: int) -> Path:
   return Root(Path(root)).metrics(run_id, rank)
 
@@ -117,6 +144,7 @@ def _create(path: Path) -> None:
     beside.unlink(missing_ok=True)
     with _opened(beside) as db:
       db.execute(_TABLE)
+      db.execute(_LOADS)
     beside.rename(path)
   except OSError as error:
     raise RecordError(

@@ -108,8 +108,22 @@ def several_hypotheses_and_arms(db: sqlite3.Connection) -> None:
   )
 
 
+def evaluations(db: sqlite3.Connection) -> None:
+  """Schema 3: what `nmoe eval` measured of a run's checkpoint; of equal ones the newest counts.
+
+  `items` is the digest of what was asked; `results` are values by tag (JSON).
+  """
+  db.execute(
+    """CREATE TABLE evaluations (
+    run_id TEXT NOT NULL REFERENCES runs(id), step INTEGER NOT NULL, suite TEXT NOT NULL,
+    items TEXT NOT NULL, arithmetic TEXT NOT NULL, results TEXT NOT NULL, seconds REAL NOT NULL,
+    created TEXT NOT NULL)"""
+  )
+  db.execute("CREATE INDEX evaluations_of_run ON evaluations (run_id, step)")
+
+
 def attempts_and_events(db: sqlite3.Connection) -> None:
-  """The attempts of production runs, what happened in them, what was generated for them."""
+  """Schema 4: the attempts of production runs, what happened and what was generated for them."""
   db.execute(
     """CREATE TABLE attempts (
     run_id TEXT NOT NULL REFERENCES runs(id), number INTEGER NOT NULL, engine TEXT NOT NULL,
@@ -145,6 +159,7 @@ def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
 MIGRATIONS: tuple[Step, ...] = (
   runs_and_members,
   several_hypotheses_and_arms,
+  evaluations,
   attempts_and_events,
 )
 

@@ -5,7 +5,6 @@ A claim is a chain: hypothesis -> experiment -> runs -> conclusion, and links be
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records.migrations import MIGRATIONS, migrate, version
 from nmoe.records.root import Root
@@ -134,6 +134,24 @@ class Link:
   created: str
 
 
+@dataclass(frozen=True)
+class Evaluation:
+  """What a suite measured of a run's checkpoint.
+
+  items       the digest of what was asked
+  arithmetic  of the model: architecture and dtype
+  results     values by tag: eval/TASK/MEASURE, eval/SUITE/MEASURE
+  """
+
+  step: int
+  suite: str
+  items: str
+  arithmetic: str
+  results: dict[str, float]
+  seconds: float
+  created: str = ""
+
+
 class Reader:
   """The records of one root, opened read-only: it creates, changes and locks nothing.
 
@@ -223,6 +241,12 @@ class Reader:
     sql = "SELECT * FROM links WHERE from_id = ? OR to_id = ? ORDER BY rowid"
     return [Link(**row) for row in self._read(sql, experiment_id, experiment_id)]
 
+  def evaluations(self, run_id: str) -> list[Evaluation]:
+    """What `nmoe eval` measured of a run, oldest first."""
+    columns = "step, suite, items, arithmetic, results, seconds, created"
+    rows = self._read(f"SELECT {columns} FROM evaluations WHERE run_id = ? ORDER BY rowid", run_id)
+    return [Evaluation(**{**dict(row), "results": json.loads(row["results"])}) for row in rows]
+
   def runs(self, experiment_id: str) -> list[Run]:
     """The members of an experiment, in the order in which they joined it."""
     rows = self._read(RUN_SQL + "WHERE m.experiment_id = ? ORDER BY m.rowid", experiment_id)
@@ -294,13 +318,12 @@ class Reader:
 def _held(path: Path) -> bool:
   """Whether a process holds this lock file; one that is not there is not held."""
   try:
-    with path.open() as lock:
-      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with path.open() as file:
+      return not files.lock(file, shared=True)
   except FileNotFoundError:
     return False
   except OSError:
-    return True  # held, or not ours to ask
-  return False
+    return True  # not ours to ask
 
 
 def decoded_run(row: sqlite3.Row) -> Run:

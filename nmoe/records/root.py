@@ -25,6 +25,15 @@ class Root:
     return self.path / "data"
 
   @property
+  def evals(self) -> Path:
+    """One folder a set of prepared items, named by its digest."""
+    return self.path / "evals"
+
+  def eval_items(self, run_id: str, step: int, suite: str) -> Path:
+    """What a suite measured at a step, an item a row (Parquet)."""
+    return self.path / "evals" / "runs" / run_id / f"step_{step:08d}_{suite}.parquet"
+
+  @property
   def kernel_cache(self) -> Path:
     """One folder an architecture, as kernels.tools.build fills it."""
     return self.path / "kernel_cache"

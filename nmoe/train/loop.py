@@ -22,11 +22,10 @@ import torch
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config
-from nmoe.data.loader import Loader, Prefetcher, PreparedData, Validation, open_data, unigram_bpb
+from nmoe.data.loader import Loader, Prefetcher, PreparedData, open_data, unigram_bpb
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import ConfigError, DataError, DivergedError, NmoeError, TargetError
-from nmoe.evals.heldout import evaluate
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model, update_router_bias
 from nmoe.records import checkpoint
@@ -35,6 +34,7 @@ from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from nmoe.train.clock import Clock
+from nmoe.train.evaluations import Evaluations
 from nmoe.train.guard import Guard
 from nmoe.train.optim import Optimizer
 from nmoe.train.passes import Passes
@@ -57,7 +57,6 @@ class Parts(NamedTuple):
   """What the loop turns with, made for one session and the step that it begins at."""
 
   batches: Prefetcher
-  validation: Validation
   passes: Passes
   guard: Guard
   watch: Watch
@@ -75,11 +74,10 @@ def parts_of(session: Session, state: TrainState) -> Parts:
     ranks=ranks.ranks,
     device=device,
   )
-  validation = Validation(session.data, seq_len=c.data.seq_len, tokens=c.data.val_tokens)
   clock, guard = Clock(device), Guard(c.optim.clip_norm, device)
   passes = Passes(session, state, clock)
   watch = Watch(session, state.step, clock, guard, passes.graph)
-  return Parts(batches, validation, passes, guard, watch, clock)
+  return Parts(batches, passes, guard, watch, clock)
 
 
 def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] | None:
@@ -87,7 +85,7 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   stop.
   """
   c, ranks, total, begun = session.config, session.parallel, session.config.steps, state.step
-  batches, validation, passes, guard, watch, clock = parts
+  batches, passes, guard, watch, clock = parts
   save_aside(session, state)
   while state.step < total and not ranks.any(session.stop):
     no_longer_than(c.launch.hang_s)
@@ -111,9 +109,9 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     if state.step % c.train.log_every == 0 or state.step == total:
       last = targets.chunk(c.micro_batches)[-1]
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
-    if due(state.step, c.train.eval_every) or state.step == total:
+    if session.evaluations.due(state.step):
       clock.start("eval")
-      watch.add(state.step, evaluate(state.model, validation, c.train.micro_batch, ranks))
+      watch.add(state.step, session.evaluations.values(state.step, state.model))
     if due(state.step, c.train.checkpoint_every) or state.step == total:
       clock.start("checkpoint")
       save(session, state, watch)
@@ -195,6 +193,7 @@ def execute(
       ranks.first_expert,
       ranks.saving,
     ),
+    evaluations=Evaluations(config, ranks, data, Root(root), run.id),
     meta=meta,
     profiler=Profiler(options.trace, config.steps),
     startup=startup,

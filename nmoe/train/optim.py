@@ -1,7 +1,8 @@
 """The optimizer: AdamW and Muon over every parameter, with fp32 masters and rates per group.
 
 Groups are "dense", "router" and "expert" (nmoe.config.parameters.parameter_group); each has its own
-learning rate and weight decay, and 1-D parameters (norms) have no decay. Router biases are buffers:
+learning rate and weight decay, embedding and head may have their own rate, and nmoe.config.scaling
+says what of them a tensor gets; 1-D parameters (norms) have no decay. Router biases are buffers:
 nothing here touches them. Matrices go to Muon where the configuration says so, one logical block at
 a time (nmoe.model.decoder.matrix_blocks); torch.optim.Muon takes whole 2-D parameters only, so the
 update is ours, and equals torch's on a plain matrix.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from kernels.copies import Copies
 from kernels.ops import Ops
+from nmoe.config import scaling
 from nmoe.config.parameters import Span, parameter_group
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, RunError
@@ -63,7 +65,12 @@ class Batch:
   lr: float
   weight_decay: float
   blocks: tuple[Rows, ...]  # () for AdamW
+  scales: tuple[float, ...]  # on Muon's update of each block (nmoe.config.scaling)
   slots: list[Slot] = field(default_factory=list)
+
+  @property
+  def rule(self) -> tuple:
+    return self.lr, self.weight_decay, self.blocks, self.scales
 
 
 class Optimizer:
@@ -80,7 +87,8 @@ class Optimizer:
     ops: Ops,
     owned: Mapping[str, Span] | None = None,
   ):
-    self.config, self.ops = config.optim, ops
+    self.config, self.ops, self.whole = config.optim, ops, config
+    self.beta2 = scaling.beta2(config)
     self.params = list(model.parameters())
     self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
     self.slots: dict[str, list[Slot]] = {group: [] for group in GROUPS}
@@ -118,22 +126,21 @@ class Optimizer:
 
   def _batch(self, group: str, slot: Slot, blocks: tuple[Rows, ...]) -> Batch:
     """The batch that takes the slot: an open one, or a new one."""
-    o = self.config
-    lr = {"dense": o.dense_lr, "router": o.router_lr, "expert": o.expert_lr}[group]
-    decay = {
-      "dense": o.dense_weight_decay,
-      "router": o.router_weight_decay,
-      "expert": o.expert_weight_decay,
-    }[group]
+    lr, decay = scaling.rates(self.whole, slot.name, slot.param.ndim, bool(blocks))
     if not blocks:
-      decay = decay if slot.param.ndim > 1 else 0.0
-      return self.adamw.setdefault((group, decay), Batch(lr, decay, ()))
+      return self.adamw.setdefault((group, lr, decay), Batch(lr, decay, (), ()))
+    matrices = [block.view(slot.data).flatten(-3, -2).shape[-2:] for block in blocks]
+    scales = tuple(
+      scaling.muon_factor(self.whole, slot.name, n, tuple(matrix))
+      for n, matrix in enumerate(matrices)
+    )
+    key = (lr, decay, blocks, scales, slot.data.shape)
     for batch in self.muon:
       first = batch.slots[0].data
       room = (len(batch.slots) + 1) * first.numel() <= MUON_BATCH
-      if room and (batch.lr, batch.blocks, first.shape) == (lr, blocks, slot.data.shape):
+      if room and (*batch.rule, first.shape) == key:
         return batch
-    self.muon.append(Batch(lr, decay, blocks))
+    self.muon.append(Batch(lr, decay, blocks, scales))
     return self.muon[-1]
 
   @torch.no_grad()
@@ -191,7 +198,7 @@ class Optimizer:
       [slot.moments["exp_avg_sq"] for slot in slots],
       step=int(self.steps),
       lr=batch.lr * lr_factor,
-      betas=(o.beta1, o.beta2),
+      betas=(o.beta1, self.beta2),
       eps=o.eps,
       weight_decay=batch.weight_decay,
       grad_scale=grad_scale,
@@ -202,11 +209,12 @@ class Optimizer:
     """W -= lr · (0.2 · sqrt(max(A, B)) · O + decay · W), O of each block [A, B] (2502.16982)."""
     lr = torch.where(grad_scale.isnan(), 0.0, batch.lr * lr_factor)
     updates = torch.stack([self._direction(slot, grad_scale) for slot in batch.slots])
-    for block in batch.blocks:
+    for block, scale in zip(batch.blocks, batch.scales, strict=True):
       part = block.view(updates)
       matrices = part.flatten(-3, -2)
       orthogonal = self.ops.newton_schulz(matrices, self.config.muon_steps)
-      part.copy_(orthogonal.view_as(part)).mul_(UPDATE_RMS * math.sqrt(max(matrices.shape[-2:])))
+      size = UPDATE_RMS * math.sqrt(max(matrices.shape[-2:])) * scale
+      part.copy_(orthogonal.view_as(part)).mul_(size)
     for slot, update in zip(batch.slots, updates, strict=True):
       slot.master.mul_(1 - lr * batch.weight_decay).sub_(update.mul_(lr))
       if slot.data is not slot.master:

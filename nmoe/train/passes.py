@@ -49,7 +49,6 @@ class Passes:
       mean.backward()
       loss += out.loss_sum.detach()
       counts = counts + out.count_LE
-    model.on_final = None  # what is evaluated has no gradients
     return loss, counts, out.loss_T
 
   def _forget(self) -> None:

@@ -15,6 +15,7 @@ from nmoe.machine.target import Target
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint
 from nmoe.records.metrics import Metrics
+from nmoe.train.evaluations import Evaluations
 from nmoe.train.optim import Optimizer
 from nmoe.train.profiler import Profiler
 from nmoe.train.progress import Progress
@@ -45,6 +46,7 @@ class Session:
   data: PreparedData
   metrics: Metrics
   checkpoints: checkpoint.Writer
+  evaluations: Evaluations
   meta: dict[str, Any]  # written into every checkpoint's manifest
   profiler: Profiler  # its `step` is called after every step
   startup: StartUp = field(default_factory=StartUp)

@@ -68,7 +68,10 @@ class Watch:
       "memory/peak_bytes": float(self._peak()),
     }
     values |= {f"grad_norm/{k}": v for k, v in zip(of.norms, scalars[4:], strict=True)}
-    values |= load_values(of.count_LE.cpu(), bias_ranges(state.model))
+    count_LE = of.count_LE.cpu()
+    values |= load_values(count_LE, bias_ranges(state.model))
+    if len(count_LE) and self.session.parallel.rank == 0:
+      self.session.metrics.add_loads(state.step, count_LE.numpy())
     values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
@@ -93,8 +96,10 @@ class Watch:
     speeds = {k: float(np.median(logged[k])) for k in rates if k in logged}
     loads = [v for k, v in last.items() if k.endswith("/load_max_over_mean")]
     seconds = sum(float(v.sum()) for k, v in logged.items() if k.startswith("time/"))
+    suites = {tag: x for tag, x in last.items() if tag.startswith("eval/")}
     return {
       **losses,
+      **suites,
       **speeds,
       "memory/peak_bytes": float(logged["memory/peak_bytes"].max()),
       "load/max_over_mean": max(loads, default=math.nan),

@@ -102,6 +102,12 @@ def student_t(p: float, df: int) -> float:
   return math.sqrt(df) * math.tan((low + high) / 2)
 
 
+def upper_tail(t: float, df: int) -> float:
+  """P(T > t) of Student's distribution, df ≥ 1."""
+  half = _central(math.atan(abs(t) / math.sqrt(df)), df) / 2
+  return 0.5 - half if t >= 0 else 0.5 + half
+
+
 def _central(theta: float, df: int) -> float:
   """P(|T| ≤ √df · tan θ)."""
   sine, cosine = math.sin(theta), math.cos(theta)

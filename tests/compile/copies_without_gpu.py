@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kernels.copies import Copies
 from kernels.cuda import products
+from kernels.cuda.adamw import adamw
 from kernels.cuda.dense import linear
 from kernels.cuda.experts import grouped_mlp, grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.jit import ARCH
 from kernels.cuda.jobs import backward, meta
-from kernels.cuda.optim import adamw
 from kernels.ops import Recipe
 from kernels.tools.compiler import compile_only
 

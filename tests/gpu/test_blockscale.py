@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.cuda.blockscale import quantize, quantize_operand
+from kernels.cuda.quantization import quantize, quantize_operand
 from kernels.ops import KernelError
 from kernels.reference import blockscale as reference
 

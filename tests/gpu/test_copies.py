@@ -14,10 +14,10 @@ from torch import Tensor
 import kernels.cuda
 from gpu.oracle import normal, raw_bytes
 from kernels.copies import Copies
-from kernels.cuda.blockscale import quantize, quantize_operand
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.experts import grouped_mlp, grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.jit import ARCH
+from kernels.cuda.quantization import quantize, quantize_operand
 from kernels.ops import Recipe
 from nmoe.config import file as configs
 from nmoe.config.sections import Config

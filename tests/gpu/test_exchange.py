@@ -7,10 +7,10 @@ from gpu.oracle import FOUR, normal, roundings
 from gpu.test_blockscale import samples
 from kernels import reference
 from kernels.buffers import Buffers, Route, views
-from kernels.cuda.blockscale import quantize
 from kernels.cuda.exchange import Exchange
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.layout import layout
+from kernels.cuda.quantization import quantize
 from kernels.cuda.rows import CODES
 from kernels.formats import quantize_rows
 from kernels.ops import Product, Recipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpu.test_blockscale import FP8, NVFP4, assert_bits
-from kernels.cuda.blockscale import quantize
+from kernels.cuda.quantization import quantize
 from kernels.reference import blockscale as reference
 
 pytestmark = pytest.mark.gpu

@@ -7,8 +7,9 @@ import torch
 from gpu.oracle import raw_bytes, relative
 from kernels import reference
 from kernels.copies import Copies
-from kernels.cuda.blockscale import quantize_operand
-from kernels.cuda.optim import adamw, newton_schulz
+from kernels.cuda.adamw import adamw
+from kernels.cuda.newton_schulz import newton_schulz
+from kernels.cuda.quantization import quantize_operand
 from kernels.ops import KernelError, Recipe
 
 pytestmark = pytest.mark.gpu

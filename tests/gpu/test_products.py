@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from gpu.oracle import FP32, ONE, assert_repeats, compare, fp32_grads, grads, normal, relative
-from kernels.cuda.blockscale import quantize
 from kernels.cuda.dense import linear, mlp
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.products import block_scaled_product, values
+from kernels.cuda.quantization import quantize
 from kernels.ops import KernelError, Recipe
 from kernels.reference import products as reference
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpu.oracle import normal, raw_bytes
-from kernels.cuda.blockscale import quantize_operand
+from kernels.cuda.quantization import quantize_operand
 from kernels.cuda.squares import write_squares
 from kernels.ops import KernelError
 

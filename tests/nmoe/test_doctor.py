@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nmoe import files
 from nmoe.config.file import changed, load
 from nmoe.config.sections import Config
 from nmoe.machine import doctor
@@ -121,10 +122,10 @@ def test_a_filesystem_without_locks(no_probe, tmp_path, monkeypatch):
   def refuse(*_):
     raise OSError(37, "No locks available")
 
-  monkeypatch.setattr(doctor.fcntl, "flock", refuse)
+  monkeypatch.setattr(files.fcntl, "flock", refuse)
   check = found(doctor.examine(config(tmp_path)), "locks")
   assert not check.ok and "No locks available" in check.found and "local disk" in check.remedy
-  monkeypatch.setattr(doctor.fcntl, "flock", lambda *_: None)
+  monkeypatch.setattr(files.fcntl, "flock", lambda *_: None)
   check = found(doctor.examine(config(tmp_path)), "locks")
   assert not check.ok and "ignored" in check.found
 

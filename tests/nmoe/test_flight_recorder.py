@@ -19,6 +19,8 @@ from nmoe.model.decoder import Model
 from nmoe.records import metrics
 from nmoe.records.checkpoint import Writer
 from nmoe.records.metrics import Metrics
+from nmoe.records.root import Root
+from nmoe.train.evaluations import Evaluations
 from nmoe.train.flight import FlightRecorder
 from nmoe.train.loop import build, parts_of, resume, train
 from nmoe.train.session import Session
@@ -198,13 +200,15 @@ def trained(folder, config, name, stop=-1):
   checkpoints = Writer(root / "checkpoints" / name, config.train.keep_checkpoints)
   meta = {"config": to_toml(config)}
   steps, writer = Steps(stop), Metrics(root, name)
+  opened = open_data(data)
   session = Session(
     config=config,
     target=target,
     parallel=ranks,
-    data=open_data(data),
+    data=opened,
     metrics=writer,
     checkpoints=checkpoints,
+    evaluations=Evaluations(config, ranks, opened, Root(root), name),
     meta=meta,
     profiler=steps,
   )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nmoe.errors import RecordError
 from nmoe.records import metrics
 from nmoe.records.metrics import Metrics, read
+from nmoe.records.root import Root
 
 REPO = Path(__file__).resolve().parents[2]
 RUN = "20261123-142233-ab12"
@@ -195,3 +196,39 @@ def test_the_file_is_plain_duckdb(tmp_path):
   with duckdb.connect(str(writer.path), read_only=True) as db:
     row = db.execute("SELECT step, tokens, tag, value FROM metrics").fetchall()
   assert row == [(7, 70, "a", 1.5)]
+
+
+def loads_of(root):
+  with duckdb.connect(str(Root(root).metrics(RUN, 0)), read_only=True) as db:
+    return db.execute("SELECT step, layer, count FROM loads ORDER BY step, layer").fetchall()
+
+
+def test_loads_of_every_expert_are_kept_with_their_metrics_and_rewound(tmp_path):
+  noise = np.random.default_rng(0)
+  writer = Metrics(tmp_path, RUN)
+  counts = {step: noise.integers(0, 9999, (3, 5)) for step in range(1, 7)}
+  for step, count_LE in counts.items():
+    writer.add(step, step, {"a": 1.0})
+    writer.add_loads(step, count_LE)
+    if step in (2, 4):
+      writer.flush()
+  writer.rewind(5)
+  writer.flush()
+  wanted = [
+    (s, layer, c[layer].tolist()) for s, c in counts.items() for layer in range(3) if s <= 5
+  ]
+  assert loads_of(tmp_path) == wanted
+  writer.rewind(3)
+  assert loads_of(tmp_path) == [row for row in wanted if row[0] <= 3]
+
+
+def test_loads_join_a_file_that_has_no_table_for_them(tmp_path):
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 1, {"a": 1.0})
+  writer.flush()
+  with duckdb.connect(str(writer.path)) as db:
+    db.execute("DROP TABLE loads")
+  writer.add(2, 2, {"a": 1.0})
+  writer.add_loads(2, np.array([[3, 4]]))
+  writer.flush()
+  assert loads_of(tmp_path) == [(2, 0, [3, 4])] and len(read(tmp_path, RUN)["a"][0]) == 2

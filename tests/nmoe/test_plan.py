@@ -16,7 +16,7 @@ from model_configs import tiny
 from kernels import reference
 from nmoe.config.buffers import buffer_layout
 from nmoe.config.file import changed, load
-from nmoe.config.parameters import parameter_shapes
+from nmoe.config.parameters import num_parameters, parameter_shapes
 from nmoe.config.plan import DEVICES, fits, peak_flops, plan
 from nmoe.config.sections import Config, diff
 from nmoe.distributed.parallel import shared
@@ -125,7 +125,7 @@ def test_shapes_and_counts_are_those_of_the_built_model(values):
   built = {name: tuple(p.shape) for name, p in Model(config, reference).named_parameters()}
   assert parameter_shapes(config) == built
   p = plan(config).parameters
-  assert p.total == sum(math.prod(shape) for shape in built.values())
+  assert p.total == num_parameters(config) == sum(math.prod(shape) for shape in built.values())
   expert = [math.prod(s) for n, s in built.items() if parameter_group(n) == "expert"]
   assert p.experts == sum(expert)
   assert p.active_experts == sum(expert) * config.moe.top_k // config.moe.num_experts

@@ -441,7 +441,7 @@ def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
       prepare(mixture_of(source), BYTE, tmp_path)
     return write(*args)
 
-  monkeypatch.setattr(preparation.fcntl, "flock", no_locks)
+  monkeypatch.setattr(preparation.files.fcntl, "flock", no_locks)
   monkeypatch.setattr(preparation, "_write_source", overtaken)
   ((folder, manifest),) = prepared_sources(prepare(mixture_of(source), BYTE, tmp_path))
   shards.check_files(folder, manifest, hashes=True)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from email.message import Message
 from types import ModuleType
 
 import pytest
@@ -156,6 +157,7 @@ def test_the_cpu_target_never_imports_the_cuda_stack():
     ("6.0.0", ">=5.2,<6", False),
     ("5.10", ">=5.2,<6", True),
     ("3.11.7", ">=3.11,<3.13", True),
+    ("6", "==6.0.0", True),
     ("3.13.0rc1", ">=3.11,<3.13", False),
     ("4.0.0b36", "==4.0.0b36", True),
     ("4.0.0b35", "==4.0.0b36", False),
@@ -173,5 +175,9 @@ def test_requirements_are_the_project_files(monkeypatch, tmp_path):
   assert python_clauses() == ">=3.11,<3.13"
   lines = [f'{r.line}; extra == "{r.extra}"' if r.extra else r.line for r in from_file]
   monkeypatch.setattr("nmoe.machine.versions._PROJECT", tmp_path / "pyproject.toml")
+  about = Message()
+  for extra in {r.extra for r in from_file if r.extra}:
+    about["Provides-Extra"] = extra
   monkeypatch.setattr("nmoe.machine.versions.metadata.requires", lambda name: lines)
+  monkeypatch.setattr("nmoe.machine.versions.metadata.metadata", lambda name: about)
   assert requirements() == from_file

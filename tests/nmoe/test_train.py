@@ -20,6 +20,7 @@ from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
+from nmoe.records.live import Live
 from nmoe.train import loop as train
 from nmoe.train import watch
 from nmoe.train.guard import Guard
@@ -429,3 +430,14 @@ def test_only_the_first_rank_hashes_the_data(lab, monkeypatch, rank):
   with pytest.raises(DataError, match="seen"):
     train.attempt(told)
   assert asked == [rank == 0]
+
+
+def test_the_loads_of_every_expert_are_logged_and_are_those_of_the_health_tags(lab, tmp_path):
+  run = lab.record()
+  assert lab.attempt(run) == 0
+  steps, counts = Live(lab.root, tmp_path / "cache").file(run).loads(0, 1000)
+  logged = dict(lab.logged(run)["moe/0/load_max_over_mean"])
+  assert steps.tolist() == list(logged)
+  c = lab.config
+  np.testing.assert_array_equal(counts.sum(1), c.schedule.batch_tokens * c.moe.top_k)
+  np.testing.assert_allclose(counts.max(1) / counts.mean(1), list(logged.values()))

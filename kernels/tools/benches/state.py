@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.copies import Copies, Key
-from kernels.cuda.blockscale import quantize, quantize_operand
+from kernels.cuda.adamw import adamw
 from kernels.cuda.jit import ARCH
-from kernels.cuda.optim import adamw, newton_schulz
+from kernels.cuda.newton_schulz import newton_schulz
 from kernels.cuda.products import block_scaled_product
+from kernels.cuda.quantization import quantize, quantize_operand
 from kernels.ops import Recipe
 from kernels.tools.rates import Case, How, Row, normal, rows
 from kernels.tools.timing import SETS

@@ -1,6 +1,5 @@
-"""The optimizer's arithmetic: AdamW in one kernel per tensor, Newton-Schulz on symmetric products.
+"""AdamW (arXiv 1711.05101 Algorithm 2), one kernel per tensor, everything in fp32 registers:
 
-AdamW (arXiv 1711.05101 Algorithm 2), everything in fp32 registers:
   g = grad · grad_scale;  m += (1 - β1)(g - m);  v = β2 v + (1 - β2) g²
   master = (1 - lr λ) master - lr / (1 - β1^t) · m / (sqrt(v) / sqrt(1 - β2^t) + ε)
   param = bf16(master)
@@ -16,41 +15,32 @@ and not run. NVFP4's operands need the tensor's largest magnitude first: the ste
 second launch (kernels.cuda.squares) writes both from one reading of the weight, in all 30 + 2 +
 2 · (1/2 + 1/16) = 33.1 bytes; the step and then the quantizer 43.1.
 
-Newton-Schulz (arXiv 2502.16982 Eq 3-4): G = X Xᵀ and P = b G + c G² are symmetric, so each is
-computed as half its tiles; X = a X + P X. Batched over the leading dimensions, in bf16 with fp32
-accumulation.
-
-AdamW runs at 0.95 of a copy's rate, Newton-Schulz, whole products counted, at 0.88 of a dense
-product's, on one H200 (kernels/RESULTS.md).
+It runs at 0.95 of a copy's rate on one H200 (kernels/RESULTS.md).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
-from quack.gemm import gemm
-from quack.gemm_symmetric import gemm_symmetric
 from torch import Tensor
 
-from kernels.arithmetic import NEWTON_SCHULZ
 from kernels.copies import Copies, Key
 from kernels.cuda import minifloat as mf
 from kernels.cuda.blockscale import (
   ATOM_BLOCKS,
   ATOM_BYTES,
   ATOM_ROWS,
-  Operand,
   atom_byte,
   raise_amax,
   store_words,
 )
 from kernels.cuda.jit import (
-  ARCH,
   DTYPES,
   cached,
   check_device,
@@ -60,6 +50,7 @@ from kernels.cuda.jit import (
   load_vector,
   store_vector,
 )
+from kernels.cuda.quantization import Operand
 from kernels.cuda.squares import write_squares
 from kernels.ops import check, check_same_device
 from kernels.sizes import BLOCK
@@ -69,8 +60,6 @@ WIDTH = 8
 SIZE = BLOCK["fp8"]
 LEGS = ("fprop_w", "dgrad_w")  # whose operands are the weight's
 EDGE = ATOM_ROWS  # of a tile: also ATOM_BLOCKS blocks
-TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
-CLUSTER = (2, 1)  # makes the tile of sm_90a square, as a symmetric product wants
 
 
 @cute.jit
@@ -279,45 +268,62 @@ def compile_adamw_mxfp8(grad, moment):
   )
 
 
-def _adamw_one(
-  param: Tensor,
-  grad: Tensor,
-  master: Tensor,
-  m: Tensor,
-  v: Tensor,
-  scale: Tensor,
-  factors: tuple,
-  kept: dict[Key, Operand],
-) -> None:
-  check_device(check_same_device(param, grad, master, m, v, scale))
-  check(master.dtype == torch.float32, f"adamw: a master is {master.dtype}; need torch.float32")
-  dtypes = {param.dtype, grad.dtype, m.dtype}
-  check(
-    m.dtype == v.dtype and dtypes <= set(DTYPES),
-    f"adamw: parameter {param.dtype}, gradient {grad.dtype}, moments {m.dtype} and {v.dtype}; need "
-    "torch.bfloat16 or torch.float32, moments alike",
-  )
-  shapes = {tuple(t.shape) for t in (param, grad, master, m, v)}
-  check(len(shapes) == 1, f"adamw: shapes {sorted(shapes)} of one parameter must agree")
-  grad = grad.contiguous()
-  contiguous(parameter=param, gradient=grad, master=master, exp_avg=m, exp_avg_sq=v)
-  if master.numel() == 0:
-    return
-  flat = [t.view(-1) for t in (param, grad, master, m, v)]
-  formats, operands = {key.format for key in kept}, list(kept.values())
-  if formats == {"fp8"}:
-    run = compile_adamw_mxfp8(grad.dtype, m.dtype)
-    bytes_of = [tuple(t.view(torch.uint8).view(-1) for t in q[:2]) for q in operands]
-    run(*flat, scale, *bytes_of, *param.shape[-2:], factors)
-  elif formats == {"nvfp4"}:
-    amax = torch.zeros_like(scale)
-    run = compile_adamw(param.dtype, grad.dtype, m.dtype, True)
-    run(*flat, amax.view(torch.int32), scale, factors)
-    write_squares(param, amax, scale, operands)
-  else:
-    own = param.dtype == master.dtype and param.data_ptr() == master.data_ptr()
-    run = compile_adamw(None if own else param.dtype, grad.dtype, m.dtype)
-    run(None if own else flat[0], *flat[1:], None, scale, factors)
+class State(NamedTuple):
+  """One parameter and what its step reads and writes. A parameter may be its own master."""
+
+  param: Tensor
+  grad: Tensor
+  master: Tensor
+  exp_avg: Tensor
+  exp_avg_sq: Tensor
+
+  def checked(self, scale: Tensor) -> State:
+    """Detached, the gradient contiguous. Raises KernelError for what the kernels cannot take."""
+    state = State(*(t.detach() for t in self))
+    param, grad, master, m, v = state
+    check_device(check_same_device(*state, scale))
+    check(master.dtype == torch.float32, f"adamw: a master is {master.dtype}; need torch.float32")
+    check(
+      m.dtype == v.dtype and {param.dtype, grad.dtype, m.dtype} <= set(DTYPES),
+      f"adamw: parameter {param.dtype}, gradient {grad.dtype}, moments {m.dtype} and {v.dtype}; "
+      "need torch.bfloat16 or torch.float32, moments alike",
+    )
+    shapes = {tuple(t.shape) for t in state}
+    check(len(shapes) == 1, f"adamw: shapes {sorted(shapes)} of one parameter must agree")
+    state = state._replace(grad=grad.contiguous())
+    contiguous(parameter=param, gradient=state.grad, master=master, exp_avg=m, exp_avg_sq=v)
+    return state
+
+  @property
+  def own_master(self) -> bool:
+    return self.param.dtype == self.master.dtype and self.param.data_ptr() == self.master.data_ptr()
+
+  @property
+  def flat(self) -> list[Tensor]:
+    return [t.view(-1) for t in self]
+
+
+def _plain(state: State, scale: Tensor, factors: tuple, _: list[Operand]) -> None:
+  param, *rest = state.flat
+  kind = None if state.own_master else param.dtype
+  run = compile_adamw(kind, state.grad.dtype, state.exp_avg.dtype)
+  run(None if state.own_master else param, *rest, None, scale, factors)
+
+
+def _mxfp8(state: State, scale: Tensor, factors: tuple, operands: list[Operand]) -> None:
+  run = compile_adamw_mxfp8(state.grad.dtype, state.exp_avg.dtype)
+  parts = [tuple(t.view(torch.uint8).view(-1) for t in q[:2]) for q in operands]
+  run(*state.flat, scale, *parts, *state.param.shape[-2:], factors)
+
+
+def _nvfp4(state: State, scale: Tensor, factors: tuple, operands: list[Operand]) -> None:
+  amax = torch.zeros_like(scale)
+  run = compile_adamw(state.param.dtype, state.grad.dtype, state.exp_avg.dtype, True)
+  run(*state.flat, amax.view(torch.int32), scale, factors)
+  write_squares(state.param, amax, scale, operands)
+
+
+STEPS = {"": _plain, "fp8": _mxfp8, "nvfp4": _nvfp4}  # by the format of the operands that are kept
 
 
 def _kept(copies: Copies | None, param: Tensor) -> dict[Key, Operand]:
@@ -366,38 +372,11 @@ def adamw(
   kept = [_kept(own, param) for own, param in zip(copies, params, strict=True)]
   tensors = zip(params, grads, masters, exp_avgs, exp_avg_sqs, strict=True)
   for one, operands in zip(tensors, kept, strict=True):
-    _adamw_one(*(t.detach() for t in one), scale, factors, operands)
+    state = State(*one).checked(scale)
+    format = next((key.format for key in operands), "")
+    if state.master.numel():
+      STEPS[format](state, scale, factors, list(operands.values()))
   torch.autograd.graph.increment_version(params)  # the kernel's writes are not torch's
   for own, param, operands in zip(copies, params, kept, strict=True):
     if operands:
       own.renew(operands, param)
-
-
-def _symmetric(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:
-  """out = alpha · x xᵀ + beta · c for [L, M, K] and [L, M, M]."""
-  gemm_symmetric(x, x, out, c, None, *TILE[ARCH.name], *CLUSTER, alpha=alpha, beta=beta)
-
-
-@torch.no_grad()
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
-  """See kernels.ops.Ops.newton_schulz. Matrices' sides must be multiples of 8."""
-  check_device(g.device)
-  rows, columns = g.shape[-2:]
-  check(
-    rows % 8 == 0 and columns % 8 == 0,
-    f"newton_schulz: matrices of {rows} by {columns}; make both multiples of 8",
-  )
-  if g.numel() == 0:
-    return g.clone()
-  norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-  x = (g / (norm + 1e-7)).bfloat16().reshape(-1, rows, columns)
-  x = (x.mT if rows > columns else x).contiguous()
-  gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
-  poly, other = torch.empty_like(gram), torch.empty_like(x)
-  a, b, c = NEWTON_SCHULZ
-  for _ in range(steps):
-    _symmetric(x, gram, None, 1.0, 1.0)
-    _symmetric(gram, poly, gram, c, b)
-    gemm(poly, x.mT, other, x, None, *TILE[ARCH.name], *CLUSTER, beta=a)
-    x, other = other, x
-  return (x.mT if rows > columns else x).to(g.dtype).reshape(g.shape).contiguous()

@@ -1,0 +1,128 @@
+"""A suite on a model: its tasks tokenized and cut into batches once, scored whenever asked.
+
+In a training run and in `nmoe eval` it is the same code. It changes nothing of the model and draws
+no random number, so a run with a suite trains the same bits as one without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from nmoe.config.sections import Config
+from nmoe.data.tokenizer import Tokenizer
+from nmoe.distributed.parallel import Parallel
+from nmoe.errors import DataError
+from nmoe.evals.measure import Items, items_of, summary
+from nmoe.evals.requests import Document, Row, find_task, read_task, rows_of
+from nmoe.evals.scoring import Batch, batches, score
+from nmoe.evals.suites import Suite
+from nmoe.model.decoder import Model
+
+MAX_CUT = 0.01  # of a task's documents may lose the left of their context
+
+
+@dataclass(frozen=True)
+class Outcome:
+  """values by tag (eval/TASK/MEASURE, eval/SUITE/MEASURE), items by task."""
+
+  values: dict[str, float]
+  items: dict[str, Items]
+  seconds: float
+
+
+class Downstream:
+  """A suite, prepared for a configuration's tokenizer, context and micro-batch.
+
+  evals: the folder of prepared items (Root.evals). digest: 16 hex digits over the items and their
+  number. Raises DataError for items that are missing, changed, or too long for the context.
+  """
+
+  def __init__(self, suite: Suite, evals: Path, config: Config, tokenizer: Tokenizer):
+    self.suite, self.longest = suite, config.data.seq_len
+    self.documents: dict[str, list[Document]] = {}
+    self.rows: dict[str, list[Row]] = {}
+    told: list[Any] = [suite.limit]
+    for task in suite.tasks:
+      folder = find_task(evals, task)
+      documents = read_task(folder, task, suite.limit)
+      rows = [row for d in documents for row in rows_of(d, tokenizer, self.longest)]
+      _check_length(task, rows, self.longest)
+      self.documents[task], self.rows[task] = documents, rows
+      told.append([task, folder.name])
+    self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    self._batches, self._total = self._cut(config.rank_tokens)
+
+  def run(self, model: Model, parallel: Parallel) -> Outcome:
+    """Score every task; every rank calls it and gets the same outcome."""
+    began = time.perf_counter()
+    nats, hits = score(model, parallel, self._batches, self._total)
+    values, items, begin = {}, {}, 0
+    for task, rows in self.rows.items():
+      tokens = np.array([len(row.ids) - row.start for row in rows])
+      edges = begin + np.concatenate([[0], np.cumsum(tokens)[:-1]])
+      sums = np.add.reduceat(nats[: begin + tokens.sum()], edges)
+      whole = np.logical_and.reduceat(hits[: begin + tokens.sum()], edges)
+      begin += int(tokens.sum())
+      items[task] = items_of(self.documents[task], sums, tokens, whole)
+      values |= {f"eval/{task}/{name}": x for name, x in summary(items[task]).items()}
+      values[f"eval/{task}/merged"] = float(sum(row.merged for row in rows))
+      values[f"eval/{task}/truncated"] = float(sum(row.cut > 0 for row in rows))
+    for name in ("bpb", "acc"):
+      mean = np.mean([values[f"eval/{task}/{name}"] for task in self.rows])
+      values[f"eval/{self.suite.name}/{name}"] = float(mean)
+    return Outcome(values, items, time.perf_counter() - began)
+
+  def _cut(self, tokens: int) -> tuple[list[Batch], int]:
+    """All batches of all tasks, sorted by width, task, document and choice, and the number of
+    answer tokens.
+    """
+    rows = [row for task in self.rows for row in self.rows[task]]
+    return batches(rows, range(len(rows)), self.longest, tokens), sum(
+      len(row.ids) - row.start for row in rows
+    )
+
+
+def _check_length(task: str, rows: list[Row], longest: int) -> None:
+  cut = sum(row.cut > 0 for row in rows)
+  if cut > MAX_CUT * len(rows):
+    most = max(len(row.ids) - 1 + row.cut for row in rows)
+    raise DataError(
+      f"task {task}: {cut} of {len(rows)} items do not fit data.seq_len = {longest} (the longest "
+      f'has {most} tokens), more than {MAX_CUT:.0%}; leave the task out, or take suite "short"'
+    )
+
+
+def write_items(path: Path, outcome: Outcome) -> None:
+  """Every choice as a row of a Parquet file: its task and the columns of Items. It appears by
+  a rename.
+  """
+  columns: dict[str, Any] = {
+    "task": np.repeat(list(outcome.items), [len(x.nats) for x in outcome.items.values()])
+  }
+  for f in fields(Items):
+    columns[f.name] = np.concatenate([getattr(x, f.name) for x in outcome.items.values()])
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    parquet.write_table(pa.table(columns), partial)
+    partial.rename(path)
+  except OSError as error:
+    raise DataError(f"{path} cannot be written ({error}); make room, then run again") from error
+
+
+def read_items(path: Path) -> dict[str, np.ndarray]:
+  """The columns of a file of `write_items`."""
+  try:
+    table = parquet.read_table(path)
+  except (OSError, pa.ArrowInvalid) as error:
+    raise DataError(f"{path} cannot be read ({error}); evaluate the run again") from error
+  return {name: table[name].to_numpy() for name in table.column_names}

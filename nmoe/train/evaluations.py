@@ -1,0 +1,62 @@
+"""What a run measures of its model, and when: the held-out set, and a suite if [eval] names one."""
+
+from __future__ import annotations
+
+from nmoe.config.sections import Config
+from nmoe.data.loader import PreparedData, Validation
+from nmoe.distributed.parallel import Parallel
+from nmoe.evals.downstream import Downstream, Outcome, write_items
+from nmoe.evals.heldout import evaluate
+from nmoe.evals.suites import suite_of
+from nmoe.model.decoder import Model
+from nmoe.records.root import Root
+
+
+class Evaluations:
+  """Opened before the first step, so that missing or unfit items stop a run before it trains."""
+
+  def __init__(
+    self,
+    config: Config,
+    parallel: Parallel,
+    data: PreparedData,
+    root: Root,
+    run_id: str,
+  ):
+    self.config, self.parallel = config, parallel
+    self.root, self.run_id = root, run_id
+    c = config.data
+    self.validation = Validation(data, seq_len=c.seq_len, tokens=c.val_tokens)
+    self.downstream = None
+    if config.eval.suite != "none":
+      suite = suite_of(config.eval.suite, config.eval.limit)
+      self.downstream = Downstream(suite, root.evals, config, data.tokenizer)
+
+  def due(self, step: int) -> bool:
+    """Whether anything is measured after this step."""
+    return self._due(step, self.config.train.eval_every) or self._suite_due(step)
+
+  def values(self, step: int, model: Model) -> dict[str, float]:
+    """By tag, all that is due after this step; every rank calls it. A suite's items are written."""
+    values = {}
+    if self._due(step, self.config.train.eval_every):
+      values |= evaluate(model, self.validation, self.config.train.micro_batch, self.parallel)
+    if self._suite_due(step):
+      outcome = self.downstream.run(model, self.parallel)
+      values |= logged(outcome)
+      if self.parallel.rank == 0:
+        suite = self.downstream.suite.name
+        write_items(self.root.eval_items(self.run_id, step, suite), outcome)
+    return values
+
+  def _suite_due(self, step: int) -> bool:
+    return self.downstream is not None and self._due(step, self.config.eval.every)
+
+  def _due(self, step: int, every: int) -> bool:
+    """The last step always is."""
+    return step == self.config.steps or (every > 0 and step % every == 0)
+
+
+def logged(outcome: Outcome) -> dict[str, float]:
+  """The values of a suite and the seconds that it took."""
+  return outcome.values | {"eval/seconds": outcome.seconds}

@@ -1,0 +1,136 @@
+"""`nmoe prep-evals` and `nmoe eval`: items are frozen once, and a checkpoint answers them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config
+from nmoe.errors import CheckpointError, RunError
+from nmoe.evals.requests import read_manifest
+from nmoe.evals.sources import prepare
+from nmoe.records import checkpoint
+from nmoe.records.experiments import Experiments
+from nmoe.records.reader import Evaluation, Reader
+from nmoe.records.root import Root
+from stages.launch import local as launch
+from stages.launch.local import Job, Launcher
+
+COLUMNS = ("bpb", "acc", "acc_char", "acc_byte", "p_correct")
+
+
+def prep(source: Path, root: Path, console: Console) -> None:
+  """Freeze a source's items and list its tasks."""
+  with console.status(f"reading {source.name}"):
+    folder = prepare(source, root)
+  table = Table("task", "documents", "requests", "chance")
+  for task, entry in read_manifest(folder)["tasks"].items():
+    table.add_row(
+      task, f"{entry['documents']:,}", f"{entry['requests']:,}", f"{entry['chance']:.3f}"
+    )
+  console.print(table)
+  console.print(str(folder), soft_wrap=True)
+
+
+def run(
+  run_id: str,
+  step: int | None,
+  suite: str | None,
+  limit: int,
+  out: Path | None,
+  root: Path,
+  console: Console,
+) -> None:
+  """Evaluate a run's checkpoint, the newest if no step is named; record it and show it."""
+  with closing(Reader(root)) as reader:
+    found = reader.run(run_id)
+  config = configs.loads(found.toml, f"run {found.id}")
+  steps = checkpoint.steps(Root(root).checkpoints(found.id))
+  if not steps or (step is not None and step not in steps):
+    have = ", ".join(map(str, steps)) or "none"
+    raise CheckpointError(f"run {found.id} has checkpoints of steps: {have}; name one of them")
+  step = steps[-1] if step is None else step
+  suite = suite or (config.eval.suite if config.eval.suite != "none" else "quick")
+  told = _measured(found.id, config, step, suite, limit, root, console)
+  with closing(Experiments(root)) as records:
+    records.add_evaluation(
+      found.id,
+      Evaluation(
+        step,
+        told["suite"],
+        told["items"],
+        told["arithmetic"],
+        told["values"],
+        told["seconds"],
+      ),
+    )
+  show(told, console)
+  console.print(f"items: {Root(root).eval_items(found.id, step, told['suite'])}", soft_wrap=True)
+  if out is not None:
+    write_csv(out, told["values"])
+
+
+def _measured(
+  run_id: str, config: Config, step: int, suite: str, limit: int, root: Path, console: Console
+) -> dict[str, Any]:
+  """What the run's ranks say of the checkpoint. RunError with their last lines if they failed."""
+  with tempfile.TemporaryDirectory(prefix="nmoe-") as folder:
+    out = Path(folder) / "evaluation.json"
+    options = ["--step", str(step), "--suite", suite, "--limit", str(limit), "--out", str(out)]
+    job = Job(run_id, config, module="nmoe.train.evaluate", options=tuple(options))
+    with console.status(f"{run_id} step {step}: {suite}"):
+      ended = launch.run(Launcher(root), job)
+    if ended.poll():
+      raise RunError(f"the evaluation of {run_id} failed: {ended.tail()}")
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def table_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
+  """task or suite -> measure -> value, from tags eval/TASK/MEASURE."""
+  tasks: dict[str, dict[str, float]] = {}
+  for tag, value in values.items():
+    _, task, name = tag.split("/")
+    tasks.setdefault(task, {})[name] = value
+  return tasks
+
+
+def show(told: dict[str, Any], console: Console) -> None:
+  """Samples, then one table whose last line is the suite's mean."""
+  for sample in told["samples"]:
+    console.print(Text(repr(sample)))
+  table = Table("task", *COLUMNS, "merged", "cut")
+  for task, measures in table_of(told["values"]).items():
+    cells = [_cell(measures, name) for name in COLUMNS]
+    counts = [f"{measures[n]:.0f}" if n in measures else "" for n in ("merged", "truncated")]
+    table.add_row(task, *cells, *counts)
+  console.print(table)
+  console.print(
+    f"{told['seconds']:.1f} s on {told['device']} ({told['arithmetic']}), items {told['items']}; "
+    "± is a standard error; every prompt begins with the separator",
+    soft_wrap=True,
+  )
+
+
+def _cell(measures: dict[str, float], name: str) -> str:
+  if name not in measures:
+    return ""
+  error = f" ± {measures[f'{name}_se']:.3f}" if f"{name}_se" in measures else ""
+  return f"{measures[name]:.3f}{error}"
+
+
+def write_csv(path: Path, values: dict[str, float]) -> None:
+  """task, measure, value: a line each."""
+  with path.open("w", newline="", encoding="utf-8") as stream:
+    lines = csv.writer(stream)
+    lines.writerow(("task", "measure", "value"))
+    for task, measures in table_of(values).items():
+      lines.writerows((task, name, value) for name, value in measures.items())

@@ -1,0 +1,265 @@
+"""The coordinate check: a few steps at several widths and depths, and how each effect grows.
+
+The effect of a tensor is the RMS of (W_t − W_0) · x_t over the inputs x_t that it meets after t
+steps (the refined check of arXiv 2605.14200); what ends a residual branch counts times the layers'
+ratio. Under a right rule no effect depends on width or depth: its slope, log2 of the effect against
+log2 of the factor, is near 0. A loss can hide a wrong rate where a slope cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config
+from nmoe.machine.target import select
+from nmoe.model.decoder import Experts, Linear, Mlp, Model
+from nmoe.model.router import Router
+from nmoe.train.optim import Optimizer
+from stages.judge.intervals import Interval, interval_of, number
+from stages.proxy.file import AXES, SweepFile, load_sweep, with_rule
+from stages.text import plain
+
+SEQ_LEN = 32
+LIMITS = {  # of what is not flat: outputs start at n^-1/2, and a router's changes so with them
+  "router logits at init": (-0.65, -0.35),
+  "logits at init": (-0.65, -0.35),
+  "router logits, change": (-0.65, 0.25),
+}
+AXES_OF_CHECK = ("width", "depth")
+SAMPLE = 4  # experts of a layer that are measured
+
+
+@dataclass(frozen=True)
+class Slope:
+  """A class of tensors over one axis with one optimizer; `limits` are those of the mean."""
+
+  optimizer: str
+  axis: str
+  name: str
+  interval: Interval
+  limits: tuple[float, float]
+
+  @property
+  def out(self) -> bool:
+    low, high = self.limits
+    return not low <= self.interval.mean <= high
+
+
+def run(path: Path, console: Console) -> int:
+  """Check the rule at the file's widths and depths, with both optimizers; 1 if a class is out."""
+  file = load_sweep(path)
+  found = [slope for kind in ("adamw", "muon") for slope in check(file, kind)]
+  console.print(_table(found))
+  out = [s for s in found if s.out]
+  for s in out:
+    low, high = s.limits
+    console.print(
+      plain(
+        f"{s.name} is out over {s.axis} with {s.optimizer}: slope {number(s.interval.mean, '+')}, "
+        f"required {low:+g} to {high:+g}",
+        "red",
+      )
+    )
+  console.print("out" if out else f"all {len(found)} slopes within their limits")
+  return 1 if out else 0
+
+
+def check(file: SweepFile, optimizer: str, axes: Sequence[str] = AXES_OF_CHECK) -> list[Slope]:
+  """Every slope over widths and depths, with Student's interval over seeds."""
+  return [slope for axis in axes for slope in _over(file, optimizer, axis)]
+
+
+def _over(file: SweepFile, optimizer: str, axis: str) -> Iterator[Slope]:
+  c = file.coords
+  factors = c.widths if axis == "width" else c.depths
+  by_seed = [
+    [_measured(_config(file, axis, f, optimizer), seed, c.steps) for f in factors]
+    for seed in range(c.seeds)
+  ]
+  for name in by_seed[0][0]:
+    if axis == "depth" and name in LIMITS:
+      continue
+    slopes = [_slope(factors, [measured[name] for measured in each]) for each in by_seed]
+    limits = LIMITS.get(name, (-c.limit, c.limit))
+    yield Slope(optimizer, axis, name, interval_of(np.array(slopes), 0.95), limits)
+
+
+def _slope(factors: Sequence[float], values: Sequence[float]) -> float:
+  return float(np.polyfit(np.log2(factors), np.log2(values), 1)[0])
+
+
+def _config(file: SweepFile, axis: str, factor: int, optimizer: str) -> Config:
+  """The base at a factor, on the cpu in fp32 and on short sequences, all rates the check's."""
+  c, base = file.coords, file.base
+  base = configs.changed(
+    base,
+    {
+      "target.arch": "cpu",
+      "target.dtype": "fp32",
+      "target.emulate_blockscale": False,
+      "data.seq_len": SEQ_LEN,
+      "train.micro_batch": c.sequences,
+      "train.cuda_graph": False,
+      "launch.ranks": 1,
+      "rdep.group": 0,
+      "schedule.batch_tokens": SEQ_LEN * c.sequences,
+      "schedule.total_tokens": SEQ_LEN * c.sequences * c.steps,
+      "schedule.warmup_tokens": 0,
+      "schedule.decay_tokens": 0,
+      "optim.matrices": optimizer,
+      "optim.experts": optimizer,
+      "optim.eps": 1e-12,
+      "moe.balance_alpha": 0.0,
+      **{f"optim.{group}_lr": c.lr for group in ("dense", "router", "expert", "embed")},
+    },
+  )
+  return with_rule(configs.changed(base, _times(base, axis, factor)), base)
+
+
+def _times(base: Config, axis: str, factor: int) -> dict[str, Any]:
+  from_axis = AXES[axis]
+  known = {key: getattr(getattr(base, key.split(".")[0]), key.split(".")[1]) for key in from_axis}
+  return {key: value * factor for key, value in known.items()}
+
+
+def _measured(config: Config, seed: int, steps: int) -> dict[str, float]:
+  """Class -> effect after the steps; "… at init" -> RMS before the first."""
+  target = select(config, 0)
+  model = Model(config, target.ops)
+  model.init_weights(seed)
+  tokens = _tokens(config, seed)
+  before = {name: p.detach().clone() for name, p in model.named_parameters()}
+  start, _ = _seen(model, tokens)
+  optimizer = Optimizer(model, config, target.ops)
+  for _ in range(steps):
+    output = model(tokens[:, :-1], tokens[:, 1:])
+    (output.loss_sum / tokens[:, 1:].numel()).backward()
+    optimizer.step(1.0, torch.ones(()))
+  end, inputs = _seen(model, tokens)
+  found = _effects(model, before, inputs, tokens)
+  for name in start:
+    found[f"{name} at init"] = _rms(start[name])
+    found[f"{name}, change"] = _rms(end[name] - start[name])
+  return found
+
+
+def _tokens(config: Config, seed: int) -> Tensor:
+  """Sequences [B, S + 1] whose token frequencies fall as 1 / rank, as text's do."""
+  generator = torch.Generator().manual_seed(seed)
+  weights = 1 / torch.arange(1, config.model.vocab_size + 1)
+  count = config.train.micro_batch * (SEQ_LEN + 1)
+  drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
+  return drawn.view(-1, SEQ_LEN + 1)
+
+
+@torch.no_grad()
+def _seen(model: Model, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, tuple]]:
+  """Router logits and logits of the batch, and the inputs of every module that multiplies."""
+  inputs: dict[str, tuple] = {}
+  with _recording(model, inputs):
+    hidden = model.hidden(tokens[:, :-1])[0]
+  routers = [
+    inputs[name][0] @ module.weight.T
+    for name, module in model.named_modules()
+    if isinstance(module, Router)
+  ]
+  inputs["head"] = (hidden.flatten(0, 1),)
+  logits = hidden @ model.head_weight.T
+  return {"router logits": torch.stack(routers), "logits": logits}, inputs
+
+
+@contextmanager
+def _recording(model: Model, inputs: dict[str, tuple]) -> Iterator[None]:
+  def keep(name: str) -> Callable[[Module, tuple], None]:
+    return lambda _, given: inputs.__setitem__(name, given)
+
+  hooks = [
+    module.register_forward_pre_hook(keep(name))
+    for name, module in model.named_modules()
+    if isinstance(module, (Linear, Mlp, Experts, Router))
+  ]
+  try:
+    yield
+  finally:
+    for hook in hooks:
+      hook.remove()
+
+
+@torch.no_grad()
+def _effects(
+  model: Model, before: dict[str, Tensor], inputs: dict[str, tuple], tokens: Tensor
+) -> dict[str, float]:
+  """RMS over layers of each class's effect."""
+  config = model.config
+  depth = config.model.num_layers / config.scaling.base_layers
+  squares: dict[str, list[float]] = defaultdict(list)
+  for name, module in model.named_modules():
+    if name not in inputs:
+      continue
+    change = {
+      key: p.detach() - before[f"{name}.{key}"] for key, p in module.named_parameters(recurse=False)
+    }
+    kind = name.rpartition(".")[2]
+    if isinstance(module, (Linear, Router)) or name == "head":
+      effect = inputs[name][0] @ change["weight"].T
+      squares[kind].append(_rms(effect * (depth if kind == "o" else 1)) ** 2)
+    elif isinstance(module, Mlp):
+      _mlp(
+        squares,
+        kind,
+        inputs[name][0].flatten(0, -2),
+        module.w13,
+        change["w13"],
+        change["w2"],
+        depth,
+      )
+    else:
+      x_TD, expert_TK = inputs[name][:2]
+      counts = torch.bincount(expert_TK.flatten().long(), minlength=len(module.w13))
+      for e in counts.topk(SAMPLE).indices.tolist():
+        rows = x_TD[(expert_TK == e).any(1)]
+        _mlp(squares, kind, rows, module.w13[e], change["w13"][e], change["w2"][e], depth)
+  found = {name: math.sqrt(sum(s) / len(s)) for name, s in squares.items()}
+  embed = model.embed.weight.detach() - before["embed.weight"]
+  return found | {"embed": _rms(F.embedding(tokens[:, :-1], embed))}
+
+
+def _mlp(
+  squares: dict, kind: str, x: Tensor, w13: Tensor, up: Tensor, down: Tensor, depth: float
+) -> None:
+  squares[f"{kind}.w13"].append(_rms(x @ up.T) ** 2)
+  both = x @ w13.T
+  squares[f"{kind}.w2"].append(_rms(F.silu(both[:, 0::2]) * both[:, 1::2] @ down.T * depth) ** 2)
+
+
+def _rms(x: Tensor) -> float:
+  return x.double().square().mean().sqrt().item()
+
+
+def _table(slopes: Sequence[Slope]) -> Table:
+  table = Table(title="Slopes of effects, 95 % interval over seeds", title_justify="left")
+  for column in ("optimizer", "over", "tensor"):
+    table.add_column(column)
+  for column in ("slope", "interval", "required", ""):
+    table.add_column(column, justify="right")
+  for s in slopes:
+    i, mark = s.interval, "[red]out[/red]" if s.out else "[green]ok[/green]"
+    span = f"{i.low:+.2f} … {i.high:+.2f}"
+    required = f"{s.limits[0]:+.2f} … {s.limits[1]:+.2f}"
+    table.add_row(s.optimizer, s.axis, s.name, f"{i.mean:+.3f}", span, required, mark)
+  return table

