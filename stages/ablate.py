@@ -13,9 +13,9 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, fingerprint, kind
 from nmoe.errors import ConfigError
 from stages.judge import paired
-from stages.runs import Arm, Workbench, hypothesis_of, seeds_of
 from stages.study import Study, carry_out
 from stages.text import plain
+from stages.workbench import Arm, Workbench, hypothesis_of, seeds_of
 
 
 def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> Path:
@@ -29,13 +29,13 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
   if seeds:
     other = configs.changed(other, {"experiment.seeds": seeds})
   differences(base, other, console)
-  bench = Workbench.open(other.run.root, console)
-  arms = (bench.arm("baseline", base), bench.arm("variant", other))
-  check_different(*arms)
   asked = hypothesis_of(other)
   judge = partial(paired.judge, asked)
-  study = Study(other.experiment.name, "ablate", (asked,), arms, seeds_of(other), judge)
-  return carry_out(study, bench).report
+  with Workbench.open(other.run.root, console) as bench:
+    arms = (bench.arm("baseline", base), bench.arm("variant", other))
+    check_different(*arms)
+    study = Study(other.experiment.name, "ablate", (asked,), arms, seeds_of(other), judge)
+    return carry_out(study, bench).report
 
 
 def differences(base: Config, variant: Config, console: Console) -> None:

@@ -105,7 +105,7 @@ def prep_mixture(
   root: Root = ROOT,
 ) -> None:
   """Tokenize a mixture into shards; an unchanged mixture is found, not made again."""
-  from stages.runs import prepared
+  from stages.workbench import prepared
 
   console = _console()
   console.print(prepared(mixture, tokenizer, root.resolve(), console), soft_wrap=True)

@@ -8,7 +8,7 @@ from nmoe.data.heldout import differences, heldout_set
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Hypothesis, Run
-from stages.runs import Arm
+from stages.workbench import Arm
 
 
 def check_held_out(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> None:

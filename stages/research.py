@@ -11,12 +11,14 @@ from rich.console import Console
 from nmoe.config import file as configs
 from nmoe.errors import RunError
 from nmoe.records.metrics import read
-from nmoe.records.reader import Hypothesis, Reader
+from nmoe.records.reader import Hypothesis, Reader, Run
 from nmoe.records.root import Root
 from stages.judge import single
+from stages.judge.table import Judgement
 from stages.launch.display import Display
-from stages.runs import Arm, Workbench, hypothesis_of, seeds_of
+from stages.runs import carrying
 from stages.study import Study, carry_out
+from stages.workbench import Arm, Workbench, hypothesis_of, seeds_of
 
 
 def run(path: Path, seeds: int | None, console: Console) -> Path:
@@ -30,17 +32,12 @@ def run(path: Path, seeds: int | None, console: Console) -> Path:
   config = configs.load(path)
   if seeds:
     config = configs.changed(config, {"experiment.seeds": seeds})
-  bench = Workbench.open(config.run.root, console)
   asked = hypothesis_of(config)
-  study = Study(
-    config.experiment.name,
-    "research",
-    (asked,),
-    (bench.arm(path.stem, config),),
-    seeds_of(config),
-    partial(single.judge, asked),
-  )
-  return carry_out(study, bench).report
+  judge, seeds_asked = partial(single.judge, asked), seeds_of(config)
+  with Workbench.open(config.run.root, console) as bench:
+    arms = (bench.arm(path.stem, config),)
+    study = Study(config.experiment.name, "research", (asked,), arms, seeds_asked, judge)
+    return carry_out(study, bench).report
 
 
 def rerun(run_id: str, root: Path, console: Console) -> Path:
@@ -50,27 +47,31 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
   RunError if it has not completed, or if the code has changed since, naming both versions.
   """
   old = Reader(root).run(run_id)
-  bench = Workbench.open(str(root), console, anew=True)
   if old.status != "completed":
     raise RunError(f"run {run_id} is {old.status}; only a completed run can be repeated")
-  if old.code_version != bench.code_version:
-    raise RunError(
-      f"run {run_id} was made by code {old.code_version} (commit {old.commit[:10]}), this is "
-      f"{bench.code_version} (commit {bench.commit[:10]}); check that commit out and apply the "
-      "run's diff"
-    )
-  config = configs.loads(old.toml, f"run {run_id}")
-  arm = Arm(old.arm, config, Root(root).data / old.data_digest)
+  with Workbench.open(str(root), console, anew=True) as bench:
+    if old.code_version != bench.code_version:
+      raise RunError(
+        f"run {run_id} was made by code {old.code_version} (commit {old.commit[:10]}), this is "
+        f"{bench.code_version} (commit {bench.commit[:10]}); check that commit out and apply the "
+        "run's diff"
+      )
+    return _repeated(bench, old)
+
+
+def _repeated(bench: Workbench, old: Run) -> Path:
+  config = configs.loads(old.toml, f"run {old.id}")
+  arm = Arm(old.arm, config, Root(bench.root).data / old.data_digest)
   first = bench.experiments.find(old.experiment_id)
-  name = f"rerun-{first.name}"
-  claim = Hypothesis(f"Run {run_id} repeats exactly.", first.headline.metric, "none", 0.0)
-  experiment = bench.experiments.create(name, "research", (claim,))
-  bench.experiments.link(experiment.id, first.id, "repeats", f"of run {run_id}")
-  with Display(console) as display:
-    new = bench.repeat(experiment, arm, old.seed, display)
-  bench.check(experiment, [new])
-  before, after = (read(root, r.id, ["train/loss"])["train/loss"][2] for r in (old, new))
-  equal = np.array_equal(before, after, equal_nan=True)
-  reason = f"{len(before)} logged losses, " + ("bit-identical" if equal else "not identical")
-  outcome = {"reason": reason, "of": run_id}
-  return bench.close(experiment, "confirmed" if equal else "refuted", outcome, [new])
+  claim = Hypothesis(f"Run {old.id} repeats exactly.", first.headline.metric, "none", 0.0)
+  asked = ("research", f"rerun-{first.name}", (claim,), (arm,), (old.seed,))
+  with carrying(bench, *asked) as work, Display(bench.console) as display:
+    bench.experiments.link(work.experiment.id, first.id, "repeats", f"of run {old.id}")
+    new = work.repeat(arm, old.seed, display)
+    work.check([new])
+    tag = "train/loss"
+    before, after = (read(bench.root, run.id, [tag])[tag][2] for run in (old, new))
+    equal = np.array_equal(before, after, equal_nan=True)
+    reason = f"{len(before)} logged losses, " + ("bit-identical" if equal else "not identical")
+    judgement = Judgement("confirmed" if equal else "refuted", reason, {"of": old.id})
+    return work.conclude(judgement, [new], summary=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from nmoe.records.reader import Experiment, Hypothesis, Run
 from stages.comparable import check_held_out, check_one_machine
 from stages.judge.table import Judgement, Result, Table
-from stages.runs import Arm, Workbench
+from stages.runs import Work, carrying
+from stages.workbench import Arm, Workbench
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,15 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
   there is no verdict) or diverged (then there is one).
   """
   check_held_out(study.hypotheses, study.arms)
-  experiment = workbench.planned(
-    study.stage,
-    study.name,
-    study.hypotheses,
-    study.arms,
-    study.seeds,
-    grows=study.further is not None,
-  )
-  with workbench.carrying(experiment):
-    table, runs = _results(study, experiment, workbench)
+  asked = (study.stage, study.name, study.hypotheses, study.arms, study.seeds)
+  with carrying(workbench, *asked, grows=study.further is not None) as work:
+    table, runs = _results(study, work)
     judgement = study.judge(table)
-    conclusion = {"reason": judgement.reason, **judgement.numbers}
-    report = workbench.close(experiment, judgement.verdict, conclusion, runs)
-  return Outcome(experiment, table, judgement, report)
+    report = work.conclude(judgement, runs, summary=True)
+  return Outcome(work.experiment, table, judgement, report)
 
 
-def _results(study: Study, experiment: Experiment, workbench: Workbench) -> tuple[Table, list[Run]]:
+def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:
   """Round after round of runs, until there are no further ones."""
   pairs = [(arm, seed) for seed in study.seeds for arm in study.arms]
   results: list[Result] = []
@@ -75,9 +68,9 @@ def _results(study: Study, experiment: Experiment, workbench: Workbench) -> tupl
   while pairs:
     arms = {arm.name: arm for arm in (*study.arms, *(arm for arm, _ in pairs))}
     check_held_out(study.hypotheses, tuple(arms.values()))
-    workbench.experiments.add_arms(experiment.id, [workbench.arm_record(arm) for arm, _ in pairs])
-    runs += workbench.run_all(experiment, pairs)
-    workbench.check(experiment, runs)
+    work.plan(tuple(arms.values()))
+    runs += work.run_all(pairs)
+    work.check(runs)
     check_one_machine(study.hypotheses, runs)
     new = runs[len(results) :]
     results += [_result(arm, run) for (arm, _), run in zip(pairs, new, strict=True)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from labs import Launches, open_lab
 
-from stages import runs
+from stages import workbench
 from stages.launch import local as launch
 from stages.launch import pool
 
@@ -49,5 +49,5 @@ def launches(lab, monkeypatch):
   made = Launches()
   monkeypatch.setattr(launch.Launcher, "start", lambda self, *args: made.start(self, *args))
   monkeypatch.setattr(pool.Slot, "begin", lambda self, *args: made.start(self.launcher, *args))
-  monkeypatch.setattr(runs, "provenance", lambda repo: ("0123456789abcdef", "", "code"))
+  monkeypatch.setattr(workbench, "provenance", lambda repo: ("0123456789abcdef", "", "code"))
   return made

@@ -5,8 +5,8 @@ A claim is a chain: hypothesis -> experiment -> runs -> conclusion, and links be
 memory, which the hosts of a shared filesystem do not have in common.
 
 A run has one owner at a time. The owner holds an exclusive lock (flock) on `{root}/locks/{run_id}`,
-which the kernel drops when the process dies, in a container or on another host too; host and pid
-stand in the record for people to read.
+which the kernel drops when the process dies, in a container or on another host too. Host and pid
+stand in the record for people to read, and for the case that somebody deleted the lock file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import secrets
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -26,6 +26,7 @@ from typing import IO, Any, Literal
 from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records.migrations import migrate_file, transaction, version
+from nmoe.records.owner import TIME_FORMAT, lives
 from nmoe.records.reader import (
   RUN_SQL,
   ArmRecord,
@@ -261,26 +262,76 @@ class Experiments(Reader):
 
     Its id sorts by time (UTC): 20261123-142233-ab12.
     """
-    now = _now()
-    record = (seed, toml, fingerprint, data_digest, commit, diff, code_version)
-    owner = (json.dumps(environment), target, socket.gethostname(), os.getpid(), now, now)
+    record = (toml, fingerprint, data_digest, commit, diff, code_version, environment, target)
     with self._writing() as db:
-      run_id = self._unused_run_id()
-      lock = self._try_lock(run_id)
+      run_id = self._insert_run(db, experiment_id, arm, seed, record)
+    return self.run(run_id)
+
+  def find_or_start(
+    self,
+    experiment_id: str,
+    arm: str,
+    seed: int,
+    *,
+    usable: Callable[[Run], bool] = lambda run: True,
+    toml: str,
+    fingerprint: str,
+    data_digest: str,
+    commit: str,
+    diff: str,
+    code_version: str,
+    environment: dict[str, Any],
+    target: str,
+  ) -> Run:
+    """The newest finished run of the same computation that is usable, else the newest that can go
+    on, else a new one as of `start_run`; a member of the experiment either way.
+
+    Of several processes that ask at once, one starts a new run.
+    """
+    record = (toml, fingerprint, data_digest, commit, diff, code_version, environment, target)
+    with self._writing() as db:
+      same = [r for r in self._same(fingerprint, data_digest, seed, code_version) if usable(r)]
+      finished = [run for run in same if run.finished]
+      run_id = next((run.id for run in (*finished, *same)), None)
+      if run_id is None:
+        run_id = self._insert_run(db, experiment_id, arm, seed, record)
+      else:
+        self._join(db, experiment_id, run_id, arm)
+    return next(run for run in self.runs(experiment_id) if (run.id, run.arm) == (run_id, arm))
+
+  def _insert_run(
+    self, db: sqlite3.Connection, experiment_id: str, arm: str, seed: int, record: tuple
+  ) -> str:
+    """A new run, its lock, its membership."""
+    *written, environment, target = record
+    now = _now()
+    owner = (json.dumps(environment), target, socket.gethostname(), os.getpid(), now, now)
+    run_id = self._unused_run_id()
+    lock = self._try_lock(run_id)
+    try:
       db.execute(
         "INSERT INTO runs VALUES (?,?,?,?,?,?,?,?,?,?,'running','{}','',?,?,?,?)",
-        (run_id, *record, *owner),
+        (run_id, seed, *written, *owner),
       )
-      self._insert_arms(db, experiment_id, [ArmRecord(arm, {}, "")])
-      db.execute("INSERT INTO members VALUES (?,?,?)", (experiment_id, run_id, arm))
+      self._join(db, experiment_id, run_id, arm)
+    except BaseException:
+      lock.close()
+      raise
     self._locks[run_id] = lock
-    return self.run(run_id)
+    return run_id
+
+  def _join(self, db: sqlite3.Connection, experiment_id: str, run_id: str, arm: str) -> None:
+    self._insert_arms(db, experiment_id, [ArmRecord(arm, {}, "")])
+    db.execute("INSERT OR IGNORE INTO members VALUES (?,?,?)", (experiment_id, run_id, arm))
+
+  def owns(self, run_id: str) -> bool:
+    """Whether this process holds the run."""
+    return run_id in self._locks
 
   def attach(self, experiment_id: str, run_id: str, arm: str) -> None:
     """Count an existing run as a member of another experiment too; twice is the same as once."""
     with self._writing() as db:
-      self._insert_arms(db, experiment_id, [ArmRecord(arm, {}, "")])
-      db.execute("INSERT OR IGNORE INTO members VALUES (?,?,?)", (experiment_id, run_id, arm))
+      self._join(db, experiment_id, run_id, arm)
 
   def find_finished(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
@@ -399,9 +450,16 @@ class Experiments(Reader):
       "wait for it, or stop it there"
     )
 
+  def _owner_lives(self, run_id: str) -> bool:
+    """For want of a lock file: whether the record's owner is a process that is still alive."""
+    sql = "SELECT host, pid, updated FROM runs WHERE id = ? AND status = 'running'"
+    return any(lives(row["host"], row["pid"], row["updated"]) for row in self._read(sql, run_id))
+
   def _try_lock(self, run_id: str) -> IO[str] | None:
     """The open, locked file, or None while another holds it."""
     path = Root(self.root).lock(run_id)
+    if not path.exists() and self._owner_lives(run_id):
+      return None
     try:
       path.parent.mkdir(exist_ok=True)
       lock = path.open("a")
@@ -422,4 +480,4 @@ class Experiments(Reader):
 
 
 def _now() -> str:
-  return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+  return time.strftime(TIME_FORMAT, time.gmtime())

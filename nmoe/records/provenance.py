@@ -1,10 +1,23 @@
-"""The code of a run: which commit, what was changed on top, and a version that needs no git."""
+"""What decides a run beside its configuration and data: its code, the versions, the machine."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
+
+PACKAGES = (
+  "torch",
+  "numpy",
+  "datasets",
+  "tiktoken",
+  "duckdb",
+  "quack-kernels",
+  "nvidia-cutlass-dsl",
+)
 
 
 def provenance(repo: str | Path) -> tuple[str, str, str]:
@@ -34,3 +47,14 @@ def _git(repo: Path, *arguments: str) -> str:
   except (OSError, subprocess.TimeoutExpired):
     return ""
   return done.stdout.decode(errors="replace") if done.returncode in (0, 1) else ""
+
+
+def environment() -> dict[str, str]:
+  """The versions and the machine that a record keeps."""
+  found = {"python": sys.version.split()[0], "platform": platform.platform()}
+  for name in PACKAGES:
+    try:
+      found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      continue
+  return found

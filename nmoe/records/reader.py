@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records.migrations import MIGRATIONS, migrate, version
+from nmoe.records.owner import lives
 from nmoe.records.root import Root
 
 Point = Mapping[str, float | int | str]
@@ -261,7 +262,7 @@ class Reader:
 
   def _seen(self, run: Run) -> Run:
     """The run with the status that its lock tells: "running" needs an owner that holds it."""
-    if run.status == "running" and not _held(Root(self.root).lock(run.id)):
+    if run.status == "running" and not _owned(Root(self.root).lock(run.id), run):
       return replace(run, status="interrupted")
     return run
 
@@ -315,13 +316,13 @@ class Reader:
     return "check the folder's permissions and free space"
 
 
-def _held(path: Path) -> bool:
-  """Whether a process holds this lock file; one that is not there is not held."""
+def _owned(path: Path, run: Run) -> bool:
+  """Whether a process holds the run's lock file, or, where that was deleted, lives."""
   try:
     with path.open() as file:
       return not files.lock(file, shared=True)
   except FileNotFoundError:
-    return False
+    return lives(run.host, run.pid, run.updated)
   except OSError:
     return True  # not ours to ask
 

@@ -16,9 +16,11 @@ from rich.table import Table
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
+from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
-from stages.runs import Arm, Workbench
+from stages.runs import carrying
+from stages.workbench import Arm, Workbench, hypothesis_of
 
 NO_DATA = Path("")  # inputs are drawn, no mixture is read
 REPEATS = 20
@@ -43,8 +45,8 @@ def rdep(
   the same numbers to `out`. ConfigError if it cannot be measured, RunError if a rank fails.
   """
   config = layer_config(configs.load(path), path, ranks, tokens, shape)
-  bench = Workbench.open(config.run.root, console, anew=True)
-  found = _measured(bench, config, path.stem, repeats)
+  with Workbench.open(config.run.root, console, anew=True) as bench:
+    found = _measured(bench, config, path.stem, repeats)
   mark = "+" if bench.patch else ""
   found |= {"commit": bench.commit + mark, "config": path.name, "arch": config.target.arch}
   if out is not None:
@@ -92,13 +94,15 @@ def layer_config(
 def _measured(bench: Workbench, config: Config, name: str, repeats: int) -> dict[str, Any]:
   """What the ranks measured, recorded as an experiment of stage "bench"; RunError if one fails."""
   arm = Arm(name, config, NO_DATA)
-  experiment = bench.experiment("bench", config, [arm])
-  run = bench.start(experiment, arm, config.train.seed)
-  job = Job(run.id, config, "nmoe.bench.rdep", options=("--repeats", str(repeats)))
-  with Display(bench.console) as display:
-    done = bench.execute(experiment, job, name, display)
-  bench.check(experiment, [done])
-  bench.experiments.conclude(experiment.id, "measured", done.results)
+  asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
+  with carrying(bench, "bench", *asked) as work:
+    run = work.start(arm, config.train.seed)
+    job = Job(run.id, config, "nmoe.bench.rdep", options=("--repeats", str(repeats)))
+    with Display(bench.console) as display:
+      done = work.execute(job, display)
+    work.check([done])
+    reason = f"{len(done.results)} measurements over {config.launch.ranks} ranks."
+    work.conclude(Judgement("measured", reason, done.results), [done])
   return done.results
 
 

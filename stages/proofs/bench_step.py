@@ -21,12 +21,15 @@ from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.records.metrics import Series, read
 from nmoe.records.reader import Run
+from nmoe.train.progress import Entry
 from nmoe.train.startup import PHASES as STARTUP
 from nmoe.train.startup import process_age
 from stages.judge.intervals import student_t
+from stages.judge.table import Judgement
 from stages.launch.display import Display
-from stages.runs import Workbench
+from stages.runs import carrying
 from stages.text import plain
+from stages.workbench import Workbench, hypothesis_of
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step")
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
@@ -84,24 +87,23 @@ def step(
     "experiment.name": f"bench-{path.stem}-{time.strftime('%H%M%S')}",
   }
   config = configs.changed(config, changed)
-  bench = Workbench.open(config.run.root, console, anew=True)
-  begun = time.monotonic()
-  arm = bench.arm(path.stem, config)
-  data_s = time.monotonic() - begun
-  experiment = bench.experiment("bench", config, [arm])
-  arrived: list[tuple[int, float]] = []
-  with Display(console) as display:
-    run = bench.repeat(
-      experiment,
-      arm,
-      config.train.seed,
-      display,
-      trace,
-      lambda entry: arrived.append((entry.step, process_age())),
-    )
-  bench.check(experiment, [run])
-  found = _measure(bench, run, config, arm.data, arrived[0], data_s)
-  bench.experiments.conclude(experiment.id, "measured", asdict(found))
+  with Workbench.open(config.run.root, console, anew=True) as bench:
+    begun = time.monotonic()
+    arm = bench.arm(path.stem, config)
+    data_s = time.monotonic() - begun
+    arrived: list[tuple[int, float]] = []
+
+    def follow(entry: Entry) -> None:
+      arrived.append((entry.step, process_age()))
+
+    asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
+    with carrying(bench, "bench", *asked) as work:
+      with Display(console) as display:
+        run = work.repeat(arm, config.train.seed, display, trace, follow)
+      work.check([run])
+      found = _measure(bench, run, config, arm.data, arrived[0], data_s)
+      reason = f"{float(np.median(found.ms)):.3f} ms a step on {found.device}."
+      work.conclude(Judgement("measured", reason, asdict(found)), [run])
   _show(found, console)
   if before:
     names = ", ".join(p.name for p in against)

@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,11 @@ from nmoe.records import checkpoint
 from nmoe.records.metrics import read
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
+from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
-from stages.runs import Arm, Workbench
+from stages.runs import Work, carrying
+from stages.workbench import Arm, Workbench, hypothesis_of
 
 # Largest relative deviation from one rank. At the first step the weights are the same bits, and
 # what differs is the order of sums over tokens. Adam divides a gradient by its own size, which
@@ -86,33 +88,35 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   experiment of stage "check". RunError if a claim does not hold, ConfigError if ranks don't fit.
   """
   config = shortened(configs.load(path), path.stem, steps)
-  arms = {r: at_ranks(config, r) for r in ranks}
-  bench = Workbench.open(config.run.root, console, anew=True)
-  data = bench.arm("data", arms[ranks[0]]).data
-  most = max(ranks)
-  experiment = bench.experiment("check", arms[most], [Arm("ranks", arms[most], data)])
-  traces = Root(bench.root).traces(experiment.id)
-  with Display(console) as display:
-
-    def train(ranks: int, name: str, trace: Path | None = None) -> Run:
-      run = bench.start(experiment, Arm(name, arms[ranks], data), config.train.seed)
-      first = checkpoint.directory(bench.root, run.id) / FIRST
-      job = Job(run.id, arms[ranks], trace=trace, first=first)
-      return bench.execute(experiment, job, name, display)
-
-    runs = {r: train(r, f"{r} ranks", traces if r == most else None) for r in ranks}
-    again = train(most, f"{most} ranks again")
-  bench.check(experiment, [*runs.values(), again])
-  claims = list(_claims(bench.root, runs, again, config, steps, traces))
-  broken = [claim for claim in claims if not claim.holds]
-  verdict = "refuted" if broken else "confirmed"
-  reason = f"{len(claims) - len(broken)} of {len(claims)} claims hold at {ranks} ranks."
-  rows = [vars(claim) for claim in claims]
-  bench.experiments.conclude(experiment.id, verdict, {"reason": reason, "rows": rows})
-  show(claims, f"against launch.ranks = {ranks[0]}", console)
+  arms, most = {r: at_ranks(config, r) for r in ranks}, max(ranks)
+  with Workbench.open(config.run.root, console, anew=True) as bench:
+    data = bench.arm("data", arms[ranks[0]]).data
+    planned = {r: Arm(f"{r} ranks", arms[r], data) for r in ranks}
+    asked = (config.experiment.name, [hypothesis_of(config)], [*planned.values()], [0])
+    with carrying(bench, "check", *asked) as work:
+      traces = Root(bench.root).traces(work.experiment.id)
+      with Display(console) as display:
+        runs = {
+          r: _train(work, arm, display, traces if r == most else None) for r, arm in planned.items()
+        }
+        again = _train(work, replace(planned[most], name=f"{most} ranks again"), display)
+      work.check([*runs.values(), again])
+      claims = list(_claims(bench.root, runs, again, config, steps, traces))
+      broken = [claim for claim in claims if not claim.holds]
+      reason = f"{len(claims) - len(broken)} of {len(claims)} claims hold at {ranks} ranks."
+      numbers = {"rows": [vars(claim) for claim in claims]}
+      show(claims, f"against launch.ranks = {ranks[0]}", console)
+      work.conclude(Judgement("refuted" if broken else "confirmed", reason, numbers), [])
   if broken:
     raise RunError(f"{path}: {len(broken)} claims do not hold; the first: {broken[0]}")
   return claims
+
+
+def _train(work: Work, arm: Arm, display: Display, trace: Path | None = None) -> Run:
+  """A run that keeps its states before and after its first step."""
+  run = work.start(arm, arm.config.train.seed)
+  first = checkpoint.directory(work.bench.root, run.id) / FIRST
+  return work.execute(Job(run.id, arm.config, trace=trace, first=first), display)
 
 
 def at_ranks(config: Config, ranks: int) -> Config:

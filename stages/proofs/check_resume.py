@@ -25,12 +25,14 @@ from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.metrics import Series, read
-from nmoe.records.reader import Experiment, Run
+from nmoe.records.reader import Run
+from stages.judge.table import Judgement
 from stages.launch import local as launch
 from stages.launch.display import Display
 from stages.launch.local import Job, Launcher
 from stages.proofs import check_ep as parity
-from stages.runs import Arm, Workbench
+from stages.runs import Work, carrying
+from stages.workbench import Arm, Workbench, hypothesis_of
 
 LOGGED = ("train/loss", "train/bpb", "val/loss", "grad_norm/", "lr/", "moe/")  # prefixes of tags
 AFTER = parity.BF16  # steps after a change of ranks within which the bounds must hold
@@ -74,36 +76,46 @@ def resume(
   RunError if anything differs; ConfigError, before anything runs, if the ranks don't fit.
   """
   first, *others = attempts(shortened(configs.load(path), path.stem, steps, ranks), ranks)
-  bench = Workbench.open(first.run.root, console, anew=True)
-  arm = bench.arm("uninterrupted", first)
-  experiment = bench.experiment("check", first, [arm])
-  with Display(console) as display:
-    whole = bench.repeat(experiment, arm, first.train.seed, display)
-    bench.check(experiment, [whole])
-    kills = (steps // 2, 3 * steps // 4)
+  kills = (steps // 2, 3 * steps // 4)
+  with Workbench.open(first.run.root, console, anew=True) as bench:
+    arm = bench.arm("uninterrupted", first)
     arms = [Arm("killed", config, arm.data) for config in (first, *others)]
-    killed, restarts = _killed(bench, experiment, arms, kills, display)
-  if restarts:
-    rows, claims = _changed(bench.root, whole, killed, restarts, steps)
-  else:
-    rows, claims = compare(bench.root, whole, killed, steps), []
-  _show(rows, console)
-  if claims:
-    parity.show(claims, f"against launch.ranks = {first.launch.ranks}", console)
-  equal = all(found.holds for found in (*rows, *claims))
-  same = f"the same within the bounds at {list(ranks)} ranks" if claims else "bit-identical"
-  outcome = {
-    "reason": f"killed at steps {kills[0]} and {kills[1]} of {steps}, "
-    f"the run is {same if equal else 'another one'}.",
-    "rows": [vars(found) for found in (*rows, *claims)],
-  }
-  bench.experiments.conclude(experiment.id, "confirmed" if equal else "refuted", outcome)
-  if not equal:
+    asked = (first.experiment.name, [hypothesis_of(first)], [arm, arms[0]], [first.train.seed])
+    with carrying(bench, "check", *asked) as work:
+      with Display(console) as display:
+        whole = work.repeat(arm, first.train.seed, display)
+        work.check([whole])
+        killed, restarts = _killed(work, arms, kills, display)
+      if restarts:
+        rows, claims = _changed(bench.root, whole, killed, restarts, steps)
+      else:
+        rows, claims = compare(bench.root, whole, killed, steps), []
+      _show(rows, console)
+      if claims:
+        parity.show(claims, f"against launch.ranks = {first.launch.ranks}", console)
+      judgement = _judge(rows, claims, ranks, kills, steps)
+      work.conclude(judgement, [])
+  if judgement.verdict == "refuted":
     raise RunError(
       f"{path}: a resumed run is not the uninterrupted one; the table names the first difference "
       f"(runs {whole.id} and {killed.id} under {bench.root}/checkpoints)"
     )
   return [*rows, *claims]
+
+
+def _judge(
+  rows: Sequence[Row],
+  claims: Sequence[parity.Claim],
+  ranks: Sequence[int],
+  kills: Sequence[int],
+  steps: int,
+) -> Judgement:
+  equal = all(row.holds for row in (*rows, *claims))
+  same = f"the same within the bounds at {list(ranks)} ranks" if claims else "bit-identical"
+  reason = f"killed at steps {kills[0]} and {kills[1]} of {steps}, "
+  reason += f"the run is {same if equal else 'another one'}."
+  numbers = {"rows": [vars(row) for row in (*rows, *claims)]}
+  return Judgement("confirmed" if equal else "refuted", reason, numbers)
 
 
 def attempts(config: Config, ranks: Sequence[int]) -> list[Config]:
@@ -220,18 +232,15 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _killed(
-  bench: Workbench,
-  experiment: Experiment,
-  arms: Sequence[Arm],
-  kills: Sequence[int],
-  display: Display,
+  work: Work, arms: Sequence[Arm], kills: Sequence[int], display: Display
 ) -> tuple[Run, list[Restart]]:
   """A run that loses its processes at each of `kills` and goes on as the next of the arms.
 
   The restarts, if any changes the ranks: then the run also saves what it loads. RunError if it ends
   before a kill.
   """
-  run, restarts, loaded = bench.start(experiment, arms[0], arms[0].config.train.seed), [], None
+  bench = work.bench
+  run, restarts, loaded = work.start(arms[0], arms[0].config.train.seed), [], None
   folder, ranks = checkpoint.directory(bench.root, run.id), [a.config.launch.ranks for a in arms]
   for number, at in enumerate(kills):
     display.say(f"killed: SIGKILL at step {at}, launch.ranks = {ranks[number]}")
@@ -244,14 +253,14 @@ def _killed(
         f"run {run.id} was to be killed at step {at} but is {status}; raise --steps\n"
         + ended.tail()
       )
-    bench.hand_over(run, arms[number + 1].config)
+    work.hand_over(run, arms[number + 1].config)
     if len(set(ranks)) > 1:
       saved = folder / f"step_{checkpoint.steps(folder)[-1]:08d}"
       loaded = folder / f"loaded_{at:08d}"
       restarts.append(Restart(*ranks[number : number + 2], saved, loaded))
   job = Job(run.id, arms[-1].config, first=loaded)
-  done = bench.execute(experiment, job, "killed", display)
-  bench.check(experiment, [done])
+  done = work.execute(job, display)
+  work.check([done])
   return done, restarts
 
 

@@ -18,7 +18,9 @@ from nmoe.config.plan import plan
 from nmoe.config.sections import Config
 from nmoe.model.decoder import Model
 from nmoe.records.metrics import read
-from stages.runs import Workbench, progress_display
+from stages.launch.display import Display
+from stages.runs import Work
+from stages.workbench import Arm, Workbench, hypothesis_of
 
 pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"
@@ -72,15 +74,20 @@ def test_gradients_err_at_most_twice_as_much_as_the_reference_in_bf16(forced_bal
   assert not worse
 
 
+def at_work(bench: Workbench, arms: list[Arm]) -> Work:
+  config = arms[0].config
+  planned = [bench.plan(arm) for arm in arms]
+  claims = [hypothesis_of(config)]
+  return Work(bench, bench.experiments.create(config.experiment.name, "research", claims, planned))
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_host_waits_for_nothing_between_logs(graph: bool, tmp_path: Path) -> None:
   values = {"run.root": str(tmp_path), "train.log_every": 20, "train.cuda_graph": graph}
   config = small(20, **values)
-  bench = Workbench.open(str(tmp_path), Console())
-  arm = bench.arm("small", config)
-  experiment = bench.experiment("research", config, [arm])
-  with progress_display(bench.console) as progress:
-    run = bench.repeat(experiment, arm, 0, progress, tmp_path / "trace")
+  with Workbench.open(str(tmp_path), Console()) as bench, Display(bench.console) as display:
+    arm = bench.arm("small", config)
+    run = at_work(bench, [arm]).repeat(arm, 0, display, tmp_path / "trace")
   assert run.status == "completed"
   events = json.loads((tmp_path / "trace" / "trace.json").read_text())["traceEvents"]
   steps = [e for e in events if e.get("cat") == "user_annotation" and "ProfilerStep" in e["name"]]
@@ -104,12 +111,11 @@ def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
   values = {"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": micro_batch}
   values |= {"train.eval_every": 6, "train.cuda_graph": False}
   config = small(12, **values)
-  bench = Workbench.open(str(tmp_path), Console())
-  arms = [bench.arm("eager", config), bench.arm("eager", config)]
-  arms.append(bench.arm("graph", configs.changed(config, {"train.cuda_graph": True})))
-  experiment = bench.experiment("research", config, arms)
-  with progress_display(bench.console) as progress:
-    runs = [bench.repeat(experiment, arm, 0, progress) for arm in arms]
+  with Workbench.open(str(tmp_path), Console()) as bench, Display(bench.console) as display:
+    arms = [bench.arm("eager", config), bench.arm("eager", config)]
+    arms.append(bench.arm("graph", configs.changed(config, {"train.cuda_graph": True})))
+    work = at_work(bench, arms)
+    runs = [work.repeat(arm, 0, display) for arm in arms]
   first, *others = found = [read(tmp_path, run.id) for run in runs]
   assert "time/graph_s" in others[-1]
   for tag in ("train/loss", "grad_norm/all", "val/loss"):

@@ -6,11 +6,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ import pytest
 from nmoe.errors import RecordError
 from nmoe.records import experiments
 from nmoe.records.experiments import Experiments
+from nmoe.records.owner import TIME_FORMAT, lives
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import Hypothesis, Reader
 
@@ -184,6 +188,59 @@ def test_a_killed_owner_leaves_an_interrupted_run_that_can_be_resumed(tmp_path):
     db.claim(run.id)
 
 
+@pytest.mark.faults
+def test_a_deleted_lock_makes_no_second_owner(tmp_path):
+  """Whoever tidied up `locks/`: the owner lives, and only its death ends its run."""
+  db = Experiments(tmp_path)
+  run = start(db, db.create("muon", **HYPOTHESIS).id)
+  db.release(run.id)
+  owner = child(tmp_path, f"db.claim({run.id!r}); print('up', flush=True); time.sleep(60)")
+  assert owner.stdout.readline() == "up\n"
+  shutil.rmtree(tmp_path / "locks")
+  assert Reader(tmp_path).run(run.id).status == "running"
+  assert db.mark_interrupted() == []
+  with pytest.raises(RecordError, match=f"belongs to process {owner.pid} on host"):
+    db.claim(run.id)
+  owner.send_signal(signal.SIGKILL)
+  owner.communicate()
+  assert Reader(tmp_path).run(run.id).status == "interrupted"
+  assert db.claim(run.id).pid == os.getpid()
+
+
+def test_a_process_with_the_number_of_a_dead_owner_is_not_the_owner():
+  now = time.strftime(TIME_FORMAT, time.gmtime())
+  host = socket.gethostname()
+  assert lives(host, os.getpid(), now)
+  assert not lives(host, os.getpid(), "2001-01-01T00:00:00Z")  # this process started later
+  assert not lives("another host", os.getpid(), now)
+  assert not lives(host, 2**22 + 1, now)
+
+
+@pytest.mark.faults
+def test_of_several_that_want_the_same_run_one_starts_it(tmp_path):
+  """Finding or starting is one step: the others find that one."""
+  db = Experiments(tmp_path)
+  experiment = db.create("muon", **HYPOTHESIS)
+  code = f"""
+sys.stdin.readline()
+record = dict.fromkeys(("toml", "fingerprint", "data_digest", "commit", "diff"), "")
+record |= dict(code_version="v", environment={{}}, target="cpu")
+run = db.find_or_start({experiment.id!r}, "a", 0, **record)
+print(run.id, db.owns(run.id), flush=True)
+sys.stdin.readline()
+"""
+  several = [child(tmp_path, code) for _ in range(4)]
+  for process in several:
+    process.stdin.write("go\n")
+    process.stdin.flush()
+  said = [process.stdout.readline().split() for process in several]
+  for process in several:
+    process.communicate("\n", timeout=60)
+  assert len({run_id for run_id, _ in said}) == 1
+  assert sorted(owner for _, owner in said) == ["False", "False", "False", "True"]
+  assert len(db.runs(experiment.id)) == 1
+
+
 def contents(root):
   """Every path below a root with its size, its bytes and when it was changed."""
   files = sorted(path for path in root.rglob("*"))
@@ -292,7 +349,8 @@ def test_a_database_of_another_schema(tmp_path):
   Experiments(tmp_path).close()
   sqlite3.connect(tmp_path / "experiments.db").execute("PRAGMA user_version = 99")
   with pytest.raises(
-    RecordError, match="has schema 99, this nmoe reads schemas 1 to 2; use the nmoe that wrote it"
+    RecordError,
+    match=r"has schema 99, this nmoe reads schemas 1 to \d+; use the nmoe that wrote it",
   ):
     Experiments(tmp_path)
 

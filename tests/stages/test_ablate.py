@@ -404,7 +404,7 @@ def test_other_failures_withhold_the_verdict(lab, variant, launches, monkeypatch
 
 def test_a_changed_code_runs_again(lab, variant, launches, monkeypatch):
   call(lab, variant, seeds=1)
-  monkeypatch.setattr("stages.runs.provenance", lambda repo: ("", "", "other"))
+  monkeypatch.setattr("stages.workbench.provenance", lambda repo: ("", "", "other"))
   call(lab, variant, seeds=1)
   assert len(launches.ids) == 4
   assert len({r.code_version for r in lab.records.runs(newest(lab).id)}) == 1

@@ -99,13 +99,13 @@ def test_of_equal_runs_the_interval_excludes_no_change_in_one_of_twenty():
 def test_the_first_line_counts_from_the_command(lab, monkeypatch):
   """Of a real child: before its other lines, and not from the child's own start."""
   seen = []
-  execute = runs.Workbench.execute
+  execute = runs.Work.execute
 
   def follow(*arguments):
     *rest, lines = arguments
     return execute(*rest, lambda line: (lines(line), seen.append(process_age())))
 
-  monkeypatch.setattr(runs.Workbench, "execute", follow)
+  monkeypatch.setattr(runs.Work, "execute", follow)
   found, _ = call(lab)
   assert len(seen) == 20 and found.first_step == 2
   assert seen[0] - 0.1 < found.first_step_s <= seen[0] < seen[-1]

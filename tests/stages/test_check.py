@@ -138,8 +138,8 @@ def test_a_difference_is_an_error(lab, monkeypatch, rows, claims, said):
   """The tables are printed, the record says refuted, the message where to look."""
   out = io.StringIO()
   runs = [lab.run(lab.record()) for _ in range(2)]
-  monkeypatch.setattr(check.Workbench, "repeat", lambda *_: runs[0])
-  monkeypatch.setattr(check.Workbench, "check", lambda *_: None)
+  monkeypatch.setattr(check.Work, "repeat", lambda *_: runs[0])
+  monkeypatch.setattr(check.Work, "check", lambda *_: None)
   monkeypatch.setattr(check, "_killed", lambda *_: (runs[1], claims))
   monkeypatch.setattr(check, "compare", lambda *_: rows)
   monkeypatch.setattr(check, "_changed", lambda *_: (rows, claims))
@@ -178,7 +178,7 @@ def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
   """If the kill comes too late there is nothing to compare."""
   bench = check.Workbench.open(str(lab.root), Console(file=io.StringIO()))
   arm = bench.arm("killed", lab.config)
-  experiment = bench.experiment("check", lab.config, [arm])
+  work = check.Work(bench, bench.experiments.create("check", "check", lab.experiment.hypotheses))
 
   def completes(launcher, job):
     bench.experiments.update_run(job.run, status="completed")
@@ -189,7 +189,7 @@ def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
     Display(bench.console) as display,
     pytest.raises(RunError, match="was to be killed at step 6 but is completed; raise --steps"),
   ):
-    check._killed(bench, experiment, [arm] * 3, (6, 9), display)
+    check._killed(work, [arm] * 3, (6, 9), display)
 
 
 def interrupt(_):

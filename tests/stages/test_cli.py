@@ -14,7 +14,7 @@ from nmoe.config import file as configs
 from nmoe.config.file import load
 from nmoe.errors import ConfigError
 from nmoe.records.experiments import Experiments
-from stages import runs
+from stages import workbench
 from stages.cli import ROOT, app
 
 REPO = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_doctor_finds_a_cpu(lab):
 
 def test_prep_mixture(lab, tmp_path, monkeypatch):
   """Prints the folder; says how far it is; finds what is there."""
-  said, prepare = [], runs.prepare
+  said, prepare = [], workbench.prepare
 
   def counting(mixture, tokenizer, root, progress):
     def told(*place):
@@ -172,7 +172,7 @@ def test_prep_mixture(lab, tmp_path, monkeypatch):
 
     return prepare(mixture, tokenizer, root, told)
 
-  monkeypatch.setattr(runs, "prepare", counting)
+  monkeypatch.setattr(workbench, "prepare", counting)
   words = ("prep-mixture", lab.file.with_name("mixture.toml"), "--tokenizer", "byte")
   folder = nmoe(*words, "--root", tmp_path / "other").strip()
   assert Path(folder).name == lab.data.name and Path(folder).parent.parent == tmp_path / "other"

@@ -19,7 +19,8 @@ from stages.launch import local as launch
 from stages.launch import pool
 from stages.launch.local import Job, Launcher
 from stages.launch.pool import Pool, slots
-from stages.runs import Arm, Workbench, turns
+from stages.runs import Work, turns
+from stages.workbench import Arm, Workbench
 
 
 def execute(used: Pool, job: Job, follow=lambda _: None):
@@ -105,7 +106,7 @@ def test_a_pool_left_in_the_middle_leaves_nobody(lab):
 
 
 def a_study(lab, num_slots: int, metric: str = "val/loss"):
-  """A bench and an experiment of two arms; both arms' runs take less than a second."""
+  """An experiment of two arms at work; both arms' runs take less than a second."""
   out = io.StringIO()
   bench = Workbench.open(str(lab.root), Console(file=out, width=200))
   config = changed(lab.config, {"launch.slots": num_slots})
@@ -114,21 +115,22 @@ def a_study(lab, num_slots: int, metric: str = "val/loss"):
     Arm("variant", changed(config, {"optim.matrices": "muon"}), lab.data),
   ]
   claim = Hypothesis("It is better.", metric, "lower", 0.0)
-  experiment = bench.planned("ablate", f"pool-{num_slots}-{metric}", (claim,), arms, range(2))
-  return bench, experiment, [(arm, seed) for seed in range(2) for arm in arms], out
+  name, planned = f"pool-{num_slots}-{metric}", [bench.plan(arm) for arm in arms]
+  experiment = bench.experiments.find_or_create(name, "ablate", (claim,), planned, range(2))
+  return Work(bench, experiment), [(arm, seed) for seed in range(2) for arm in arms], out
 
 
 def test_runs_side_by_side(lab):
   """Four runs in two slots: two at a time, two processes in all, in the order that was asked."""
-  bench, experiment, pairs, out = a_study(lab, 2)
-  found = bench.run_all(experiment, pairs)
+  work, pairs, out = a_study(lab, 2)
+  found = work.run_all(pairs)
   assert [(run.arm, run.seed) for run in found] == [(arm.name, seed) for arm, seed in pairs]
   assert sorted(Counter(run.pid for run in found).values()) == [2, 2]
   spans = [_span(lab.root, run.id) for run in found]
   assert any(a[0] < b[1] and b[0] < a[1] for i, a in enumerate(spans) for b in spans[:i])
   assert "baseline seed 0: step 1/12  loss" in out.getvalue()
-  again, _, same, said = a_study(lab, 2)
-  assert [run.id for run in again.run_all(experiment, same)] == [run.id for run in found]
+  again, same, said = a_study(lab, 2)
+  assert [run.id for run in again.run_all(same)] == [run.id for run in found]
   assert said.getvalue().count("reused") == 4
 
 
@@ -138,13 +140,13 @@ def _span(root, run: str) -> tuple[float, float]:
 
 
 def test_speed_is_measured_in_processes_of_their_own(lab):
-  bench, experiment, pairs, _ = a_study(lab, 0, "train/tokens_per_s")
-  found = bench.run_all(experiment, pairs[:2])
+  work, pairs, _ = a_study(lab, 0, "train/tokens_per_s")
+  found = work.run_all(pairs[:2])
   assert found[0].pid != found[1].pid
 
 
 def test_a_crash_in_a_study_lets_the_others_end(lab, monkeypatch):
-  bench, experiment, pairs, _ = a_study(lab, 2)
+  work, pairs, _ = a_study(lab, 2)
   killed = []
   follow = runs.Line.follow
 
@@ -152,14 +154,14 @@ def test_a_crash_in_a_study_lets_the_others_end(lab, monkeypatch):
     follow(self, entry)
     if self.label == "baseline seed 0" and not killed:
       killed.append(entry)
-      run = next(r for r in bench.experiments.runs(experiment.id) if r.arm == "baseline")
+      run = next(r for r in work.bench.experiments.runs(work.experiment.id) if r.arm == "baseline")
       os.kill(run.pid, signal.SIGKILL)
 
   monkeypatch.setattr(runs.Line, "follow", kill)
   with pytest.raises(RunError, match=r"baseline seed 0\) stopped before its end") as caught:
-    bench.run_all(experiment, pairs)
+    work.run_all(pairs)
   assert "rank 0 of 1 was killed by SIGKILL" in str(caught.value)
-  states = Counter(run.status for run in bench.experiments.runs(experiment.id))
+  states = Counter(run.status for run in work.bench.experiments.runs(work.experiment.id))
   assert states == {"completed": 3, "interrupted": 1}
 
 

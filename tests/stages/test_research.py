@@ -13,7 +13,7 @@ from nmoe.data.shards import read_manifest
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
 from nmoe.model.decoder import Model
 from nmoe.train import loop as train
-from stages import research, runs
+from stages import research, runs, workbench
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_a_rerun_that_fails_says_that_it_starts_anew(lab, launches, monkeypatch)
 def test_rerun_needs_the_code_and_a_completed_run(lab, launches, monkeypatch):
   call(lab, seeds=1)
   run = launches.ids[0]
-  monkeypatch.setattr(runs, "provenance", lambda repo: ("fedcba", "", "other"))
+  monkeypatch.setattr(workbench, "provenance", lambda repo: ("fedcba", "", "other"))
   with pytest.raises(RunError, match="made by code code .commit 0123456789., this is other"):
     again(lab, run)
   with pytest.raises(RunError, match="is interrupted; only a completed run can be repeated"):

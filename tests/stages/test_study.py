@@ -12,8 +12,9 @@ from nmoe.errors import RunError
 from nmoe.records.reader import Hypothesis
 from stages import runs
 from stages.judge.table import Judgement, Table
-from stages.runs import Arm, Workbench
+from stages.runs import Work
 from stages.study import Study, carry_out
+from stages.workbench import Arm, Workbench
 
 CLAIM = Hypothesis("A larger rate is better.", "val/bpb", "lower", 0.0)
 
@@ -97,13 +98,13 @@ def test_further_runs_until_there_are_none(lab, launches):
 
 def test_a_list_of_runs_is_executed_by_one_call(lab, launches, monkeypatch):
   """Which a pool of slots can take over: it gets every pair of a round at once."""
-  calls, run_all = [], Workbench.run_all
+  calls, run_all = [], Work.run_all
 
-  def one_call(self, experiment, pairs):
+  def one_call(self, pairs):
     calls.append([(arm.name, seed) for arm, seed in pairs])
-    return run_all(self, experiment, pairs)
+    return run_all(self, pairs)
 
-  monkeypatch.setattr(Workbench, "run_all", one_call)
+  monkeypatch.setattr(Work, "run_all", one_call)
   carry_out(
     Study("one", "test", (CLAIM,), (arm(lab, 1e-3),), (0, 1), partial(best, [])), workbench(lab)
   )

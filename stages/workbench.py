@@ -1,0 +1,98 @@
+"""The open records of one command, and the arms that it prepares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config, fingerprint
+from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.tokenizer import get as get_tokenizer
+from nmoe.records.experiments import Experiments
+from nmoe.records.provenance import provenance
+from nmoe.records.reader import ArmRecord, Hypothesis
+from stages.judge.table import Point
+from stages.text import plain
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Arm:
+  """One configuration of an experiment with its prepared data.
+
+  point: its place on the axes of a sweep, such as {"width": 128, "lr": 0.003}.
+  """
+
+  name: str
+  config: Config
+  data: Path
+  point: Point = field(default_factory=dict)
+
+  def at_seed(self, seed: int) -> Config:
+    return configs.changed(self.config, {"train.seed": seed})
+
+
+@dataclass
+class Workbench:
+  """The open records of one command, which the end of its `with` closes, and the code of its runs.
+
+  anew: the command has an experiment of its own, executes its runs by `repeat` and takes up none
+  of an earlier call: what it reads, checkpoints of every step or a profile, depends on keys that
+  no fingerprint holds.
+  """
+
+  root: Path
+  experiments: Experiments
+  console: Console
+  commit: str
+  patch: str
+  code_version: str
+  anew: bool
+
+  def __enter__(self) -> Workbench:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.experiments.close()
+
+  @classmethod
+  def open(cls, root: str, console: Console, anew: bool = False) -> Workbench:
+    folder = Path(root).resolve()
+    commit, patch, code_version = provenance(REPO)
+    return cls(folder, Experiments(folder), console, commit, patch, code_version, anew)
+
+  def arm(self, name: str, config: Config) -> Arm:
+    """Prepare the arm's data (or find it prepared)."""
+    mixture = Path(config.data.mixture)
+    return Arm(name, config, prepared(mixture, config.data.tokenizer, self.root, self.console))
+
+  def plan(self, arm: Arm) -> ArmRecord:
+    """An arm as the records plan it: what it computes, whatever its seed, with which code."""
+    computation = fingerprint(arm.at_seed(0), arm.data.name)
+    return ArmRecord(arm.name, arm.point, f"{computation}-{self.code_version}")
+
+
+def prepared(mixture: Path, tokenizer: str, root: Path, console: Console) -> Path:
+  """The folder of a mixture's prepared data, made now if it is not there, with a progress line."""
+  with console.status(plain(f"preparing {mixture.name}")) as status:
+
+    def show(source: str, documents: int, num_bytes: int) -> None:
+      done = f"{source}, {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
+      status.update(plain(f"preparing {mixture.name}: {done}"))
+
+    return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show)
+
+
+def hypothesis_of(config: Config) -> Hypothesis:
+  """What a configuration's [experiment] claims."""
+  e = config.experiment
+  return Hypothesis(e.statement, e.metric, e.direction, e.min_effect)
+
+
+def seeds_of(config: Config) -> range:
+  """The seeds of an experiment: they count up from the configuration's own."""
+  return range(config.train.seed, config.train.seed + config.experiment.seeds)
