@@ -242,6 +242,30 @@ class Rdep:
       "raise rdep.deadline_s"
     )
 
+  def trip(
+    self, layer: int, phase: str, round: int = 0, counts: Callable[[], list | None] = unknown
+  ) -> int:
+    """Begin the next trip and return its number, for the exchange. The one before must be over.
+
+    Collective. Round 0 is the first; the rest is for the post-mortem.
+    """
+    assert self.done == self.trips[-1].number, (
+      "RDEP: a backward pass was left unfinished; use Tensor.backward"
+    )
+    number = self.trips[-1].number + 1
+    self.trips.append(_Trip(number, layer, phase, round, counts))
+    return number
+
+  def wait(self, kind: int, number: int) -> None:
+    """Let what follows come after every rank's signal of this kind and trip; with RETURN the trip
+    is over. CommError if a rank misses the deadline.
+    """
+    late = self.exchange.wait(kind, number)
+    if late:
+      raise CommError(self.post_mortem(kind, number, late))
+    if kind == RETURN:
+      self.done = number
+
   def close(self) -> None:
     """Give the heap back. Collective; to be called after the last backward pass."""
     if self.num_ranks > 1:
@@ -512,13 +536,8 @@ class _Call:
     return rows
 
   def _next(self, number: int) -> None:
-    """Begin this pass's next trip, of the given round. The one before it must be over."""
-    trips = self.rdep.trips
-    assert self.rdep.done == trips[-1].number, (
-      "RDEP: a backward pass was left unfinished; use Tensor.backward"
-    )
-    self.trip, self.round = trips[-1].number + 1, number
-    trips.append(_Trip(self.trip, self.layer, self.phase, number, self.counts))
+    """Begin this pass's next trip, of the given round."""
+    self.trip, self.round = self.rdep.trip(self.layer, self.phase, number, self.counts), number
 
   def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str, keep: bool = False) -> None:
     """Dispatch; `keep`: to where the rows stay until the backward pass."""
@@ -542,11 +561,7 @@ class _Call:
     return self.round * self.exchange.capacity
 
   def _wait(self, kind: int) -> None:
-    late = self.exchange.wait(kind, self.trip)
-    if late:
-      raise CommError(self.rdep.post_mortem(kind, self.trip, late))
-    if kind == RETURN:
-      self.rdep.done = self.trip
+    self.rdep.wait(kind, self.trip)
 
   def _check(self, expert_TK: Tensor) -> None:
     (num_tokens, top_k), rows = expert_TK.shape, self.exchange.rows

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 from kernels import reference
 from kernels.ops import Recipe
 from kernels.reference import symmetric
-from nmoe.bench.rdep import NAMES, Bench
+from nmoe.bench.layer import NAMES, Bench, temporarily
 from nmoe.config import file as configs
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
@@ -171,3 +172,11 @@ def test_what_cannot_be_measured(file):
   packed = configs.changed(config, {"target.dtype": "bf16", "rdep.payload": "mxfp8"})
   with pytest.raises(ConfigError, match='rdep.payload is "mxfp8"; set it to "bf16"'):
     bench_rdep.layer_config(packed, file, 2, None, None)
+
+
+def test_what_is_set_for_a_variant_is_undone_even_if_it_fails():
+  thing = SimpleNamespace(fused=True, blocks=8)
+  with pytest.raises(CommError), temporarily(thing, fused=False, blocks=4):
+    assert (thing.fused, thing.blocks) == (False, 4)
+    raise CommError("late")
+  assert (thing.fused, thing.blocks) == (True, 8)
