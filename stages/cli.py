@@ -103,12 +103,13 @@ def prep_mixture(
   mixture: Annotated[Path, typer.Argument(help="A mixture (TOML).")],
   tokenizer: Annotated[str, typer.Option(help="byte or o200k_harmony.")] = "o200k_harmony",
   root: Root = ROOT,
+  verify: Annotated[bool, typer.Option(help="Read every file, also unchanged ones.")] = False,
 ) -> None:
   """Tokenize a mixture into shards; an unchanged mixture is found, not made again."""
   from stages.workbench import prepared
 
   console = _console()
-  console.print(prepared(mixture, tokenizer, root.resolve(), console), soft_wrap=True)
+  console.print(prepared(mixture, tokenizer, root.resolve(), console, verify), soft_wrap=True)
 
 
 @app.command()

@@ -76,15 +76,20 @@ class Workbench:
     return ArmRecord(arm.name, arm.point, f"{computation}-{self.code_version}")
 
 
-def prepared(mixture: Path, tokenizer: str, root: Path, console: Console) -> Path:
-  """The folder of a mixture's prepared data, made now if it is not there, with a progress line."""
+def prepared(
+  mixture: Path, tokenizer: str, root: Path, console: Console, verify: bool = False
+) -> Path:
+  """The folder of a mixture's prepared data, made now if it is not there, with a progress line.
+
+  verify: read and compare every file of it, also those of unchanged size and time.
+  """
   with console.status(plain(f"preparing {mixture.name}")) as status:
 
     def show(source: str, documents: int, num_bytes: int) -> None:
       done = f"{source}, {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
       status.update(plain(f"preparing {mixture.name}: {done}"))
 
-    return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show)
+    return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show, verify)
 
 
 def hypothesis_of(config: Config) -> Hypothesis:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nmoe.data import tokenizer
+from nmoe.data.hashes import HASHES, Hashes
 from nmoe.data.permutation import key, mix, permute
 from nmoe.data.shards import Stream, check_files, load_array, open_stream, read_manifest
 from nmoe.data.tokenizer import Tokenizer
@@ -74,14 +75,17 @@ class PreparedData:
 
 
 def open_data(folder: Path, verify: bool = True) -> PreparedData:
-  """Open a prepared mixture. `verify` hashes every file; without it only sizes are compared.
+  """Open a prepared mixture. `verify` compares every file's hash, which is remembered as long as
+  its size, time and inode stay (nmoe.data.hashes); without it only sizes are compared.
 
   Raises DataError naming the file, what was found, what was expected and the remedy.
   """
   folder = Path(folder)
   manifest = read_manifest(folder)
   store = folder.parent / "sources"
-  sources = tuple(_open_source(store / e["source"], e, verify) for e in manifest["sources"])
+  with Hashes(folder.parent / HASHES) as hash_of:
+    used = hash_of if verify else None
+    sources = tuple(_open_source(store / e["source"], e, used) for e in manifest["sources"])
   return PreparedData(
     digest=folder.name,
     tokenizer=tokenizer.get(manifest["tokenizer"]),
@@ -90,9 +94,9 @@ def open_data(folder: Path, verify: bool = True) -> PreparedData:
   )
 
 
-def _open_source(folder: Path, entry: dict[str, Any], verify: bool) -> PreparedSource:
+def _open_source(folder: Path, entry: dict[str, Any], hash_of: Hashes | None) -> PreparedSource:
   manifest = read_manifest(folder)
-  check_files(folder, manifest, hashes=verify)
+  check_files(folder, manifest, hash_of)
   return PreparedSource(
     name=entry["name"],
     weight=entry["weight"],

@@ -10,6 +10,7 @@ kind = "files"          # or "huggingface", or "python"
 paths = ["books/*.jsonl"]   # relative to this file
 format = "jsonl"        # or "parquet", or "text" (one document per file)
 text_field = "text"
+documents = "files"     # of text: or "paragraphs", apart by blank lines
 weight = 2.0            # all sources have one, or none has (then the temperature rules)
 max_documents = 1000    # 0: all
 
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from glob import escape
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -41,13 +43,14 @@ from nmoe.tables import nearest, parsed, ranged, typed
 
 @dataclass(frozen=True, kw_only=True)
 class FilesSource:
-  """Local files; `paths` are globs, absolute once loaded."""
+  """Local files; `paths` are globs, or a file's very name, absolute once loaded."""
 
   kind: ClassVar[str] = "files"
   name: str
   paths: tuple[str, ...]
   format: Literal["text", "jsonl", "parquet"]
   text_field: str = "text"
+  documents: Literal["files", "paragraphs"] = "files"
   weight: float | None = ranged(None, gt=0, lt=inf)
   max_documents: int = ranged(0, ge=0)
 
@@ -103,7 +106,7 @@ def load_mixture(path: str | Path) -> Mixture:
   """Parse a mixture's TOML. Raises ConfigError naming the file, the key and the value."""
   path = Path(path).resolve()
   try:
-    table = parsed(path.read_text(encoding="utf-8"), str(path))
+    table = parsed(path.read_text(encoding="utf-8-sig"), str(path))
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(f"{path}: the mixture cannot be read: {error}") from error
   for key in table.keys() - {"mixture", "source"}:
@@ -127,8 +130,19 @@ def _source(where: str, entry: Any, folder: Path) -> Source:
     raise ConfigError(f"{where}: kind = {kind!r} must be one of {', '.join(map(repr, KINDS))}")
   source = typed(entry, KINDS[kind], f"{where}: {kind}")
   if isinstance(source, FilesSource):
-    return replace(source, paths=tuple(str(folder / p) for p in source.paths))
+    return replace(source, paths=tuple(_anchored(p, folder, where) for p in source.paths))
   return source
+
+
+def _anchored(pattern: str, folder: Path, where: str) -> str:
+  """A path from the mixture's folder, whose name is no pattern; a leading ~ is a home folder."""
+  try:
+    path = Path(pattern).expanduser()
+  except RuntimeError as error:
+    raise ConfigError(f"{where}: paths: {pattern!r}: {error}; write the folder's path") from error
+  if path.is_absolute() or (folder / path).is_file():
+    return str(folder / path)
+  return str(Path(escape(str(folder)), path))
 
 
 def _validate(path: Path, mixture: Mixture, has_temperature: bool) -> None:
@@ -158,6 +172,8 @@ def _source_invariants(source: Source):
   yield "name", not simple, "may hold lower-case letters, digits, '.', '_' and '-' only"
   if isinstance(source, FilesSource):
     yield "paths", not source.paths, "must name at least one file"
+    cut = source.documents != "files" and source.format != "text"
+    yield "documents", cut, f'is for format = "text"; the documents of {source.format} are rows'
   if isinstance(source, HuggingFaceSource):
     commit = re.fullmatch(r"[0-9a-f]{40}", source.revision)
     yield (

@@ -22,15 +22,24 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nmoe import files
-from nmoe.data.mixture import Mixture, Source, load_mixture
-from nmoe.data.shards import FORMAT, SplitWriter, digest, list_files, write_manifest
+from nmoe.data.hashes import HASHES, Hashes
+from nmoe.data.mixture import FilesSource, Mixture, Source, load_mixture
+from nmoe.data.shards import (
+  FORMAT,
+  SplitWriter,
+  check_files,
+  digest,
+  list_files,
+  read_manifest,
+  write_manifest,
+)
 from nmoe.data.sources import Document, Skip, reader
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
@@ -43,6 +52,7 @@ Progress = Callable[[str, int, int], None]
 
 BATCH_BYTES = 1 << 22
 SPLITS = ("train", "heldout")
+_BLANK = "\ufeff" + "".join(c for c in map(chr, range(0x3001)) if c.isspace())
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +64,29 @@ class _Text:
 
 
 def prepare(
-  mixture: Mixture, tokenizer: Tokenizer, root: Path, progress: Progress | None = None
+  mixture: Mixture,
+  tokenizer: Tokenizer,
+  root: Path,
+  progress: Progress | None = None,
+  anew: bool = False,
 ) -> Path:
   """The folder of the prepared mixture under `root`; complete parts are reused.
+
+  anew: hash every file of the sources and of what is prepared, whatever is remembered of them.
 
   Raises DataError when a source is missing, unreadable or empty, or when writing fails; nothing
   unfinished becomes visible then. Several processes may prepare at once.
   """
   store = Root(Path(root)).data
   entries = []
-  for source in mixture.sources:
-    folder = _prepare_source(source, mixture.holdout, tokenizer, store / "sources", progress)
+  with Hashes(store / HASHES, anew) as hash_of:
+    folders = [
+      _prepare_source(source, mixture.holdout, tokenizer, store / "sources", progress, hash_of)
+      for source in mixture.sources
+    ]
+    for folder in folders if anew else ():
+      check_files(folder, read_manifest(folder), hash_of)
+  for source, folder in zip(mixture.sources, folders, strict=True):
     entries.append({"name": source.name, "weight": source.weight, "source": folder.name})
   content = {
     "format": FORMAT,
@@ -80,14 +102,19 @@ def prepare(
 
 
 def _prepare_source(
-  source: Source, holdout: float, tokenizer: Tokenizer, store: Path, progress: Progress | None
+  source: Source,
+  holdout: float,
+  tokenizer: Tokenizer,
+  store: Path,
+  progress: Progress | None,
+  hash_of: Hashes,
 ) -> Path:
   described = {k: v for k, v in asdict(source).items() if k not in ("name", "weight")}
   key = {
     "format": FORMAT,
     "kind": source.kind,
     "source": {k: v for k, v in described.items() if k != "paths"},
-    "content": digest(reader(source).identity(source)),
+    "content": digest(reader(source).identity(source, hash_of)),
     "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot},
     "holdout": holdout,
   }
@@ -126,9 +153,19 @@ def _write_source(
     raise DataError(
       f"source {source.name!r} has no document to train on "
       f"({splits['heldout']['documents']} held out, {rest}); correct its paths or text_field, "
-      "or remove it from the mixture"
+      f"or remove it from the mixture{_one_document(source, splits, skipped)}"
     )
   return {"skipped": dict(skipped), **splits}
+
+
+def _one_document(source: Source, splits: dict[str, dict], skipped: Counter[str]) -> str:
+  """What to do about a source of one document, which is held out or not as a whole."""
+  if sum(split["documents"] for split in splits.values()) != 1:
+    return ""
+  told = ". It is one document, which cannot be split into training and held-out text: give several"
+  if isinstance(source, FilesSource) and source.format == "text":
+    return f'{told} files, or set documents = "paragraphs", which cuts it at blank lines'
+  return f"{told} rows"
 
 
 def _append(
@@ -147,22 +184,26 @@ def _batches(
   """The source's distinct, non-empty documents in lists of about BATCH_BYTES of text."""
   seen = _Seen()
   batch: list[_Text] = []
-  size = num_read = bytes_read = 0
-  for document in islice(reader(source).documents(source), source.max_documents or None):
+  size = num_read = bytes_read = kept = 0
+  limit = source.max_documents or inf
+  for document in reader(source).documents(source):
     num_read += 1
     if isinstance(document, Skip):
       skipped[document.reason] += 1
-    elif not document.text:
+    elif not document.text.strip(_BLANK):
       skipped["empty"] += 1
     else:
       batch.append(_text(document, holdout))
       size += batch[-1].num_bytes
-    if size >= BATCH_BYTES:
-      yield _distinct(batch, seen, skipped)
-      bytes_read += size
+    if size >= BATCH_BYTES or kept + len(batch) >= limit:
+      distinct = _distinct(batch, seen, skipped)
+      yield distinct
+      bytes_read, kept = bytes_read + size, kept + len(distinct)
       batch, size = [], 0
       if progress:
         progress(source.name, num_read, bytes_read)
+      if kept >= limit:
+        return
   yield _distinct(batch, seen, skipped)
   if progress:
     progress(source.name, num_read, bytes_read + size)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from nmoe.errors import DataError
 from nmoe.files import sha256
 
-FORMAT = 1  # raise it whenever the same source would give other tokens or files
+FORMAT = 2  # raise it whenever the same source would give other tokens or files
 SHARD_TOKENS = 1 << 27
 MANIFEST = "manifest.json"
 
@@ -179,14 +180,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any], hashes: bool) -> None:
-  """Compare a folder's files with its manifest: sizes, and contents when `hashes`. DataError."""
+def check_files(
+  folder: Path, manifest: dict[str, Any], hash_of: Callable[[Path], str] | None = sha256
+) -> None:
+  """Compare a folder's files with its manifest: sizes, and contents by hash_of. DataError."""
   for name, entry in manifest["files"].items():
     path = folder / name
     remedy = f"delete {folder} and prepare the mixture again"
     try:
       size = path.stat().st_size
-      found = sha256(path) if hashes else entry["sha256"]
+      found = hash_of(path) if hash_of else entry["sha256"]
     except OSError as error:
       raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
     if size != entry["bytes"]:

@@ -1,8 +1,8 @@
 """Documents of a mixture's sources: one reader module per kind.
 
 A reader module has two functions:
-  identity(source)   a JSON value that changes when the text can change
-  documents(source)  yields Document, or Skip for what is no text; always in the same order
+  identity(source, hash_of)  a JSON value that changes when the text can; hash_of: a file's sha256
+  documents(source)          yields Document, or Skip for what is no text; always in the same order
 
 `reader` imports the module by name. It is the one such place beside the target's choice of kernels:
 the `datasets` library takes a second to import, and the embedded text must not wait for it.
@@ -19,14 +19,11 @@ from types import ModuleType
 
 from nmoe.data.mixture import FilesSource, Source
 from nmoe.errors import DataError
-from nmoe.files import sha256
 
 _MODULES = {
   "python": "nmoe.data.sources_python",
   "huggingface": "nmoe.data.sources_datasets",
-  "text": "nmoe.data.sources_text",
-  "jsonl": "nmoe.data.sources_datasets",
-  "parquet": "nmoe.data.sources_datasets",
+  "files": "nmoe.data.sources_files",
 }
 
 
@@ -41,17 +38,26 @@ class Skip:
   reason: str  # counted in the manifest under this name
 
 
+@dataclass(frozen=True, slots=True)
+class Odd(Skip):
+  """A row that its writer can't have meant: too many of them stop the preparation."""
+
+  detail: str  # its place and what is wrong with it
+
+
 def reader(source: Source) -> ModuleType:
-  """The module that reads this source's kind or, for local files, their format."""
-  key = source.format if isinstance(source, FilesSource) else source.kind
-  return importlib.import_module(_MODULES[key])
+  """The module that reads this source's kind."""
+  return importlib.import_module(_MODULES[source.kind])
 
 
 def find_files(source: FilesSource) -> list[Path]:
-  """The files of the source's globs, sorted, each once. DataError when a glob matches none."""
+  """The files of the source's paths, sorted, each once. A path is a glob unless a file has that
+  very name. DataError when one matches none.
+  """
   found: set[str] = set()
   for pattern in source.paths:
-    matches = [p for p in glob(pattern, recursive=True) if Path(p).is_file()]
+    found_here = [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
+    matches = [p for p in found_here if Path(p).is_file()]
     if not matches:
       raise DataError(f"source {source.name!r}: no file matches {pattern}; correct its paths")
     found.update(matches)
@@ -67,22 +73,22 @@ def read_bytes(path: Path) -> bytes:
     ) from error
 
 
-def file_identity(path: Path) -> str:
-  """The sha256 of the content, in hex."""
-  try:
-    return sha256(path)
-  except OSError as error:
-    raise DataError(
-      f"{path}: cannot be read: {error}; check the file and its permissions"
-    ) from error
-
-
 def decoded(data: bytes, group: bytes | None = None) -> Document | Skip:
-  """UTF-8 bytes as a document."""
+  """UTF-8 bytes as a document, without the mark of byte order that some begin with."""
   try:
-    return Document(data.decode("utf-8"), group)
+    return Document(data.decode("utf-8-sig"), group)
   except UnicodeDecodeError:
     return Skip("not_utf8")
+
+
+def text_of(data: bytes | None, place: str) -> Document | Skip:
+  """A row's string by its bytes; None is a row without one."""
+  if data is None:
+    return Skip("null")
+  try:
+    return Document(data.decode("utf-8"))
+  except UnicodeDecodeError as error:
+    return Odd("not_utf8", f"{place}: {error}")
 
 
 Documents = Iterator[Document | Skip]

@@ -11,10 +11,11 @@ import inspect
 import os
 import re
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from nmoe.data.mixture import PythonSource
-from nmoe.data.sources import Document, Documents, Skip, decoded, file_identity, read_bytes
+from nmoe.data.sources import Document, Documents, Skip, decoded, read_bytes
 from nmoe.errors import DataError
 
 _PACKAGES = {"site-packages", "dist-packages"}
@@ -33,9 +34,9 @@ _SCANNER = re.compile(
 _REST_BLANK = re.compile(r"[ \t]*(?:\n|\Z)")
 
 
-def identity(source: PythonSource) -> list[str]:
+def identity(source: PythonSource, hash_of: Callable[[Path], str]) -> list[str]:
   """The files' hashes in order; the interpreter's place does not count."""
-  return [file_identity(path) for path in _files(source.tree)]
+  return [hash_of(path) for path in _files(source.tree)]
 
 
 def documents(source: PythonSource) -> Documents:
