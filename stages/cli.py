@@ -89,6 +89,22 @@ def proxy_coords(sweep: Sweep) -> None:
   raise typer.Exit(coords.run(sweep, _console()))
 
 
+@proxy_app.command("sweep")
+def proxy_sweep(
+  sweep: Sweep,
+  plan: Annotated[bool, typer.Option("--plan", help="Say what would run; nothing runs.")] = False,
+) -> None:
+  """Sweep learning rates over scales and judge whether the best ones stay."""
+  if plan:
+    from stages.proxy import plan as planned
+
+    planned.show(sweep, _console())
+    return
+  from stages.proxy import sweep as stage
+
+  stage.run(sweep, _console())
+
+
 @app.command()
 def plan(config: File) -> None:
   """Parameters, FLOPs per token and memory of a configuration, computed without building it."""

@@ -22,7 +22,8 @@ class Study:
 
   Every arm runs at every seed; arms take turns seed by seed, so that a drift of the machine falls
   on all. `further` is asked for more runs, with the results so far, until it has none: a sweep
-  extends its grid by it, or repeats its best points at other seeds.
+  extends its grid by it, or repeats its best points at other seeds. divergence: whether a run that
+  diverged is an error at the end; in a sweep it is a point like others.
   """
 
   name: str
@@ -32,6 +33,7 @@ class Study:
   seeds: Sequence[int]
   judge: Callable[[Table], Judgement]
   further: Callable[[Table], Sequence[tuple[Arm, int]]] | None = None
+  divergence: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
   with carrying(workbench, *asked, grows=study.further is not None) as work:
     table, runs = _results(study, work)
     judgement = study.judge(table)
-    report = work.conclude(judgement, runs, summary=True)
+    blamed = runs if study.divergence else []
+    report = work.conclude(judgement, blamed, summary=True)
   return Outcome(work.experiment, table, judgement, report)
 
 

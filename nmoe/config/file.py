@@ -126,6 +126,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     raise ConfigError(f"{path}: cannot be read{by}: {error}") from error
   table = parsed(text, str(path))
   parent = table.pop("extends", None)
+  table.pop("evidence", None)  # of a sweep's transfer.toml: for people and a launch, not for a run
   mixture = table.get("data", {})
   if isinstance(mixture, dict) and isinstance(mixture.get("mixture"), str):
     mixture["mixture"] = _anchor(mixture["mixture"], path)

@@ -102,6 +102,7 @@ class Watch:
       **suites,
       **speeds,
       "memory/peak_bytes": float(logged["memory/peak_bytes"].max()),
+      "optim/clipped": float((logged["grad_norm/all"] > self.config.optim.clip_norm).mean()),
       "load/max_over_mean": max(loads, default=math.nan),
       "load/dead": sum(v for k, v in last.items() if k.endswith("/dead")),
       "device": self.target.name,

@@ -9,6 +9,7 @@ called a result: a group whose parabola is not there is "not identified".
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from stages.judge.intervals import Interval, interval_of, number, student_t, upper_tail
 
 Seeds = Mapping[int, Mapping[float, float]]  # seed -> x -> loss in nats, NaN where a run diverged
-WINDOW = 2.0  # octaves on either side of the best point
+WINDOW = 2.0  # octaves on either side of the best point, or one step of a coarser grid
 BLUR = 1.6  # noise over curvature, above which an optimum is not placed to a quarter of an octave
 STRUCTURE = 8.0  # range of a grid's losses over noise, below which noise alone may have made it
 CURVED = 0.995  # one-sided confidence that a parabola opens upward
@@ -56,8 +57,10 @@ def fit(seeds: Seeds) -> Fit:
   best = min(finite, key=finite.get)
   interior = min(first) < best < max(first)
   spread = max(finite.values()) - min(finite.values())
+  xs = sorted(first)
+  window = max([WINDOW, *(b - a for a, b in itertools.pairwise(xs))]) + 1e-9
   blocks = [
-    (seed, [(x - best, grid[x]) for x in sorted(grid) if _near(x, best) and finite_at(grid, x)])
+    (seed, [(x - best, grid[x]) for x in grid if abs(x - best) < window and finite_at(grid, x)])
     for seed, grid in seeds.items()
   ]
   blocks = [(seed, points) for seed, points in blocks if len(points) >= 3]
@@ -68,10 +71,6 @@ def fit(seeds: Seeds) -> Fit:
     slope = np.polyfit(x, y - curvature * x**2, 1)[0]
     optimum[seed] = float(best - slope / (2 * curvature)) if curvature > 0 else math.nan
   return Fit(best, interior, curvature, design, optimum, rss, freedom, spread, len(total), diverged)
-
-
-def _near(x: float, best: float) -> bool:
-  return abs(x - best) <= WINDOW + 1e-9
 
 
 def finite_at(grid: Mapping[float, float], x: float) -> bool:

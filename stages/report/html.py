@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
 from stages.judge.paired import Paired
-from stages.report import details, figures
+from stages.report import details, figures, sweep
 from stages.report.findings import RESULTS, Arm, Cell, Findings, gather
 from stages.report.page import definitions, facts, folded, page, section, table
 
@@ -45,10 +45,11 @@ def write_report(root: Path, experiment: str) -> Path:
 
 def render(found: Findings, folder: Path) -> str:
   """The page."""
+  swept = sweep.is_sweep(found.experiment)
   sections = (
     _head(found),
-    _results(found),
-    _curves(found),
+    _sweep(found) if swept else _results(found),
+    "" if swept else _curves(found),
     _routing(found),
     _flight(found),
     _cost(found),
@@ -126,6 +127,21 @@ def _results(found: Findings) -> str:
   note = "Mean over seeds ± half of the 95 % Student interval"
   note += "; differences are paired by seed." if found.compares else "."
   return section("Results", table(head, cells, key=key) if cells else "", plot, text, note=note)
+
+
+def _sweep(found: Findings) -> str:
+  """Rates against loss, and what the judge says of each group."""
+  e = found.experiment
+  return section(
+    "Sweep",
+    _figure("sweep", sweep.figure(e)),
+    table(sweep.HEAD, _escaped(sweep.group_rows(e)), left=2),
+    facts(sweep.budget_pairs(e)),
+    table(sweep.HEALTH_HEAD, _escaped(sweep.health_rows(e)), left=1),
+    note="A line a scale and seed, its optimum dotted. Shift: of the optimum from base to the "
+    "largest scale; regret: of the base's optimum there; both with 95 % intervals over seeds. The "
+    "last table has what else may differ between scales, mean over the joint points.",
+  )
 
 
 def _cell(cell: Cell) -> str:

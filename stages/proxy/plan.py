@@ -1,0 +1,53 @@
+"""`nmoe proxy sweep FILE --plan`: points, tokens, seconds, what is recorded; nothing runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nmoe.records.reader import Reader, Run
+from nmoe.records.root import Root
+from stages.proxy.file import load_sweep
+from stages.proxy.sweep import Sweep, check_target
+from stages.text import plain
+
+
+def show(path: Path, console: Console) -> None:
+  file = load_sweep(path)
+  check_target(file)
+  sweep = Sweep(file, {scale.name: scale for scale in file.scales}, Path(), {})
+  sweep.check_budget()
+  runs = recorded(Path(file.base.run.root), file.sweep.name)
+  table = Table(title=plain(file.sweep.statement, "bold"), title_justify="left")
+  for column in ("group", "scale", "registered", "at most", "tokens", "seconds", "recorded"):
+    table.add_column(column)
+  s = file.sweep
+  for group, scale in sweep.lines():
+    repeats = 3 * (s.seeds - 1) if scale in sweep.ends else 0
+    count = s.points + repeats
+    tokens = file.scales[list(sweep.scales).index(scale)].config.schedule.total_tokens
+    seconds = [r.results["wall_s"] for r in runs[scale] if "wall_s" in r.results]
+    each = f"{count * statistics.median(seconds):,.0f}" if seconds else "no run to go by"
+    done = sum(r.arm.startswith(f"{group} ") and r.finished for r in runs[scale])
+    row = (group, scale, count, count + s.extend, f"{count * tokens:,}", each, done)
+    table.add_row(*(plain(str(cell)) for cell in row))
+  console.print(table)
+  limit = f", {file.budget.device_seconds:g} device seconds" if file.budget.device_seconds else ""
+  console.print(f"budget: {file.budget.runs} runs{limit}")
+
+
+def recorded(root: Path, name: str) -> dict[str, list[Run]]:
+  """The runs of the newest sweep of that name by scale."""
+  found: dict[str, list[Run]] = defaultdict(list)
+  if not Root(root).experiments_db.exists():
+    return found
+  records = Reader(root)
+  newest = next((e for e in records.list() if (e.name, e.stage) == (name, "proxy")), None)
+  for run in records.runs(newest.id) if newest else ():
+    found[run.arm.rpartition(" ")[0].partition(" ")[2]].append(run)
+  records.close()
+  return found

@@ -1,0 +1,352 @@
+"""Stage 3: a sweep of rates over scales, as a Study: its grid, what follows, its product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.config.sections import Config
+from nmoe.errors import ConfigError
+from nmoe.records.reader import Hypothesis
+from nmoe.records.root import Root
+from stages.judge import transfer
+from stages.judge.table import Judgement, Result, Table
+from stages.judge.transfer import Scale, finite_at
+from stages.proxy.file import (
+  ScalePlan,
+  SweepFile,
+  check_heads,
+  load_sweep,
+  rule_keys,
+  with_rule,
+  without_rule,
+)
+from stages.runs import Arm, Workbench
+from stages.study import Outcome, Study, carry_out
+from stages.text import plain
+
+METRIC = "val/loss"
+CONTROL = "off"  # the joint grid without the rule
+HEALTH = ("load/max_over_mean", "load/dead", "optim/clipped")
+GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
+
+
+def run(path: Path, console: Console) -> Path:
+  """Run the sweep's points, or find them, judge the transfer and write transfer.toml beside the
+  report, whose path is returned.
+  """
+  file = load_sweep(path)
+  check_target(file)
+  bench = Workbench.open(file.base.run.root, console)
+  sweep = Sweep.of(file, bench)
+  sweep.check_budget()
+  asked = Hypothesis(file.sweep.statement, METRIC, "none", file.verdict.max_regret)
+  study = Study(
+    file.sweep.name,
+    "proxy",
+    (asked,),
+    tuple(arm for arm, _ in sweep.first()),
+    (file.base.train.seed,),
+    sweep.judge,
+    sweep.further,
+    divergence=False,
+  )
+  outcome = carry_out(study, bench)
+  written = write_transfer(file, outcome, bench)
+  console.print(plain(f"transfer: {written}"), soft_wrap=True)
+  return outcome.report
+
+
+@dataclass(frozen=True)
+class Place:
+  """A point of the grid: group of rates, scale, log2 of the factor on the base's rates."""
+
+  group: str
+  scale: str
+  x: float
+
+  @property
+  def name(self) -> str:
+    return f"{self.group} {self.scale} {self.x:+g}"
+
+
+@dataclass
+class Sweep:
+  """The grid of a file: which arms there are, and which follow from results."""
+
+  file: SweepFile
+  scales: Mapping[str, ScalePlan]
+  data: Path
+  arms: dict[Place, Arm]
+
+  @classmethod
+  def of(cls, file: SweepFile, bench: Workbench) -> Sweep:
+    data = bench.arm("base", file.base).data
+    return cls(file, {scale.name: scale for scale in file.scales}, data, {})
+
+  @property
+  def ends(self) -> tuple[str, str]:
+    return self.file.scales[0].name, self.file.scales[-1].name
+
+  @property
+  def seeds(self) -> range:
+    first = self.file.base.train.seed
+    return range(first, first + self.file.sweep.seeds)
+
+  def lines(self) -> list[tuple[str, str]]:
+    """Every (group, scale) that has a grid: joint at all scales, the others at both ends."""
+    s = self.file.sweep
+    found = [("joint", name) for name in self.scales]
+    found += [(group, end) for group in s.vary if group != "joint" for end in self.ends]
+    return found + [(CONTROL, self.ends[1]) for _ in s.control]
+
+  def octaves(self, group: str) -> float:
+    s = self.file.sweep
+    return math.log2(s.router_step if group == "router_lr" and s.router_step else s.step)
+
+  def first(self) -> list[tuple[Arm, int]]:
+    """The first seed's grids, as registered before the first run."""
+    points = self.file.sweep.points
+    return [
+      (self.arm(Place(group, scale, (j - points // 2) * self.octaves(group))), self.seeds[0])
+      for group, scale in self.lines()
+      for j in range(points)
+    ]
+
+  def check_budget(self) -> None:
+    """ConfigError if the budget is less than what is registered: the grids and the repeats."""
+    s, lines = self.file.sweep, self.lines()
+    repeated = sum(scale in self.ends for _, scale in lines) * 3 * (s.seeds - 1)
+    registered = len(lines) * s.points + repeated
+    if registered > self.file.budget.runs:
+      raise ConfigError(
+        f"{self.file.path}: budget.runs = {self.file.budget.runs}, but the registered points are "
+        f"{registered} ({len(lines)} grids of {s.points}, {repeated} repeats at other seeds); "
+        "raise it, or lower points, seeds or the number of scales"
+      )
+
+  def arm(self, place: Place) -> Arm:
+    if place not in self.arms:
+      scale = self.scales[place.scale]
+      config = without_rule(scale.config) if place.group == CONTROL else scale.config
+      point = {
+        "group": place.group,
+        "scale": place.scale,
+        "ratio": scale.ratio,
+        "log2_rate": place.x,
+      }
+      self.arms[place] = Arm(place.name, rated(config, place.group, place.x), self.data, point)
+    return self.arms[place]
+
+  def further(self, table: Table) -> Sequence[tuple[Arm, int]]:
+    """Points beyond the edge where a best one lies; when all lie inside, the other seeds."""
+    room = self.file.budget.runs - len(table.results)
+    grids = seen(table)
+    more = [p for line in self.lines() if (p := self._beyond(line, grids[line]))]
+    pairs = [(self.arm(place), self.seeds[0]) for place in more] or self._repeats(grids)
+    return pairs[:room]
+
+  def _beyond(self, line: tuple[str, str], seeds: transfer.Seeds) -> Place | None:
+    """The next point outward, if the best or every point so far asks for one."""
+    s, (group, scale) = self.file.sweep, line
+    grid = seeds[self.seeds[0]]
+    if len(seeds) > 1 or len(grid) >= s.points + s.extend:
+      return None
+    finite = [x for x in grid if finite_at(grid, x)]
+    best = min(finite, key=grid.get) if finite else min(grid)
+    if best == min(grid):
+      return Place(group, scale, best - self.octaves(group))
+    return Place(group, scale, best + self.octaves(group)) if best == max(grid) else None
+
+  def _repeats(self, grids: Mapping[tuple[str, str], transfer.Seeds]) -> list[tuple[Arm, int]]:
+    """The best three points of both ends at the other seeds, those that are missing."""
+    found = []
+    for seed in self.seeds[1:]:
+      for group, scale in self.lines():
+        seeds = grids[group, scale]
+        if scale not in self.ends or seed in seeds:
+          continue
+        grid = seeds[self.seeds[0]]
+        best = transfer.fit({0: grid}).best
+        near = [x for x in grid if abs(x - best) <= self.octaves(group) + 1e-9]
+        found += [(self.arm(Place(group, scale, x)), seed) for x in sorted(near)]
+    return found
+
+  def judge(self, table: Table) -> Judgement:
+    grids = seen(table)
+
+    def scale(group: str, name: str) -> Scale:
+      return Scale(name, self.scales[name].ratio, grids[group, name])
+
+    groups = {
+      group: [scale(group, name) for g, name in self.lines() if g == group]
+      for group in self.file.sweep.vary
+    }
+    control = None
+    if self.file.sweep.control:  # at the base the rule changes nothing
+      control = [scale("joint", self.ends[0]), scale(CONTROL, self.ends[1])]
+    found = transfer.judge(groups, control, self.file.limits)
+    numbers = {
+      **found.as_dict(),
+      "limits": vars(self.file.limits),
+      "points": [_point(result) for result in table.results],
+      "health": self._health(table),
+      "budget": self._budget(table),
+      "sweep": self.file.text,
+    }
+    return Judgement(found.verdict, found.reason, numbers)
+
+  def _health(self, table: Table) -> dict[str, dict[str, float]]:
+    """What else may differ between scales, mean over the joint points that completed."""
+    found = {}
+    for name, scale in self.scales.items():
+      of = [
+        r.values
+        for r in table.results
+        if (r.point["group"], r.point["scale"], r.diverged) == ("joint", name, False)
+      ]
+      s = scale.config.schedule
+      found[name] = {"warmup_steps": s.warmup_tokens / s.batch_tokens} | {
+        tag: sum(v[tag] for v in of) / len(of) for tag in HEALTH if of and tag in of[0]
+      }
+    return found
+
+  def _budget(self, table: Table) -> dict[str, float]:
+    return {
+      "runs_asked": self.file.budget.runs,
+      "runs": len(table.results),
+      "diverged": sum(r.diverged for r in table.results),
+      "device_seconds_asked": self.file.budget.device_seconds,
+      "device_seconds": sum(r.values.get("wall_s", 0.0) for r in table.results),
+      "tokens": sum(r.values.get("tokens", 0) for r in table.results),
+    }
+
+
+def rated(config: Config, group: str, x: float) -> Config:
+  """The configuration with a group's rate, or all, times 2^x."""
+  chosen = GROUPS if group in ("joint", CONTROL) else (group,)
+  return configs.changed(
+    config, {f"optim.{key}": getattr(config.optim, key) * 2.0**x for key in chosen}
+  )
+
+
+def seen(table: Table) -> dict[tuple[str, str], dict[int, dict[float, float]]]:
+  """(group, scale) -> seed -> x -> loss, NaN where the run diverged."""
+  found: dict[tuple[str, str], dict[int, dict[float, float]]] = {}
+  for r in table.results:
+    line = found.setdefault((str(r.point["group"]), str(r.point["scale"])), {})
+    loss = math.nan if r.diverged else r.values[METRIC]
+    line.setdefault(r.seed, {})[float(r.point["log2_rate"])] = loss
+  return found
+
+
+def _point(r: Result) -> dict[str, Any]:
+  loss = None if r.diverged else r.values[METRIC]
+  return {**r.point, "seed": r.seed, "loss": loss}
+
+
+def check_target(file: SweepFile) -> Config | None:
+  """The target's configuration; ConfigError where the rule does not lead from base to it."""
+  if not file.sweep.target:
+    return None
+  path = file.path.parent / file.sweep.target
+  target, base = configs.load(path), file.base
+  check_heads(str(path), target, base)
+  own, first = (c.moe.top_k / c.moe.num_experts for c in (target, base))
+  if not math.isclose(own, first):
+    raise ConfigError(
+      f"{path}: {own:.3g} of the experts are active, {first:.3g} at the base; rates don't transfer "
+      "over sparsity: choose a base of the same share"
+    )
+  if bool(target.model.q_lora_rank) != bool(base.model.q_lora_rank):
+    raise ConfigError(f"{path}: one of base and target has a model.q_lora_rank, the other none")
+  return with_rule(target, base)
+
+
+def write_transfer(file: SweepFile, outcome: Outcome, bench: Workbench) -> Path:
+  """`transfer.toml` beside the report: the target, or the base, under the rule and the best rates,
+  and the evidence for them.
+  """
+  sweep = outcome.judgement.numbers
+  goal = file.path.parent / (file.sweep.target or file.sweep.base)
+  keys = rule_keys(file.base) | _recommended(file.base, sweep["groups"])
+  for key in ("init_std", "embed_std"):
+    keys[f"model.{key}"] = getattr(file.base.model, key)
+  target = configs.load(goal)
+  share = target.schedule.total_tokens / file.base.schedule.total_tokens
+  for key in ("warmup_tokens", "decay_tokens"):
+    keys[f"schedule.{key}"] = round(getattr(file.base.schedule, key) * share)
+  configs.changed(target, keys)  # what is written is valid
+  text = [
+    f"# The rates of {outcome.experiment.id} for {goal.name}.",
+    f"extends = {_text(goal)}",
+    "",
+  ]
+  for section in dict.fromkeys(key.split(".")[0] for key in keys):
+    lines = [f"{k.split('.')[1]} = {_text(v)}" for k, v in keys.items() if k.startswith(section)]
+    text += [f"[{section}]", *lines, ""]
+  evidence = {
+    "experiment": outcome.experiment.id,
+    "code_version": bench.code_version,
+    "data": bench.arm("base", file.base).data.name,
+    "rule": "completep-moe",
+    "verdict": outcome.judgement.verdict,
+    **{f"extrapolation_{axis}": _ratio(axis, target, file.base) for axis in _SIZES},
+  }
+  text += ["[evidence]", *(f"{key} = {_text(value)}" for key, value in evidence.items())]
+  for group in sweep["groups"]:
+    low, high = (group["shift"][key] for key in ("low", "high"))
+    text += [f"{group['name']} = {_text(group['state'])}"]
+    text += [f"{group['name']}_shift_octaves = [{_finite(low)}, {_finite(high)}]"]
+    if group["exponent"] is not None:
+      low, high = (group["exponent"][key] for key in ("low", "high"))
+      text += [f"{group['name']}_exponent = [{_finite(low)}, {_finite(high)}]"]
+  path = Root(bench.root).report(outcome.experiment.id) / "transfer.toml"
+  path.write_text("\n".join(text) + "\n", encoding="utf-8")
+  return path
+
+
+_SIZES = {
+  "width": ("model", "dim"),
+  "depth": ("model", "num_layers"),
+  "tokens": ("schedule", "total_tokens"),
+  "batch": ("schedule", "batch_tokens"),
+}
+
+
+def _ratio(axis: str, target: Config, base: Config) -> float:
+  section, key = _SIZES[axis]
+  own, first = (getattr(getattr(c, section), key) for c in (target, base))
+  return own / first
+
+
+def _recommended(base: Config, groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The base's rates at the optima that the sweep found there: of all together, then of one."""
+  best = {g["name"]: _optimum(g) for g in groups}
+  return {
+    f"optim.{key}": getattr(base.optim, key) * 2.0 ** (best["joint"] + best.get(key, 0.0))
+    for key in GROUPS
+  }
+
+
+def _optimum(group: Mapping[str, Any]) -> float:
+  """At the base, mean over seeds; 0, the base's own rate, where there is none to go by."""
+  known = [x for x in group["optima"].get("base", {}).values() if math.isfinite(x)]
+  placed = group["state"] in ("transfers", "drifts", "undecided", "cannot tell")
+  return sum(known) / len(known) if placed and known else 0.0
+
+
+def _finite(value: float) -> str:
+  return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+
+
+def _text(value: object) -> str:
+  if isinstance(value, (str, Path)):
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+  return repr(value)

@@ -1,0 +1,229 @@
+"""A sweep from its file to transfer.toml: grids, extension, repeats, records, what it refuses."""
+
+import io
+
+import numpy as np
+import pytest
+import tomli
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.errors import ConfigError, RunError
+from nmoe.records.root import Root
+from stages.judge.table import Result, Table
+from stages.proxy import plan, sweep
+from stages.proxy.file import load_sweep
+from stages.runs import Workbench
+
+BASE = """
+extends = "tiny.toml"
+[optim]
+embed_lr = 1e-2
+[schedule]
+batch_tokens = 128
+total_tokens = 3200
+warmup_tokens = 256
+decay_tokens = 2560
+[data]
+val_tokens = 256
+[train]
+micro_batch = 2
+checkpoint_every = 0
+keep_checkpoints = 0
+"""
+SWEEP = """
+[sweep]
+name = "rates"
+statement = "The best rates stay."
+base = "base.toml"
+points = 3
+extend = 1
+seeds = 2
+control = ["off"]
+[[scale]]
+width = 2
+[budget]
+runs = 40
+"""
+
+
+@pytest.fixture
+def write(lab):
+  folder = lab.file.parent
+  (folder / "base.toml").write_text(BASE)
+
+  def file(text=SWEEP, **replaced):
+    for old, new in replaced.values():
+      assert old in text
+      text = text.replace(old, new)
+    (folder / "sweep.toml").write_text(text)
+    return folder / "sweep.toml"
+
+  return file
+
+
+def console():
+  return Console(file=io.StringIO(), width=250)
+
+
+def test_scales_expand_the_base(write):
+  file = load_sweep(write())
+  base, large = file.scales
+  m = large.config.model
+  assert (m.dim, m.num_heads, m.kv_lora_rank, m.dense_dim) == (64, 4, 32, 128)
+  assert (large.name, large.ratio, large.config.moe.expert_dim) == ("width2", 2.0, 64)
+  assert large.config.scaling.base_dim == base.config.model.dim == 32
+  text = SWEEP.replace("width = 2", 'depth = 2\ntokens = 4\nbatch = 2\n"train.seed" = 5')
+  config = load_sweep(write(text)).scales[1].config
+  assert config.model.num_layers == 4 and config.train.seed == 5
+  s = config.schedule
+  assert (s.batch_tokens, s.total_tokens, s.warmup_tokens, s.decay_tokens) == (
+    256,
+    12800,
+    1024,
+    10240,
+  )
+
+
+def test_from_the_file_to_the_overlay(write, lab, launches):
+  """Everything runs once; a second call answers from the records; the overlay can be loaded."""
+  path = write()
+  said = console()
+  plan.show(path, said)
+  assert not launches.ids and "no run to go by" in said.file.getvalue()
+  page = sweep.run(path, console())
+  num_runs = len(launches.ids)
+  assert num_runs >= 9
+  records = lab.records.find("rates")
+  assert records.stage == "proxy" and records.verdict
+  registered = [a for a in records.arms if a.created == records.arms[0].created]
+  assert len(registered) == 9  # three grids of three, written before the first run
+  seeds = {(p["group"], p["seed"]) for p in records.conclusion["points"]}
+  assert seeds == {("joint", 0), ("joint", 1), ("off", 0), ("off", 1)}
+  assert "Sweep" in page.read_text() and records.conclusion["budget"]["runs"] == num_runs
+  written = Root(lab.root).report(records.id) / "transfer.toml"
+  overlay = configs.load(written, env={})
+  assert overlay.scaling.rule == "completep-moe" and overlay.scaling.base_dim == 32
+  evidence = tomli.loads(written.read_text())["evidence"]
+  assert evidence["experiment"] == records.id and evidence["extrapolation_width"] == 1.0
+  assert evidence["joint"] == records.conclusion["groups"][0]["state"]
+  sweep.run(path, console())
+  assert len(launches.ids) == num_runs
+  assert lab.records.find("rates").id == records.id
+  said = console()
+  plan.show(path, said)
+  assert "no run to go by" not in said.file.getvalue()
+
+
+def test_a_killed_sweep_goes_on(write, lab, launches):
+  def stop(run_id):
+    raise KeyboardInterrupt
+
+  launches.before[4] = stop
+  with pytest.raises(RunError, match="it was told to"):
+    sweep.run(write(), console())
+  finished = sum(run.finished for run in lab.records.runs("rates-1"))
+  assert 0 < finished <= 4
+  sweep.run(write(), console())
+  runs = lab.records.runs("rates-1")
+  assert all(run.finished for run in runs)
+  assert len({(run.arm, run.seed) for run in runs}) == len(runs)
+
+
+def planned(write, loss, **replaced):
+  """The sweep, and rounds of its further points on made-up losses until there are none."""
+  path = write(**replaced)
+  file = load_sweep(path)
+  bench = Workbench.open(file.base.run.root, console())
+  found = sweep.Sweep.of(file, bench)
+  pairs, results = found.first(), []
+  while pairs:
+    for arm, seed in pairs:
+      p = arm.point
+      value = loss(p["group"], p["scale"], p["log2_rate"], seed)
+      diverged = not np.isfinite(value)
+      results.append(Result(arm.name, seed, {"val/loss": value}, diverged, p))
+    pairs = found.further(Table(tuple(results)))
+  return found, Table(tuple(results))
+
+
+SIX = ("points = 3", "points = 6")
+REACH = ("extend = 1", "extend = 4")
+
+
+def parabola(rng, shift):
+  def loss(group, scale, x, seed):
+    at = 0.0 if scale == "base" else shift if group == "joint" else -2.5
+    return 2 + seed + 0.05 * (x - at) ** 2 + 1e-3 * rng.normal()
+
+  return loss
+
+
+@pytest.mark.parametrize(("shift", "state"), [(0.1, "transfers"), (-2.5, "drifts")])
+def test_the_grid_follows_the_optimum(write, shift, state):
+  """Whatever the made-up truth is: found, with the best three points repeated at the other seed."""
+  loss = parabola(np.random.default_rng(0), shift)
+  found, table = planned(write, loss, a=SIX, b=REACH, c=("seeds = 2", "seeds = 4"))
+  judged = found.judge(table)
+  joint = judged.numbers["groups"][0]
+  assert joint["state"] == state, judged.reason
+  assert joint["shift"]["mean"] == pytest.approx(shift, abs=0.15)
+  second = [r for r in table.results if r.seed == 1 and r.point["group"] == "joint"]
+  assert len(second) == 6
+
+
+def test_an_optimum_beyond_reach(write):
+  found, table = planned(write, lambda group, scale, x, seed: x, a=SIX)
+  xs = {p["log2_rate"] for p in found.judge(table).numbers["points"] if p["scale"] == "base"}
+  assert min(xs) == -4.0  # -3 and one beyond
+  joint = found.judge(table).numbers["groups"][0]
+  assert joint["state"] in ("no interior optimum", "not identified")
+
+
+def test_a_scale_whose_runs_all_diverge(write):
+  loss = parabola(np.random.default_rng(0), 0.0)
+  found, table = planned(
+    write, lambda g, scale, x, seed: loss(g, scale, x, seed) if scale == "base" else np.nan, a=SIX
+  )
+  judged = found.judge(table)
+  assert judged.numbers["groups"][0]["state"] == "no interior optimum"
+  assert "Every run at width2 diverged" in judged.reason
+  assert judged.verdict == "inconclusive" and judged.numbers["budget"]["diverged"] > 0
+
+
+@pytest.mark.parametrize(
+  ("replaced", "message"),
+  [
+    (("points = 3", "points = 1"), "sweep.points = 1 gives no parabola"),
+    (("runs = 40", "runs = 8"), "budget.runs = 8, but the registered points are 18"),
+    (("width = 2", "width = 0.3"), "width = 0.3 makes model.dim 9.6, from 32; choose a whole one"),
+    (("width = 2", "widht = 2"), "unknown axis widht = 2; did you mean 'width'"),
+    (("width = 2", '"model.v_dim" = 32'), "model.v_dim = 32, 16 at the base; head dims stay"),
+    (("[[scale]]\nwidth = 2", ""), r"needs at least one \[\[scale\]\]"),
+    (("[[scale]]\nwidth = 2", "[[scale]]\nwidth = 2\n[[scale]]\nwidth = 2"), "two scales are both"),
+    (("[budget]\nruns = 40", ""), "budget.runs is missing"),
+    (("[sweep]", "[swep]"), r"unknown section \[swep\]; did you mean 'sweep'"),
+  ],
+)
+def test_what_a_sweep_refuses(write, launches, replaced, message):
+  with pytest.raises(ConfigError, match=message):
+    sweep.run(write(a=replaced), console())
+  assert not launches.ids
+
+
+@pytest.mark.parametrize(
+  ("target", "message"),
+  [
+    ("[model]\ntie_embeddings = true", "has no form for tied embeddings"),
+    ("[model]\nv_dim = 32", "model.v_dim = 32, 16 at the base"),
+    ("[moe]\nnum_experts = 16", "0.125 of the experts are active, 0.5 at the base"),
+    ("[model]\ndim = 48\nnum_heads = 3", "base_dim = 32 neither divides model.dim 48"),
+    ("[model]\nq_lora_rank = 16", "one of base and target has a model.q_lora_rank"),
+  ],
+)
+def test_targets_that_the_rule_does_not_reach(write, lab, launches, target, message):
+  (lab.file.parent / "target.toml").write_text(f'extends = "base.toml"\n{target}')
+  named = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
+  with pytest.raises(ConfigError, match=message):
+    sweep.run(write(a=named), console())
+  assert not launches.ids
