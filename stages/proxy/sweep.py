@@ -27,9 +27,9 @@ from stages.proxy.file import (
   with_rule,
   without_rule,
 )
-from stages.runs import Arm, Workbench
 from stages.study import Outcome, Study, carry_out
 from stages.text import plain
+from stages.workbench import Arm, Workbench
 
 METRIC = "val/loss"
 CONTROL = "off"  # the joint grid without the rule

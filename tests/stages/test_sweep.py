@@ -13,7 +13,7 @@ from nmoe.records.root import Root
 from stages.judge.table import Result, Table
 from stages.proxy import plan, sweep
 from stages.proxy.file import load_sweep
-from stages.runs import Workbench
+from stages.workbench import Workbench
 
 BASE = """
 extends = "tiny.toml"
