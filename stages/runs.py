@@ -39,10 +39,23 @@ def carrying(
   seeds: Sequence[int],
   grows: bool = False,
 ) -> Iterator[Work]:
-  """Write the hypotheses down, or find the newest experiment that asks the same of the same arms
-  and seeds (and of no others, unless it `grows`), and carry it out in the block.
+  """Take up an experiment and carry it out in the block."""
+  work = taken_up(bench, stage, name, hypotheses, arms, seeds, grows)
+  with under_way(work):
+    yield work
 
-  Whatever ends the block before `Work.conclude`, the record says so.
+
+def taken_up(
+  bench: Workbench,
+  stage: str,
+  name: str,
+  hypotheses: Sequence[Hypothesis],
+  arms: Sequence[Arm],
+  seeds: Sequence[int],
+  grows: bool = False,
+) -> Work:
+  """Write the hypotheses down, or find the newest experiment that asks the same of the same arms
+  and seeds (and of no others, unless it `grows`).
   """
   records = bench.experiments
   planned = [bench.plan(arm) for arm in arms]
@@ -50,10 +63,16 @@ def carrying(
     experiment = records.create(name, stage, hypotheses, planned)
   else:
     experiment = records.find_or_create(name, stage, hypotheses, planned, seeds, grows)
-  work = Work(bench, experiment)
+  return Work(bench, experiment)
+
+
+@contextmanager
+def under_way(work: Work) -> Iterator[None]:
+  """Whatever ends the block before `Work.conclude`, the record says so."""
+  records = work.bench.experiments
   records.set_status(work.experiment.id, "running")
   try:
-    yield work
+    yield
   finally:
     if records.find(work.experiment.id).status == "running":
       records.mark_interrupted()

@@ -22,14 +22,16 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
-from nmoe.records.reader import Experiment, Run
+from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from nmoe.train.progress import Heartbeat
+from stages.judge.table import Judgement
 from stages.launch import local
 from stages.launch.display import Display, Line
 from stages.prod.attempt import DONE, End, begin, newest_step, settle
 from stages.prod.evidence import Evidence, evidence
-from stages.runs import Arm, Workbench
+from stages.runs import Work, taken_up, under_way
+from stages.workbench import Arm, Workbench, hypothesis_of
 
 POLL_S = 0.5
 HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `status --check`
@@ -45,55 +47,64 @@ def launch(path: Path, console: Console, without_evidence: str = "") -> int:
       f"{path}: train.checkpoint_every = 0 in a production run: a crash would lose all of it; "
       "`nmoe prod plan` says how often is best"
     )
-  bench = Workbench.open(config.run.root, console)
-  found = evidence(config, path, bench.experiments, bench.code_version)
-  _show_evidence(found, console)
-  lacking = [one for one in found if one.lack]
-  if lacking and not without_evidence:
-    lines = "\n".join(f"  {one.what}: {one.lack}" for one in lacking)
-    raise ConfigError(
-      f"{path}: a launch rests on evidence, and this is missing:\n{lines}\n"
-      "or launch --without-evidence REASON, which every report of the run will show"
-    )
-  arm = bench.arm("production", config)
-  experiment = bench.experiment("prod", config, [arm])
-  run = _run(bench, experiment, arm, console)
-  if run.status == "completed":
-    console.print(f"run {run.id} is completed", markup=False)
-    return DONE
-  _rest_on(bench, experiment, run, found, without_evidence)
-  with _alone(bench.root, run.id), Display(console) as display:
-    line = display.line("production", config.steps, f"starting {run.id}")
-    end = _execute(bench.root, run, config, line)
-    line.end(f"{end.outcome}{f': {end.why}' if end.why else ''}")
-  if end.status == DONE and end.outcome == "completed":
-    done = bench.experiments.run(run.id)
-    verdict = {"reason": f"{config.steps} steps, {_restarts(bench.root, run.id)}."}
-    bench.close(experiment, "completed", verdict, [done])
+  with Workbench.open(config.run.root, console) as bench:
+    found = evidence(config, path, bench.experiments, bench.code_version)
+    _show_evidence(found, console)
+    lacking = [one for one in found if one.lack]
+    if lacking and not without_evidence:
+      lines = "\n".join(f"  {one.what}: {one.lack}" for one in lacking)
+      raise ConfigError(
+        f"{path}: a launch rests on evidence, and this is missing:\n{lines}\n"
+        "or launch --without-evidence REASON, which every report of the run will show"
+      )
+    arm = bench.arm("production", config)
+    asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
+    work = taken_up(bench, "prod", *asked)
+    run = _run(work, arm, console)
+    if run.status == "completed":
+      console.print(f"run {run.id} is completed", markup=False)
+      return DONE
+    _rest_on(work, run, found, without_evidence)
+    return _carried_out(work, run, config)
+
+
+def _carried_out(work: Work, run: Run, config: Config) -> int:
+  """The exit status of a run's attempts; the experiment concludes when it completed."""
+  bench, root = work.bench, work.bench.root
+  with _alone(root, run.id), under_way(work):
+    with Display(bench.console) as display:
+      line = display.line("production", config.steps, f"starting {run.id}")
+      end = _execute(root, run, config, line)
+      line.end(f"{end.outcome}{f': {end.why}' if end.why else ''}")
+    if end.status == DONE and end.outcome == "completed":
+      reason = f"{config.steps} steps, {_restarts(root, run.id)}."
+      done = bench.experiments.run(run.id)
+      work.conclude(Judgement("completed", reason), [done], summary=True)
+    elif end.status == DONE:
+      bench.experiments.set_status(work.experiment.id, "interrupted")
   return end.status
 
 
-def _run(bench: Workbench, experiment: Experiment, arm: Arm, console: Console) -> Run:
+def _run(work: Work, arm: Arm, console: Console) -> Run:
   """The newest run of this computation, under the configuration's free keys; else a new one."""
-  config = arm.config
+  config, bench = arm.config, work.bench
   key = fingerprint(config, arm.data.name), arm.data.name, config.train.seed, bench.code_version
   done = bench.experiments.find_finished(*key)
   if done is not None and done.status == "completed":
     return done
   run = bench.experiments.find_unfinished(*key)
   if run is None:
-    return bench.start(experiment, arm, config.train.seed)
+    return work.start(arm, config.train.seed)
   if run.status != "running":
-    bench.hand_over(run, config)
+    work.hand_over(run, config)
   step = newest_step(bench.root, run.id)
   console.print(f"run {run.id} goes on from step {step}", markup=False)
   return run
 
 
-def _rest_on(
-  bench: Workbench, experiment: Experiment, run: Run, found: list[Evidence], reason: str
-) -> None:
+def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:
   """Link the evidence to the launch, and record what it does without."""
+  bench, experiment = work.bench, work.experiment
   known = {link.from_id for link in bench.experiments.links(experiment.id)}
   for one in found:
     if not one.lack and one.experiment not in known:
