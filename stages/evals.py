@@ -34,9 +34,8 @@ def prep(source: Path, root: Path, console: Console) -> None:
     folder = prepare(source, root)
   table = Table("task", "documents", "requests", "chance")
   for task, entry in read_manifest(folder)["tasks"].items():
-    table.add_row(
-      task, f"{entry['documents']:,}", f"{entry['requests']:,}", f"{entry['chance']:.3f}"
-    )
+    chance = "" if entry["chance"] == 1 else f"{entry['chance']:.3f}"
+    table.add_row(task, f"{entry['documents']:,}", f"{entry['requests']:,}", chance)
   console.print(table)
   console.print(str(folder), soft_wrap=True)
 
@@ -107,7 +106,7 @@ def show(told: dict[str, Any], console: Console) -> None:
   """Samples, then one table whose last line is the suite's mean."""
   for sample in told["samples"]:
     console.print(Text(repr(sample)))
-  table = Table("task", *COLUMNS, "merged", "cut")
+  table = Table("task", *COLUMNS, "merged", "cut", box=None)
   for task, measures in table_of(told["values"]).items():
     cells = [_cell(measures, name) for name in COLUMNS]
     counts = [f"{measures[n]:.0f}" if n in measures else "" for n in ("merged", "truncated")]
@@ -123,7 +122,8 @@ def show(told: dict[str, Any], console: Console) -> None:
 def _cell(measures: dict[str, float], name: str) -> str:
   if name not in measures:
     return ""
-  error = f" ± {measures[f'{name}_se']:.3f}" if f"{name}_se" in measures else ""
+  shown = name in COLUMNS[:2] and f"{name}_se" in measures  # of the others it is in the records
+  error = f" ± {measures[f'{name}_se']:.3f}" if shown else ""
   return f"{measures[name]:.3f}{error}"
 
 

@@ -52,7 +52,7 @@ class Suite:
 SUITES = {
   "quick": Suite("quick", tuple(task for task in _OLMES if task not in _LONG), 200),
   "olmes": Suite("olmes", _OLMES, 0),
-  "short": Suite("short", ("csqa_0shot", "openbookqa_0shot", "winogrande_0shot"), 40),
+  "short": Suite("short", ("csqa_0shot", "winogrande_0shot"), 40),
 }
 
 

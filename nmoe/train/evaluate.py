@@ -86,7 +86,7 @@ def load_model(
 def samples(model: Model, text: Tokenizer, config: Config) -> list[str]:
   """Each of PROMPTS with its greedy continuation. Every rank computes the same."""
   width = min(WIDTH, config.data.seq_len)
-  size = max(1, config.rank_tokens // width)
+  size = max(1, min(len(PROMPTS), config.rank_tokens // width))
   ids = [[text.eot, *text.encode(prompt).tolist()][: width - NEW] for prompt in PROMPTS]
   for begin in range(0, len(ids), size):
     part = ids[begin : begin + size]
