@@ -195,6 +195,18 @@ def evaluate(
   evals.run(run, step, suite, limit, out, root.resolve(), _console())
 
 
+@app.command("import")
+def import_(
+  folder: Annotated[Path, typer.Argument(help="A HuggingFace folder of a DeepSeek-shaped model.")],
+  out: Annotated[Path, typer.Argument(help="A new configuration (TOML).")],
+  root: Root = ROOT,
+) -> None:
+  """Read a HuggingFace folder: its weights into the root, its configuration into a file."""
+  from stages import imports
+
+  imports.run(folder, out, root.resolve(), _console())
+
+
 @app.command()
 def export(
   run: Annotated[str, typer.Argument(help="A run, or the folder of one of its steps.")],

@@ -21,7 +21,7 @@ ROOMS = {  # of a floor, folders or single files: likewise
   ).split(),
   "stages": (
     "text judge launch report viz workbench runs comparable study show research ablate "
-    "proxy evals export proofs prod cli"
+    "proxy evals export imports proofs prod cli"
   ).split(),
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15

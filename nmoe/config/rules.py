@@ -24,6 +24,11 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _target_invariants(c)
   yield from _payload_invariants(c)
   yield from _scaling_invariants(c)
+  known = c.data.tokenizer in ("byte", "o200k_harmony") or c.data.tokenizer.startswith("hf:")
+  need = 'must be "byte", "o200k_harmony", or "hf:" and the path of a tokenizer.json'
+  yield "data.tokenizer", not known, need
+  known = c.model.init == "seed" or c.model.init.startswith("import:")
+  yield "model.init", not known, 'must be "seed", or "import:" and a digest of `nmoe import`'
   need = f'is not measured by [eval] suite = "{c.eval.suite}"'
   suite = c.experiment.metric.removeprefix("eval/").partition("/")[0]
   measured = not c.experiment.metric.startswith("eval/") or suite == c.eval.suite

@@ -83,6 +83,7 @@ class ModelConfig:
   norm_eps: float = identity(1e-6, gt=0)
   tie_embeddings: bool = identity(False)
   init_std: float = identity(0.006, gt=0)
+  init: str = identity("seed")  # or "import:DIGEST": the weights of `nmoe import`, not train.seed's
   embed_std: float = identity(0.0, ge=0)  # of the embedding; 0: init_std
 
 
@@ -126,7 +127,7 @@ class RdepConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
   mixture: str = free()  # path of the mixture's TOML; its content enters the fingerprint by digest
-  tokenizer: Literal["byte", "o200k_harmony"] = identity("o200k_harmony")
+  tokenizer: str = identity("o200k_harmony")  # or "byte", or "hf:" and the path of a tokenizer.json
   seq_len: int = identity(gt=0)
   val_tokens: int = identity(1 << 20, gt=0)  # of an evaluation, at most what is held out
 

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
+from nmoe.data.hf_tokenizer import byte_letters
 from nmoe.data.tokenizer import O200K_PATTERN, O200K_RANKS, O200K_VOCAB, Tokenizer
 from nmoe.errors import ConfigError
 
@@ -92,10 +93,3 @@ def _merged(parts: list[bytes], ranks: dict[bytes, int], below: int) -> list[byt
     i = pairs.index(best)
     parts[i : i + 2] = [parts[i] + parts[i + 1]]
   return parts
-
-
-def byte_letters() -> dict[int, str]:
-  """The printable letter of each byte in byte-level BPE (GPT-2): itself, or the next of U+0100."""
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [b for b in range(256) if b not in printable]
-  return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}

@@ -19,6 +19,7 @@ import numpy as np
 import tiktoken
 from tiktoken.load import read_file_cached
 
+from nmoe.data.hf_tokenizer import HfTokenizer
 from nmoe.errors import ConfigError, DataError
 
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
@@ -130,7 +131,11 @@ def get(name: str) -> Tokenizer:
     return ByteTokenizer()
   if name == "o200k_harmony":
     return O200kTokenizer(_o200k_ranks())
-  raise ConfigError(f"tokenizer {name!r} is unknown; choose one of {', '.join(TOKENIZERS)}")
+  if name.startswith("hf:"):
+    return HfTokenizer(Path(name.removeprefix("hf:")))
+  raise ConfigError(
+    f"tokenizer {name!r} is unknown; choose one of {', '.join(TOKENIZERS)}, or hf:PATH"
+  )
 
 
 def _o200k_ranks() -> dict[bytes, int]:

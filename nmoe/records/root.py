@@ -24,6 +24,10 @@ class Root:
     """One folder a prepared mixture, named by its digest."""
     return self.path / "data"
 
+  def imported(self, digest: str) -> Path:
+    """The weights and the tokenizer of a HuggingFace folder."""
+    return self.path / "imports" / digest
+
   @property
   def evals(self) -> Path:
     """One folder a set of prepared items, named by its digest."""

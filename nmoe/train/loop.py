@@ -21,11 +21,18 @@ import torch
 
 from nmoe.config import file as configs
 from nmoe.config import plan
-from nmoe.config.sections import Config
+from nmoe.config.sections import Config, diff
 from nmoe.data.loader import Loader, Prefetcher, PreparedData, open_data, unigram_bpb
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
-from nmoe.errors import ConfigError, DataError, DivergedError, NmoeError, TargetError
+from nmoe.errors import (
+  CheckpointError,
+  ConfigError,
+  DataError,
+  DivergedError,
+  NmoeError,
+  TargetError,
+)
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model, update_router_bias
 from nmoe.records import checkpoint
@@ -50,6 +57,14 @@ Opened = Callable[..., PreparedData]  # nmoe.data.loader.open_data, or one that 
 
 FINAL = (DivergedError, ConfigError, TargetError, DataError)  # another try would end alike
 FAILED_FOR_GOOD = 76  # exit status after one of them
+NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
+  "model.init",
+  "model.init_std",
+  "model.embed_std",
+  "moe.bias_update_rate",
+  "moe.balance_alpha",
+  "moe.forced_balance",
+)
 INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
 
 
@@ -147,8 +162,10 @@ def check_vocabulary(config: Config, data: PreparedData) -> None:
     )
 
 
-def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
+def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:
   """The model with its initial weights on the target's device, and its optimizer.
+
+  root: where imported weights lie, if model.init names some.
 
   ConfigError, before anything is allocated, if a GPU has too little free memory for the run.
   """
@@ -160,7 +177,26 @@ def build(config: Config, target: Target, ranks: Parallel) -> TrainState:
     model = Model(config, target.ops, ranks.rdep)
   model.to_empty(device=target.device)
   model.init_weights(config.train.seed)
+  if config.model.init != "seed":
+    load_imported(model, config, ranks, root)
   return TrainState(model, Optimizer(model, config, target.ops, ranks.owned))
+
+
+def load_imported(model: Model, config: Config, ranks: Parallel, root: Root) -> None:
+  """The weights that model.init names, in place. CheckpointError if they are of another model."""
+  folder = root.imported(config.model.init.removeprefix("import:"))
+  if not checkpoint.steps(folder):
+    raise CheckpointError(f"{folder} is not there; run `nmoe import` on the model's folder again")
+  written = checkpoint.manifest(folder / "step_00000000")
+  differing = {
+    key: pair
+    for key, pair in diff(configs.loads(written["config"]), config).items()
+    if key.startswith(("model.", "moe.", "yarn.")) and key not in NOT_OF_WEIGHTS
+  }
+  if differing:
+    told = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in differing.items())
+    raise CheckpointError(f"{folder} holds weights of another model: {told}")
+  checkpoint.load(folder, 0, model.state_dict(), ranks.first_expert)
 
 
 def execute(
@@ -202,7 +238,7 @@ def execute(
   )
   startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
-  state = build(config, target, ranks)
+  state = build(config, target, ranks, Root(root))
   resume(session, state)
   if experiments is not None and options.attempt:
     experiments.started(run.id, options.attempt, state.step, socket.gethostname())

@@ -65,7 +65,8 @@ REQUIRED = [
   for f in fields(cls)
   if f.default is MISSING
 ]
-FREE_STRINGS = [key for key, hint in HINTS.items() if hint is str]
+RULED = ("data.tokenizer", "model.init")  # strings whose form has a rule
+FREE_STRINGS = [key for key, hint in HINTS.items() if hint is str and key not in RULED]
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -1,0 +1,36 @@
+"""`nmoe import`: a HuggingFace folder as a configuration and as weights that a run begins from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.errors import ConfigError
+from nmoe.model.imports import import_folder
+from nmoe.records.root import Root
+
+
+def run(folder: Path, out: Path, root: Path, console: Console) -> None:
+  """Store the weights in the root, write the configuration and say what was left out."""
+  if out.exists():
+    raise ConfigError(f"{out} is there already; name a new file")
+  with console.status(f"reading {folder}"):
+    found = import_folder(folder, Root(root))
+  out.write_text(configs.to_toml(found.config), encoding="utf-8")
+
+  def say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+  if found.unknown:
+    say(f"keys of config.json that were not understood: {', '.join(found.unknown)}")
+  if found.left:
+    say(f"{len(found.left)} tensors are not of our model, the first is {found.left[0]}")
+  if found.config.data.tokenizer == "byte" and found.config.model.vocab_size != 257:
+    say(
+      "no tokenizer.json: for evaluation and inspection only; to train on, set data.tokenizer = "
+      '"hf:PATH"'
+    )
+  say(f"weights: {Root(root).imported(found.digest)}")
+  say(f"{out}: set [data] mixture, [optim] and [schedule], then train it")
