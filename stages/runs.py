@@ -124,10 +124,21 @@ class Work:
       display.say(f"{label(arm, seed)}: {outcome} before as run {run.id}, reused{note}")
     elif records.owns(run.id):
       records.release(run.id)
+      self._say_what_was_left(run, label(arm, seed), display)
     else:
       self.hand_over(run, config)
       display.say(f"{label(arm, seed)}: {run.status} before as run {run.id}, continued")
     return run
+
+  def _say_what_was_left(self, run: Run, name: str, display: Display) -> None:
+    """A new run stands in for one that other code began."""
+    key = (run.fingerprint, run.data_digest, run.seed, run.code_version)
+    left = self.bench.experiments.left_under_other_code(*key)
+    if left is not None:
+      display.say(
+        f"{name}: run {left.id} was {left.status} under code {left.code_version}, this is "
+        f"{run.code_version}: it starts anew as run {run.id}"
+      )
 
   def _usable(self, run: Run) -> bool:
     """Whether a run of the same computation also measured this machine, where that matters."""

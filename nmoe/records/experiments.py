@@ -347,6 +347,17 @@ class Experiments(Reader):
     same = self._same(fingerprint, data_digest, seed, code_version)
     return next((run for run in same if not run.finished), None)
 
+  def left_under_other_code(
+    self, fingerprint: str, data_digest: str, seed: int, code_version: str
+  ) -> Run | None:
+    """The newest unfinished run of the same configuration, data and seed that other code made."""
+    rows = self._read(
+      RUN_SQL + "WHERE r.fingerprint = ? AND r.data_digest = ? AND r.seed = ? "
+      "AND r.code_version != ? ORDER BY r.rowid DESC, m.rowid LIMIT 1",
+      *(fingerprint, data_digest, seed, code_version),
+    )
+    return next((run for run in map(decoded_run, rows) if not run.finished), None)
+
   def claim(self, run_id: str) -> Run:
     """Become the owner of a run to resume it: status "running", the error cleared. Atomic.
 

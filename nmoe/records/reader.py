@@ -276,11 +276,11 @@ class Reader:
       claims.setdefault(row["experiment_id"], []).append(claim)
     arms: dict[str, list[ArmRecord]] = {}
     for row in self._read(f"SELECT * FROM arms {where} ORDER BY rowid", *one):
-      arm = ArmRecord(row["name"], json.loads(row["point"]), row["computation"], row["created"])
+      arm = ArmRecord(row["name"], decoded(row["point"]), row["computation"], row["created"])
       arms.setdefault(row["experiment_id"], []).append(arm)
     return [
       Experiment(
-        **{**dict(row), "conclusion": json.loads(row["conclusion"])},
+        **{**dict(row), "conclusion": decoded(row["conclusion"])},
         hypotheses=tuple(claims[row["id"]]),
         arms=tuple(arms.get(row["id"], ())),
       )
@@ -327,6 +327,16 @@ def _owned(path: Path, run: Run) -> bool:
     return True  # not ours to ask
 
 
+def decoded(text: str) -> Any:
+  """JSON of a record. RecordError if it is none."""
+  try:
+    return json.loads(text)
+  except ValueError as error:
+    raise RecordError(
+      f"a record holds {text[:40]!r} where JSON belongs ({error}): experiments.db was changed by "
+      "another program; restore a copy, or move it away"
+    ) from error
+
+
 def decoded_run(row: sqlite3.Row) -> Run:
-  decoded = {key: json.loads(row[key]) for key in ("environment", "results")}
-  return Run(**{**dict(row), **decoded})
+  return Run(**{**dict(row), **{key: decoded(row[key]) for key in ("environment", "results")}})

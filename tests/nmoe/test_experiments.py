@@ -241,6 +241,35 @@ sys.stdin.readline()
   assert len(db.runs(experiment.id)) == 1
 
 
+@pytest.mark.faults
+def test_a_full_disk_is_said_to_be_one_and_nothing_is_half_written(tmp_path):
+  db = Experiments(tmp_path)
+  experiment = db.create("muon", **HYPOTHESIS)
+  run = start(db, experiment.id)
+  pages = db._db.execute("PRAGMA page_count").fetchone()[0]
+  db._db.execute(f"PRAGMA max_page_count = {pages + 2}")
+  with pytest.raises(RecordError, match="disk is full: free space and run again"):
+    start(db, experiment.id, seed=1, diff="+" * 100_000)
+  assert [r.id for r in db.runs(experiment.id)] == [run.id]
+  db._db.execute("PRAGMA max_page_count = 100000")
+  assert start(db, experiment.id, seed=1, diff="+" * 100_000).seed == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("table, column", [("runs", "results"), ("experiments", "conclusion")])
+def test_text_that_is_no_json_is_one_clear_error(tmp_path, table, column):
+  db = Experiments(tmp_path)
+  experiment = db.create("muon", **HYPOTHESIS)
+  start(db, experiment.id)
+  db.close()
+  with sqlite3.connect(tmp_path / "experiments.db") as raw:
+    raw.execute(f"UPDATE {table} SET {column} = '{{\"a\": '")
+  reader = Reader(tmp_path)
+  with pytest.raises(RecordError, match="where JSON belongs"):
+    reader.runs(experiment.id)
+    reader.list()
+
+
 def contents(root):
   """Every path below a root with its size, its bytes and when it was changed."""
   files = sorted(path for path in root.rglob("*"))

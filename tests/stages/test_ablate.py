@@ -410,6 +410,18 @@ def test_a_changed_code_runs_again(lab, variant, launches, monkeypatch):
   assert len({r.code_version for r in lab.records.runs(newest(lab).id)}) == 1
 
 
+@pytest.mark.faults
+def test_a_run_that_other_code_left_unfinished_is_named(lab, variant, launches, monkeypatch):
+  """The same command does not continue it: it says so, with both versions."""
+  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
+  with pytest.raises(RunError):
+    call(lab, variant, seeds=1)
+  monkeypatch.setattr("stages.workbench.provenance", lambda repo: ("", "", "other"))
+  said = call(lab, variant, seeds=1)
+  left = f"baseline seed 0: run {launches.ids[0]} was interrupted under code code, this is other"
+  assert left in said and launches.ids[0] not in launches.ids[1:]
+
+
 def test_bad_files(lab, tmp_path_factory, launches):
   with pytest.raises(ConfigError, match="none.toml: cannot be read"):
     call(lab, lab.file.with_name("none.toml"))

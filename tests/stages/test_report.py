@@ -345,3 +345,22 @@ def test_a_root_of_an_older_schema_is_listed_shown_and_reported(tmp_path):
   page = (tmp_path / "reports" / "tiny-muon-1" / "index.html").read_text(encoding="utf-8")
   assert '+0.1195 <i class="pm">[−0.6904, +0.9293]</i>' in page
   assert (tmp_path / "experiments.db").read_bytes() == old.read_bytes()
+
+
+@pytest.mark.faults
+def test_an_arm_of_a_foreign_database_writes_nothing_outside_the_report(tmp_path):
+  """And what a shell would read as its own is quoted in the commands."""
+  root = tmp_path / "a root; echo"
+  root.mkdir()
+  name, _ = make(root, seeds=1, arms=("../../outside", "$(id) x"))
+  page = write_report(root, name)
+  assert sorted(p.name for p in page.parent.iterdir()) == [
+    "_.._outside.toml",
+    "__id_ x.toml",
+    "changes.patch",
+    "index.html",
+  ]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["a root; echo"]
+  html = unescape(page.read_text(encoding="utf-8"))
+  assert f"git apply '{page.parent}/changes.patch'" in html
+  assert f"'{page.parent}/__id_ x.toml'" in html and f"--root '{root}'" in html
