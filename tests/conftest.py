@@ -1,8 +1,10 @@
 """For all tests: hypothesis without a deadline, since cores are shared; the browser, if any; a lab.
 
-Tests marked `browser` need Chromium or Chrome; without one they are deselected and counted.
+Tests marked `browser` need Chromium or Chrome, `harness` lm-eval; without it they are deselected
+and counted.
 """
 
+import importlib.util
 import shutil
 
 import pytest
@@ -17,15 +19,19 @@ settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+HARNESS = importlib.util.find_spec("lm_eval")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def pytest_report_header():
-  return f"browser: {BROWSER or 'none of ' + ', '.join(BROWSERS) + '; its tests are deselected'}"
+  browser = BROWSER or f"none of {', '.join(BROWSERS)}; its tests are deselected"
+  harness = "there" if HARNESS else "not installed; its tests are deselected"
+  return [f"browser: {browser}", f"lm-eval: {harness}"]
 
 
 def pytest_collection_modifyitems(config, items):
-  out = [item for item in items if item.get_closest_marker("browser") and BROWSER is None]
+  lacking = {"browser": BROWSER is None, "harness": HARNESS is None}
+  out = [i for i in items if any(lacking[m.name] for m in i.iter_markers() if m.name in lacking)]
   if out:
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
