@@ -24,13 +24,16 @@ def linear(dim: int, width: int) -> int:
   return dim * width
 
 
-def attention(heads: int, qk: int, v: int, width: int) -> int:
-  """Kept: q, k, v, the result and the logarithm of the sum."""
-  return heads * (2 * (qk + v) * width + FP32)
+def attention(heads: int, qk: int, v: int, width: int, again: bool = False) -> int:
+  """Kept: q, k and v, if backward does not have them again, the result and the sum's logarithm."""
+  operands = 0 if again else 2 * qk + v
+  return heads * ((operands + v) * width + FP32)
 
 
 def mlp(ffn: int, width: int) -> int:
-  """Kept beside the input: gate and up, before SwiGLU. Of `experts`: for each row."""
+  """Kept beside the input: gate and up, before SwiGLU. Of `experts`: for each row. Nothing with
+  kernels.ops.Recipe.recompute.
+  """
   return 2 * ffn * width
 
 
@@ -56,9 +59,14 @@ def linear_cross_entropy(tokens: int, dim: int, vocab: int, chunk: int, width: i
   return Loss(vocab * dim * FP32, tokens * dim * width, min(chunk, tokens) * vocab * width)
 
 
-def mlp_backward(rows: int, tokens: int, dim: int, ffn: int, width: int) -> int:
-  """Needed in backward: dh, SwiGLU again and dx of each row; three gradients of each token."""
-  return rows * (3 * ffn + dim) * width + 3 * tokens * dim * width
+def mlp_backward(
+  rows: int, tokens: int, dim: int, ffn: int, width: int, again: bool = False
+) -> int:
+  """Needed in backward: dh, SwiGLU again and dx of each row, and gate and up if they are computed
+  again; three gradients of each token.
+  """
+  parts = 5 if again else 3
+  return rows * (parts * ffn + dim) * width + 3 * tokens * dim * width
 
 
 def weights_apart(elements: int, width: int) -> float:

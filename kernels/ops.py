@@ -74,6 +74,9 @@ class Recipe:
   the tensors' own dtype while both gradients stay quantized (2509.25149 section 5).
 
   With `copies`, which serve one module, its weights are quantized once for each change of them.
+
+  With `recompute`, in format "bf16", `mlp`, `grouped_mlp`, its halves and `experts` keep their
+  input rows and not the pre-activation w13 · x: backward computes it again, with the same bits.
   """
 
   format: str = "bf16"
@@ -81,6 +84,7 @@ class Recipe:
   forward_only_bf16: bool = False
   seed: int = 0  # of the Hadamard signs: one for the whole run
   draw: int = 0  # of stochastic rounding, with `seed`: another one for each layer and step
+  recompute: bool = False  # bf16 SwiGLU blocks: backward computes the pre-activation again
   observe: Callable[[Operand], None] | None = field(default=None, compare=False)  # sees operands
   copies: Copies | None = field(default=None, compare=False)  # None: quantize at every use
 

@@ -65,9 +65,9 @@ def _all_rows(rows: Tensor) -> Tensor:
 
 class _Mlp(torch.autograd.Function):
   @staticmethod
-  def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> Tensor:
+  def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, keep: bool, recompute: bool) -> Tensor:
     preact, act = gemms.gated(x, w13, keep=keep)
-    ctx.save_for_backward(x, preact, w13, w2)
+    ctx.save_for_backward(x, None if recompute else preact, w13, w2)
     return act @ w2.T
 
   @staticmethod
@@ -75,9 +75,11 @@ class _Mlp(torch.autograd.Function):
   def backward(ctx, dy: Tensor):
     x, preact, w13, w2 = ctx.saved_tensors
     dy = dy.contiguous()
+    if preact is None:
+      preact = gemms.gated(x, w13)[0]
     dpreact, act, _ = gemms.dgated(dy, w2, preact)
     dw13, dw2 = _gradient(w13, dpreact, x), _gradient(w2, dy, act)
-    return dpreact @ w13, dw13, dw2, None
+    return dpreact @ w13, dw13, dw2, None, None
 
 
 def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
@@ -94,5 +96,6 @@ def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
   rows = x.reshape(-1, dim)
   if recipe.format != "bf16":
     return block_scaled_mlp(rows, w13, w2, _all_rows(rows), recipe).view(x.shape)
-  y = _Mlp.apply(rows, w13.contiguous(), w2.contiguous(), torch.is_grad_enabled())
+  how = torch.is_grad_enabled(), recipe.recompute
+  y = _Mlp.apply(rows, w13.contiguous(), w2.contiguous(), *how)
   return y.view(x.shape)

@@ -73,9 +73,11 @@ def _dw2(
 
 class _GroupedMlp(torch.autograd.Function):
   @staticmethod
-  def forward(ctx, x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor, keep: bool) -> Tensor:
+  def forward(
+    ctx, x: Tensor, offset: Tensor, w13: Tensor, w2: Tensor, keep: bool, recompute: bool
+  ) -> Tensor:
     preact, act = gemms.gated(x, w13, offset=offset, keep=keep)
-    ctx.save_for_backward(x, preact, offset, w13, w2)
+    ctx.save_for_backward(x, None if recompute else preact, offset, w13, w2)
     return zero_tail(gemms.rows(act, w2, offset), offset)
 
   @staticmethod
@@ -83,21 +85,30 @@ class _GroupedMlp(torch.autograd.Function):
   def backward(ctx, dy: Tensor):
     x, preact, offset, w13, w2 = ctx.saved_tensors
     dy = dy.contiguous()
+    if preact is None:
+      preact = gemms.gated(x, w13, offset=offset)[0]
     dpreact, act, _ = gemms.dgated(dy, w2, preact, offset=offset)
     dw2 = _dw2(dy, act, w2, offset)
     dx = zero_tail(gemms.rows(dpreact, w13.mT, offset), offset)
-    return dx, None, _dw13(x, dpreact, w13, offset), dw2, None
+    return dx, None, _dw13(x, dpreact, w13, offset), dw2, None, None
 
 
 class _Experts(torch.autograd.Function):
   @staticmethod
   def forward(
-    ctx, x: Tensor, gate: Tensor, layout: Layout, w13: Tensor, w2: Tensor, keep: bool
+    ctx,
+    x: Tensor,
+    gate: Tensor,
+    layout: Layout,
+    w13: Tensor,
+    w2: Tensor,
+    keep: bool,
+    recompute: bool,
   ) -> Tensor:
     offset, row, source = layout
     token = source // gate.shape[1]
     preact, act = gemms.gated(x, w13, offset=offset, index=token, keep=keep)
-    ctx.save_for_backward(x, preact, gate, *layout, w13, w2)
+    ctx.save_for_backward(x, None if recompute else preact, gate, *layout, w13, w2)
     return sum_rows(gemms.rows(act, w2, offset), row, gate)
 
   @staticmethod
@@ -106,11 +117,14 @@ class _Experts(torch.autograd.Function):
     x, preact, gate, offset, row, source, w13, w2 = ctx.saved_tensors
     dy, token = dy.contiguous(), source // gate.shape[1]
     gate_N = gate.flatten().index_select(0, source)
+    if preact is None:
+      preact = gemms.gated(x, w13, offset=offset, index=token)[0]
     dpreact, act, dgate_N = gemms.dgated(dy, w2, preact, offset=offset, index=token, scale=gate_N)
     dw2 = _dw2(dy, act, w2, offset, token)
     dx = sum_rows(gemms.rows(dpreact, w13.mT, offset), row)
     dw13 = _dw13(x, dpreact, w13, offset, token)
-    return dx, dgate_N.index_select(0, row.flatten()).view_as(gate), None, dw13, dw2, None
+    dgate = dgate_N.index_select(0, row.flatten()).view_as(gate)
+    return dx, dgate, None, dw13, dw2, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -147,13 +161,13 @@ def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe
     return x_ND * 1
   if recipe.format != "bf16":
     return block_scaled_mlp(x_ND, w13, w2, offset_E1, recipe)
-  keep = torch.is_grad_enabled()
-  return _GroupedMlp.apply(x_ND.contiguous(), offset_E1, w13.contiguous(), w2.contiguous(), keep)
+  how = torch.is_grad_enabled(), recipe.recompute
+  return _GroupedMlp.apply(x_ND.contiguous(), offset_E1, w13.contiguous(), w2.contiguous(), *how)
 
 
 class _Kept(NamedTuple):
   x: Tensor
-  preact: Tensor | None
+  preact: Tensor | None  # None: to be computed again
   offset: Tensor
 
 
@@ -167,7 +181,8 @@ def grouped_mlp_forward(
   if recipe.format != "bf16":
     return halves.forward(grouped_mlp, x_ND, offset_E1, w13, w2, recipe, keep)
   preact, act = gemms.gated(x_ND, w13, offset=offset_E1, keep=keep)
-  return Product(act, w2, offset_E1), _Kept(x_ND, preact, offset_E1)
+  kept = _Kept(x_ND, None if recipe.recompute else preact, offset_E1)
+  return Product(act, w2, offset_E1), kept
 
 
 def grouped_mlp_backward(
@@ -179,6 +194,8 @@ def grouped_mlp_backward(
   x, preact, offset = kept
   if dy_ND.shape[0] == 0:
     return dy_ND, gate_N, lambda: (gradient(w13, _nothing), gradient(w2, _nothing))
+  if preact is None:
+    preact = gemms.gated(x, w13, offset=offset)[0]
   dpreact, act, dgate_N = gemms.dgated(dy_ND, w2, preact, offset=offset, scale=gate_N)
 
   def weights() -> tuple[Tensor | None, Tensor | None]:
@@ -214,7 +231,7 @@ def experts(
     x_ND = _Gather.apply(x_TD, layout)
     y_ND = grouped_mlp(x_ND, layout.offset_E1, w13, w2, recipe)
     return _SumRows.apply(y_ND, layout.row_TK, gate_TK.contiguous())
-  keep = torch.is_grad_enabled()
+  how = torch.is_grad_enabled(), recipe.recompute
   return _Experts.apply(
-    x_TD.contiguous(), gate_TK.contiguous(), layout, w13.contiguous(), w2.contiguous(), keep
+    x_TD.contiguous(), gate_TK.contiguous(), layout, w13.contiguous(), w2.contiguous(), *how
   )

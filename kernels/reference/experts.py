@@ -22,14 +22,14 @@ def grouped_mlp(x_ND: Tensor, offset_E1: Tensor, w13: Tensor, w2: Tensor, recipe
   """See Ops.grouped_mlp. Reads the offsets on the host (one synchronisation on a CUDA device)."""
   offsets = _checked_offsets(x_ND, offset_E1, w13, w2)
   if recipe.format == "bf16":
-    return _GroupedMlp.apply(x_ND, w13, w2, offsets)
+    return _GroupedMlp.apply(x_ND, w13, w2, offsets, recipe.recompute)
   h_NF = block_scaled_product(x_ND, w13, offsets, recipe, 0)
   return block_scaled_product(interleaved_swiglu(h_NF), w2, offsets, recipe, 1)
 
 
 class _Kept(NamedTuple):
   x: Tensor
-  h: Tensor
+  h: Tensor | None  # None: to be computed again
   offsets: list[int]
 
 
@@ -41,7 +41,8 @@ def grouped_mlp_forward(
     return halves.forward(grouped_mlp, x_ND, offset_E1, w13, w2, recipe, keep)
   offsets = _checked_offsets(x_ND, offset_E1, w13, w2)
   h = rows_by_weight(x_ND, swiglu.to_halves(w13).mT, offsets, x_ND.dtype)
-  return Product(swiglu.forward(h), w2, offset_E1), _Kept(x_ND, h, offsets)
+  kept = _Kept(x_ND, None if recipe.recompute else h, offsets)
+  return Product(swiglu.forward(h), w2, offset_E1), kept
 
 
 def grouped_mlp_backward(
@@ -51,6 +52,8 @@ def grouped_mlp_backward(
   if isinstance(kept, halves.Graph):
     return halves.backward(kept, dy_ND, gate_N, w13, w2)
   x, h, offsets = kept
+  if h is None:
+    h = rows_by_weight(x, swiglu.to_halves(w13).mT, offsets, x.dtype)
   dtype = wide(dy_ND, gate_N)
   da = rows_by_weight(dy_ND, w2, offsets, dy_ND.dtype).to(dtype)
   gate_N1 = gate_N.to(dtype)[:, None]
@@ -75,7 +78,7 @@ def experts(
   """See Ops.experts."""
   _check_weights(x_TD, w13, w2)
   if recipe.format == "bf16":
-    return _Experts.apply(x_TD, gate_TK, w13, w2, layout)
+    return _Experts.apply(x_TD, gate_TK, w13, w2, layout, recipe.recompute)
   x_ND = _Gather.apply(x_TD, layout)
   y_ND = grouped_mlp(x_ND, layout.offset_E1, w13, w2, recipe)
   return combine(y_ND.index_select(0, layout.row_TK.flatten()).unflatten(0, gate_TK.shape), gate_TK)
@@ -117,10 +120,14 @@ class _Gather(torch.autograd.Function):
 
 
 class _GroupedMlp(torch.autograd.Function):
-  """Saves x and the pre-activations h. An expert's rows pass the whole chain while in the cache."""
+  """Saves x and the pre-activations h, or computes h again. An expert's rows pass the whole chain
+  while in the cache.
+  """
 
   @staticmethod
-  def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, offsets: list[int]) -> Tensor:
+  def forward(
+    ctx, x: Tensor, w13: Tensor, w2: Tensor, offsets: list[int], recompute: bool
+  ) -> Tensor:
     w13 = swiglu.to_halves(w13)
     h = x.new_empty(x.shape[0], w13.shape[1])
     y = torch.empty_like(x)
@@ -128,7 +135,7 @@ class _GroupedMlp(torch.autograd.Function):
       torch.mm(x[rows], w13[e].T, out=h[rows])
       torch.mm(swiglu.forward(h[rows]), w2[e].T, out=y[rows])
     y[offsets[-1] :] = 0
-    ctx.save_for_backward(x, h, w13, w2)
+    ctx.save_for_backward(x, None if recompute else h, w13, w2)
     ctx.offsets = offsets
     return y
 
@@ -138,23 +145,27 @@ class _GroupedMlp(torch.autograd.Function):
     x, h, w13, w2 = ctx.saved_tensors
     dx, dw13, dw2 = torch.empty_like(x), torch.zeros_like(w13), torch.zeros_like(w2)
     for e, rows in spans(ctx.offsets):
-      dh, a = swiglu.backward(h[rows], dy[rows] @ w2[e])
+      h_e = x[rows] @ w13[e].T if h is None else h[rows]
+      dh, a = swiglu.backward(h_e, dy[rows] @ w2[e])
       torch.mm(dy[rows].T, a, out=dw2[e])
       torch.mm(dh.T, x[rows], out=dw13[e])
       torch.mm(dh, w13[e], out=dx[rows])
     dx[ctx.offsets[-1] :] = 0
-    return dx, swiglu.to_interleaved(dw13), dw2, None
+    return dx, swiglu.to_interleaved(dw13), dw2, None, None
 
 
 class _Experts(torch.autograd.Function):
-  """Saves x, h [N, 2F] and the indices; gathers x again in backward, one expert's rows at a time.
+  """Saves x, h [N, 2F], if it is not computed again, and the indices; gathers x again in backward,
+  one expert's rows at a time.
 
   With a = swiglu(h), y = w2 · a and da' = w2ᵀ · dout: dgate = y · dout = a · da', da = gate · da'
   and dw2 = doutᵀ · (gate · a), so neither y nor gate · dout is needed.
   """
 
   @staticmethod
-  def forward(ctx, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, layout: Layout) -> Tensor:
+  def forward(
+    ctx, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, layout: Layout, recompute: bool
+  ) -> Tensor:
     offsets = layout.offset_E1.tolist()
     token = layout.source_N // gate.shape[1]
     w13 = swiglu.to_halves(w13)
@@ -163,7 +174,8 @@ class _Experts(torch.autograd.Function):
     for e, rows in spans(offsets):
       torch.mm(x.index_select(0, token[rows]), w13[e].T, out=h[rows])
       torch.mm(swiglu.forward(h[rows]), w2[e].T, out=y[rows])
-    ctx.save_for_backward(x, gate, w13, w2, h, token, layout.source_N, layout.row_TK)
+    kept = None if recompute else h
+    ctx.save_for_backward(x, gate, w13, w2, kept, token, layout.source_N, layout.row_TK)
     ctx.offsets = offsets
     return sum_rows(y, layout.row_TK, gate).to(x.dtype)
 
@@ -177,12 +189,13 @@ class _Experts(torch.autograd.Function):
     dx = x.new_empty(token.numel(), x.shape[1])
     dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
     for e, rows in spans(ctx.offsets):
-      dout_e, gate_e = dout.index_select(0, token[rows]), gate_N1[rows]
-      da = (dout_e @ w2[e]).to(dtype)
-      dh, a = swiglu.backward(h[rows], da * gate_e)
+      x_e, dout_e = x.index_select(0, token[rows]), dout.index_select(0, token[rows])
+      h_e = x_e @ w13[e].T if h is None else h[rows]
+      gate_e, da = gate_N1[rows], (dout_e @ w2[e]).to(dtype)
+      dh, a = swiglu.backward(h_e, da * gate_e)
       dgate[rows] = torch.linalg.vecdot(a.to(dtype), da)[:, None]
       torch.mm(dout_e.T, (a * gate_e).to(x.dtype), out=dw2[e])
-      torch.mm(dh.T, x.index_select(0, token[rows]), out=dw13[e])
+      torch.mm(dh.T, x_e, out=dw13[e])
       torch.mm(dh, w13[e], out=dx[rows])
     dx = sum_rows(dx, row_TK, torch.ones_like(gate)).to(x.dtype)
-    return dx, dgate.to(gate.dtype)[:, 0][row_TK], swiglu.to_interleaved(dw13), dw2, None
+    return dx, dgate.to(gate.dtype)[:, 0][row_TK], swiglu.to_interleaved(dw13), dw2, None, None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 from kernels import costs
 from nmoe.config.buffers import buffer_layout, row_slots
@@ -120,7 +121,8 @@ class Misfit:
     if self.remedy is None:
       return f"{found}; no single line makes it fit: lower model.dim and model.num_layers"
     r = self.remedy
-    return f"{found}; set {r.key} = {r.new} (now {r.old}), which needs {_gib(r.peak_bytes)}"
+    old, new = (list(v) if isinstance(v, tuple) else v for v in (r.old, r.new))
+    return f"{found}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
 
 
 @dataclass(frozen=True)
@@ -385,20 +387,23 @@ def _layer_elements(config: Config) -> list[tuple[int, int]]:
 
 def _kept_terms(config: Config, layer: int) -> dict[str, float]:
   """Bytes per token that a layer keeps for backward, by what they are."""
-  m, e, width = config.model, config.moe, parameter_width(config)
-  latent = sum(_normed(rank, width) for rank in (m.kv_lora_rank, m.q_lora_rank) if rank)
+  m, e, width, again = config.model, config.moe, parameter_width(config), config.train.recompute
+  normed = costs.rms_norm if "norm" in again else _normed
+  latent = sum(normed(rank, width) for rank in (m.kv_lora_rank, m.q_lora_rank) if rank)
+  normed = costs.rms_norm if config.recomputes_residual_norms else _normed
+  qk, mlp = m.qk_nope_dim + m.qk_rope_dim, 0 if "swiglu" in again else costs.mlp(1, width)
   terms = {
-    "residual sums and norms": 2 * _normed(m.dim, width),
-    "q, k, v, o": costs.attention(m.num_heads, m.qk_nope_dim + m.qk_rope_dim, m.v_dim, width),
+    "residual sums and norms": 2 * normed(m.dim, width),
+    "q, k, v, o": costs.attention(m.num_heads, qk, m.v_dim, width, again="qkv" in again),
     "latents": latent + m.qk_rope_dim * width,
   }
   if layer < m.num_dense_layers:
-    return terms | {"SwiGLU inputs": costs.mlp(m.dense_dim, width)}
+    return terms | {"SwiGLU inputs": mlp * m.dense_dim}
   terms["routing"] = costs.route(e.num_experts, e.top_k, e.score, e.balance_alpha > 0)
-  terms["SwiGLU inputs"] = (e.top_k + e.num_shared) * costs.mlp(e.expert_dim, width)
+  terms["SwiGLU inputs"] = (e.top_k + e.num_shared) * mlp * e.expert_dim
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1
-    terms["SwiGLU inputs"] += spare * e.top_k * costs.mlp(e.expert_dim, width)
+    terms["SwiGLU inputs"] += spare * e.top_k * mlp * e.expert_dim
     row = (1 + spare) * e.top_k * m.dim * width
     if row_slots(config) == 1:  # else they stay in the buffers
       terms["received rows"] = row
@@ -424,7 +429,7 @@ def _kept_formula(config: Config) -> str:
       layers = layers[m.num_dense_layers :]
     if layers:
       terms = _kept_terms(config, layers[0])
-      inside = " + ".join(f"{value:,.0f} {name}" for name, value in terms.items())
+      inside = " + ".join(f"{value:,.0f} {name}" for name, value in terms.items() if value)
       parts.append(f"{len(layers)} {kind} layers · ({inside})")
   return f"{config.rank_tokens:,} tokens · [{' + '.join(parts)}]"
 
@@ -437,8 +442,10 @@ def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
     rows, ffn = tokens, m.dense_dim
   else:
     rows, ffn = config.rows, e.expert_dim
-  inner = costs.mlp_backward(rows, tokens, m.dim, ffn, width)
-  formula = f"{rows:,} rows · (3 · {ffn} + {m.dim}) · {width}, 3 · {tokens:,} · {m.dim} · {width}"
+  again = "swiglu" in config.train.recompute
+  inner, parts = costs.mlp_backward(rows, tokens, m.dim, ffn, width, again=again), 5 if again else 3
+  formula = f"{rows:,} rows · ({parts} · {ffn} + {m.dim}) · {width}"
+  formula += f", 3 · {tokens:,} · {m.dim} · {width}"
   if config.micro_batches > 1 and width < 4 and not costs.adds_in_place(config.target.arch):
     block = experts or 3 * m.dim * m.dense_dim
     inner += costs.weights_apart(block, width)
@@ -450,7 +457,7 @@ def fits(plan: Plan, bytes_available: int) -> Misfit | None:
   """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
 
   In this order: smaller micro-batches, no CUDA graph, a smaller loss chunk, bf16 moments, a smaller
-  RDEP capacity, more ranks, fewer layers; of each the smallest change that fits.
+  RDEP capacity, recomputation, more ranks, fewer layers; of each the smallest change that fits.
   """
   if plan.peak_bytes <= bytes_available:
     return None
@@ -471,6 +478,8 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
   yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
   yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
   yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []
+  parts = [[*chosen] for n in (1, 2, 3) for chosen in combinations(("norm", "qkv", "swiglu"), n)]
+  yield "train.recompute", [p for p in parts if {*p} > {*c.train.recompute}]
   ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
   yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]
   yield "model.num_layers", list(range(c.model.num_layers - 1, c.model.num_dense_layers, -1))

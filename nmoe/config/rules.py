@@ -99,6 +99,10 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
     (c.launch.ranks > 1, "launch.ranks = 1"),
   ):
     yield "train.cuda_graph", c.train.cuda_graph and misfit, need + other
+  need = f'"swiglu" is for products in bf16, but target.dtype is "{t.dtype}"; leave it out'
+  yield "train.recompute", block and "swiglu" in c.train.recompute, need
+  need = "names a part twice; name each once"
+  yield "train.recompute", len(set(c.train.recompute)) < len(c.train.recompute), need
   need = 'has nothing to emulate; set target.dtype = "fp8" or "nvfp4"'
   yield "target.emulate_blockscale", t.emulate_blockscale and not block, need
   for key, value in (("model.dim", c.model.dim), ("moe.expert_dim", c.moe.expert_dim)):

@@ -189,6 +189,7 @@ class TrainConfig:
   seed: int = identity(0, ge=0)
   micro_batch: int = schedule(gt=0)  # sequences of one forward pass on one rank
   loss_chunk: int = free(4096, gt=0)  # tokens whose logits live at a time
+  recompute: tuple[Literal["norm", "qkv", "swiglu"], ...] = free(())  # in place of keeping it
   cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
   log_every: int = free(10, gt=0)
   flight_every: int = free(0, ge=0)  # steps between measurements of nmoe.train.flight; 0: none
@@ -281,6 +282,14 @@ class Config:
   def expert_ranks(self) -> int:
     """The ranks that hold one set of routed experts: those of an RDEP group."""
     return self.rdep.group or self.launch.ranks
+
+  @property
+  def recomputes_residual_norms(self) -> bool:
+    """Whether backward computes the norms of the residual stream again (train.recompute "norm").
+
+    A GPU's fused sum and norm normalises the sum before its rounding, which is not kept.
+    """
+    return "norm" in self.train.recompute and self.target.arch == "cpu"
 
   def quantizes(self, product: str, layer: int) -> bool:
     """Whether a product is block-scaled: "experts" or one of precision.linears' names."""

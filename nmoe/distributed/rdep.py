@@ -366,10 +366,25 @@ class _Kept(NamedTuple):
 
 
 class _Beside(NamedTuple):
-  """The shared experts' graph: a leaf with the values of x, and what came of it."""
+  """The shared experts' graph: what came of it, and where the gradient of its x goes."""
 
-  x_TD: Tensor
   y_TD: Tensor
+  put: list[Tensor]
+
+
+class _Aside(torch.autograd.Function):
+  """x, whose gradient is put aside: the graph keeps no x of its own. root makes it one."""
+
+  @staticmethod
+  def forward(ctx: Any, root: Tensor, x_TD: Tensor, put: list[Tensor]) -> Tensor:
+    ctx.put = put
+    return x_TD.view_as(x_TD)
+
+  @staticmethod
+  @once_differentiable
+  def backward(ctx: Any, dx_TD: Tensor) -> tuple:
+    ctx.put.append(dx_TD)
+    return None, None, None
 
 
 class _Call:
@@ -473,18 +488,19 @@ class _Call:
 
   def _run_beside(self, x_TD: Tensor, shared: Callable[[Tensor], Tensor]) -> Tensor:
     """shared(x), whose graph is kept for `_back_beside` if there is a backward pass."""
-    leaf_TD = x_TD.detach().requires_grad_(self.keep)
+    put: list[Tensor] = []
     with torch.set_grad_enabled(self.keep):
-      y_TD = shared(leaf_TD)
+      root = x_TD.new_empty(0).requires_grad_(self.keep)
+      y_TD = shared(_Aside.apply(root, x_TD.detach(), put))
     if self.keep:
-      self.beside = _Beside(leaf_TD, y_TD)
+      self.beside = _Beside(y_TD, put)
     return y_TD.detach()
 
   def _back_beside(self, dy_TD: Tensor) -> Tensor | None:
     """The shared experts' dx; the gradients of their weights go where autograd puts them."""
-    (x_TD, y_TD), self.beside = self.beside, None
+    (y_TD, put), self.beside = self.beside, None
     y_TD.backward(dy_TD)
-    return x_TD.grad
+    return put.pop() if put else None
 
   def _round_forward(self, w13: Tensor, w2: Tensor, keep: bool) -> None:
     """The rest of a trip: rows come, through the experts, and go back."""

@@ -30,6 +30,7 @@ from nmoe.config.sections import Config, ModelConfig, YarnConfig
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.model.init import NormalInit
+from nmoe.model.recompute import Source, source
 from nmoe.model.router import Router, balance_loss, update_bias
 
 
@@ -74,7 +75,11 @@ class Linear(nn.Module):
     self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
 
   def forward(self, x: Tensor) -> Tensor:
-    return self.ops.linear(x, self.weight, self.recipe)
+    """Observers see products of the step alone, not what backward computes again."""
+    recipe = self.recipe
+    if recipe.observe is not None and not torch.is_grad_enabled():
+      recipe = replace(recipe, observe=None)
+    return self.ops.linear(x, self.weight, recipe)
 
 
 class Norm(nn.Module):
@@ -114,7 +119,7 @@ class Attention(nn.Module):
   def __init__(self, config: Config, layer: int, ops: Ops):
     super().__init__()
     m, dtype = config.model, DTYPES[parameter_dtype(config)]
-    self.ops, self.model = ops, m
+    self.ops, self.model, self.recompute = ops, m, config.train.recompute
     self.scale = (m.qk_nope_dim + m.qk_rope_dim) ** -0.5 * softmax_mscale(config.yarn) ** 2
 
     def linear(in_dim: int, out_dim: int, name: str) -> Linear:
@@ -132,14 +137,35 @@ class Attention(nn.Module):
     self.kv_b = linear(m.kv_lora_rank, m.num_heads * (m.qk_nope_dim + m.v_dim), "kv_b")
     self.o = linear(m.num_heads * m.v_dim, m.dim, "o")
 
-  def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+  def forward(self, x_BSD: Tensor, x: Source, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: what backward has of x_BSD."""
+    with x.unsaved():
+      low_q = self.q_a(x_BSD) if self.model.q_lora_rank else None
+      low_kv = self.kv_a(x_BSD)
+      qkv = self._qkv(low_q if low_q is not None else x_BSD, low_kv, cos, sin)
+    kept_q, kept_kv = None if low_q is None else low_q.detach(), low_kv.detach()
+
+    def compute() -> tuple[Tensor, ...]:
+      return self._qkv(x.again()[0] if kept_q is None else kept_q, kept_kv, cos, sin)
+
+    with source("qkv" in self.recompute, qkv, compute).unsaved():
+      y = self.ops.attention(*qkv, self.scale)
+    return self.o(y.flatten(2))
+
+  def _qkv(self, low_q: Tensor, low_kv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Attention's operands, from the latent of q, or the block's input, and that of k and v."""
     m = self.model
-    heads = (*x_BSD.shape[:2], m.num_heads, -1)
-    q = self.q_b(self.q_norm(self.q_a(x_BSD))) if m.q_lora_rank else self.q(x_BSD)
-    latent, k_rope = self.kv_a(x_BSD).split([m.kv_lora_rank, m.qk_rope_dim], dim=-1)
-    kv = self.kv_b(self.kv_norm(latent))
-    q, k, v = self.ops.mla_qkv(q.view(heads), kv.view(heads), k_rope, cos, sin, m.qk_rope_dim)
-    return self.o(self.ops.attention(q, k, v, self.scale).flatten(2))
+    heads = (*low_kv.shape[:2], m.num_heads, -1)
+    q = self._expanded(low_q, self.q_norm, self.q_b) if m.q_lora_rank else self.q(low_q)
+    latent, k_rope = low_kv.split([m.kv_lora_rank, m.qk_rope_dim], dim=-1)
+    kv = self._expanded(latent, self.kv_norm, self.kv_b)
+    return self.ops.mla_qkv(q.view(heads), kv.view(heads), k_rope, cos, sin, m.qk_rope_dim)
+
+  def _expanded(self, latent: Tensor, norm: Norm, linear: Linear) -> Tensor:
+    """linear(norm(latent))."""
+    normed, kept = norm(latent), latent.detach()
+    with source("norm" in self.recompute, (normed,), lambda: (norm(kept),)).unsaved():
+      return linear(normed)
 
 
 class Experts(nn.Module):
@@ -187,6 +213,14 @@ class Moe(nn.Module):
     return y_TD.view_as(x_BSD), routing
 
 
+class Normed(NamedTuple):
+  """A norm's result, what backward has of it, and the sum that it is of."""
+
+  x_BSD: Tensor
+  x: Source
+  total_BSD: Tensor
+
+
 class Block(nn.Module):
   """One layer: attention, then a dense MLP or experts, each after its norm."""
 
@@ -196,11 +230,23 @@ class Block(nn.Module):
     self.attention_norm = Norm(m.dim, m.norm_eps, dtype, ops)
     self.attention = Attention(config, layer, ops)
     self.mlp_norm = Norm(m.dim, m.norm_eps, dtype, ops)
+    self.recompute_norms = config.recomputes_residual_norms
     self.dense = layer < m.num_dense_layers
     if self.dense:
       self.mlp = Mlp(m.dim, m.dense_dim, dtype, recipe_for(config, "dense", layer), ops)
     else:
       self.moe = Moe(config, layer, ops, rdep)
+
+  def mlp_or_moe(self, x_BSD: Tensor) -> tuple[Tensor, Routing | None]:
+    """The layer's second half, and of experts where the router sent the tokens."""
+    return (self.mlp(x_BSD), None) if self.dense else self.moe(x_BSD)
+
+  def normed(self, norm: Norm, branch: Tensor | None, residual: Tensor) -> Normed:
+    """One of the block's norms of branch + residual, and the sum."""
+    x_BSD, total_BSD = norm.add(branch, residual)
+    kept = total_BSD.detach()
+    x = source(self.recompute_norms, (x_BSD,), lambda: (norm(kept),))
+    return Normed(x_BSD, x, total_BSD)
 
 
 class Model(nn.Module):
@@ -253,12 +299,12 @@ class Model(nn.Module):
     for i, block in enumerate(self.layers):
       if self.on_final is not None and residual.requires_grad:
         residual.register_hook(partial(_tell, self.on_final, i))
-      x, residual = block.attention_norm.add(branch, residual)
-      x, residual = block.mlp_norm.add(block.attention(x, cos, sin), residual)
-      if block.dense:
-        branch = block.mlp(x)
-      else:
-        branch, routing = block.moe(x)
+      x_BSD, x, residual = block.normed(block.attention_norm, branch, residual)
+      branch = block.attention(x_BSD, x, cos, sin)
+      x_BSD, x, residual = block.normed(block.mlp_norm, branch, residual)
+      with x.unsaved():
+        branch, routing = block.mlp_or_moe(x_BSD)
+      if routing is not None:
         scores += [routing.score_TE] if self.config.moe.balance_alpha else []
         counts.append(routing.count_E)
     return self.norm.add(branch, residual)[0], scores, counts
@@ -358,7 +404,7 @@ def recipe_for(config: Config, name: str, layer: int) -> Recipe:
   """
   t = config.target
   if not config.quantizes(name, layer):
-    return Recipe()
+    return Recipe(recompute="swiglu" in config.train.recompute)
   return Recipe(t.dtype, emulate=t.emulate_blockscale, seed=config.train.seed, copies=Copies())
 
 
