@@ -7,6 +7,7 @@ memory, which the hosts of a shared filesystem do not have in common.
 A run has one owner at a time. The owner holds an exclusive lock (flock) on `{root}/locks/{run_id}`,
 which the kernel drops when the process dies, in a container or on another host too. Host and pid
 stand in the record for people to read, and for the case that somebody deleted the lock file.
+Experiments, runs and locks are one thing here: a run is found, recorded and owned in one step.
 """
 
 from __future__ import annotations
