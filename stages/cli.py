@@ -93,12 +93,15 @@ def proxy_coords(sweep: Sweep) -> None:
 def proxy_sweep(
   sweep: Sweep,
   plan: Annotated[bool, typer.Option("--plan", help="Say what would run; nothing runs.")] = False,
+  build: Annotated[
+    bool, typer.Option("--build", help="Compile the kernels of all scales; nothing runs.")
+  ] = False,
 ) -> None:
   """Sweep learning rates over scales and judge whether the best ones stay."""
-  if plan:
+  if plan or build:
     from stages.proxy import plan as planned
 
-    planned.show(sweep, _console())
+    (planned.show if plan else planned.build_kernels)(sweep, _console())
     return
   from stages.proxy import sweep as stage
 

@@ -9,8 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kernels.arch import ARCHS
+from kernels.tools.build import build
+from nmoe.config.shapes import kernel_shapes
+from nmoe.errors import ConfigError
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
+from stages.launch import local as launch
 from stages.proxy.file import load_sweep
 from stages.proxy.sweep import Sweep, check_target
 from stages.text import plain
@@ -38,6 +43,20 @@ def show(path: Path, console: Console) -> None:
   console.print(table)
   limit = f", {file.budget.device_seconds:g} device seconds" if file.budget.device_seconds else ""
   console.print(f"budget: {file.budget.runs} runs{limit}")
+
+
+def build_kernels(path: Path, console: Console) -> None:
+  """Compile the kernels of every scale into the root's cache, so that no run waits for them."""
+  file = load_sweep(path)
+  arch = file.base.target.arch
+  if arch not in ARCHS:
+    raise ConfigError(f"{path}: the base's target is {arch!r}, which has no device code to compile")
+  cache = Root(Path(file.base.run.root).resolve()).kernel_cache
+  shapes = [kernel_shapes(scale.config) for scale in file.scales]
+  with console.status(plain(f"compiling the kernels of {len(shapes)} scales for {arch}")):
+    records = build(shapes, arch, cache, launch.parent_environment())
+  seconds = sum(record["seconds"] for record in records)
+  console.print(plain(f"{len(records)} kernels compiled in {seconds:.1f} s into {cache / arch}"))
 
 
 def recorded(root: Path, name: str) -> dict[str, list[Run]]:

@@ -49,10 +49,7 @@ def render(found: Findings, folder: Path) -> str:
   sections = (
     _head(found),
     _sweep(found) if swept else _results(found),
-    "" if swept else _curves(found),
-    _routing(found),
-    _flight(found),
-    _cost(found),
+    *(() if swept else (_curves(found), _routing(found), _flight(found), _cost(found))),
     _configuration(found),
     _runs(found),
     _provenance(found, folder),
