@@ -149,6 +149,9 @@ def viz(
   cache: Annotated[
     Path, typer.Option(envvar="XDG_CACHE_HOME", help="Where what was read is kept.")
   ] = Path("~/.cache"),
+  demo: Annotated[
+    bool, typer.Option("--demo", help="A root of small runs, made while you look on.")
+  ] = False,
 ) -> None:
   """Serve the dashboard of a root, live. It reads, and writes nothing there."""
   from nmoe.records.live import Live
@@ -158,8 +161,29 @@ def viz(
   except ModuleNotFoundError as error:
     raise RunError(f"{error}: the dashboard needs more: pip install 'nmoe[viz]'") from error
 
-  live = Live(root, cache.expanduser() / "nmoe" / "viz")
-  serve(live, host, port, typer.echo)
+  folder = cache.expanduser() / "nmoe"
+  if demo:
+    from stages.demo import beside
+
+    with beside(folder / "demo"):
+      serve(Live(folder / "demo", folder / "viz"), host, port, typer.echo)
+  else:
+    serve(Live(root, folder / "viz"), host, port, typer.echo)
+
+
+@app.command()
+def watch(
+  run: Annotated[str | None, typer.Argument(help="Default: the newest.")] = None,
+  root: Root = ROOT,
+  cache: Annotated[
+    Path, typer.Option(envvar="XDG_CACHE_HOME", help="Where what was read is kept.")
+  ] = Path("~/.cache"),
+) -> None:
+  """A run's figures in this terminal, live."""
+  from nmoe.records.live import Live
+  from stages import watch as screen
+
+  screen.watch(Live(root.resolve(), cache.expanduser() / "nmoe" / "viz"), run, _console())
 
 
 @app.command()

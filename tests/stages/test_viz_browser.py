@@ -165,6 +165,8 @@ def test_every_page_stands_without_an_error(page, served, made, name):
   page.wait("![...document.querySelectorAll('main .empty')].some(e => e.innerText == 'reading…')")
   keep(page, name)
   assert page.errors == []
+  ranges = page.ask("[...document.querySelectorAll('.panel[data-y]')].map(p => p.dataset.y)")
+  assert "0,1" not in ranges, "every axis is that of its data"
   assert page.ask("document.title").startswith("nmoe")
   assert page.ask("document.documentElement.scrollWidth <= innerWidth"), "nothing hangs out"
 

@@ -27,14 +27,15 @@ export function useWidth(ref) {
 const TALL = () => (innerWidth >= 1900 ? 260 : 200);
 const plain = (y) => Array.from(y, (v) => (Number.isNaN(v) || v === null ? null : v));
 
-// The extent of y, without the first `skip` of the x axis, where losses and norms are off the scale.
-function extent(u, skip, log) {
-  const x = u.data[0];
-  const start = x.length ? u.scales.x.min + skip * (u.scales.x.max - u.scales.x.min) : 0;
+// The extent of y over what is shown of x (a range, or all), without the first `skip` of it, where
+// losses and norms are off the scale.
+function extent(u, range, skip, log) {
+  const x = u.data[0], [from, to] = range || [x[0], x[x.length - 1]];
+  const start = from + skip * (to - from);
   let low = Infinity, high = -Infinity;
   for (const y of u.data.slice(1)) {
     for (let i = 0; i < y.length; i++) {
-      if (y[i] === null || (x[i] < start && y.length > 20) || x[i] > u.scales.x.max) continue;
+      if (y[i] === null || x[i] > to || x[i] < (y.length > 20 ? start : from)) continue;
       if (log && y[i] <= 0) continue;
       low = Math.min(low, y[i]);
       high = Math.max(high, y[i]);
@@ -74,7 +75,7 @@ function options(props, width, say) {
     },
     scales: {
       x: { time: false, range: (u, a, b) => props.range || (a === b ? [a - 1, b + 1] : [a, b]) },
-      y: { distr: log ? 3 : 1, range: (u) => extent(u, skip, log) },
+      y: { distr: log ? 3 : 1, range: (u) => extent(u, props.range, skip, log) },
     },
     axes: [{ ...axis(24, 64, props.xText || ((v) => xText(xKind, v))), splits: props.splits }, axis(52, 36, (v) => short(v, 3))],
     bands,
@@ -96,7 +97,10 @@ function options(props, width, say) {
         }
         u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
       }],
-      draw: zero ? [(u) => {
+      draw: [(u) => {
+        const panel = u.root.closest(".panel");
+        if (panel) panel.dataset.y = [u.scales.y.min, u.scales.y.max].join();
+        if (!zero) return;
         const y = u.valToPos(0, "y", true);
         if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) return;
         u.ctx.save();
@@ -107,7 +111,7 @@ function options(props, width, say) {
         u.ctx.lineTo(u.bbox.left + u.bbox.width, y);
         u.ctx.stroke();
         u.ctx.restore();
-      }] : [],
+      }],
     },
   };
 }

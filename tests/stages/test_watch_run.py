@@ -1,0 +1,76 @@
+"""`nmoe watch`: the figures that the terminal shows are those of the records."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_viz import make
+
+from nmoe.errors import RecordError
+from nmoe.records.experiments import Experiments
+from nmoe.records.live import Live
+from nmoe.records.metrics import Metrics
+from stages import watch
+from stages.watch import BLOCKS, curve, picture
+
+
+@pytest.fixture
+def root(tmp_path):
+  (tmp_path / "root").mkdir()
+  return tmp_path / "root"
+
+
+@pytest.fixture
+def live(root, tmp_path):
+  return Live(root, tmp_path / "cache")
+
+
+def shown(live, run_id):
+  console = Console(record=True, width=140)
+  console.print(picture(live, live.snapshot().run(run_id)))
+  return console.export_text()
+
+
+def test_the_last_figures_of_a_run_are_shown(root, live):
+  run = make(root, seeds=(2,))["variant", 2]
+  writer = Metrics(root, run)
+  values = {"train/loss": 2.34567, "val/bpb": 1.25, "time/forward_s": 3.0, "time/step_s": 1.0}
+  values |= {"moe/0/load_max_over_mean": 1.5, "moe/3/load_max_over_mean": 2.5, "moe/3/dead": 4.0}
+  writer.add(41, 4100, values | {"train/tokens_per_s": 1234.5, "train/mfu": 0.407})
+  writer.flush()
+  text = shown(live, run)
+  for part in ("topk-1 · variant · seed 2", "completed", "2.3457", "1.2500", "1,234", "40.7%"):
+    assert part in text, part
+  assert "time: forward 75 %, step 25 %" in text
+  assert "fullest expert over mean 2.50 in MoE layer 3, 4 dead experts" in text
+
+
+def test_a_run_that_logged_nothing_and_one_that_failed(root, live):
+  ids = make(root, seeds=(0,), steps=range(0))
+  records = Experiments(root)
+  records.update_run(ids["variant", 0], error="step 8: the loss is not finite [bold]")
+  records.close()
+  text = shown(live, ids["variant", 0])
+  assert "nothing logged yet" in text and "not finite [bold]" in text
+
+
+def test_watching_ends_with_the_run_and_the_newest_is_the_default(root, live):
+  ids = make(root, seeds=(0,))
+  console = Console(record=True, width=140)
+  watch.watch(live, None, console)
+  assert ids["variant", 0] in console.export_text()
+
+
+def test_an_unknown_run_is_refused_with_the_newest(root, live):
+  with pytest.raises(RecordError, match="no records"):
+    watch.watch(live, None, Console())
+  ids = make(root, seeds=(0,))
+  with pytest.raises(RecordError, match=f"no run 'x'; the newest are: {ids['variant', 0]}"):
+    watch.watch(live, "x", Console())
+
+
+def test_a_curve_goes_from_its_largest_to_its_least():
+  assert curve(np.arange(8.0), 8) == BLOCKS
+  assert curve(np.arange(8.0)[::-1], 8) == BLOCKS[::-1]
+  spiked = np.concatenate([[1000.0], np.linspace(2, 1, 99)])
+  assert curve(spiked, 20)[:2] == "██" and curve(spiked, 20)[-1] == "▁"
+  assert curve(np.array([1.0, 1.0, np.nan])) == "▁▁" and curve(np.array([np.nan, 1.0])) == ""
