@@ -17,14 +17,15 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import duckdb
 import numpy as np
 
 from nmoe.errors import RecordError
-from nmoe.records.reader import Experiment, Link, Reader, Run, decoded_run
+from nmoe.records.attempts import Attempt, Event, History
+from nmoe.records.reader import Experiment, Link, Run, decoded_run
 from nmoe.records.root import Root
 
 OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
@@ -171,13 +172,15 @@ class LiveFile:
 @dataclass(frozen=True)
 class Snapshot:
   """The records of a root at one moment. Runs stand once for each experiment that they serve, and
-  without their diffs. `notice`: what a reader should know of the file, or "".
+  without their diffs. `notice`: what a reader should know of the file, or "". `history`: of the
+  production runs among them.
   """
 
   experiments: tuple[Experiment, ...]
   runs: tuple[Run, ...]
   links: tuple[Link, ...]
   notice: str = ""
+  history: dict[str, tuple[list[Attempt], list[Event]]] = field(default_factory=dict)
 
   def run(self, run_id: str) -> Run | None:
     return next((run for run in self.runs if run.id == run_id), None)
@@ -186,7 +189,7 @@ class Snapshot:
     return next((e for e in self.experiments if e.id == experiment_id), None)
 
 
-class LiveReader(Reader):
+class LiveReader(History):
   """A Reader that also reads what a killed writer left half done, from a recovered copy."""
 
   def __init__(self, root: str | Path, copies: Path):
@@ -212,6 +215,13 @@ class LiveReader(Reader):
   def every_run(self) -> list[Run]:
     """The members of all experiments, without diffs, in the order in which they joined."""
     return [self._seen(decoded_run(row)) for row in self._read(_RUNS_SQL)]
+
+  def every_history(self) -> dict[str, tuple[list[Attempt], list[Event]]]:
+    """Attempts and events of every run that has some."""
+    rows = self._read("SELECT run_id FROM attempts UNION SELECT run_id FROM events")
+    return {
+      row["run_id"]: (self.attempts(row["run_id"]), self.events(row["run_id"])) for row in rows
+    }
 
   def every_link(self) -> list[Link]:
     return [Link(**row) for row in self._read("SELECT * FROM links ORDER BY rowid")]
@@ -249,13 +259,12 @@ class Live:
     try:
       reader = LiveReader(self.root, self.cache / "records")
       try:
-        links = tuple(reader.every_link())
-        return Snapshot(tuple(reader.list()), tuple(reader.every_run()), links, reader.notice)
+        links, runs = tuple(reader.every_link()), tuple(reader.every_run())
+        return Snapshot(tuple(reader.list()), runs, links, reader.notice, reader.every_history())
       finally:
         reader.close()
     except RecordError as error:
-      last = self._snapshot
-      return Snapshot(last.experiments, last.runs, last.links, str(error))
+      return replace(self._snapshot, notice=str(error))
 
   def file(self, run_id: str, rank: int = 0) -> LiveFile:
     """The metrics of a rank of a run that the records know, whether or not its file is there."""

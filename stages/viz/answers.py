@@ -15,6 +15,7 @@ import numpy as np
 import tomli
 
 from nmoe.config import file as configs
+from nmoe.config import plan
 from nmoe.config.sections import SECTIONS, diff, kind
 from nmoe.config.sections import leaves as config_leaves
 from nmoe.errors import ConfigError
@@ -79,6 +80,7 @@ def run(live: Live, seen: Snapshot, run: Run) -> Json:
       "leaves": _marked(run.toml),
       "tags": tags,
       "ranks": live.ranks(run.id),
+      "expert_share": _expert_share(run.toml),
       "trouble": file.trouble,
       "log": live.log_tail(run.id),
       "measures": measures(),
@@ -139,17 +141,19 @@ def experiment(live: Live, seen: Snapshot, e: Experiment) -> Json:
   )
 
 
-def production(live: Live, run: Run) -> Json:
-  """Where the wall time of a run went: attempts, stalls, what is left to do."""
+def production(live: Live, seen: Snapshot, run: Run) -> Json:
+  """Where the wall time of a run went: attempts, events, stalls, what is left to do."""
   file = live.file(run.id)
+  attempts, events = seen.history.get(run.id, ([], []))
+  recorded = {"recorded": [asdict(a) for a in attempts], "events": [asdict(e) for e in events]}
   phases = [tag for tag in file.tags() if tag.startswith(("time/", "startup/", "checkpoint/"))]
   logged = file.read(["train/tokens_per_s", "train/loss", *phases])
   clock = logged.get("train/loss")
   if clock is None:
-    return plain(_brief(run) | {"attempts": [], "trouble": file.trouble})
+    return plain(_brief(run) | recorded | {"attempts": [], "trouble": file.trouble})
   spent = {tag: float(rows.value.sum()) for tag, rows in logged.items() if tag in phases}
-  attempts = _attempts(clock, logged.get("startup/first_step_s"))
-  began = attempts[0]["began"] - sum(_firsts(logged, "startup/"))
+  stretches = _attempts(clock, logged.get("startup/first_step_s"))
+  began = stretches[0]["began"] - sum(_firsts(logged, "startup/"))
   wall = clock.time[-1] - began
   stepping = sum(
     s for tag, s in spent.items() if tag.startswith("time/") and tag not in APART_FROM_STEPS
@@ -159,8 +163,9 @@ def production(live: Live, run: Run) -> Json:
   left = max(0, (total or clock.tokens[-1]) - clock.tokens[-1])
   return plain(
     _brief(run)
+    | recorded
     | {
-      "attempts": attempts,
+      "attempts": stretches,
       "spent": spent,
       "wall_s": wall,
       "goodput": min(1.0, stepping / wall) if wall > 0 else math.nan,
@@ -332,6 +337,16 @@ def leaves(toml: str) -> tuple[tuple[str, object], ...]:
     if isinstance(of, dict)
     for key, value in of.items()
   )
+
+
+@lru_cache(maxsize=4096)
+def _expert_share(toml: str) -> float | None:
+  """The routed experts' share of a token's FLOPs; None for a configuration of another version."""
+  try:
+    terms = plan.flops(configs.loads(toml, env={}))
+  except ConfigError:
+    return None
+  return sum(t.value for t in terms if t.name == "routed experts") / sum(t.value for t in terms)
 
 
 @lru_cache(maxsize=4096)

@@ -64,7 +64,9 @@ class Server:
       "/api/experiment/{id}": lambda seen, request: answers.experiment(
         self.live, seen, _experiment(seen, request)
       ),
-      "/api/prod/{id}": lambda seen, request: answers.production(self.live, _run(seen, request)),
+      "/api/prod/{id}": lambda seen, request: answers.production(
+        self.live, seen, _run(seen, request)
+      ),
     }
     routes = [Route(path, self._page) for path in PAGES]
     routes += [Route(path, self._json(answer)) for path, answer in json_routes.items()]

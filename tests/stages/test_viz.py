@@ -14,6 +14,7 @@ from roots import tree_hash, write
 from starlette.testclient import TestClient
 
 from nmoe.config import file as configs
+from nmoe.records.attempts import Attempts
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
@@ -220,9 +221,17 @@ def test_production_counts_attempts_stalls_and_what_is_left(tmp_path, root):
       started | {"train/loss": 1.0, "train/tokens_per_s": 50.0, "time/step_s": 2.0},
     )
   writer.flush()
-  seen = client_of(root, tmp_path).get(f"/api/prod/{run}").json()
+  client = client_of(root, tmp_path)
+  seen = client.get(f"/api/prod/{run}").json()
   assert [(a["first_step"], a["last_step"]) for a in seen["attempts"]] == [(1, 3), (4, 6)]
   assert seen["spent"] == {"startup/first_step_s": 2.0, "time/step_s": 12.0}
+  assert seen["recorded"] == seen["events"] == []
+  history = Attempts(root)
+  number = history.begin(run, engine="slurm", job_id="77", nodes=["a"], commit="c", step=0)
+  history.end(run, number, outcome="crashed", exit_status=1, step=3)
+  history.close()
+  (recorded,) = client.get(f"/api/prod/{run}").json()["recorded"]
+  assert (recorded["engine"], recorded["outcome"], recorded["last_step"]) == ("slurm", "crashed", 3)
   assert seen["tokens"] == 600 and seen["tokens_per_s"] == 50 and seen["eta_s"] == 0
 
 

@@ -22,8 +22,9 @@ export function Production({ id, query, data }) {
       ["left, at that speed", p.status === "completed" ? "done" : seconds(p.eta_s)]]} />
     ${share !== null && html`<svg width="100%" height="10" role="img" aria-label="tokens done"><rect width="100%" height="10" rx="4" fill="var(--line)" />
       <rect width=${`${Math.min(100, 100 * share)}%`} height="10" rx="4" fill="#0072b2" /></svg>`}
-    <div class="two"><div><h2>Attempts</h2><${Attempts} p=${p} /></div><div><h2>Where the time went</h2><${Spent} p=${p} /></div></div>
-    ${p.events && html`<h2>Events</h2><${Events} events=${p.events} />`}
+    <div class="two"><div><h2>Stretches of log lines</h2><${Attempts} p=${p} /></div><div><h2>Where the time went</h2><${Spent} p=${p} /></div></div>
+    ${p.recorded.length > 0 && html`<h2>Allocations</h2><${Recorded} recorded=${p.recorded} />`}
+    ${p.events.length > 0 && html`<h2>Events</h2><${Events} events=${p.events} />`}
     <h2>Curves</h2><${CurveBar} query=${query} /><${Curves} id=${id} query=${query} />`;
 }
 
@@ -48,8 +49,15 @@ function Spent({ p }) {
     </tbody></table>`;
 }
 
-const Events = ({ events }) => html`<table><tbody>${events.map((e) => html`<tr><td>${at(e.time)}</td><td>${e.kind}</td>
-  <td class="num">${e.step ?? ""}</td><td class="wrap">${e.text}</td></tr>`)}</tbody></table>`;
+const Events = ({ events }) => html`<table><thead><tr><th>when</th><th>event</th><th class="num">attempt</th>
+  <th class="num">step</th><th>where</th><th>detail</th></tr></thead><tbody>${events.map((e) => html`<tr><td>${at(e.time)}</td>
+  <td>${e.kind}</td><td class="num">${e.attempt}</td><td class="num">${e.step}</td><td>${e.rank >= 0 ? `rank ${e.rank} ` : ""}${e.host}</td>
+  <td class="wrap mono">${Object.entries(e.detail).map(([k, v]) => `${k} ${v}`).join(", ")}</td></tr>`)}</tbody></table>`;
+
+const Recorded = ({ recorded }) => html`<table data-recorded=${recorded.length}><thead><tr><th class="num">n</th><th>engine</th><th>job</th>
+  <th>began</th><th>outcome</th><th class="num">checkpoints</th><th class="num">exit</th></tr></thead><tbody>${recorded.map((a) => html`<tr>
+  <td class="num">${a.number}</td><td>${a.engine}</td><td>${a.job_id}</td><td>${at(a.started)}</td><td>${a.outcome || "under way"}</td>
+  <td class="num">${a.first_step}–${a.last_step}</td><td class="num">${a.outcome ? a.exit : ""}</td></tr>`)}</tbody></table>`;
 
 function Curves({ id, query }) {
   const asked = { run: id, tag: TAGS, px: 600, ...seriesQuery(query) };
