@@ -370,6 +370,14 @@ def prod_launch(
   raise typer.Exit(launching.launch(config, _console(), without_evidence))
 
 
+@prod_app.command("check")
+def prod_check(config: File) -> None:
+  """Start the ranks for seconds: the same bits, no slow processor, locks that hold, space."""
+  from stages.prod import preflight
+
+  preflight.check(config, _console())
+
+
 @prod_app.command("status")
 def prod_status(
   run: Annotated[str | None, typer.Argument(help="Default: the newest.")] = None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +19,10 @@ import torch.distributed as dist
 
 from kernels.tools.timing import Variant, spread
 from nmoe.bench.layer import Bench, Inputs
-from nmoe.config import file as configs
+from nmoe.bench.recorded import recorded
 from nmoe.config.sections import Config
 from nmoe.distributed import parallel
-from nmoe.errors import NmoeError
 from nmoe.machine.target import select
-from nmoe.records.experiments import Experiments
 from nmoe.train.startup import parser
 
 LATENCY_TOKENS = 128
@@ -146,23 +143,6 @@ def _bytes_out(bench: Bench, sets: list[Inputs]) -> float:
   return bench.most([rows * sets[0].x_TD.shape[1] * sets[0].x_TD.itemsize])[0]
 
 
-def attempt(options: argparse.Namespace) -> None:
-  """Measure a recorded run's configuration; rank 0 owns the record meanwhile and writes what was
-  measured, or what failed, into it.
-  """
-  with closing(Experiments(options.root)) as records:
-    run = records.run(options.run) if options.rank else records.claim(options.run)
-    try:
-      found = execute(options, configs.loads(run.toml, f"run {run.id}", env={}))
-    except BaseException as error:
-      if options.rank == 0:
-        name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
-        records.update_run(run.id, status="failed", error=f"{name}{error}")
-      raise
-    if options.rank == 0:
-      records.update_run(run.id, status="completed", results=found)
-
-
 def execute(options: argparse.Namespace, config: Config) -> dict[str, Any]:
   target = select(config, options.rank)
   ranks = parallel.init(config, target, options.rank, options.rendezvous)
@@ -171,16 +151,7 @@ def execute(options: argparse.Namespace, config: Config) -> dict[str, Any]:
   return found
 
 
-def main() -> int:
-  p = parser("nmoe.bench.rdep")
-  p.add_argument("--repeats", type=int, required=True)
-  try:
-    attempt(p.parse_args())
-  except NmoeError as error:
-    sys.stderr.write(f"error: {error}\n")
-    return 1
-  return 0
-
-
 if __name__ == "__main__":
-  sys.exit(main())
+  arguments = parser("nmoe.bench.rdep")
+  arguments.add_argument("--repeats", type=int, required=True)
+  sys.exit(recorded(arguments.parse_args(), execute))

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from labs import write_variant
@@ -15,10 +16,10 @@ from nmoe.config.sections import fingerprint
 from nmoe.distributed.hosts import differences
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.attempts import Attempt, Attempts, History
-from nmoe.records.reader import Hypothesis
+from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat, Progress
-from stages.prod import launching
+from stages.prod import launching, preflight
 from stages.prod.attempt import begin, settle, stuck
 from stages.prod.evidence import evidence
 
@@ -205,3 +206,40 @@ def test_health(lab, records):
     at = records.run(run)
     found[state] = [launching.health(at, age, 30.0) for age in (1.0, 60.0, float("inf"))]
   assert found == {"running": [0, 2, 1], "failed": [2, 2, 2], "completed": [0, 0, 0]}
+
+
+def said(rank: int, **other):
+  """What a healthy rank of a preflight says."""
+  same = {"host": f"n{rank}", "processor": "NVIDIA H100", "tflops": 700.0, "bits": "abc"}
+  return same | {"rank": rank, "steady": True, "locks": True, "free_bytes": 5e9} | other
+
+
+@pytest.mark.parametrize(
+  ("other", "fault"),
+  [
+    ({}, ""),
+    ({"bits": "abd"}, "rank 2 on n2 computes other bits; take it out"),
+    ({"steady": False}, "rank 2 on n2 computes other bits; take it out"),
+    ({"tflops": 610.0}, "slower: rank 2 on n2 610"),
+    ({"locks": False}, "rank 2 on n2 took a lock that rank 0 held"),
+    ({"free_bytes": 1e9}, "checkpoints take 4.0 GB; free space"),
+  ],
+)
+def test_a_preflight_names_the_rank(other, fault):
+  told = [said(0), said(1), said(2, **other), said(3)]
+  faults = [one.fault for one in preflight.judged(told, 4e9) if one.fault]
+  assert bool(faults) == bool(fault) and all(one.startswith(fault) for one in faults)
+
+
+def test_a_preflight_of_two_ranks(lab):
+  """Real ranks, recorded as a check that the gate accepts."""
+  file = write_variant(lab.file, "two", "[launch]\nranks = 2\n[schedule]\nbatch_tokens = 1024\n")
+  findings = preflight.check(file, Console(file=io.StringIO()))
+  assert [one.fault for one in findings] == [""] * 4
+  with closing(Reader(lab.root)) as reader:
+    check = reader.list()[0]
+    (run,) = reader.runs(check.id)
+    assert (check.stage, check.verdict) == ("check", "confirmed")
+    assert [one["rank"] for one in run.results["ranks"]] == [0, 1]
+    found = evidence(configs.load(file, env={}), file, reader, run.code_version)
+  assert {one.what: one.lack for one in found}["prod-check"] == ""
