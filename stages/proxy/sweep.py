@@ -34,6 +34,7 @@ from stages.workbench import Arm, Workbench
 METRIC = "val/loss"
 CONTROL = "off"  # the joint grid without the rule
 HEALTH = ("load/max_over_mean", "load/dead", "optim/clipped")
+MAX_CLIPPED = 0.1  # share of steps
 GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
 
 
@@ -146,7 +147,10 @@ class Sweep:
 
   def further(self, table: Table) -> Sequence[tuple[Arm, int]]:
     """Points beyond the edge where a best one lies; when all lie inside, the other seeds."""
-    room = self.file.budget.runs - len(table.results)
+    budget = self.file.budget
+    room = budget.runs - len(table.results)
+    if budget.device_seconds and _seconds(table) >= budget.device_seconds:
+      return ()
     grids = seen(table)
     more = [p for line in self.lines() if (p := self._beyond(line, grids[line]))]
     pairs = [(self.arm(place), self.seeds[0]) for place in more] or self._repeats(grids)
@@ -192,15 +196,16 @@ class Sweep:
     if self.file.sweep.control:  # at the base the rule changes nothing
       control = [scale("joint", self.ends[0]), scale(CONTROL, self.ends[1])]
     found = transfer.judge(groups, control, self.file.limits)
+    health = self._health(table)
     numbers = {
       **found.as_dict(),
       "limits": vars(self.file.limits),
       "points": [_point(result) for result in table.results],
-      "health": self._health(table),
+      "health": health,
       "budget": self._budget(table),
       "sweep": self.file.text,
     }
-    return Judgement(found.verdict, found.reason, numbers)
+    return Judgement(found.verdict, f"{found.reason} {confounded(health)}".strip(), numbers)
 
   def _health(self, table: Table) -> dict[str, dict[str, float]]:
     """What else may differ between scales, mean over the joint points that completed."""
@@ -223,9 +228,31 @@ class Sweep:
       "runs": len(table.results),
       "diverged": sum(r.diverged for r in table.results),
       "device_seconds_asked": self.file.budget.device_seconds,
-      "device_seconds": sum(r.values.get("wall_s", 0.0) for r in table.results),
+      "device_seconds": _seconds(table),
       "tokens": sum(r.values.get("tokens", 0) for r in table.results),
     }
+
+
+def _seconds(table: Table) -> float:
+  return sum(r.values.get("wall_s", 0.0) for r in table.results)
+
+
+def confounded(health: Mapping[str, Mapping[str, float]]) -> str:
+  """What may stand behind a shift beside the rates; "" if nothing. Clipping weighs folded tensors
+  differently at each scale.
+  """
+  notes = [
+    f"{100 * of['optim/clipped']:.0f} % of the steps at {name} were clipped, which weighs tensors "
+    "differently at each scale: repeat with a larger optim.clip_norm."
+    for name, of in health.items()
+    if of.get("optim/clipped", 0.0) > MAX_CLIPPED
+  ]
+  notes += [
+    f"{of['load/dead']:.3g} experts of a run at {name} were dead."
+    for name, of in health.items()
+    if of.get("load/dead", 0.0) > 0
+  ]
+  return " ".join(notes)
 
 
 def rated(config: Config, group: str, x: float) -> Config:

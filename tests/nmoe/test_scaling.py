@@ -11,7 +11,7 @@ from kernels import reference
 from nmoe.config import scaling
 from nmoe.config.parameters import owned_rows, parameter_shapes
 from nmoe.errors import ConfigError
-from nmoe.model.decoder import Model
+from nmoe.model.decoder import Model, matrix_blocks
 from nmoe.train.optim import UPDATE_RMS as RMS
 from nmoe.train.optim import Optimizer
 
@@ -125,6 +125,15 @@ def test_the_rope_rows_of_kv_a_do_not_grow():
   """64 rows at any width: 1 / n once the width is the larger side."""
   config = grown("all with the width")
   assert scaling.muon_factor(config, "layers.0.attention.kv_a.weight", 1, (8, 128)) == 0.25
+
+
+@pytest.mark.parametrize("rank", [0, 96])
+def test_first_blocks_are_those_that_muon_takes(rank):
+  config = grown("all with the width", model__q_lora_rank=rank)
+  for name, shape in parameter_shapes(config).items():
+    if blocks := matrix_blocks(name, shape, config):
+      view = blocks[0].view(torch.empty(shape[-2:]))
+      assert scaling.first_block(config, name, shape) == tuple(view.flatten(-3, -2).shape), name
 
 
 def test_ranks_of_q():

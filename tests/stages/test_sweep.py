@@ -1,6 +1,7 @@
 """A sweep from its file to transfer.toml: grids, extension, repeats, records, what it refuses."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,6 +190,26 @@ def test_a_scale_whose_runs_all_diverge(write):
   assert judged.numbers["groups"][0]["state"] == "no interior optimum"
   assert "Every run at width2 diverged" in judged.reason
   assert judged.verdict == "inconclusive" and judged.numbers["budget"]["diverged"] > 0
+
+
+def test_seconds_that_are_spent_end_the_sweep(write):
+  """The first round is registered; nothing follows once its runs have used the budget."""
+  found, table = planned(write, parabola(np.random.default_rng(0), 0.0), a=SIX)
+  first = table.results[: len(found.first())]
+  assert found.further(Table(first))
+  path = write(a=SIX, b=("runs = 40", "runs = 40\ndevice_seconds = 100"))
+  limited = sweep.Sweep(load_sweep(path), found.scales, found.data, {})
+  spent = [replace(r, values={**r.values, "wall_s": 100 / 18}) for r in first]
+  assert limited.further(Table(tuple(spent[:-1])))
+  assert limited.further(Table(tuple(spent))) == ()
+
+
+def test_what_may_stand_behind_a_shift_is_said():
+  calm = {"optim/clipped": 0.1, "load/dead": 0.0}
+  assert sweep.confounded({"base": calm}) == ""
+  said = sweep.confounded({"base": calm, "width8": {"optim/clipped": 0.4, "load/dead": 2.0}})
+  assert "40 % of the steps at width8 were clipped" in said
+  assert "2 experts of a run at width8 were dead" in said
 
 
 @pytest.mark.parametrize(
