@@ -73,6 +73,9 @@ def under_way(work: Work) -> Iterator[None]:
   records.set_status(work.experiment.id, "running")
   try:
     yield
+  except KeyboardInterrupt:
+    records.set_status(work.experiment.id, "interrupted")
+    raise
   finally:
     if records.find(work.experiment.id).status == "running":
       records.mark_interrupted()

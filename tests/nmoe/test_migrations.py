@@ -282,6 +282,7 @@ def member(db: Experiments, experiment_id: str, arm: str, seed: int) -> None:
   db.update_run(run.id, status="completed")
 
 
+@pytest.mark.faults
 def test_the_same_question_is_found_another_is_not(tmp_path):
   db = Experiments(tmp_path)
   assert ask(db) == ask(db) == "e-1"
@@ -299,6 +300,7 @@ def test_the_same_question_is_found_another_is_not(tmp_path):
   assert [arm.name for arm in db.find("e-5").arms] == ["a", "b"]
 
 
+@pytest.mark.faults
 def test_of_several_that_ask_at_once_one_creates(tmp_path):
   Experiments(tmp_path).close()
   found, barrier = [], threading.Barrier(6)
@@ -317,6 +319,7 @@ def test_of_several_that_ask_at_once_one_creates(tmp_path):
   assert counts(tmp_path / "experiments.db", ("experiments",)) == {"experiments": 1}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("left", [b"", None])
 def test_records_that_vanished_are_not_begun_anew(tmp_path, left):
   """A file of no bytes, or none, beside the locks of runs."""

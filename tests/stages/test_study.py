@@ -118,3 +118,19 @@ def test_a_failed_run_gets_no_judge(lab, launches, monkeypatch):
   with pytest.raises(RunError, match="1 of 1 runs failed, no verdict"):
     carry_out(study, workbench(lab))
   assert seen == [] and lab.records.list()[0].status == "failed"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  "error, status", [(KeyboardInterrupt, "interrupted"), (KeyError, "failed"), (RunError, "failed")]
+)
+def test_whatever_ends_a_study_its_record_says_so(lab, launches, error, status):
+  """Not "running" for ever; a conclusion, once written, stays."""
+
+  def broken(table: Table) -> Judgement:
+    raise error("x")
+
+  study = Study("broken", "test", (CLAIM,), (arm(lab, 1e-3),), (0,), broken)
+  with pytest.raises(error):
+    carry_out(study, workbench(lab))
+  assert lab.records.list()[0].status == status
