@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import parquet
 
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import Tokenizer
@@ -99,30 +97,3 @@ def _check_length(task: str, rows: list[Row], longest: int) -> None:
       f"task {task}: {cut} of {len(rows)} items do not fit data.seq_len = {longest} (the longest "
       f'has {most} tokens), more than {MAX_CUT:.0%}; leave the task out, or take suite "short"'
     )
-
-
-def write_items(path: Path, outcome: Outcome) -> None:
-  """Every choice as a row of a Parquet file: its task and the columns of Items. It appears by
-  a rename.
-  """
-  columns: dict[str, Any] = {
-    "task": np.repeat(list(outcome.items), [len(x.nats) for x in outcome.items.values()])
-  }
-  for f in fields(Items):
-    columns[f.name] = np.concatenate([getattr(x, f.name) for x in outcome.items.values()])
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    parquet.write_table(pa.table(columns), partial)
-    partial.rename(path)
-  except OSError as error:
-    raise DataError(f"{path} cannot be written ({error}); make room, then run again") from error
-
-
-def read_items(path: Path) -> dict[str, np.ndarray]:
-  """The columns of a file of `write_items`."""
-  try:
-    table = parquet.read_table(path)
-  except (OSError, pa.ArrowInvalid) as error:
-    raise DataError(f"{path} cannot be read ({error}); evaluate the run again") from error
-  return {name: table[name].to_numpy() for name in table.column_names}

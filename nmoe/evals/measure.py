@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
+from nmoe.errors import DataError
 from nmoe.evals.requests import Document, sizes
 
 
@@ -81,3 +86,33 @@ def summary(items: Items) -> dict[str, float]:
     values[name] = float(x.mean())
     values[f"{name}_se"] = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
   return values
+
+
+def write_items(path: Path, items: Mapping[str, Items]) -> None:
+  """Every choice as a row of a Parquet file: its task and the columns of Items. It appears by
+  a rename.
+  """
+  columns: dict[str, Any] = {"task": np.repeat(list(items), [len(x.nats) for x in items.values()])}
+  for f in fields(Items):
+    columns[f.name] = np.concatenate([getattr(x, f.name) for x in items.values()])
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    parquet.write_table(pa.table(columns), partial)
+    partial.rename(path)
+  except OSError as error:
+    raise DataError(f"{path} cannot be written ({error}); make room, then run again") from error
+
+
+def read_items(path: Path) -> dict[str, Items]:
+  """The items by task of a file of `write_items`."""
+  try:
+    table = parquet.read_table(path)
+  except (OSError, pa.ArrowInvalid) as error:
+    raise DataError(f"{path} cannot be read ({error}); evaluate the run again") from error
+  columns = {name: table[name].to_numpy() for name in table.column_names}
+  tasks = columns.pop("task")
+  return {
+    str(task): Items(**{name: column[tasks == task] for name, column in columns.items()})
+    for task in dict.fromkeys(tasks)
+  }

@@ -21,7 +21,8 @@ from nmoe.data import tokenizer
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.distributed import parallel
 from nmoe.errors import NmoeError
-from nmoe.evals.downstream import Downstream, write_items
+from nmoe.evals.downstream import Downstream
+from nmoe.evals.measure import write_items
 from nmoe.evals.suites import suite_of
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model
@@ -56,7 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
   outcome = downstream.run(model, ranks)
   shown = samples(model, text, config)
   if ranks.rank == 0:
-    write_items(root.eval_items(run.id, options.step, downstream.suite.name), outcome)
+    write_items(root.eval_items(run.id, options.step, downstream.suite.name), outcome.items)
     told = {
       "values": outcome.values,
       "seconds": outcome.seconds,

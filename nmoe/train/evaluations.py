@@ -5,8 +5,9 @@ from __future__ import annotations
 from nmoe.config.sections import Config
 from nmoe.data.loader import PreparedData, Validation
 from nmoe.distributed.parallel import Parallel
-from nmoe.evals.downstream import Downstream, Outcome, write_items
+from nmoe.evals.downstream import Downstream, Outcome
 from nmoe.evals.heldout import evaluate
+from nmoe.evals.measure import write_items
 from nmoe.evals.suites import suite_of
 from nmoe.model.decoder import Model
 from nmoe.records.root import Root
@@ -46,7 +47,7 @@ class Evaluations:
       values |= logged(outcome)
       if self.parallel.rank == 0:
         suite = self.downstream.suite.name
-        write_items(self.root.eval_items(self.run_id, step, suite), outcome)
+        write_items(self.root.eval_items(self.run_id, step, suite), outcome.items)
     return values
 
   def _suite_due(self, step: int) -> bool:

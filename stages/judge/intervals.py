@@ -87,6 +87,11 @@ def _judge_none(low: float, high: float, min_effect: float, found: str) -> tuple
   return "inconclusive", f"{found}: the interval neither excludes nor establishes {bound}."
 
 
+def two_sided_p(t: float, df: int) -> float:
+  """P(|T| ≥ |t|) of Student's distribution with integer df ≥ 1."""
+  return 1.0 - _central(math.atan(abs(t) / math.sqrt(df)), df)
+
+
 def student_t(p: float, df: int) -> float:
   """The quantile t with P(T ≤ t) = p of Student's distribution, 0.5 ≤ p < 1; NaN for df < 1.
 

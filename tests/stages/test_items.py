@@ -1,0 +1,90 @@
+"""Differences on items: errors against their definition and simulation, Holm by hand, the table."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from labs import write_variant
+from rich.console import Console
+
+from nmoe.errors import RecordError
+from nmoe.evals.measure import Items
+from nmoe.evals.sources import prepare
+from stages import ablate
+from stages.judge.intervals import student_t, two_sided_p
+from stages.judge.items import clustered_error, holm, task_differences
+
+
+def items(nats, size=10):
+  n = len(nats)
+  one = np.ones(n, dtype=np.int64)
+  hit = np.zeros(n, dtype=bool)
+  return Items(np.arange(n), 0 * one, one > 0, np.array(nats), one, size * one, size * one, hit)
+
+
+def test_p_is_the_inverse_of_the_quantile():
+  for df in (1, 2, 7, 300):
+    for p in (0.6, 0.9, 0.999):
+      assert two_sided_p(-student_t(p, df), df) == pytest.approx(2 * (1 - p), rel=1e-6)
+
+
+def test_the_error_of_one_seed_is_that_of_the_mean():
+  d = np.random.default_rng(0).normal(size=(50, 1))
+  error, freedom = clustered_error(d)
+  assert error == pytest.approx(d.std(ddof=1) / math.sqrt(50)) and freedom == 49
+
+
+def test_the_error_covers_seeds_and_documents():
+  """Means of simulated tables scatter as the error says, whichever source is the larger."""
+  chance = np.random.default_rng(1)
+  for of_seed, of_document in ((1.0, 0.1), (0.1, 1.0), (0.5, 0.5)):
+    means, errors = [], []
+    for _ in range(400):
+      d = of_seed * chance.normal(size=(1, 12)) + of_document * chance.normal(size=(12, 1))
+      d = d + 0.2 * chance.normal(size=(12, 12))
+      means.append(d.mean())
+      errors.append(clustered_error(d)[0])
+    assert np.mean(np.square(errors)) == pytest.approx(np.var(means), rel=0.25)
+
+
+def test_holm_by_hand():
+  assert holm([0.03, 0.001, 0.02]) == [True, True, True]
+  assert holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.03 > 0.05 / 2
+  assert holm([0.01, 0.02, 0.04]) == [True, True, True]
+  assert holm([0.02, 0.5]) == [True, False]
+
+
+def test_differences_of_tasks():
+  base, variant = {"a": items([10.0, 20.0, 30.0])}, {"a": items([11.0, 21.0, 31.0])}
+  (found,) = task_differences([(base, variant)] * 2, "bpb")
+  assert found.mean == pytest.approx(1 / 10 / math.log(2))
+  assert (found.documents, found.seeds) == (3, 2) and found.error == pytest.approx(0, abs=1e-12)
+  assert found.told_apart
+  (none,) = task_differences([(base, base)], "acc")
+  assert (none.mean, none.p, none.told_apart) == (0, 1, False)
+  with pytest.raises(RecordError, match="task a: the two arms were asked other items"):
+    task_differences([(base, {"a": items([1.0, 2.0, 3.0], size=9)})], "bpb")
+  with pytest.raises(RecordError, match="other items"):
+    task_differences([(base, {})], "bpb")
+
+
+def test_an_ablation_shows_its_tasks(lab, launches, tmp_path):
+  source = tmp_path / "items.jsonl"
+  texts = (
+    {"task": "pairs", "context": f"n {i}", "choices": [" etain", " zzqqx"], "gold": i % 2}
+    for i in range(10)
+  )
+  source.write_text("".join(json.dumps(t) + "\n" for t in texts))
+  prepare(source, lab.root)
+  (tmp_path / "mine.toml").write_text('tasks = ["pairs"]\n')
+  base = write_variant(lab.file, "base", f'[eval]\nsuite = "{tmp_path}/mine.toml"\n')
+  variant = write_variant(base, "wide", "[optim]\ndense_lr = 1e-3\n")
+  console = Console(record=True, width=160)
+  ablate.run(base, variant, 2, console)
+  said = console.export_text()
+  rows = [line.split()[:2] for line in said.splitlines() if line.strip().startswith("pairs")]
+  assert rows == [["pairs", "bpb"], ["pairs", "acc"]]
+  assert "mine: 2 seeds; ± is a standard error clustered by document and by seed" in said
