@@ -363,11 +363,43 @@ def prod_launch(
   without_evidence: Annotated[
     str, typer.Option(help="Why the launch does without what is missing; reports show it.")
   ] = "",
+  dry_run: Annotated[bool, typer.Option(help="Generate and record, but start nothing.")] = False,
 ) -> None:
   """Check the evidence, then train to the end through crashes; again = go on with the run."""
   from stages.prod import launching
 
-  raise typer.Exit(launching.launch(config, _console(), without_evidence))
+  raise typer.Exit(launching.launch(config, _console(), without_evidence, dry_run))
+
+
+@prod_app.command("begin", hidden=True)
+def prod_begin(
+  run: str, engine: str = "local", job: str = "", hosts: str = "", root: Root = ROOT
+) -> None:
+  """Record that an attempt begins, for a script of an engine; prints its number."""
+  from stages.prod import attempt
+
+  typer.echo(attempt.begin(root.resolve(), run, engine, job, [hosts] if hosts else []))
+
+
+@prod_app.command("node", hidden=True)
+def prod_node(run: str, attempt: int = 1, head: str = "", node: int = 0, root: Root = ROOT) -> None:
+  """Keep the ranks of this host up, for a script of an engine."""
+  from stages.prod import hosts
+
+  hosts.node(run, root.resolve(), attempt, head, node)
+
+
+@prod_app.command("end", hidden=True)
+def prod_end(run: str, attempt: int = 1, node: int = 0, root: Root = ROOT) -> None:
+  """Record how an attempt ended; exits with 0: over, 75: queue it again, 76: never."""
+  from stages.prod import attempt as attempts
+
+  folder = root.resolve()
+  if node > 0:
+    raise typer.Exit(attempts.status_of(folder, run, attempt))
+  end = attempts.settle(folder, run, attempt)
+  typer.echo(f"{end.outcome}: {end.why}", err=True)
+  raise typer.Exit(end.status)
 
 
 @prod_app.command("check")

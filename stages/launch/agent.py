@@ -68,7 +68,7 @@ def main() -> int:
   parser.add_argument("--nodes", type=int, default=1)
   parser.add_argument("--node", type=int, default=0, help="this host's number")
   parser.add_argument("--head", default="127.0.0.1:0", help="the first host, and a port")
-  parser.add_argument("--address", default="127.0.0.1", help="by which others reach this host")
+  parser.add_argument("--address", help="by which others reach this host; default: torch finds it")
   options = parser.parse_args()
   reader = History(options.root)
   config = configs.loads(reader.run(options.run).toml, f"run {options.run}", env={})

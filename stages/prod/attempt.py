@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,19 @@ def settle(root: Path, run_id: str, number: int) -> End:
     return end
   finally:
     records.close()
+
+
+def status_of(root: Path, run_id: str, number: int, timeout_s: float = 120.0) -> int:
+  """The exit status of an attempt that another host settles; AGAIN if it has not in time."""
+  deadline = time.monotonic() + timeout_s
+  while time.monotonic() < deadline:
+    records = History(root)
+    found = next(a for a in records.attempts(run_id) if a.number == number)
+    records.close()
+    if found.outcome:
+      return found.exit
+    time.sleep(1.0)
+  return AGAIN
 
 
 def judged(root: Path, records: History, run: Run, number: int) -> End:

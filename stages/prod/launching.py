@@ -28,6 +28,7 @@ from nmoe.train.progress import Heartbeat
 from stages.judge.table import Judgement
 from stages.launch import local
 from stages.launch.display import Display, Line
+from stages.prod import hosts
 from stages.prod.attempt import DONE, End, begin, newest_step, settle
 from stages.prod.evidence import Evidence, evidence
 from stages.runs import Work, taken_up, under_way
@@ -37,9 +38,12 @@ POLL_S = 0.5
 HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `status --check`
 
 
-def launch(path: Path, console: Console, without_evidence: str = "") -> int:
-  """Check the evidence, record the run or find it, execute it to its end; the exit status of
-  stages.prod.attempt. ConfigError if evidence is missing and no reason to do without is given.
+def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bool = False) -> int:
+  """Check the evidence, record the run or find it; execute it to its end, or hand it to the engine
+  that starts its hosts. The exit status of stages.prod.attempt.
+
+  dry_run: start and submit nothing. ConfigError if evidence is missing and no reason to do without
+  is given.
   """
   config = configs.load(path)
   if config.train.checkpoint_every == 0:
@@ -65,7 +69,14 @@ def launch(path: Path, console: Console, without_evidence: str = "") -> int:
       console.print(f"run {run.id} is completed", markup=False)
       return DONE
     _rest_on(work, run, found, without_evidence)
-    return _carried_out(work, run, config)
+    if config.launch.engine != "local":
+      generated = hosts.generate(config, run.id, bench.root)
+      if dry_run:
+        console.print(generated.read_text(), markup=False, highlight=False, soft_wrap=True)
+      else:
+        hosts.submit(config, generated, console)
+      return DONE
+    return DONE if dry_run else _carried_out(work, run, config)
 
 
 def _carried_out(work: Work, run: Run, config: Config) -> int:
@@ -163,6 +174,7 @@ def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> b
   env = local.child_environment(root, config)
   env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
   arguments = ["--root", str(root), "--run", run.id, "--attempt", str(number)]
+  arguments += ["--address", "127.0.0.1"]
   command = local.child_command("stages.launch.agent", arguments)
   told = False
   with ExitStack() as cleanup, local.interruptible():
