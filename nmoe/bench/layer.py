@@ -177,8 +177,8 @@ class Bench:
     wanted, worst = self.gradients(self.by_all_to_all, d), dict.fromkeys(NAMES, 0.0)
     for fused in (False, True):
       with temporarily(self.rdep.exchange, fused=fused):
-        found = self.gradients(self.by_rdep, d)
-      ratios = [_apart(a, b) for a, b in zip(found, wanted, strict=True)]
+        ours = self.gradients(self.by_rdep, d)
+      ratios = [_apart(a, b) for a, b in zip(ours, wanted, strict=True)]
       worst = {n: max(worst[n], ratio) for n, ratio in zip(NAMES, self.most(ratios), strict=True)}
     wrong = {name: ratio for name, ratio in worst.items() if not ratio <= BOUND[self.dtype]}
     if wrong:

@@ -146,9 +146,9 @@ def _bytes_out(bench: Bench, sets: list[Inputs]) -> float:
 def execute(options: argparse.Namespace, config: Config) -> dict[str, Any]:
   target = select(config, options.rank)
   ranks = parallel.init(config, target, options.rank, options.rendezvous)
-  found = measure(Bench(config, target, ranks), options.repeats)
+  measured = measure(Bench(config, target, ranks), options.repeats)
   ranks.close()
-  return found
+  return measured
 
 
 if __name__ == "__main__":

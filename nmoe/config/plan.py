@@ -114,15 +114,15 @@ class Misfit:
   remedy: Remedy | None
 
   def __str__(self) -> str:
-    found = (
+    short = (
       f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there: "
       f"{_gib(self.needed - self.available)} too much"
     )
     if self.remedy is None:
-      return f"{found}; no single line makes it fit: lower model.dim and model.num_layers"
+      return f"{short}; no single line makes it fit: lower model.dim and model.num_layers"
     r = self.remedy
     old, new = (list(v) if isinstance(v, tuple) else v for v in (r.old, r.new))
-    return f"{found}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
+    return f"{short}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
 
 
 @dataclass(frozen=True)
@@ -336,13 +336,13 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
   total = parameters(config).total - parameters(config).experts + sum(e for _, e in grads)
   ends = tokens * (2 * m.dim * width + 4)  # the last norm's sum and result
   head = m.vocab_size * m.dim
-  made = total if several else 0
+  held = total if several else 0  # gradients
   chunk = min(config.train.loss_chunk, tokens)
   loss = costs.linear_cross_entropy(tokens, m.dim, m.vocab_size, chunk, width)
   yield _Moment(
     "loss, forward",
     sum(layers) + ends,
-    made * grad,
+    held * grad,
     sum(loss),
     f"{head:,} · 4 head gradient, {loss.dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
   )
@@ -351,7 +351,7 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
   yield _Moment(
     "balance loss, backward",
     sum(layers) + ends,
-    made * grad,
+    held * grad,
     loss.dweight + loss.dx + 4 * scores,
     f"{head:,} · 4 head gradient, {loss.dx:,} dx, 4 · {scores:,} scores",
   )
@@ -359,18 +359,18 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
   yield _Moment(
     "loss, backward",
     sum(layers) + ends,
-    made * grad,
+    held * grad,
     loss.dweight + head * scaled + 2 * loss.dx + scores,
     f"{head:,} · {4 + scaled} head gradient, 2 · {loss.dx:,} dx, {scores:,} scores",
   )
-  made = made or head
+  held = held or head
   for i in reversed(range(m.num_layers)):
     extra, formula = _backward_workspace(config, i)
     formula += f", {scores:,} scores"
     yield _Moment(
-      f"layer {i}, backward", sum(layers[: i + 1]), made * grad, extra + scores, formula
+      f"layer {i}, backward", sum(layers[: i + 1]), held * grad, extra + scores, formula
     )
-    made += 0 if several else sum(grads[i])
+    held += 0 if several else sum(grads[i])
   yield _Moment("optimizer step", 0, total * grad, 0, "none")
 
 

@@ -81,11 +81,11 @@ def examine(arch: str, ranks: int = 1) -> str:
       f"{where}; torch {torch.__version__} finds no CUDA device. Run on such a machine, or set "
       'arch = "cpu" under [target]'
     )
-  name, found = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-  if found != wanted:
-    fitting = [a.name for a in ARCHS.values() if a.capability == found] or ["cpu"]
+  name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+  if capability != wanted:
+    fitting = [a.name for a in ARCHS.values() if a.capability == capability] or ["cpu"]
     raise TargetError(
-      f"{where}; found {name} ({found[0]}.{found[1]}). Run on such a GPU, or set "
+      f"{where}; found {name} ({capability[0]}.{capability[1]}). Run on such a GPU, or set "
       f'arch = "{fitting[0]}" under [target]'
     )
   _check_packages(where, ranks)
@@ -98,9 +98,9 @@ def _check_packages(where: str, ranks: int) -> None:
   needed = [r for r in extra if ranks > 1 or "nvshmem" not in r.name]
   wrong = [r for r in needed if not r.allows(installed(r.name))]
   if wrong:
-    found = ", ".join(f"{r.name} {installed(r.name) or 'not installed'}" for r in wrong)
+    others = ", ".join(f"{r.name} {installed(r.name) or 'not installed'}" for r in wrong)
     raise TargetError(
-      f"{where} and {', '.join(r.line for r in needed)}; found {found}. Run: {pip_line(wrong)}"
+      f"{where} and {', '.join(r.line for r in needed)}; found {others}. Run: {pip_line(wrong)}"
     )
 
 

@@ -255,8 +255,8 @@ class Optimizer:
     """
     own = self.state_dict()
     for key in sorted(own.keys() ^ state.keys()):
-      found = "is missing" if key in own else "is not of this optimizer"
-      raise CheckpointError(f"optimizer state {key} {found}; load a checkpoint of the same [optim]")
+      fault = "is missing" if key in own else "is not of this optimizer"
+      raise CheckpointError(f"optimizer state {key} {fault}; load a checkpoint of the same [optim]")
     for key, tensor in own.items():
       if tensor.shape != state[key].shape:
         raise CheckpointError(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import tomli
 
 from nmoe.config.file import changed, loads
 from nmoe.config.sections import Config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = [  # what describes a run, and neither a mixture nor a sweep
+  path
+  for path in sorted(CONFIGS.glob("*/*.toml"))
+  if not tomli.loads(path.read_text()).keys() & {"source", "sweep"}
+]
 
 TINY = """
 [experiment]

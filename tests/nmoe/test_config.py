@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from model_configs import SHIPPED
 
 from nmoe.config import file as configs
 from nmoe.config.file import load, loads, to_toml
@@ -125,13 +126,7 @@ def test_a_resolved_file_reads_back_equal(strings, rate, clip, seed, linears, fl
   assert fingerprint(again) == fingerprint(config)
 
 
-def is_mixture(path: Path) -> bool:
-  return "[mixture]" in path.read_text()
-
-
-@pytest.mark.parametrize(
-  "path", [p for p in sorted(Path("configs").glob("*/*.toml")) if not is_mixture(p)], ids=str
-)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_file_resolves_and_reads_back(path):
   config = load(path, env={})
   assert loads(to_toml(config), env={}) == config

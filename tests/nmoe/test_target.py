@@ -172,7 +172,7 @@ def test_requirements_are_the_project_files(monkeypatch, tmp_path):
   from_file = requirements()
   assert Requirement("torch", "torch==2.13.0", "") in from_file
   assert Requirement("nvidia-cutlass-dsl", "nvidia-cutlass-dsl[cu13]==4.8.1", "cuda") in from_file
-  assert python_clauses() == ">=3.11,<3.13"
+  assert python_clauses() == ">=3.11,<3.15"
   lines = [f'{r.line}; extra == "{r.extra}"' if r.extra else r.line for r in from_file]
   monkeypatch.setattr("nmoe.machine.versions._PROJECT", tmp_path / "pyproject.toml")
   about = Message()
