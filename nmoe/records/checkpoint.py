@@ -1,20 +1,25 @@
 """Checkpoints: one directory a step, written beside and renamed, hashed, verified at load.
 
   {root}/checkpoints/{run_id}/step_00000300/
-    manifest.json     format, step, configuration, fingerprint, sha256 and size of every other file
+    manifest.json     format, step, configuration, fingerprint, sha256 and size of every other file,
+                      and a sha256 over all that
     .metadata, *.distcp   torch.distributed.checkpoint's own files
 
 Tensors are stored by parameter name, experts one by one under their global id
 (`layers.3.moe.experts.17.w13`), so a checkpoint does not know how many ranks wrote it: any number
 of ranks that divides the experts reads it. What several ranks hold is stored once; of what they own
 in parts (`Part`) each stores its own. A directory without the final name is unfinished and is
-never read. A run saves through `Writer`: its steps wait for a copy to host memory only.
+never read. `.metadata` is a pickle by DCP: it is read first with the classes it needs and no other,
+and may name tensors only. A run saves through `Writer`: its steps wait for a copy to host memory
+only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -30,6 +35,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
   ChunkStorageMetadata,
+  Metadata,
   MetadataIndex,
   TensorProperties,
   TensorStorageMetadata,
@@ -40,7 +46,7 @@ from nmoe.errors import CheckpointError, CommError
 from nmoe.files import existing, sha256
 from nmoe.records.root import Root
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
 STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weights are the rest
   "moments": ("exp_avg", "exp_avg_sq", "momentum"),
@@ -48,6 +54,35 @@ STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weigh
   "router biases": ("bias",),
   "optimizer steps": ("steps",),
 }
+_METADATA_NAMES = {
+  ("pathlib", "PosixPath"),
+  ("torch", "Size"),
+  ("torch.serialization", "_get_layout"),
+  ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+  *(
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+      "ChunkStorageMetadata",
+      "Metadata",
+      "MetadataIndex",
+      "StorageMeta",
+      "TensorProperties",
+      "TensorStorageMetadata",
+      "_MEM_FORMAT_ENCODING",
+    )
+  ),
+}
+_BROKEN_PICKLE = (  # what pickle's documentation says that a damaged one may raise
+  OSError,
+  pickle.UnpicklingError,
+  AttributeError,
+  EOFError,
+  ImportError,
+  IndexError,
+  KeyError,
+  TypeError,
+  ValueError,
+)
 _EXPERT = re.compile(r"(.*\.experts)\.(w13|w2)(\..*)?")
 
 
@@ -243,7 +278,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[
 
 def contents(path: Path) -> dict[str, TensorStorageMetadata]:
   """Name -> size and dtype of every tensor of a finished checkpoint."""
-  return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+  return _metadata(path).state_dict_metadata
 
 
 def tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -261,6 +296,30 @@ def tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
   return state
 
 
+class _Metadata(pickle.Unpickler):
+  """Reads what DCP describes tensors with; anything else in the pickle is refused."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    dtypes = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+    if dtypes or (module, name) in _METADATA_NAMES:
+      return super().find_class(module, name)
+    raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
+
+
+def _metadata(path: Path) -> Metadata:
+  """DCP's .metadata of a checkpoint, without running code that a pickle may hold."""
+  try:
+    with (path / ".metadata").open("rb") as file:
+      found = _Metadata(file).load()
+    if not isinstance(found, Metadata):
+      raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+  except _BROKEN_PICKLE as error:
+    raise CheckpointError(
+      f"{path}/.metadata cannot be read ({error}); delete {path} to resume from an earlier step"
+    ) from error
+  return found
+
+
 def kind(name: str) -> str:
   """What a tensor of a checkpoint is: a key of STATE, or "weights"."""
   last = name.rpartition(".")[2]
@@ -269,15 +328,22 @@ def kind(name: str) -> str:
 
 def manifest(path: Path) -> dict[str, Any]:
   """The manifest of a finished checkpoint."""
+  file, remedy = path / "manifest.json", f"delete {path} to resume from an earlier step"
   try:
-    found = json.loads((path / "manifest.json").read_text())
+    found = json.loads(file.read_text())
   except (OSError, ValueError) as error:
+    raise CheckpointError(f"{file} cannot be read ({error}); {remedy}") from error
+  if not isinstance(found, dict) or found.get("format") != FORMAT:
+    format = found.get("format") if isinstance(found, dict) else None
+    raise CheckpointError(f"{file} has format {format}, this version reads {FORMAT}; {remedy}")
+  stated = found.pop("sha256", None)
+  if stated != (digest := _digest(found)):
+    raise CheckpointError(f"{file} hashes to {digest}, it states {stated}; {remedy}")
+  place = _NAME.fullmatch(path.name)
+  if place is not None and int(place[1]) != found["step"]:
     raise CheckpointError(
-      f"{path}/manifest.json cannot be read ({error}); delete the directory to resume from an "
-      "earlier step"
-    ) from error
-  if found.get("format") != FORMAT:
-    raise CheckpointError(f"{path} has format {found.get('format')}, this version reads {FORMAT}")
+      f"{path} holds step {found['step']}: rename it to step_{found['step']:08d}, or {remedy}"
+    )
   return found
 
 
@@ -297,6 +363,7 @@ def verify(path: Path) -> None:
         f"{want['sha256'][:12]}; "
         f"delete {path} to resume from an earlier step"
       )
+  _metadata(path)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -338,9 +405,15 @@ def _seal(path: Path, meta: dict[str, Any]) -> None:
   for file in sorted(p for p in path.iterdir() if p.name != "manifest.json"):
     files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
     _sync(file)
-  (path / "manifest.json").write_text(json.dumps({**meta, "files": files}, indent=1))
+  sealed = {**meta, "files": files}
+  (path / "manifest.json").write_text(json.dumps({**sealed, "sha256": _digest(sealed)}, indent=1))
   _sync(path / "manifest.json")
   _sync(path)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+  text = json.dumps(manifest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

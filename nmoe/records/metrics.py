@@ -3,13 +3,18 @@
 A table of (step, tokens, tag, value, time), and `loads` of (step, layer, count of each expert):
 the tokens that a MoE layer sent to each of its experts in that step. DuckDB locks a file while it
 is open for writing, so the writer keeps rows in memory, and `flush` opens the file, appends them in
-one transaction and closes it: others read a live run in between. A killed writer loses the rows not
-yet flushed and nothing else: flush before a checkpoint becomes the newest, `rewind` to its step
-after loading it.
+one transaction and closes it: others read a live run in between. One who holds the file open costs
+the run nothing: the rows go into `rank_{rank}.rows` (JSON) beside it, and into the file at a later
+flush. A killed writer loses the rows not yet flushed and nothing else: flush before a checkpoint
+becomes the newest, `rewind` to its step after loading it.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +28,14 @@ from nmoe.records.root import Root
 
 Series = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-LOCK_TIMEOUT_S = 10.0
+Row = tuple[int, int, str, float, float]  # step, tokens, tag, value, time
+Load = tuple[int, np.ndarray]  # step, count_LE
 
-_TABLE = """CREATE TABLE metrics (step BIGINT NOT NULL, tokens BIGINT NOT NULL,
+LOCK_TIMEOUT_S = 10.0  # of a reader, and of the writer once it must have all its rows in the file
+TRY_S = 0.2  # of a flush while the run goes on
+FLUSH_S = 5.0  # between flushes of a run that is watched
+
+_TABLE = """CREATE TABLE IF NOT EXISTS metrics (step BIGINT NOT NULL, tokens BIGINT NOT NULL,
   tag VARCHAR NOT NULL, value DOUBLE NOT NULL, time DOUBLE NOT NULL)"""
 _LOADS = "CREATE TABLE IF NOT EXISTS loads (step BIGINT, layer INTEGER, count UINTEGER[])"
 _TYPES = {"step": np.int64, "tokens": np.int64, "tag": object, "value": float, "time": float}
@@ -33,64 +43,100 @@ _TYPES = {"step": np.int64, "tokens": np.int64, "tag": object, "value": float, "
 _APPEND = (
   "INSERT INTO metrics SELECT step, tokens, tag, coalesce(value, 'NaN'::DOUBLE), time FROM batch"
 )
+_DELETE_AGAIN = """DELETE FROM metrics WHERE step >= ?
+  AND (step, tag, time) IN (SELECT step, tag, time FROM batch)"""
 _APPEND_LOADS = """INSERT INTO loads SELECT step, layer, list(count ORDER BY expert) FROM counts
   GROUP BY step, layer ORDER BY step, layer"""
 
 
+class LockedError(RecordError):
+  """Another process has the file open."""
+
+
 class Metrics:
-  """The writer of one rank of one run. `add` flushes by itself every `batch` rows."""
+  """The writer of one rank of one run. `add` flushes by itself every `batch` rows, and FLUSH_S
+  after the flush before.
+  """
 
   def __init__(self, root: str | Path, run_id: str, rank: int = 0, batch: int = 4096):
     self.path = _path(root, run_id, rank)
+    self.beside = self.path.with_suffix(".rows")
     self._batch = batch
-    self._rows: list[tuple[int, int, str, float, float]] = []
-    self._loads: list[tuple[int, np.ndarray]] = []
+    self._rows: list[Row] = []
+    self._loads: list[Load] = []
+    self._flushed = time.monotonic()
+    self._told = False
 
   def add(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
     """Log tag -> value at a step, after `tokens` tokens of the run. NaN and infinities are kept."""
     now = time.time()
     self._rows += [(step, tokens, tag, float(value), now) for tag, value in values.items()]
-    if len(self._rows) >= self._batch:
+    if len(self._rows) >= self._batch or time.monotonic() - self._flushed >= FLUSH_S:
       self.flush()
 
   def add_loads(self, step: int, count_LE: np.ndarray) -> None:
     """Log the tokens of every expert of every MoE layer in a step, beside its `add`."""
     self._loads.append((step, count_LE.astype(np.uint32)))
 
-  def flush(self) -> None:
-    """Append what is held, all or nothing.
+  def flush(self, insist: bool = False) -> None:
+    """Put what is held on disk, all or nothing.
 
-    Raises RecordError, and keeps the rows for the next flush, if the file cannot be written.
+    While another process has the file open, the rows go into the file beside it; insist: wait
+    LOCK_TIMEOUT_S for the file and raise RecordError then. RecordError too if nothing can be
+    written; the rows are kept for the next flush.
     """
-    if not self._rows:
+    self._flushed = time.monotonic()
+    early, early_loads = _kept(self.beside)
+    rows, loads = early + self._rows, early_loads + self._loads
+    if not rows:
       return
-    columns = zip(_TYPES.items(), zip(*self._rows, strict=True), strict=True)
-    batch = {name: np.array(column, dtype) for (name, dtype), column in columns}
-    if not self.path.exists():
-      _create(self.path)
-    with _opened(self.path) as db:
-      db.register("batch", batch)
-      db.execute(_APPEND)
-      if self._loads:
-        db.execute(_LOADS)  # of a file of before there were any
-        db.register("counts", _counts(self._loads))
-        db.execute(_APPEND_LOADS)
+    try:
+      self._append(rows, loads, early[0][0] if early else None, insist)
+      self.beside.unlink(missing_ok=True)
+    except LockedError as error:
+      if insist:
+        raise
+      _keep(self.beside, rows, loads)
+      if not self._told:
+        sys.stderr.write(f"{error}; its rows are kept in {self.beside.name} meanwhile\n")
+      self._told = True
     self._rows.clear()
     self._loads.clear()
 
+  def _append(self, rows: list[Row], loads: list[Load], again: int | None, insist: bool) -> None:
+    """again: the step from which on the file may hold some of the rows already."""
+    columns = zip(_TYPES.items(), zip(*rows, strict=True), strict=True)
+    batch = {name: np.array(column, dtype) for (name, dtype), column in columns}
+    if not self.path.exists():
+      _create(self.path)
+    with _opened(self.path, timeout_s=LOCK_TIMEOUT_S if insist else TRY_S) as db:
+      db.execute(_TABLE)  # of a file that a full disk left without
+      db.execute(_LOADS)  # of a file of before there were any
+      db.register("batch", batch)
+      if again is not None:
+        db.execute(_DELETE_AGAIN, [again])
+        db.execute("DELETE FROM loads WHERE step >= ?", [again])
+      db.execute(_APPEND)
+      if loads:
+        db.register("counts", _counts(loads))
+        db.execute(_APPEND_LOADS)
+
   def rewind(self, step: int) -> None:
     """Delete the rows after `step`: a run resumed from the checkpoint of `step` logs them again."""
-    self._rows = [row for row in self._rows if row[0] <= step]
-    self._loads = [row for row in self._loads if row[0] <= step]
+    early, early_loads = _kept(self.beside)
+    rows = [row for row in early + self._rows if row[0] <= step]
+    _keep(self.beside, rows, [row for row in early_loads + self._loads if row[0] <= step])
+    self._rows.clear()
+    self._loads.clear()
     if self.path.exists():
       with _opened(self.path) as db:
-        db.execute("DELETE FROM metrics WHERE step > ?", [step])
-        db.execute(_LOADS)
-        db.execute("DELETE FROM loads WHERE step > ?", [step])
+        for name, table in (("metrics", _TABLE), ("loads", _LOADS)):
+          db.execute(table)
+          db.execute(f"DELETE FROM {name} WHERE step > ?", [step])
 
   def read(self) -> dict[str, Series]:
     """Flush, and everything logged so far, also before the run was interrupted."""
-    self.flush()
+    self.flush(insist=True)
     return _series(self.path, None)
 
 
@@ -109,6 +155,8 @@ def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
     return {}
   wanted = "" if tags is None else "WHERE tag IN (SELECT unnest(?))"
   with _opened(path, read_only=True) as db:
+    if not db.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'metrics'").fetchall():
+      return {}  # a full disk left the file without
     found = db.execute(
       f"SELECT step, tokens, tag, value FROM metrics {wanted} ORDER BY tag, step, time",
       [] if tags is None else [list(tags)],
@@ -142,31 +190,76 @@ def _create(path: Path) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside.unlink(missing_ok=True)
+    wal = beside.with_name(beside.name + ".wal")
+    wal.unlink(missing_ok=True)
     with _opened(beside) as db:
       db.execute(_TABLE)
       db.execute(_LOADS)
+    with _connect(beside, False, LOCK_TIMEOUT_S) as db:
+      db.execute("CHECKPOINT")
+    if wal.exists():  # what closing could not move into the file: a full disk
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     beside.rename(path)
+  except duckdb.Error as error:
+    raise RecordError(f"{path}: {str(error).splitlines()[0]}; {_remedy(str(error))}") from error
   except OSError as error:
     raise RecordError(
       f"{path}: cannot be created ({error.strerror}); set run.root (NMOE_ROOT) to a writable folder"
     ) from error
 
 
-@contextmanager
-def _opened(path: Path, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-  """The open file, in one transaction. DuckDB's errors become RecordError with the remedy."""
+def _kept(beside: Path) -> tuple[list[Row], list[Load]]:
+  """What lies in a file beside the metrics, in the order in which it was added."""
   try:
-    with _connect(path, read_only) as db:
+    found = json.loads(beside.read_text(encoding="utf-8"))
+    loads = [(step, np.array(count_LE, np.uint32)) for step, count_LE in found["loads"]]
+    return [tuple(row) for row in found["rows"]], loads
+  except (FileNotFoundError, NotADirectoryError):
+    return [], []
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise RecordError(
+      f"{beside}: cannot be read ({error}); move it away: it has the last rows of the metrics"
+    ) from error
+
+
+def _keep(beside: Path, rows: list[Row], loads: list[Load]) -> None:
+  """Write, by a rename, what the metrics do not hold yet; no file if that is nothing."""
+  if not rows:
+    beside.unlink(missing_ok=True)
+    return
+  held = {"rows": rows, "loads": [(step, count_LE.tolist()) for step, count_LE in loads]}
+  new = beside.with_suffix(".rows-new")
+  try:
+    with new.open("w", encoding="utf-8") as file:
+      json.dump(held, file)
+      file.flush()
+      os.fsync(file.fileno())
+    new.replace(beside)
+  except OSError as error:
+    raise RecordError(f"{beside}: cannot be written ({error.strerror}); free space") from error
+
+
+@contextmanager
+def _opened(
+  path: Path, read_only: bool = False, timeout_s: float | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+  """The open file, in one transaction. DuckDB's errors become RecordError with the remedy.
+
+  timeout_s: how long to wait for another who has it open; None: LOCK_TIMEOUT_S.
+  """
+  try:
+    with _connect(path, read_only, LOCK_TIMEOUT_S if timeout_s is None else timeout_s) as db:
       db.execute("BEGIN")
       yield db
       db.execute("COMMIT")
   except duckdb.Error as error:
-    raise RecordError(f"{path}: {str(error).splitlines()[0]}; {_remedy(str(error))}") from error
+    kind = LockedError if _locked(str(error)) else RecordError
+    raise kind(f"{path}: {str(error).splitlines()[0]}; {_remedy(str(error))}") from error
 
 
-def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
-  """Open, waiting up to LOCK_TIMEOUT_S for a writer or reader that has the file open just now."""
-  deadline = time.monotonic() + LOCK_TIMEOUT_S
+def _connect(path: Path, read_only: bool, timeout_s: float) -> duckdb.DuckDBPyConnection:
+  """Open, waiting up to timeout_s for a writer or reader that has the file open just now."""
+  deadline = time.monotonic() + timeout_s
   while True:
     try:
       return duckdb.connect(str(path), read_only=read_only, config={"threads": 1})
@@ -183,8 +276,8 @@ def _locked(message: str) -> bool:
 def _remedy(message: str) -> str:
   if _locked(message):
     return (
-      f"it stayed locked for {LOCK_TIMEOUT_S:g} s: close the process that has it open, or, "
-      "if none has, put run.root on a filesystem with file locks"
+      "it stayed locked: close the process that has it open, or, if none has, put run.root on a "
+      "filesystem with file locks"
     )
   if "not a valid DuckDB" in message or "orrupt" in message:
     return "the file is corrupt: move it away; the run's record and checkpoints are intact"

@@ -55,6 +55,11 @@ def resume(session: Session, state: TrainState) -> None:
     session.metrics.rewind(0)
     return
   written = checkpoint.manifest(folder / f"step_{steps[-1]:08d}")
+  if written["run"] != session.meta["run"]:
+    raise CheckpointError(
+      f"{folder}/step_{steps[-1]:08d} is of run {written['run']}, this is {session.meta['run']}; "
+      "move it away"
+    )
   check_identity(configs.loads(written["config"]), session.config, folder)
   checkpoint.load(folder, steps[-1], state.tensors(), session.parallel.first_expert)
   state.step = steps[-1]

@@ -1,6 +1,8 @@
 """Checkpoints: what is stored, what is verified, and that nothing half written is ever believed."""
 
 import json
+import os
+import pickle
 import resource
 import shutil
 import warnings
@@ -11,6 +13,7 @@ import ranks
 import torch
 from labs import same_bits
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nmoe.errors import CheckpointError
 from nmoe.records import checkpoint
@@ -178,14 +181,14 @@ def test_a_missing_file_is_named(saved):
 def test_a_damaged_manifest_is_named(saved, damage):
   file = saved / "step_00000020" / "manifest.json"
   damage(file)
-  with pytest.raises(CheckpointError, match=f"{file} cannot be read .* delete the directory"):
+  with pytest.raises(CheckpointError, match=f"{file} cannot be read .* delete "):
     checkpoint.load(saved, 20, empty(a_state()), 0)
 
 
 def test_another_format_is_refused(saved):
   file = saved / "step_00000020" / "manifest.json"
-  file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
-  with pytest.raises(CheckpointError, match="has format 2, this version reads 1"):
+  file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+  with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
     checkpoint.load(saved, 20, empty(a_state()), 0)
 
 
@@ -254,3 +257,81 @@ def test_prune_keeps_the_newest(saved):
 
 def test_a_run_without_checkpoints(tmp_path):
   assert checkpoint.steps(tmp_path / "none") == []
+
+
+# --- what others wrote ---
+
+
+class Code:
+  """A pickle that runs a command when it is read."""
+
+  def __init__(self, ran: Path):
+    self.ran = ran
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.ran}",)
+
+
+def resealed(path: Path) -> None:
+  """The manifest of files as they are now, as whoever forges one would write it."""
+  meta = json.loads((path / "manifest.json").read_text())
+  meta = {key: value for key, value in meta.items() if key not in ("files", "sha256")}
+  (path / "manifest.json").unlink()
+  checkpoint._seal(path, meta)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("call", ["load", "read", "contents", "tensors"])
+def test_the_metadata_of_a_checkpoint_is_no_code(saved, call):
+  path, ran = saved / "step_00000020", saved / "ran"
+  (path / ".metadata").write_bytes(pickle.dumps(Code(ran)))
+  resealed(path)
+  with pytest.raises(CheckpointError, match=r"\.metadata.*system"):
+    match call:
+      case "load":
+        checkpoint.load(saved, 20, empty(a_state()), 0)
+      case "read":
+        checkpoint.read(path)
+      case "contents":
+        checkpoint.contents(path)
+      case "tensors":
+        checkpoint.tensors(path, ["embed.weight"])
+  assert not ran.exists()
+
+
+@pytest.mark.faults
+def test_a_tensor_of_a_checkpoint_is_no_pickle(saved):
+  """DCP unpickles, without limits, what the metadata calls bytes."""
+  path = saved / "step_00000020"
+  metadata = pickle.loads((path / ".metadata").read_bytes())
+  metadata.state_dict_metadata["embed.weight"] = BytesStorageMetadata()
+  (path / ".metadata").write_bytes(pickle.dumps(metadata))
+  resealed(path)
+  with pytest.raises(CheckpointError, match=r"\.metadata.*BytesStorageMetadata"):
+    checkpoint.load(saved, 20, empty(a_state()), 0)
+
+
+@pytest.mark.faults
+def test_a_checkpoint_in_another_step_s_place(saved):
+  (saved / "step_00000020").rename(saved / "step_00000030")
+  with pytest.raises(CheckpointError, match=r"step_00000030 holds step 20.*rename"):
+    checkpoint.load(saved, 30, empty(a_state()), 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("text", ["{}", "[]", "7", "null", '{"format": 1}'])
+def test_a_manifest_of_another_shape(saved, text):
+  path = saved / "step_00000020"
+  (path / "manifest.json").write_text(text)
+  with pytest.raises(CheckpointError, match=r"manifest\.json.*delete .*earlier step"):
+    checkpoint.manifest(path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("key, value", [("files", {}), ("step", 19), ("run", "another")])
+def test_an_edited_manifest(saved, key, value):
+  path = saved / "step_00000020"
+  edited = json.loads((path / "manifest.json").read_text()) | {key: value}
+  (path / "manifest.json").write_text(json.dumps(edited))
+  with pytest.raises(CheckpointError, match=r"manifest\.json.*hashes to"):
+    checkpoint.load(saved, 20, empty(a_state()), 0)
