@@ -55,7 +55,7 @@ def parsed(text: str, name: str) -> dict[str, Any]:
   """The table of a TOML text. Raises ConfigError naming `name`, a file."""
   try:
     return tomli.loads(text)
-  except tomli.TOMLDecodeError as error:
+  except (tomli.TOMLDecodeError, RecursionError) as error:
     raise ConfigError(f"{name}: not valid TOML: {error}") from error
 
 

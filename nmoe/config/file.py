@@ -23,6 +23,8 @@ from nmoe.config.sections import SECTIONS, Config, leaves
 from nmoe.errors import ConfigError
 from nmoe.tables import nearest, parsed, typed
 
+MAX_CHAIN = 100  # files that extend one another
+HOME_PATHS = ("run.root", "data.mixture")  # where a leading ~ is a home folder
 _VARIABLE = re.compile(r"\$(\$\{)|\$\{([^}:]*)(?::-([^}]*))?\}|(\$\{)")
 
 
@@ -115,14 +117,21 @@ def _origins(table: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
   """The merged table of a file and what it extends, and the file that each key came from."""
-  path = path.resolve()
+  by = f" (extended by {chain[-1]})" if chain else ""
+  if len(chain) > MAX_CHAIN:
+    raise ConfigError(f"{path}: extends more than {MAX_CHAIN} files in a row{by}; merge some")
+  try:
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+      raise ConfigError(f"{path}: cannot be read{by}: it is no regular file")
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"{str(path)!r}: cannot be read{by}: {error}") from error
   if path in chain:
     names = " -> ".join(p.name for p in (*chain, path))
     raise ConfigError(f"{path}: extends itself ({names}); break the circle")
   try:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
   except (OSError, UnicodeDecodeError) as error:
-    by = f" (extended by {chain[-1]})" if chain else ""
     raise ConfigError(f"{path}: cannot be read{by}: {error}") from error
   table = parsed(text, str(path))
   parent = table.pop("extends", None)
@@ -143,7 +152,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
 
 def _anchor(value: str, path: Path) -> str:
   """A relative mixture path is relative to the file that names it."""
-  return value if value.startswith(("/", "$")) else str(path.parent / value)
+  return value if value.startswith(("/", "$", "~")) or not value else str(path.parent / value)
 
 
 def _build(
@@ -151,7 +160,8 @@ def _build(
 ) -> Config:
   for section, table in values.items():
     if section not in SECTIONS:
-      raise ConfigError(f"{name}: unknown section [{section}]{nearest(section, SECTIONS)}")
+      where = next((o for key, o in origins.items() if key.startswith(f"{section}.")), name)
+      raise ConfigError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
     if not isinstance(table, dict):
       raise ConfigError(f"{name}: {section} = {table!r} must be a section [{section}]")
   tables = {}
@@ -175,10 +185,18 @@ def _checked(
 
 
 def _expanded(value: Any, where: str, env: Mapping[str, str]) -> Any:
-  """Expand a string, or the strings of a list."""
+  """Expand a string, or the strings of a list; in a path a leading ~ too."""
   if isinstance(value, list):
     return [_expanded(v, where, env) for v in value]
-  return _expand(value, where, env) if isinstance(value, str) else value
+  if not isinstance(value, str):
+    return value
+  expanded = _expand(value, where, env)
+  if not where.endswith(HOME_PATHS) or not expanded.startswith("~"):
+    return expanded
+  try:
+    return str(Path(expanded).expanduser())
+  except RuntimeError as error:
+    raise ConfigError(f"{where} = {value!r}: {error}; write the folder's path") from error
 
 
 def _expand(value: str, where: str, env: Mapping[str, str]) -> str:
@@ -196,6 +214,8 @@ def _expand(value: str, where: str, env: Mapping[str, str]) -> str:
         "write $${ for the characters themselves"
       )
     name, default = match[2], match[3]
+    if default is not None and "${" in default:
+      raise ConfigError(f"{where} = {value!r}: the default of {name} holds a ${{; write a value")
     if not name.startswith("NMOE_"):
       raise ConfigError(
         f"{where} = {value!r}: ${{{name}}} may not be read; only NMOE_ names expand"

@@ -19,6 +19,7 @@ def validate(config: Config, origins: Mapping[str, str], name: str = "config") -
 
 def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   """(dotted key, broken?, what is required and what to do)."""
+  yield from _plain_invariants(c)
   yield from _model_invariants(c)
   yield from _schedule_invariants(c)
   yield from _target_invariants(c)
@@ -35,6 +36,23 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "experiment.metric", not measured, need
 
 
+def _plain_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  """What no number and no text may be, whatever its key."""
+  for key, value in leaves(c).items():
+    infinite = isinstance(value, float) and math.isinf(value)
+    yield key, infinite and (key != "optim.clip_norm" or value < 0), "must be finite"
+    big = isinstance(value, int) and not -(2**63) <= value < 2**63
+    yield key, big, "is beyond 64 bits: no record can hold it"
+  last = c.train.seed + c.experiment.seeds
+  need = f"+ experiment.seeds {c.experiment.seeds} is beyond 64 bits: no record can hold the last"
+  yield "train.seed", last >= 2**63, need
+  texts = ("experiment.name", "experiment.statement", "data.mixture", "run.root")
+  for key in texts:
+    yield key, not leaves(c)[key].strip(), "must say something"
+  for key in ("data.mixture", "run.root"):
+    yield key, "\0" in leaves(c)[key], "holds a NUL, which no path may"
+
+
 def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   m, e, p, ranks = c.model, c.moe, c.precision, c.launch.ranks
   need = f"exceeds num_layers {m.num_layers}"
@@ -47,6 +65,11 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   room = e.num_experts // e.num_groups * e.topk_groups
   need = f"exceeds the {room} experts of topk_groups {e.topk_groups} groups"
   yield "moe.top_k", e.top_k > room, need
+  need = (
+    "with top_k = 1 makes every weight 1, so that the router gets no gradient; set it to false or "
+    "choose a larger top_k"
+  )
+  yield "moe.normalize", e.normalize and e.top_k == 1 and e.num_experts > 1, need
   shared = math.gcd(e.num_experts, ranks)
   need = (
     f"does not divide num_experts {e.num_experts}; choose one of {_divisors(e.num_experts)}, or "
@@ -79,8 +102,17 @@ def _schedule_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   need = f"is less than one batch {s.batch_tokens}"
   yield "schedule.total_tokens", s.total_tokens < s.batch_tokens, need
   used = s.warmup_tokens + s.decay_tokens
-  need = f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}"
-  yield "schedule.warmup_tokens", used > s.total_tokens, need
+  need = (
+    f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}, of "
+    f"which {c.steps} steps train {s.trained_tokens}"
+  )
+  yield "schedule.warmup_tokens", used > s.trained_tokens, need
+  need = f"is reached by no step of batch_tokens {s.batch_tokens}; set 0, or half a batch and more"
+  for key, tokens in (("warmup", s.warmup_tokens), ("decay", s.decay_tokens)):
+    yield f"schedule.{key}_tokens", 0 < 2 * tokens <= s.batch_tokens, need
+  finish = c.precision.finish_tokens
+  need = f"is reached by no step: they train {s.trained_tokens} tokens; set 0 for never"
+  yield "precision.finish_tokens", finish > s.trained_tokens, need
 
 
 def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:

@@ -42,7 +42,7 @@ class ExperimentConfig:
   metric: Metric = free("val/bpb")
   direction: Literal["lower", "higher", "none"] = free("none")  # the variant is expected to be …
   min_effect: float = free(0.0, ge=0)  # smallest difference that matters, in the metric's unit
-  seeds: int = free(3, gt=0)
+  seeds: int = free(3, gt=0, le=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class ModelConfig:
 
   vocab_size: int = identity(gt=0)
   dim: int = identity(gt=0)
-  num_layers: int = identity(gt=0)
+  num_layers: int = identity(gt=0, le=10_000)
   num_dense_layers: int = identity(1, ge=0)
   dense_dim: int = identity(gt=0)
   num_heads: int = identity(gt=0)
@@ -80,9 +80,9 @@ class ModelConfig:
   qk_rope_dim: int = identity(64, gt=0)
   v_dim: int = identity(128, gt=0)
   rope_theta: float = identity(10000.0, gt=0)
-  norm_eps: float = identity(1e-6, gt=0)
+  norm_eps: float = identity(1e-6, gt=0, le=1)
   tie_embeddings: bool = identity(False)
-  init_std: float = identity(0.006, gt=0)
+  init_std: float = identity(0.006, gt=0, le=100)
   init: str = identity("seed")  # or "import:DIGEST": the weights of `nmoe import`, not train.seed's
   embed_std: float = identity(0.0, ge=0)  # of the embedding; 0: init_std
 
@@ -100,7 +100,7 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-  num_experts: int = identity(gt=0)
+  num_experts: int = identity(gt=0, le=100_000)
   top_k: int = identity(gt=0)
   num_shared: int = identity(1, ge=0)  # shared experts, run as one block of num_shared · expert_dim
   expert_dim: int = identity(gt=0)
@@ -109,7 +109,7 @@ class MoeConfig:
   score: Literal["sigmoid", "softmax"] = identity("sigmoid")
   normalize: bool = identity(True)
   route_scale: float = identity(1.0, gt=0)
-  bias_update_rate: float = identity(0.001, ge=0)  # 0: no aux-loss-free balancing
+  bias_update_rate: float = identity(0.001, ge=0, le=100)  # 0: no aux-loss-free balancing
   balance_alpha: float = identity(0.0001, ge=0)  # weight of the sequence-wise balance loss
   forced_balance: bool = identity(False)  # benchmark switch: expert = (t·K + k) mod E
 
@@ -136,16 +136,16 @@ class DataConfig:
 class OptimConfig:
   matrices: Literal["adamw", "muon"] = identity("adamw")  # of attention and dense matrices
   experts: Literal["adamw", "muon"] = identity("adamw")
-  dense_lr: float = schedule(ge=0)
-  router_lr: float = schedule(ge=0)
-  expert_lr: float = schedule(ge=0)
-  embed_lr: float = schedule(0.0, ge=0)  # of embedding and head; 0: dense_lr
+  dense_lr: float = schedule(ge=0, le=1e4)
+  router_lr: float = schedule(ge=0, le=1e4)
+  expert_lr: float = schedule(ge=0, le=1e4)
+  embed_lr: float = schedule(0.0, ge=0, le=1e4)  # of embedding and head; 0: dense_lr
   dense_weight_decay: float = schedule(0.1, ge=0)
   router_weight_decay: float = schedule(0.0, ge=0)
   expert_weight_decay: float = schedule(0.1, ge=0)
   beta1: float = identity(0.9, ge=0, lt=1)
   beta2: float = identity(0.95, ge=0, lt=1)
-  eps: float = identity(1e-8, gt=0)
+  eps: float = identity(1e-8, gt=0, le=1)
   muon_momentum: float = identity(0.95, ge=0, lt=1)
   muon_steps: int = identity(5, gt=0)
   moments: Literal["fp32", "bf16"] = identity("fp32")
@@ -182,6 +182,11 @@ class ScheduleConfig:
   decay_tokens: int = schedule(0, ge=0)
   decay: Literal["linear", "sqrt"] = schedule("sqrt")
   final_ratio: float = schedule(0.0, ge=0, le=1)
+
+  @property
+  def trained_tokens(self) -> int:
+    """Of all steps: tokens short of a batch are not read."""
+    return self.total_tokens // self.batch_tokens * self.batch_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,13 @@ def lr_factor(tokens: int, config: ScheduleConfig) -> float:
   first nor the last step has a rate of zero, and linear phases of whole batches sum to their area.
   t / warmup_tokens while t < warmup_tokens; 1 up to total_tokens - decay_tokens; then, with x the
   share of decay_tokens behind t, final_ratio + (1 - final_ratio) · g(x): g is 1 - x ("linear")
-  or 1 - sqrt(x) ("sqrt"). Beyond total_tokens a schedule with a decay stays at final_ratio.
+  or 1 - sqrt(x) ("sqrt"). Beyond its end a schedule with a decay stays at final_ratio. The end is
+  that of the last whole batch in total_tokens: tokens short of a batch are not trained.
   """
   t = tokens + config.batch_tokens / 2
   if t < config.warmup_tokens:
     return t / config.warmup_tokens
-  start = config.total_tokens - config.decay_tokens
+  start = config.trained_tokens - config.decay_tokens
   if config.decay_tokens == 0 or t <= start:
     return 1.0
   x = min(1.0, (t - start) / config.decay_tokens)

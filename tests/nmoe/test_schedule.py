@@ -1,5 +1,6 @@
 """WSD by tokens against the formula of science: warm-up, sustain, decay."""
 
+import dataclasses
 import math
 
 import pytest
@@ -81,3 +82,32 @@ def test_formula(tokens, warmup, decay_tokens, decay, final):
     x = min(1, (t - (total - decay_tokens)) / decay_tokens)
     g = {"linear": 1 - x, "sqrt": 1 - math.sqrt(x)}[decay]
     assert factor == pytest.approx(final + (1 - final) * g, abs=1e-12)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("total", [3071, 3072, 4095, 4096])
+def test_the_last_step_is_in_the_decay(total):
+  """The schedule ends with the last token trained, whatever is left over."""
+  config = schedule(
+    total_tokens=total, batch_tokens=1024, decay_tokens=1024, warmup_tokens=0, decay="linear"
+  )
+  assert lr_factor((total // 1024 - 1) * 1024, config) == 0.5
+
+
+@pytest.mark.faults
+@given(
+  batch=st.integers(1, 5000),
+  steps=st.integers(2, 50),
+  rest=st.integers(0, 4999),
+  share=st.floats(0, 1),
+)
+def test_what_is_left_over_changes_no_rate(batch, steps, rest, share):
+  exact = schedule(
+    total_tokens=steps * batch,
+    batch_tokens=batch,
+    warmup_tokens=0,
+    decay_tokens=int(share * steps * batch),
+  )
+  over = dataclasses.replace(exact, total_tokens=steps * batch + rest % batch)
+  for step in range(steps):
+    assert lr_factor(step * batch, over) == lr_factor(step * batch, exact)

@@ -1,0 +1,146 @@
+"""Values that cannot work are refused when the configuration is read, with key and value."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from test_config import BASE, BASE_TEXT, base_file, variant, write
+
+from nmoe.config.file import changed, load, loads
+from nmoe.config.sections import leaves
+from nmoe.errors import ConfigError
+
+pytestmark = pytest.mark.faults
+FLOATS = [key for key, value in leaves(BASE).items() if type(value) is float]
+INTS = [key for key, value in leaves(BASE).items() if type(value) is int]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_number_is_infinite(key, value):
+  if key == "optim.clip_norm" and value == math.inf:
+    assert changed(BASE, {key: value}).optim.clip_norm == math.inf, "no clipping"
+    return
+  with pytest.raises(ConfigError, match=f"{key} = "):
+    changed(BASE, {key: value})
+
+
+@pytest.mark.parametrize("key", INTS)
+def test_no_number_is_beyond_what_records_hold(key):
+  for value in (2**63, 10**25):
+    with pytest.raises(ConfigError, match=f"{key} = {value}"):
+      changed(BASE, {key: value})
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("train.seed", 2**63 - 1),
+    ("train.seed", 2**63 - 3),
+    ("moe.num_experts", 10**8),
+    ("model.num_layers", 10**6),
+    ("experiment.seeds", 10**9),
+    ("experiment.name", ""),
+    ("experiment.name", " \t"),
+    ("experiment.statement", ""),
+    ("run.root", ""),
+    ("run.root", "a\0b"),
+    ("data.mixture", ""),
+    ("model.norm_eps", 1e30),
+    ("optim.eps", 1e30),
+    ("optim.dense_lr", 1e30),
+    ("model.init_std", 1e30),
+    ("moe.bias_update_rate", 1e30),
+    ("precision.finish_tokens", 1228801),
+  ],
+)
+def test_values_that_cannot_work_are_refused(key, value):
+  with pytest.raises(ConfigError, match=key):
+    changed(BASE, {key: value})
+
+
+def test_a_normalised_router_of_one_expert_has_no_gradient():
+  with pytest.raises(ConfigError, match=r"moe\.normalize.*top_k = 1.*no gradient"):
+    changed(BASE, {"moe.top_k": 1})
+  assert changed(BASE, {"moe.top_k": 1, "moe.normalize": False})
+
+
+@pytest.mark.parametrize(
+  "key, value, need",
+  [
+    ("schedule.decay_tokens", 2048, "no step"),
+    ("schedule.warmup_tokens", 2048, "no step"),
+    ("schedule.decay_tokens", 1228800 - 81920 + 1, "exceeds"),
+  ],
+)
+def test_phases_that_no_step_reaches_are_refused(key, value, need):
+  with pytest.raises(ConfigError, match=f"{key.split('.')[0]}.*{need}"):
+    changed(BASE, {key: value})
+
+
+def test_phases_are_of_the_tokens_that_are_trained():
+  """1,228,800 is 300 batches: a token less trains 299, into which 299 batches of phases fit."""
+  keys = {"schedule.total_tokens": 1228799, "schedule.decay_tokens": 299 * 4096 - 81920}
+  assert changed(BASE, keys).steps == 299
+  with pytest.raises(
+    ConfigError, match="exceeds total_tokens 1228799, of which 299 steps train 1224704"
+  ):
+    changed(BASE, keys | {"schedule.decay_tokens": 299 * 4096 - 81919})
+
+
+# --- files ---
+
+
+def test_a_byte_order_mark(tmp_path):
+  path = tmp_path / "b.toml"
+  path.write_bytes(b"\xef\xbb\xbf" + BASE_TEXT.encode())
+  assert load(path, env={}).model == BASE.model
+
+
+@pytest.mark.parametrize("key", ["run.root", "data.mixture"])
+def test_a_home_folder(tmp_path, monkeypatch, key):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  section, name = key.split(".")
+  env = {f"NMOE_{section.upper()}__{name.upper()}": '"~/x"'}
+  assert leaves(load(base_file(tmp_path), env))[key] == str(tmp_path / "home" / "x")
+  text = BASE_TEXT.replace('".nmoe"', '"${NMOE_ROOT:-.nmoe}"')
+  assert loads(text, env={"NMOE_ROOT": "~/y"}).run.root == str(tmp_path / "home" / "y")
+  with pytest.raises(ConfigError, match=f"{key} = '~nobody-here/x'"):
+    load(base_file(tmp_path), {next(iter(env)): '"~nobody-here/x"'})
+
+
+def test_a_variable_in_a_default_is_refused():
+  text = BASE_TEXT.replace('".nmoe"', '"${NMOE_A:-${NMOE_B:-x}}"')
+  with pytest.raises(ConfigError, match=r"run\.root.*default.*\$\{"):
+    loads(text, env={})
+
+
+def test_an_unknown_section_of_the_environment_is_named(tmp_path):
+  with pytest.raises(ConfigError, match="NMOE_MODLE__DIM.*model"):
+    load(base_file(tmp_path), {"NMOE_MODLE__DIM": "3"})
+
+
+@pytest.mark.parametrize("extends", ["a\\u0000b", "fifo", "/dev/zero", "."])
+def test_what_is_no_file_is_not_read(tmp_path, extends):
+  os.mkfifo(tmp_path / "fifo")
+  path = write(tmp_path, "v.toml", f'extends = "{extends}"\n')
+  with pytest.raises(ConfigError, match=r"v\.toml"):
+    load(path, env={})
+
+
+def test_a_long_chain_and_deep_brackets(tmp_path):
+  base_file(tmp_path)
+  before = "base.toml"
+  for i in range(1500):
+    write(tmp_path, f"{i}.toml", f'extends = "{before}"\n')
+    before = f"{i}.toml"
+  with pytest.raises(ConfigError, match="extends"):
+    load(tmp_path / before, env={})
+  with pytest.raises(ConfigError, match=r"variant\.toml"):
+    load(variant(tmp_path, "[precision]\nlinears = " + "[" * 4000 + "]" * 4000), env={})
+
+
+def test_the_messages_name_the_file(tmp_path):
+  with pytest.raises(ConfigError, match=str(Path(tmp_path / "variant.toml"))):
+    load(variant(tmp_path, "[optim]\ndense_lr = inf\n"), env={})
