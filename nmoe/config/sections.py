@@ -136,10 +136,10 @@ class DataConfig:
 class OptimConfig:
   matrices: Literal["adamw", "muon"] = identity("adamw")  # of attention and dense matrices
   experts: Literal["adamw", "muon"] = identity("adamw")
-  dense_lr: float = schedule(ge=0, le=1e4)
-  router_lr: float = schedule(ge=0, le=1e4)
-  expert_lr: float = schedule(ge=0, le=1e4)
-  embed_lr: float = schedule(0.0, ge=0, le=1e4)  # of embedding and head; 0: dense_lr
+  dense_lr: float = schedule(ge=0)
+  router_lr: float = schedule(ge=0)
+  expert_lr: float = schedule(ge=0)
+  embed_lr: float = schedule(0.0, ge=0)  # of embedding and head; 0: dense_lr
   dense_weight_decay: float = schedule(0.1, ge=0)
   router_weight_decay: float = schedule(0.0, ge=0)
   expert_weight_decay: float = schedule(0.1, ge=0)

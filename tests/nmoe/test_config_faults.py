@@ -49,7 +49,6 @@ def test_no_number_is_beyond_what_records_hold(key):
     ("data.mixture", ""),
     ("model.norm_eps", 1e30),
     ("optim.eps", 1e30),
-    ("optim.dense_lr", 1e30),
     ("model.init_std", 1e30),
     ("moe.bias_update_rate", 1e30),
     ("precision.finish_tokens", 1228801),
