@@ -144,7 +144,7 @@ def load_heatmap(arms: Sequence[Arm]) -> go.Figure | None:
     x, *means = _thin(rows[0][0], *(mean for _, mean in rows), limit=240)
     names = [f"layer {layer}" for layer in arm.layers()]
     tip = "%{y}<br>%{x:,.3s} tokens<br>max / mean %{z:.2f}<extra></extra>"
-    heat = go.Heatmap(x=x, y=names, z=means, coloraxis="coloraxis", hovertemplate=tip)
+    heat = go.Heatmap(x=x, y=names, z=np.stack(means), coloraxis="coloraxis", hovertemplate=tip)
     figure.add_trace(heat, row=1, col=column)
   bar = {"title": "max / mean", "thickness": 10, "outlinewidth": 0, "len": 0.9}
   figure.update_yaxes(autorange="reversed")
@@ -216,9 +216,9 @@ def _faint(color: str) -> str:
 
 
 def _thin(x: np.ndarray, *ys: np.ndarray, limit: int = MAX_POINTS) -> list[np.ndarray]:
-  """At most `limit` points, evenly chosen, the last one always kept."""
+  """At most `limit` points, evenly chosen, the last one always kept; float32, half the page."""
   keep = np.arange(len(x) - 1, -1, -max(1, math.ceil(len(x) / limit)))[::-1]
-  return [x[keep], *(y[keep] for y in ys)]
+  return [column[keep].astype(np.float32) for column in (x, *ys)]
 
 
 def _finish(figure: go.Figure, height: int) -> go.Figure:

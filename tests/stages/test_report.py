@@ -1,5 +1,6 @@
 """The report: its numbers against the records, and the page as a browser shows it."""
 
+import hashlib
 import io
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 from html import unescape
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +164,7 @@ def test_time_to_loss_is_read_off_the_held_out_curve(ablation):
 
 def test_the_page_loads_nothing_and_holds_plotly_once(ablation):
   html = ablation[2].read_text()
-  assert html.count("* plotly.js v") == 1
+  assert html.count("* plotly.js (cartesian - minified) v4.1.1") == 1
   assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|<link[^>]*href=\"(?!data:)|@import", html)
   for name in ("differences", "loss", "optimizer", "load", "phases"):
     assert html.count(f'id="{name}"') == 1
@@ -365,3 +367,16 @@ def test_an_arm_of_a_foreign_database_writes_nothing_outside_the_report(tmp_path
   html = unescape(page.read_text(encoding="utf-8"))
   assert f"git apply '{page.parent}/changes.patch'" in html
   assert f"'{page.parent}/__id_ x.toml'" in html and f"--root '{root}'" in html
+
+
+def test_plotly_is_as_published_and_a_report_of_ten_seeds_is_small(tmp_path):
+  """plotly.js-cartesian-dist-min 4.1.1 (MIT), its licence beside it."""
+  folder = resources.files("stages.report") / "static"
+  script = (folder / "plotly-cartesian.min.js").read_bytes()
+  assert hashlib.sha256(script).hexdigest() == PLOTLY
+  assert "Plotly" in (folder / "LICENSE").read_text()
+  name, _ = make(tmp_path, seeds=10)
+  assert write_report(tmp_path, name).stat().st_size <= 2_000_000
+
+
+PLOTLY = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
