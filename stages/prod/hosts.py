@@ -20,6 +20,7 @@ def generate(config: Config, run_id: str, root: Path) -> Path:
   """Write what the run's engine takes into the run's folder, and its hash into the records."""
   folder = Root(root).prod(run_id)
   folder.mkdir(parents=True, exist_ok=True)
+  Root(root).logs(run_id).mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
   records = Attempts(root)
   try:
     if config.launch.engine == "slurm":
