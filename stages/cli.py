@@ -108,6 +108,16 @@ def proxy_sweep(
   stage.run(sweep, _console())
 
 
+@proxy_app.command("mix")
+def proxy_mix(
+  mix: Annotated[Path, typer.Argument(help="A swarm of mixtures (TOML).")],
+) -> None:
+  """Fit a law to a swarm of mixtures, propose one, and run it against natural and uniform."""
+  from stages.proxy import mix as stage
+
+  stage.run(mix, _console())
+
+
 @app.command()
 def plan(config: File) -> None:
   """Parameters, FLOPs per token and memory of a configuration, computed without building it."""

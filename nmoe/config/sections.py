@@ -130,6 +130,7 @@ class DataConfig:
   tokenizer: str = identity("o200k_harmony")  # or "byte", or "hf:" and the path of a tokenizer.json
   seq_len: int = identity(gt=0)
   val_tokens: int = identity(1 << 20, gt=0)  # of an evaluation, at most what is held out
+  weights: tuple[float, ...] = identity(())  # of the mixture's sources in order; (): the mixture's
 
 
 @dataclass(frozen=True, kw_only=True)

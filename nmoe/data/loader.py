@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,17 @@ def _open_source(folder: Path, entry: dict[str, Any], hash_of: Hashes | None) ->
     train=open_stream(folder, manifest["train"]),
     heldout=open_stream(folder, manifest["heldout"]),
   )
+
+
+def chosen_weights(data: PreparedData, weights: Sequence[float]) -> dict[str, float] | None:
+  """data.weights by source; None for the mixture's own. ConfigError if there are not as many."""
+  names = [source.name for source in data.sources]
+  if weights and len(weights) != len(names):
+    raise ConfigError(
+      f"data.weights has {len(weights)} weights, the mixture {len(names)} sources: {names}; give "
+      "one each, in that order"
+    )
+  return dict(zip(names, weights, strict=True)) if weights else None
 
 
 def shares(data: PreparedData, weights: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -302,6 +313,7 @@ class Validation:
 
   def __init__(self, data: PreparedData, *, seq_len: int, tokens: int):
     self.seq_len = seq_len
+    self.names = tuple(source.name for source in data.sources)
     self._streams = [source.heldout for source in data.sources]
     self._token_bytes_V = data.tokenizer.token_bytes()
     have = np.array([max(0, stream.length - 1) // seq_len for stream in self._streams])

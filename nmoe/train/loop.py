@@ -22,7 +22,14 @@ import torch
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config, diff
-from nmoe.data.loader import Loader, Prefetcher, PreparedData, open_data, unigram_bpb
+from nmoe.data.loader import (
+  Loader,
+  Prefetcher,
+  PreparedData,
+  chosen_weights,
+  open_data,
+  unigram_bpb,
+)
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import (
@@ -81,7 +88,12 @@ class Parts(NamedTuple):
 def parts_of(session: Session, state: TrainState) -> Parts:
   c, ranks, device = session.config, session.parallel, session.target.device
   batches = Prefetcher(
-    Loader(session.data, seq_len=c.data.seq_len, seed=c.train.seed),
+    Loader(
+      session.data,
+      seq_len=c.data.seq_len,
+      seed=c.train.seed,
+      weights=chosen_weights(session.data, c.data.weights),
+    ),
     c.sequences,
     start=state.step,
     stop=c.steps,

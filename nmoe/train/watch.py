@@ -96,7 +96,7 @@ class Watch:
     speeds = {k: float(np.median(logged[k])) for k in rates if k in logged}
     loads = [v for k, v in last.items() if k.endswith("/load_max_over_mean")]
     seconds = sum(float(v.sum()) for k, v in logged.items() if k.startswith("time/"))
-    suites = {tag: x for tag, x in last.items() if tag.startswith("eval/")}
+    suites = {tag: x for tag, x in last.items() if tag.startswith(("eval/", "val/bpb/"))}
     return {
       **losses,
       **suites,

@@ -44,23 +44,23 @@ def run(path: Path, console: Console) -> Path:
   """
   file = load_sweep(path)
   check_target(file)
-  bench = Workbench.open(file.base.run.root, console)
-  sweep = Sweep.of(file, bench)
-  sweep.check_budget()
-  asked = Hypothesis(file.sweep.statement, METRIC, "none", file.verdict.max_regret)
-  study = Study(
-    file.sweep.name,
-    "proxy",
-    (asked,),
-    tuple(arm for arm, _ in sweep.first()),
-    (file.base.train.seed,),
-    sweep.judge,
-    sweep.further,
-    divergence=False,
-  )
-  outcome = carry_out(study, bench)
-  written = write_transfer(file, outcome, bench)
-  console.print(plain(f"transfer: {written}"), soft_wrap=True)
+  with Workbench.open(file.base.run.root, console) as bench:
+    sweep = Sweep.of(file, bench)
+    sweep.check_budget()
+    asked = Hypothesis(file.sweep.statement, METRIC, "none", file.verdict.max_regret)
+    study = Study(
+      file.sweep.name,
+      "proxy",
+      (asked,),
+      tuple(arm for arm, _ in sweep.first()),
+      (file.base.train.seed,),
+      sweep.judge,
+      sweep.further,
+      divergence=False,
+    )
+    outcome = carry_out(study, bench)
+    written = write_transfer(file, outcome, bench)
+    console.print(plain(f"transfer: {written}"), soft_wrap=True)
   return outcome.report
 
 

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
 from stages.judge.paired import Paired
-from stages.report import details, figures, sweep
+from stages.report import details, figures, mixtures, sweep
 from stages.report.findings import RESULTS, Arm, Cell, Findings, gather
 from stages.report.page import definitions, facts, folded, page, section, table
 
@@ -46,10 +46,11 @@ def write_report(root: Path, experiment: str) -> Path:
 def render(found: Findings, folder: Path) -> str:
   """The page."""
   swept = sweep.is_sweep(found.experiment)
+  many = swept or mixtures.is_swarm(found.experiment)  # arms: a panel or a column each is none
   sections = (
     _head(found),
-    _sweep(found) if swept else _results(found),
-    *(() if swept else (_curves(found), _routing(found), _flight(found), _cost(found))),
+    _sweep(found) if swept else _mixtures(found) if many else _results(found),
+    *(() if many else (_curves(found), _routing(found), _flight(found), _cost(found))),
     _configuration(found),
     _runs(found),
     _provenance(found, folder),
@@ -144,6 +145,16 @@ def _sweep(found: Findings) -> str:
     note="A line a scale and seed, its optimum dotted. Shift: of the optimum from base to the "
     "largest scale; regret: of the base's optimum there; both with 95 % intervals over seeds. The "
     "last table has what else may differ between scales, mean over the joint points.",
+  )
+
+
+def _mixtures(found: Findings) -> str:
+  e = found.experiment
+  return section(
+    "Mixtures",
+    table(mixtures.MODEL_HEAD, _escaped(mixtures.model_rows(e)), left=1),
+    table(mixtures.head(e), _escaped(mixtures.rows(e))),
+    note="Skill: 1 − RMSE² / variance of what a model says of mixtures that it was not fitted to.",
   )
 
 

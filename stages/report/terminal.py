@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nmoe.records.reader import Experiment
-from stages.report import sweep
+from stages.report import mixtures, sweep
 from stages.report.findings import Findings, gather
 from stages.text import plain
 
@@ -22,6 +22,8 @@ def terminal_summary(root: Path, experiment: str) -> Group:
   verdict = _verdict(found)
   if sweep.is_sweep(found.experiment):
     return Group(_sweep(found.experiment), *verdict)
+  if mixtures.is_swarm(found.experiment):
+    return Group(_models(found.experiment), *verdict)
   grid = Table(title=plain(found.claim.statement, "bold"), title_justify="left")
   grid.add_column("")
   for arm in found.arms:
@@ -41,6 +43,15 @@ def _verdict(found: Findings) -> list[Text]:
   style = f"bold {BADGES.get(found.verdict, 'default')}"
   timing = [plain(line, "yellow") for line in found.timing]
   return [*timing, Text.assemble(plain(found.verdict, style), ": ", plain(found.reason))]
+
+
+def _models(experiment: Experiment) -> Table:
+  grid = Table(title=plain(experiment.headline.statement, "bold"), title_justify="left")
+  for column in mixtures.MODEL_HEAD:
+    grid.add_column(column)
+  for row in mixtures.model_rows(experiment):
+    grid.add_row(*map(plain, row))
+  return grid
 
 
 def _sweep(experiment: Experiment) -> Table:
