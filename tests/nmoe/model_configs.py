@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = [  # what describes a run, and neither a mixture nor a sweep
   path
   for path in sorted(CONFIGS.glob("*/*.toml"))
-  if not tomli.loads(path.read_text()).keys() & {"source", "sweep"}
+  if not tomli.loads(path.read_text()).keys() & {"source", "sweep", "mix"}
 ]
 
 TINY = """
