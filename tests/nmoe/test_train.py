@@ -243,7 +243,7 @@ def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, whole, monke
   run = lab.record()
   reader, writer = os.pipe()
   with monkeypatch.context() as patch:
-    patch.setattr(train, "Progress", lambda _: Progress(writer))
+    patch.setattr(train, "Progress", lambda *_: Progress(writer))
     feed.before[5] = lambda: os.close(reader)
     interrupt(run, lab)
   os.close(writer)
@@ -307,7 +307,7 @@ def test_other_failures_have_no_outcome_and_can_go_on(lab, feed, whole, capsys, 
   feed.before[5] = unreadable
   words = ["train", "--root", str(lab.root), "--run", run]
   monkeypatch.setattr(sys, "argv", words)
-  assert train.main() == 1
+  assert train.main() == train.FAILED_FOR_GOOD
   assert "error: shard 7 is gone; restore it" in capsys.readouterr().err
   found = lab.run(run)
   assert (found.status, found.results, found.error) == ("failed", {}, "shard 7 is gone; restore it")
