@@ -49,7 +49,7 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
   if config.train.checkpoint_every == 0:
     raise ConfigError(
       f"{path}: train.checkpoint_every = 0 in a production run: a crash would lose all of it; "
-      "`nmoe prod plan` says how often is best"
+      "set it to a number of steps that takes minutes"
     )
   with Workbench.open(config.run.root, console) as bench:
     found = evidence(config, path, bench.experiments, bench.code_version)
