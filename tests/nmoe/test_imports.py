@@ -286,8 +286,8 @@ def test_an_exported_run_is_imported_and_trained_on(lab, tmp_path):
   before, after = lab.run(run).results["val/bpb"], lab.run(on).results["val/bpb"]
   assert after == before
   assert "import:" in configs.to_toml(changed(lab.config, {"model.init": made.model.init}))
-  other = lab.record(model__init=made.model.init, moe__top_k=1)
-  with pytest.raises(CheckpointError, match="weights of another model: moe.top_k: 2, now 1"):
+  other = lab.record(model__init=made.model.init, moe__top_k=3)
+  with pytest.raises(CheckpointError, match="weights of another model: moe.top_k: 2, now 3"):
     lab.attempt(other)
   lost = lab.record(model__init="import:0123")
   with pytest.raises(CheckpointError, match="0123 is not there; run `nmoe import`"):

@@ -339,12 +339,12 @@ def test_two_processes_on_one_run(lab, monkeypatch, capsys):
 def test_a_checkpoint_of_another_identity_is_refused(lab, feed):
   run = lab.record()
   killed_at(lab, feed, run, 5)
-  lab.records.update_run(run, toml=retoml(lab, run, **{"optim.beta1": 0.8, "moe.top_k": 1}))
+  lab.records.update_run(run, toml=retoml(lab, run, **{"optim.beta1": 0.8, "moe.top_k": 3}))
   with pytest.raises(CheckpointError) as caught:
     lab.attempt(run)
   message = str(caught.value)
   assert "optim.beta1: checkpoint 0.9, now 0.8" in message
-  assert "moe.top_k: checkpoint 2, now 1" in message
+  assert "moe.top_k: checkpoint 2, now 3" in message
   assert "restore these keys or start a new run" in message
 
 
