@@ -23,7 +23,7 @@ from nmoe.train.progress import Heartbeat
 from stages.launch import local
 from stages.launch.local import Job, Launcher
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.kills]
 SLACK = 6  # this machine is shared
 HERE = Path(__file__).parent
 STEPS = 300

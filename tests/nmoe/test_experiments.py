@@ -443,7 +443,7 @@ def test_provenance_of_a_dirty_checkout(tmp_path):
   commit, diff, version = provenance(tmp_path)
   assert len(commit) == 40 and diff == "" and version == clean[2]
   source.write_text("x = 2\n")
-  (tmp_path / "new.toml").write_text("y = 3\n")
+  (tmp_path / "nmoe" / "new.toml").write_text("y = 3\n")
   (tmp_path / "noise.bin").write_bytes(b"z")
   commit, diff, changed = provenance(tmp_path)
   assert "-x = 1" in diff and "+x = 2" in diff and "+y = 3" in diff and "noise" not in diff
