@@ -1,6 +1,6 @@
 """Faults of a production run on one host, with real agents and ranks: the end is the same bits.
 
-`pytest -m faults`. Limits are those of two quiet cores, doubled by SLACK for a busy machine.
+`pytest -m kills`. Limits are those of two quiet cores, doubled by SLACK for a busy machine.
 """
 
 import os
