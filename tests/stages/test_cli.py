@@ -165,12 +165,12 @@ def test_prep_mixture(lab, tmp_path, monkeypatch):
   """Prints the folder; says how far it is; finds what is there."""
   said, prepare = [], workbench.prepare
 
-  def counting(mixture, tokenizer, root, progress):
+  def counting(mixture, tokenizer, root, progress, verify):
     def told(*place):
       said.append(place)
       progress(*place)
 
-    return prepare(mixture, tokenizer, root, told)
+    return prepare(mixture, tokenizer, root, told, verify)
 
   monkeypatch.setattr(workbench, "prepare", counting)
   words = ("prep-mixture", lab.file.with_name("mixture.toml"), "--tokenizer", "byte")
