@@ -22,6 +22,7 @@ from nmoe.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+MAPPED = 1 << 30  # bytes of files that a reader keeps in memory
 BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 
 
@@ -122,6 +123,7 @@ class Folder(Mapping[str, Tensor]):
 
   def __init__(self, folder: Path):
     self.folder, self._open, self._stack = folder, {}, ExitStack()
+    self._mapped = 0  # bytes read since the files were opened
     self._places = self._places_of(self._files())
     self._scales = {
       name
@@ -149,7 +151,17 @@ class Folder(Mapping[str, Tensor]):
     self._stack.close()
 
   def _tensor(self, name: str) -> Tensor:
-    return self._open[self._places[name]].get_tensor(name)
+    """Pages of a file that were read stay in this process until the file is closed, so it is."""
+    file = self._places[name]
+    if self._mapped > MAPPED:
+      self._stack.close()
+      self._open.clear()
+      self._mapped = 0
+    if file not in self._open:
+      self._open[file] = self._stack.enter_context(safe_open(self.folder / file, "pt"))
+    tensor = self._open[file].get_tensor(name)
+    self._mapped += tensor.nbytes
+    return tensor
 
   def _files(self) -> dict[str, str] | None:
     """The index's name -> file, or None where one file holds all."""

@@ -47,6 +47,7 @@ def drawn(draw):
   num_groups = draw(st.sampled_from([1, 2, 4, 8]))
   topk_groups = draw(st.integers(1, num_groups))
   layers = draw(st.integers(1, 3))
+  top_k = draw(st.integers(1, min(8 // num_groups * topk_groups, 4)))
   slow = draw(st.sampled_from([0.5, 1.0, 4.0]))
   return tiny(
     model__num_layers=layers,
@@ -64,10 +65,10 @@ def drawn(draw):
     yarn__mscale_all_dim=draw(st.sampled_from([-1.0, 0.0, 0.707, 1.0])),
     moe__num_groups=num_groups,
     moe__topk_groups=topk_groups,
-    moe__top_k=draw(st.integers(1, min(8 // num_groups * topk_groups, 4))),
+    moe__top_k=top_k,
     moe__num_shared=draw(st.sampled_from([0, 1, 1, 2])),
     moe__score=draw(st.sampled_from(["sigmoid", "sigmoid", "softmax"])),
-    moe__normalize=draw(st.booleans()),
+    moe__normalize=top_k > 1 and draw(st.booleans()),
     moe__route_scale=draw(st.sampled_from([1.0, 2.5])),
     moe__bias_update_rate=draw(st.sampled_from([0.0, 0.0, 0.001])),
     moe__forced_balance=draw(st.sampled_from([False] * 5 + [True])),
