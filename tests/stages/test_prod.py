@@ -253,6 +253,7 @@ def two_hosts(lab, engine: str, **values):
   """A configuration over two hosts of eight GPUs."""
   gpus = {"target.arch": "sm_90a", "target.dtype": "bf16", "launch.ranks": 16, "rdep.group": 4}
   gpus |= {"launch.ranks_per_node": 8, "schedule.batch_tokens": 16 * 512, "launch.engine": engine}
+  gpus |= {"schedule.warmup_tokens": 0, "schedule.decay_tokens": 0}  # labs' are of smaller batches
   gpus |= {"schedule.total_tokens": 160 * 512}
   return changed(lab.config, gpus | {key.replace("__", "."): v for key, v in values.items()})
 
