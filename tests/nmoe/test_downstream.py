@@ -48,7 +48,8 @@ def prepared(folder, *texts):
 
 @pytest.fixture
 def config(lab):
-  return changed(lab.config, {"data.seq_len": 256, "schedule.batch_tokens": 2048})
+  short = {"schedule.warmup_tokens": 0, "schedule.decay_tokens": 0}
+  return changed(lab.config, short | {"data.seq_len": 256, "schedule.batch_tokens": 2048})
 
 
 @pytest.fixture
