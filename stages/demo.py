@@ -84,13 +84,13 @@ threads = 1
 """
 VARIANT = """extends = "base.toml"
 [experiment]
-name = "one-expert"
-statement = "One expert a token instead of two costs at least 0.02 bits per byte."
+name = "four-experts"
+statement = "Four experts a token instead of two lower bits per byte by 0.02 or more."
 metric = "val/bpb"
-direction = "higher"
+direction = "lower"
 min_effect = 0.02
 [moe]
-top_k = 1
+top_k = 4
 """
 RATES = (1e-3, 3e-3, 9e-3)
 WIDTHS = (32, 64)

@@ -109,7 +109,7 @@ def _limited(config: Config) -> bool:
 
 
 def _refusals(config: Config) -> list[tuple[str, bool]]:
-  e, y, routed = config.moe, config.yarn, _routed(config)
+  m, e, y, routed = config.model, config.moe, config.yarn, _routed(config)
   softmax = routed and e.score == "softmax"
   size = e.num_experts // e.num_groups if _limited(config) else e.num_experts
   rate = e.bias_update_rate
@@ -125,6 +125,11 @@ def _refusals(config: Config) -> list[tuple[str, bool]]:
       f'moe.score = "softmax" with moe.topk_groups {e.topk_groups} of num_groups {e.num_groups}: '
       "theirs take the best expert of a group, ours the best two",
       softmax and _limited(config),
+    ),
+    (
+      f'moe.score = "softmax" with model.dim = {m.dim} that is no multiple of model.num_heads = '
+      f"{m.num_heads}: their class refuses it",
+      softmax and m.dim % m.num_heads != 0,
     ),
     (
       f"moe.num_groups = {e.num_groups} of num_experts = {e.num_experts}: "

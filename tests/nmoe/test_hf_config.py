@@ -93,6 +93,7 @@ def test_what_is_refused_has_a_reason(config):
   limited = e.topk_groups < e.num_groups
   v3 = e.score == "sigmoid" and not (limited and e.num_groups == e.num_experts)
   v2 = e.score == "softmax" and not (e.normalize or e.bias_update_rate or limited)
+  v2 = v2 and config.model.dim % config.model.num_heads == 0
   fine = not routed or ((v3 or v2) and e.num_shared and not e.forced_balance)
   if fine and not (config.yarn.factor > 1 and config.yarn.beta_fast < config.yarn.beta_slow):
     assert model_type_of(config) == ("deepseek_v2" if routed and v2 else "deepseek_v3")

@@ -196,7 +196,8 @@ def test_slots(lab, monkeypatch):
   assert of(**gpu) == ["0", "1", "2", "3"]
   assert of(**gpu, launch__slots=1) == [""]
   assert of(**gpu, launch__ranks=2, schedule__batch_tokens=1024) == ["0,1", "2,3"]
-  assert of(**gpu, launch__ranks=4, schedule__batch_tokens=2048) == [""]
+  four = {"launch__ranks": 4, "schedule__batch_tokens": 2048, "schedule__warmup_tokens": 0}
+  assert of(**gpu, **four) == [""]
   told["CUDA_VISIBLE_DEVICES"] = "6,7"
   assert of(**gpu) == ["6", "7"]
   told["CUDA_VISIBLE_DEVICES"] = ""
