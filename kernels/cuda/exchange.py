@@ -27,6 +27,8 @@ Bytes moved: send D·(1 + K) elements a token, receive (of one slot) and reply 2
 NVFP4, whose codes move in 8-byte accesses; scales are stored as bytes, 16 or 32 neighbours by a
 warp. Packed rows of either format lie at one stride, the longer one's. A wait that misses its
 deadline writes what it saw into pinned host memory and traps, so nothing after it runs.
+
+One file: the kernels of a trip rest on one argument about the order of stores and signals.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ With kernels.cuda.experts (preact 4 · N·F bytes, gate, row and source 4 · N e
 keeps 4 · N · (F + 5) + 4 · (E + 1) bytes beside x: 1,111.2 MB at T 32768, F 1408, E 64, K 6.
 
 The product is 0.7 of the forward pass's time (kernels/RESULTS.md).
+
+One file: the product, the selection and their gradient are one operation of kernels.ops.
 """
 
 from __future__ import annotations

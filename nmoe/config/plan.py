@@ -9,6 +9,8 @@ layer, the causal half. Recomputation does not count.
 
 Memory is that of one rank at the moment of a step when most is alive, with what kernels.cuda keeps
 for backward; the cpu target's plain operations use more beside it.
+
+One file: the terms of parameters, FLOPs and memory share their sizes, and are read side by side.
 """
 
 from __future__ import annotations

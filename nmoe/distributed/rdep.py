@@ -60,6 +60,8 @@ rows.
   * count of q is written by r for the next layer only after r had the reply of q to the layer
     before, which q sends after it has used the counts.
 A rank that stops stops the others at their deadline, before they use anything incomplete.
+
+One file: the argument above holds for the order of the calls below, forward and backward.
 """
 
 from __future__ import annotations

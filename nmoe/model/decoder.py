@@ -4,6 +4,8 @@ Source: DeepSeek-V3, arXiv 2412.19437 section 2.1. Shape letters as in kernels/o
 operation goes through `ops`, a module that satisfies kernels.ops.Ops. (branch, residual) pass from
 block to block, so that each residual sum is fused with the norm that follows it. The forward pass
 never synchronises with the host.
+
+One file: a reader of the model's equations turns no page between a block and its parts.
 """
 
 from __future__ import annotations

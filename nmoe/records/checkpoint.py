@@ -12,6 +12,8 @@ in parts (`Part`) each stores its own. A directory without the final name is unf
 never read. `.metadata` is a pickle by DCP: it is read first with the classes it needs and no other,
 and may name tensors only. A run saves through `Writer`: its steps wait for a copy to host memory
 only.
+
+One file: what is written and what is read back must be changed together.
 """
 
 from __future__ import annotations

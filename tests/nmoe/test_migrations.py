@@ -190,7 +190,7 @@ def test_a_step_that_fails_changes_nothing(root, monkeypatch):
 
 
 def test_the_next_step_is_one_function(root, monkeypatch):
-  """What a colleague adds: schema 1 and schema 2 both get there, data intact."""
+  """What a later feature adds: schema 1 and schema 2 both get there, data intact."""
 
   def notes(db):
     db.execute("CREATE TABLE notes (run_id TEXT NOT NULL REFERENCES runs(id), n INTEGER)")
