@@ -87,15 +87,10 @@ class Shared:
     self.buckets = buckets(owned, row) if self.members > 1 else []
     self.block = [min(_block(p.name) for p in pieces) for pieces in self.buckets]
 
-  def reduce(self, grads: Mapping[str, Tensor]) -> None:
-    """Sum the owned rows of the gradients over the members, in fp32, rounded once. Other rows keep
-    what they are.
-    """
-    for number in range(len(self.buckets)):
-      self.reduce_bucket(number, grads)
-
   def reduce_bucket(self, number: int, grads: Mapping[str, Tensor]) -> None:
-    """`reduce` for one of the buckets."""
+    """Sum the owned rows of a bucket's gradients over the members, in fp32, rounded once. Other
+    rows keep what they are.
+    """
     pieces = self.buckets[number]
     bucket_NC = self._bucket(pieces, grads, torch.float32)
     _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])

@@ -204,7 +204,8 @@ def share(group) -> dict[str, list]:
   part = Shared(OWNED, {"a": 4, "b": 1}, rank, group)
   grad = torch.tensor(2.0**-8 if rank else 1.0)
   grads = {"a": grad.bfloat16().repeat(3, 4), "b": grad.bfloat16().repeat(5)}
-  part.reduce(grads)
+  for number in range(len(part.buckets)):
+    part.reduce_bucket(number, grads)
   weights = {"a": torch.full((3, 4), -1.0).bfloat16(), "b": torch.full((5,), -1.0).bfloat16()}
   for name, (start, stop) in part.owned.items():
     weights[name][start:stop] = rank + torch.arange(start, stop).float().view(
