@@ -5,8 +5,8 @@ the tokens that a MoE layer sent to each of its experts in that step. DuckDB loc
 is open for writing, so the writer keeps rows in memory, and `flush` opens the file, appends them in
 one transaction and closes it: others read a live run in between. One who holds the file open costs
 the run nothing: the rows go into `rank_{rank}.rows` (JSON) beside it, and into the file at a later
-flush. A killed writer loses the rows not yet flushed and nothing else: flush before a checkpoint
-becomes the newest, `rewind` to its step after loading it.
+flush; `read` counts them in. A killed writer loses the rows not yet flushed and nothing else: flush
+before a checkpoint becomes the newest, `rewind` to its step after loading it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _APPEND = (
 )
 _DELETE_AGAIN = """DELETE FROM metrics WHERE step >= ?
   AND (step, tag, time) IN (SELECT step, tag, time FROM batch)"""
+_READ = """SELECT step, tokens, tag, value FROM (SELECT * FROM metrics UNION ALL
+  SELECT step, tokens, tag, coalesce(value, 'NaN'::DOUBLE), time FROM batch
+  WHERE (step, tag, time) NOT IN (SELECT step, tag, time FROM metrics WHERE step >= ?))"""
 _APPEND_LOADS = """INSERT INTO loads SELECT step, layer, list(count ORDER BY expert) FROM counts
   GROUP BY step, layer ORDER BY step, layer"""
 
@@ -105,8 +108,7 @@ class Metrics:
 
   def _append(self, rows: list[Row], loads: list[Load], again: int | None, insist: bool) -> None:
     """again: the step from which on the file may hold some of the rows already."""
-    columns = zip(_TYPES.items(), zip(*rows, strict=True), strict=True)
-    batch = {name: np.array(column, dtype) for (name, dtype), column in columns}
+    batch = _batch(rows)
     if not self.path.exists():
       _create(self.path)
     with _opened(self.path, timeout_s=LOCK_TIMEOUT_S if insist else TRY_S) as db:
@@ -151,15 +153,17 @@ def read(
 
 
 def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
+  early, _ = _kept(path.with_suffix(".rows"))  # before the file: a flush unlinks them last
   if not path.exists():
     return {}
   wanted = "" if tags is None else "WHERE tag IN (SELECT unnest(?))"
   with _opened(path, read_only=True) as db:
     if not db.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'metrics'").fetchall():
       return {}  # a full disk left the file without
+    db.register("batch", _batch(early))
     found = db.execute(
-      f"SELECT step, tokens, tag, value FROM metrics {wanted} ORDER BY tag, step, time",
-      [] if tags is None else [list(tags)],
+      f"{_READ} {wanted} ORDER BY tag, step, time",
+      [early[0][0] if early else 0, *([] if tags is None else [list(tags)])],
     ).fetchnumpy()
   tag = found["tag"]
   starts = [0, *(np.flatnonzero(tag[1:] != tag[:-1]) + 1), len(tag)]
@@ -168,6 +172,15 @@ def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
     str(tag[i]): tuple(column[i:j] for column in columns)
     for i, j in zip(starts[:-1], starts[1:], strict=True)
     if i < j
+  }
+
+
+def _batch(rows: list[Row]) -> dict[str, np.ndarray]:
+  """Columns of rows, for DuckDB."""
+  columns = zip(*rows, strict=True) if rows else [()] * len(_TYPES)
+  return {
+    name: np.array(column, dtype)
+    for (name, dtype), column in zip(_TYPES.items(), columns, strict=True)
   }
 
 

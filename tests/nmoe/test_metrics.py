@@ -170,6 +170,30 @@ def test_a_file_locked_by_another_process(tmp_path, monkeypatch):
   assert read(tmp_path, RUN)["a"][2].tolist() == [1.0, 2.0], "the rows were kept"
 
 
+def test_a_reader_counts_rows_kept_beside_a_locked_file_in(tmp_path):
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 10, {"a": 1.0})
+  writer.flush()
+  holder = child(
+    f"import duckdb, time; c = duckdb.connect({str(writer.path)!r})\n"
+    "print('up', flush=True); time.sleep(60)"
+  )
+  assert holder.stdout.readline() == "up\n"
+  writer.add(2, 20, {"a": float("nan"), "b": 2.0})
+  writer.flush()
+  assert writer.beside.exists()
+  kept = writer.beside.read_bytes()
+  holder.kill()
+  holder.communicate()
+  found = read(tmp_path, RUN)  # as of a run that died before its next flush
+  np.testing.assert_array_equal(found["a"][2], [1.0, float("nan")])
+  assert read(tmp_path, RUN, ["b"])["b"][0].tolist() == [2] and list(found) == ["a", "b"]
+  writer.flush()
+  writer.beside.write_bytes(kept)  # as of one killed between the file and the unlink
+  again = read(tmp_path, RUN)
+  assert [len(series[0]) for series in again.values()] == [2, 1], "no row twice"
+
+
 def test_a_corrupt_file(tmp_path):
   writer = Metrics(tmp_path, RUN)
   writer.path.parent.mkdir(parents=True)
