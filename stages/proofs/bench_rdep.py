@@ -6,7 +6,6 @@ This parent never imports torch. What is measured, and how, is in nmoe.bench.rde
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from nmoe.errors import ConfigError
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
+from stages.proofs.shortened import claim, named
 from stages.runs import carrying
-from stages.workbench import Arm, Workbench, hypothesis_of
+from stages.workbench import Arm, Workbench
 
+STATEMENT = "What an MoE layer costs over several ranks."
 NO_DATA = Path("")  # inputs are drawn, no mixture is read
 REPEATS = 20
 SHAPES = {  # D, K, E, F of an MoE layer
@@ -46,7 +47,7 @@ def rdep(
   """
   config = layer_config(configs.load(path), path, ranks, tokens, shape)
   with Workbench.open(config.run.root, console, anew=True) as bench:
-    found = _measured(bench, config, path.stem, repeats)
+    found = _measured(bench, config, path, repeats)
   mark = "+" if bench.patch else ""
   found |= {"commit": bench.commit + mark, "config": path.name, "arch": config.target.arch}
   if out is not None:
@@ -82,8 +83,6 @@ def layer_config(
     "schedule.total_tokens": tokens * ranks,
     "schedule.warmup_tokens": 0,
     "schedule.decay_tokens": 0,
-    "experiment.name": f"bench-rdep-{path.stem}-{time.strftime('%H%M%S')}",
-    "experiment.seeds": 1,
   }
   if shape is not None:
     keys = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim")
@@ -91,10 +90,10 @@ def layer_config(
   return configs.changed(config, values)
 
 
-def _measured(bench: Workbench, config: Config, name: str, repeats: int) -> dict[str, Any]:
+def _measured(bench: Workbench, config: Config, path: Path, repeats: int) -> dict[str, Any]:
   """What the ranks measured, recorded as an experiment of stage "bench"; RunError if one fails."""
-  arm = Arm(name, config, NO_DATA)
-  asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
+  arm = Arm(path.stem, config, NO_DATA)
+  asked = (named("bench-rdep", path), claim(STATEMENT, config), [arm], [config.train.seed])
   with carrying(bench, "bench", *asked) as work:
     run = work.start(arm, config.train.seed)
     job = Job(run.id, config, "nmoe.bench.rdep", options=("--repeats", str(repeats)))

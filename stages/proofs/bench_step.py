@@ -27,11 +27,13 @@ from nmoe.train.startup import process_age
 from stages.judge.intervals import student_t
 from stages.judge.table import Judgement
 from stages.launch.display import Display
+from stages.proofs.shortened import claim, named, shortened
 from stages.runs import carrying
 from stages.text import plain
-from stages.workbench import Workbench, hypothesis_of
+from stages.workbench import Workbench
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step")
+STATEMENT = "What a training step costs."
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
 
 
@@ -75,18 +77,8 @@ def step(
   """
   config = configs.load(path)
   before = [_earlier(path) for path in against]
-  every = max(1, steps // INTERVALS)
-  changed = {
-    "schedule.total_tokens": steps * config.schedule.batch_tokens,
-    "schedule.warmup_tokens": 0,
-    "schedule.decay_tokens": 0,
-    "train.log_every": every,
-    "train.eval_every": 0,
-    "train.checkpoint_every": 0,
-    "train.keep_checkpoints": 0,
-    "experiment.name": f"bench-{path.stem}-{time.strftime('%H%M%S')}",
-  }
-  config = configs.changed(config, changed)
+  config = shortened(config, steps, keep=0)
+  config = configs.changed(config, {"train.log_every": max(1, steps // INTERVALS)})
   with Workbench.open(config.run.root, console, anew=True) as bench:
     begun = time.monotonic()
     arm = bench.arm(path.stem, config)
@@ -96,7 +88,7 @@ def step(
     def follow(entry: Entry) -> None:
       arrived.append((entry.step, process_age()))
 
-    asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
+    asked = (named("bench", path), claim(STATEMENT, config), [arm], [config.train.seed])
     with carrying(bench, "bench", *asked) as work:
       with Display(console) as display:
         run = work.repeat(arm, config.train.seed, display, trace, follow)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +30,9 @@ from nmoe.records.root import Root
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
+from stages.proofs.shortened import claim, named, shortened
 from stages.runs import Work, carrying
-from stages.workbench import Arm, Workbench, hypothesis_of
+from stages.workbench import Arm, Workbench
 
 # Largest relative deviation from one rank. At the first step the weights are the same bits, and
 # what differs is the order of sums over tokens. Adam divides a gradient by its own size, which
@@ -44,6 +44,7 @@ TOLERANCE = {
   "fp32": {"first step": 1e-6, "later losses": 1e-5, "update": 1e-3, "later loads": 0.0},
   "bf16": {"first step": 1e-2, "later losses": 1e-2, "update": 2e-1, "later loads": 1e-1},
 }
+STATEMENT = "Any number of ranks trains the same model."
 MOE_EVENTS = re.compile(r"_(Send|Receive)(Backward)?$")
 FIRST = "first"  # where a run's states before and after its first step are, beside its checkpoints
 AVERAGES = (".exp_avg", ".momentum")  # of gradients, by the ends of their names
@@ -87,12 +88,12 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   The largest number runs twice and must repeat bit for bit. Prints the table and stores it as an
   experiment of stage "check". RunError if a claim does not hold, ConfigError if ranks don't fit.
   """
-  config = shortened(configs.load(path), path.stem, steps)
+  config = shortened(configs.load(path), steps)
   arms, most = {r: at_ranks(config, r) for r in ranks}, max(ranks)
   with Workbench.open(config.run.root, console, anew=True) as bench:
     data = bench.arm("data", arms[ranks[0]]).data
     planned = {r: Arm(f"{r} ranks", arms[r], data) for r in ranks}
-    asked = (config.experiment.name, [hypothesis_of(config)], [*planned.values()], [0])
+    asked = (named("check-ep", path), claim(STATEMENT, config), [*planned.values()], [0])
     with carrying(bench, "check", *asked) as work:
       traces = Root(bench.root).traces(work.experiment.id)
       with Display(console) as display:
@@ -141,27 +142,6 @@ def at_ranks(config: Config, ranks: int) -> Config:
       "rdep.group": group[ranks],
       "train.micro_batch": math.gcd(micro, sequences // ranks),
       "train.cuda_graph": config.train.cuda_graph and ranks == 1,
-    },
-  )
-
-
-def shortened(config: Config, name: str, steps: int) -> Config:
-  """The configuration with `steps` steps at its full rates, and a checkpoint after the last."""
-  return configs.changed(
-    config,
-    {
-      "schedule.total_tokens": steps * config.schedule.batch_tokens,
-      "schedule.warmup_tokens": 0,
-      "schedule.decay_tokens": 0,
-      "train.log_every": 1,
-      "train.eval_every": 0,
-      "train.checkpoint_every": 0,
-      "train.keep_checkpoints": 1,
-      "experiment.name": f"check-ep-{name}-{time.strftime('%H%M%S')}",
-      "experiment.statement": "Any number of ranks trains the same model.",
-      "experiment.direction": "none",
-      "experiment.min_effect": 0.0,
-      "experiment.seeds": 1,
     },
   )
 

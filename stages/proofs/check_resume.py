@@ -9,7 +9,6 @@ what several of them hold, such as weights, it has one rank's copy.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +30,13 @@ from stages.launch import local as launch
 from stages.launch.display import Display
 from stages.launch.local import Job, Launcher
 from stages.proofs import check_ep as parity
+from stages.proofs.shortened import claim, named, shortened
 from stages.runs import Work, carrying
-from stages.workbench import Arm, Workbench, hypothesis_of
+from stages.workbench import Arm, Workbench
 
 LOGGED = ("train/loss", "train/bpb", "val/loss", "grad_norm/", "lr/", "moe/")  # prefixes of tags
+KILLED = "A run that is killed and resumed is bit-equal to one that is not."
+CHANGED = "A killed run goes on at another number of ranks: it loads the same, trains alike."
 AFTER = parity.BF16  # steps after a change of ranks within which the bounds must hold
 
 
@@ -75,12 +77,13 @@ def resume(
   there is one; none: launch.ranks. Prints tables and stores them as an experiment of stage "check".
   RunError if anything differs; ConfigError, before anything runs, if the ranks don't fit.
   """
-  first, *others = attempts(shortened(configs.load(path), path.stem, steps, ranks), ranks)
+  first, *others = attempts(killable(configs.load(path), steps, ranks), ranks)
   kills = (steps // 2, 3 * steps // 4)
   with Workbench.open(first.run.root, console, anew=True) as bench:
     arm = bench.arm("uninterrupted", first)
     arms = [Arm("killed", config, arm.data) for config in (first, *others)]
-    asked = (first.experiment.name, [hypothesis_of(first)], [arm, arms[0]], [first.train.seed])
+    stated = claim(CHANGED if len(set(ranks)) > 1 else KILLED, first)
+    asked = (named("check-resume", path), stated, [arm, arms[0]], [first.train.seed])
     with carrying(bench, "check", *asked) as work:
       with Display(console) as display:
         whole = work.repeat(arm, first.train.seed, display)
@@ -132,34 +135,14 @@ def attempts(config: Config, ranks: Sequence[int]) -> list[Config]:
   return (found + 2 * found[-1:])[:3]
 
 
-def shortened(config: Config, name: str, steps: int, ranks: Sequence[int] = ()) -> Config:
+def killable(config: Config, steps: int, ranks: Sequence[int] = ()) -> Config:
   """The configuration with `steps` steps: warm-up and decay a quarter each, a checkpoint at every
   fourth part less one step, so that a kill costs some steps.
 
   If ranks change, at every step, and all are kept.
   """
-  batch, change = config.schedule.batch_tokens, len(set(ranks)) > 1
-  every = max(1, steps // 4 - 1)
-  statement = "A run that is killed and resumed is bit-equal to one that is not."
-  if change:
-    statement = "A killed run goes on at another number of ranks: it loads the same, trains alike."
-  return configs.changed(
-    config,
-    {
-      "schedule.total_tokens": steps * batch,
-      "schedule.warmup_tokens": steps // 4 * batch,
-      "schedule.decay_tokens": steps // 4 * batch,
-      "train.log_every": 1,
-      "train.eval_every": 0,
-      "train.checkpoint_every": 1 if change else every,
-      "train.keep_checkpoints": steps if change else 2,
-      "experiment.name": f"check-resume-{name}-{time.strftime('%H%M%S')}",
-      "experiment.statement": statement,
-      "experiment.direction": "none",
-      "experiment.min_effect": 0.0,
-      "experiment.seeds": 1,
-    },
-  )
+  every, keep = (1, steps) if len(set(ranks)) > 1 else (max(1, steps // 4 - 1), 2)
+  return shortened(config, steps, steps // 4, every, keep)
 
 
 def compare(root: Path, a: Run, b: Run, step: int) -> list[Row]:

@@ -214,7 +214,7 @@ def test_an_interrupted_check_says_that_it_starts_anew(lab, launches, command):
 
 
 def test_the_shortened_schedule_has_all_its_phases(lab):
-  config = check.shortened(lab.config, "tiny", 12)
+  config = check.killable(lab.config, 12)
   s = config.schedule
   assert (s.total_tokens, s.warmup_tokens, s.decay_tokens) == (6144, 1536, 1536)
   assert (config.train.checkpoint_every, config.train.keep_checkpoints) == (2, 2)
@@ -222,6 +222,6 @@ def test_the_shortened_schedule_has_all_its_phases(lab):
 
 def test_the_checkpoints_that_a_change_of_ranks_is_judged_by_are_kept(lab):
   """Of steps 24 // 2 and two steps later, wherever the kill falls."""
-  assert check.shortened(lab.config, "tiny", 24, [2, 2]).train.checkpoint_every == 5
-  train = check.shortened(lab.config, "tiny", 24, [1, 2]).train
+  assert check.killable(lab.config, 24, [2, 2]).train.checkpoint_every == 5
+  train = check.killable(lab.config, 24, [1, 2]).train
   assert (train.checkpoint_every, train.keep_checkpoints) == (1, 24)
