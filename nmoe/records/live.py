@@ -2,21 +2,25 @@
 
 A trainer cannot append to a DuckDB file that another process has open. So a file is opened only
 when its stat has changed, for one short transaction, and only rows after the last known one are
-read, of the tags that were asked for. What is read is kept in memory and, so that a new process
-starts where the last one was, in a folder outside the root. Nothing in the root is written,
-created or locked for longer than a query. A file that cannot be read spoils nothing else: it says
-so in `trouble`, and what was read before stays.
+read, of the tags that were asked for; rows that a trainer kept beside a locked file are counted in.
+What is read is kept in memory and, so that a new process starts where the last one was, in a folder
+outside the root. Nothing in the root is written, created or locked for longer than a query. A file
+that cannot be read spoils nothing else: it says so in `trouble`, and what was read before stays.
+
+One thing, and so one file: what was read is believed for as long as a stat, a row and a lock agree.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,11 +29,20 @@ import numpy as np
 
 from nmoe.errors import RecordError
 from nmoe.records.attempts import Attempt, Event, History
+from nmoe.records.metrics import Row, rows_beside
 from nmoe.records.reader import Experiment, Link, Run, decoded_run
 from nmoe.records.root import Root
 
 OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
 LIVENESS_S = 5.0  # between two looks at the locks of running runs
+OVERVIEW = (  # what a table of runs shows, and so is read of every file at once
+  "train/loss",
+  "val/bpb",
+  "grad_norm/all",
+  "train/tokens_per_s",
+  "lr/dense",
+  "memory/peak_bytes",
+)
 _RUNS_SQL = """
   SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
     '' AS diff, r.code_version, r.environment, r.target, r.status, r.results, r.error, r.host,
@@ -51,7 +64,9 @@ class Logged:
   value: np.ndarray
   time: np.ndarray
 
-  def and_then(self, later: Logged) -> Logged:
+  def and_then(self, later: Logged | None) -> Logged:
+    if later is None:
+      return self
     return Logged(
       *(np.concatenate(pair) for pair in zip(_columns(self), _columns(later), strict=True))
     )
@@ -60,30 +75,69 @@ class Logged:
 _NONE = Logged(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, float, float)))
 
 
+class Opener:
+  """Opens DuckDB files read-only, each for the length of a block, in one database in memory: to
+  attach a file takes a thirtieth of what a database of its own does. Threads may share it.
+  """
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._memory: duckdb.DuckDBPyConnection | None = None
+    self._numbers = itertools.count()
+
+  @contextmanager
+  def opened(self, path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The open file; waits for OPEN_TIMEOUT_S for a trainer that is writing to it."""
+    name = f"file_{next(self._numbers)}"
+    db = self._cursor()
+    try:
+      _attach(db, path, name)
+      try:
+        db.execute(f"USE {name}")
+        yield db
+      finally:
+        with suppress(duckdb.Error):  # of a database that a corrupt file spoilt
+          db.execute("USE memory")
+          db.execute(f"DETACH {name}")
+    except (duckdb.FatalException, duckdb.InternalException):
+      self._memory = None
+      raise
+    finally:
+      db.close()
+
+  def _cursor(self) -> duckdb.DuckDBPyConnection:
+    with self._lock:
+      if self._memory is None:
+        self._memory = duckdb.connect(config={"threads": 1})
+      return self._memory.cursor()
+
+
 class LiveFile:
   """The metrics of one rank of one run. Threads may share it."""
 
-  def __init__(self, path: Path, kept: Path):
+  def __init__(self, path: Path, kept: Path, opener: Opener):
     """kept: a file outside the root, for what was read; it need not exist."""
-    self.path, self._kept = path, kept
+    self.path, self._kept, self._opener = path, kept, opener
+    self._beside = path.with_suffix(".rows")
     self.trouble = ""
     self._lock = threading.Lock()
     self._stamp: Stamp | None = None
+    self._begun = False
     self._forget()
-    self._remember()
 
   def read(self, tags: Iterable[str]) -> dict[str, Logged]:
     """tag -> its rows so far; a tag that was never logged is absent."""
     wanted = list(dict.fromkeys(tags))
     with self._lock:
       self._refresh([tag for tag in wanted if tag not in self._series])
-      return {tag: self._series[tag] for tag in wanted if len(self._series.get(tag, _NONE).step)}
+      found = {tag: self._series.get(tag, _NONE).and_then(self._late.get(tag)) for tag in wanted}
+      return {tag: rows for tag, rows in found.items() if len(rows.step)}
 
   def tags(self) -> list[str]:
     """Every tag logged so far, in order of name."""
     with self._lock:
       self._refresh([])
-      return sorted(self._tags)
+      return sorted(self._tags | self._late.keys())
 
   def loads(self, layer: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Tokens of each expert of a MoE layer, (steps [n] int64, counts [n, E] float64), of at most
@@ -91,30 +145,46 @@ class LiveFile:
     """
     with self._lock:
       try:
-        return _loads(self.path, layer, columns) if self.path.is_file() else None
+        if not self.path.is_file():
+          return None
+        with self._opener.opened(self.path) as db:
+          return _loads(db, layer, columns)
       except duckdb.Error as error:
         self.trouble = _explained(self.path, error)
         return None
 
   def _refresh(self, new: Sequence[str]) -> None:
     """Read what was appended since, and every row of the `new` tags."""
-    stamp = _stamp(self.path)
+    if not self._begun:
+      self._remember()
+      new = [
+        tag for tag in {**dict.fromkeys(new), **dict.fromkeys(OVERVIEW)} if tag not in self._series
+      ]
+      self._begun = True
+    stamp = _stamp(self.path, self._beside)
     if stamp is None:
       if self._stamp is not None:
         self._forget()
         self.trouble = f"{self.path.name} is gone"
       self._stamp = None
     elif stamp != self._stamp or (new and not self.trouble):
-      try:
-        with _opened(self.path) as db:
-          self._take(db, new)
-        self._stamp, self.trouble = stamp, ""
-      except duckdb.Error as error:  # a locked file is tried again, a corrupt one when it changes
-        self.trouble = _explained(self.path, error)
-        self._stamp = None if _locked(error) else stamp
-      else:
-        if new:
-          self._keep()
+      self._read(stamp, new)
+
+  def _read(self, stamp: Stamp, new: Sequence[str]) -> None:
+    try:
+      early = rows_beside(self.path)  # before the file: a flush unlinks them last
+      with self._opener.opened(self.path) as db:
+        self._take(db, new)
+      self._stamp, self.trouble = stamp, ""
+    except RecordError as error:
+      early, self._stamp, self.trouble = [], stamp, str(error)
+    except duckdb.Error as error:  # a locked file is tried again, a corrupt one when it changes
+      self.trouble = _explained(self.path, error)
+      self._stamp = None if _locked(error) else stamp
+    else:
+      if new:
+        self._keep()
+    self._late = _later(early, self._series)
 
   def _take(self, db: duckdb.DuckDBPyConnection, new: Sequence[str]) -> None:
     """All of it or, where a query fails, nothing."""
@@ -134,6 +204,7 @@ class LiveFile:
   def _forget(self) -> None:
     self._last, self._witness = -1, None
     self._series: dict[str, Logged] = {}
+    self._late: dict[str, Logged] = {}
     self._tags: set[str] = set()
 
   def _keep(self) -> None:
@@ -141,7 +212,7 @@ class LiveFile:
     beside = self._kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     lengths = {tag: len(rows.step) for tag, rows in self._series.items()}
     about = {"last": self._last, "witness": self._witness, "tags": sorted(self._tags)}
-    about |= {"inode": self._stamp and self._stamp[0], "lengths": lengths}
+    about |= {"stamp": self._stamp, "lengths": lengths}
     columns = zip(*map(_columns, self._series.values()), strict=True)
     try:
       self._kept.parent.mkdir(parents=True, exist_ok=True)
@@ -152,21 +223,25 @@ class LiveFile:
       beside.unlink(missing_ok=True)
 
   def _remember(self) -> None:
-    """Take the kept file; its last row is looked for in the run's file before it is believed."""
+    """Take the kept file. Of a file that has the same stamp it is all; of another its last row is
+    looked for in the run's file before it is believed.
+    """
     try:
       with np.load(self._kept) as kept:
         about, *columns = (kept[name] for name in kept.files)
       about = json.loads(str(about))
     except (OSError, ValueError, EOFError):
       return
-    now = _stamp(self.path)
-    if now is None or about["inode"] != now[0] or len(columns) != 4:
+    now, then = _stamp(self.path, self._beside), about["stamp"]
+    if now is None or then is None or then[0] != now[0] or len(columns) != 4:
       return
     ends = np.cumsum(list(about["lengths"].values()))[:-1]
     parts = zip(*(np.split(column, ends) for column in columns), strict=True)
     self._series = {t: Logged(*part) for t, part in zip(about["lengths"], parts, strict=True)}
     self._last, self._tags = about["last"], set(about["tags"])
     self._witness = about["witness"] and tuple(about["witness"])
+    if tuple(then) == now and not self._beside.exists():
+      self._stamp = now
 
 
 @dataclass(frozen=True)
@@ -238,6 +313,7 @@ class Live:
     self.paths = Root(self.root)
     self.cache = cache / hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
     self._files: dict[tuple[str, int], LiveFile] = {}
+    self._opener = Opener()
     self._lock = threading.Lock()
     self._seen: tuple[tuple[Stamp | None, ...], float] = ((), 0.0)
     self._snapshot = Snapshot((), (), ())
@@ -272,7 +348,7 @@ class Live:
       key = (run_id, rank)
       if key not in self._files:
         kept = self.cache / "metrics" / f"{run_id}-{rank}.npz"
-        self._files[key] = LiveFile(self.paths.metrics(run_id, rank), kept)
+        self._files[key] = LiveFile(self.paths.metrics(run_id, rank), kept, self._opener)
       return self._files[key]
 
   def ranks(self, run_id: str) -> list[int]:
@@ -303,25 +379,29 @@ def _columns(rows: Logged) -> tuple[np.ndarray, ...]:
   return rows.step, rows.tokens, rows.value, rows.time
 
 
-def _stamp(path: Path) -> Stamp | None:
-  """Inode, size and time of a file, and size and time of the log beside it; None: no such file."""
+def _stamp(path: Path, *besides: Path) -> Stamp | None:
+  """Inode, size and time of a file, and size and time of DuckDB's log and of `besides`, where they
+  are; None: no such file.
+  """
   try:
     at = path.stat()
   except OSError:
     return None
-  try:
-    log = Path(f"{path}.wal").stat()
-  except OSError:
-    return (at.st_ino, at.st_size, at.st_mtime_ns)
-  return (at.st_ino, at.st_size, at.st_mtime_ns, log.st_size, log.st_mtime_ns)
+  stamp = (at.st_ino, at.st_size, at.st_mtime_ns)
+  for beside in (Path(f"{path}.wal"), *besides):
+    with suppress(OSError):
+      at = beside.stat()
+      stamp += (at.st_size, at.st_mtime_ns)
+  return stamp
 
 
-def _opened(path: Path) -> duckdb.DuckDBPyConnection:
-  """The open file; waits for OPEN_TIMEOUT_S for a trainer that is writing to it."""
+def _attach(db: duckdb.DuckDBPyConnection, path: Path, name: str) -> None:
   deadline = time.monotonic() + OPEN_TIMEOUT_S
+  place = str(path).replace("'", "''")
   while True:
     try:
-      return duckdb.connect(str(path), read_only=True, config={"threads": 1})
+      db.execute(f"ATTACH '{place}' AS {name} (READ_ONLY)")
+      return
     except duckdb.Error as error:
       if not _locked(error) or time.monotonic() > deadline:
         raise
@@ -339,11 +419,15 @@ def _rows(db: duckdb.DuckDBPyConnection, tags: Sequence[str], after: int) -> dic
     return {}
   found = db.execute(
     "SELECT list_position($tags, tag) AS place, step, tokens, value, time FROM metrics "
-    "WHERE rowid > $after AND tag IN (SELECT unnest($tags)) ORDER BY place, metrics.rowid",
+    "WHERE rowid > $after AND list_contains($tags, tag)",
     {"tags": list(tags), "after": after},
   ).fetchnumpy()
-  columns = [np.ma.getdata(found[name]) for name in ("step", "tokens", "value", "time")]
-  ends = np.searchsorted(np.ma.getdata(found["place"]), np.arange(1, len(tags) + 2))
+  place, *columns = (
+    np.ma.getdata(found[name]) for name in ("place", "step", "tokens", "value", "time")
+  )
+  order = np.argsort(place, kind="stable")
+  columns = [column[order] for column in columns]
+  ends = np.searchsorted(place[order], np.arange(1, len(tags) + 2))
   return {
     tag: Logged(*(column[i:j] for column in columns))
     for tag, i, j in zip(tags, ends[:-1], ends[1:], strict=True)
@@ -351,18 +435,41 @@ def _rows(db: duckdb.DuckDBPyConnection, tags: Sequence[str], after: int) -> dic
   }
 
 
-def _loads(path: Path, layer: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
-  with _opened(path) as db:
-    known = db.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'loads'").fetchone()
-    rows = (
-      known
-      and db.execute(
-        "WITH numbered AS (SELECT step, count, row_number() OVER (ORDER BY step DESC) - 1 AS back, "
-        "count(*) OVER () AS n FROM loads WHERE layer = $layer) SELECT step, count FROM numbered "
-        "WHERE back % greatest(1, (n + $columns - 1) // $columns) = 0 ORDER BY step",
-        {"layer": layer, "columns": columns},
-      ).fetchall()
-    )
+def _later(rows: Sequence[Row], series: dict[str, Logged]) -> dict[str, Logged]:
+  """Rows kept beside the file, by tag, without those that are in the file too: a flush that was
+  killed leaves both.
+  """
+  by_tag: dict[str, list[Row]] = {}
+  for row in rows:
+    by_tag.setdefault(row[2], []).append(row)
+  late = {}
+  for tag, of in by_tag.items():
+    known = series.get(tag, _NONE)
+    step, tokens, _, value, when = zip(*of, strict=True)
+    columns = (np.array(step, np.int64), np.array(tokens, np.int64), np.array(value, float))
+    rows_of = Logged(*columns, np.array(when, float))
+    new = ~(np.isin(rows_of.time, known.time) & np.isin(rows_of.step, known.step))
+    late[tag] = Logged(*(column[new] for column in _columns(rows_of)))
+  return late
+
+
+def _loads(
+  db: duckdb.DuckDBPyConnection, layer: int, columns: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+  sql = (
+    "SELECT 1 FROM duckdb_tables() "
+    "WHERE table_name = 'loads' AND database_name = current_database()"
+  )
+  known = db.execute(sql).fetchone()
+  rows = (
+    known
+    and db.execute(
+      "WITH numbered AS (SELECT step, count, row_number() OVER (ORDER BY step DESC) - 1 AS back, "
+      "count(*) OVER () AS n FROM loads WHERE layer = $layer) SELECT step, count FROM numbered "
+      "WHERE back % greatest(1, (n + $columns - 1) // $columns) = 0 ORDER BY step",
+      {"layer": layer, "columns": columns},
+    ).fetchall()
+  )
   if not rows:
     return None
   steps, counts = zip(*rows, strict=True)

@@ -175,6 +175,13 @@ def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
   }
 
 
+def rows_beside(path: Path) -> list[Row]:
+  """The rows that wait beside a file of metrics, in the order in which they were added; the file
+  may hold some of them already. RecordError if they cannot be read.
+  """
+  return _kept(path.with_suffix(".rows"))[0]
+
+
 def _batch(rows: list[Row]) -> dict[str, np.ndarray]:
   """Columns of rows, for DuckDB."""
   columns = zip(*rows, strict=True) if rows else [()] * len(_TYPES)

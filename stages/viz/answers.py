@@ -19,7 +19,7 @@ from nmoe.config import plan
 from nmoe.config.sections import SECTIONS, diff, kind
 from nmoe.config.sections import leaves as config_leaves
 from nmoe.errors import ConfigError
-from nmoe.records.live import Live, Logged, Snapshot
+from nmoe.records.live import OVERVIEW, Live, Logged, Snapshot
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Experiment, Run
 from stages.judge.intervals import student_t
@@ -59,6 +59,7 @@ def runs(live: Live) -> Json:
       "runs": rows[::-1],
       "configs": [leaves(text) for text in places],
       "measures": measures(),
+      "panels": OVERVIEW,
     }
   )
 

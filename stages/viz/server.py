@@ -108,7 +108,9 @@ class Server:
     return answers.compare(self.live, seen, a, b)
 
   def _series(self, request: Request) -> Response:
-    """run, tag, rank: each as often as wanted; x: of X; px: width; from, to: of x."""
+    """run, tag, rank: each as often as wanted; x: of X; px: width; from, to: of x; apart: a panel a
+    run, not all runs of a tag on one x.
+    """
     query = request.query_params
     runs = _runs(self.live.snapshot(), query.getlist("run"))
     tags = query.getlist("tag")[:MAX_TAGS]
@@ -121,7 +123,8 @@ class Server:
     logged = {
       (run.id, rank): self.live.file(run.id, rank).read(tags) for run in runs for rank in ranks
     }
-    panels = [_panel(tag, logged, kind, ends) for tag in tags]
+    parts = [{key: rows} for key, rows in logged.items()] if query.get("apart") else [logged]
+    panels = [_panel(tag, part, kind, ends) for part in parts for tag in tags]
     return Response(pack(panels, pixels), media_type="application/octet-stream")
 
   def _loads(self, request: Request) -> Response:

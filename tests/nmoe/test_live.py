@@ -15,7 +15,7 @@ from roots import RUN, tree_hash, write
 
 from nmoe.records import metrics
 from nmoe.records.experiments import Experiments
-from nmoe.records.live import Live, LiveFile
+from nmoe.records.live import Live, LiveFile, Opener
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Hypothesis
 from nmoe.records.root import Root
@@ -91,8 +91,46 @@ def test_a_new_process_begins_with_what_the_last_one_kept(root, live, tmp_path):
   assert len(values(live.file(RUN))) == 50
   write(root, range(50, 53))
   later = Live(root, tmp_path / "cache").file(RUN)
-  before = [rows.step.size for rows in later._series.values()]
+  later._remember()
+  before = [rows.step.size for tag, rows in later._series.items() if tag == "loss"]
   assert before == [50] and values(later) == list(range(53))
+
+
+def test_a_new_process_opens_no_file_that_is_as_it_was_kept(root, live, tmp_path, monkeypatch):
+  write(root, range(50))
+  values(live.file(RUN))
+  monkeypatch.setattr(Opener, "opened", lambda self, path: pytest.fail("opened"))
+  file = Live(root, tmp_path / "cache").file(RUN)
+  assert values(file) == list(range(50)) and file.tags() == ["loss", "lr"]
+
+
+def test_rows_kept_beside_a_locked_file_are_shown_once(root, live):
+  """A trainer whose file is held logs on beside it; after a kill both may hold the same rows."""
+  write(root, range(3))
+  file = live.file(RUN)
+  assert values(file) == [0, 1, 2]
+  path = Root(root).metrics(RUN, 0)
+  holder = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True)
+  try:
+    assert holder.stdout.readline() == "open\n"
+    writer = Metrics(root, RUN)
+    writer.add(3, 30, {"loss": 3.0, "late": 1.0})
+    writer.flush()
+    assert values(file) == [0, 1, 2, 3] and "locked" in file.trouble
+    assert file.tags() == ["late", "loss", "lr"]
+  finally:
+    holder.kill()
+    holder.wait()
+  beside = path.with_suffix(".rows")
+  kept = beside.read_bytes()
+  assert values(file) == [0, 1, 2, 3] and file.trouble == ""
+  writer.add(4, 40, {"loss": 4.0})
+  writer.flush()
+  assert not beside.exists() and values(file) == [0, 1, 2, 3, 4]
+  beside.write_bytes(kept)
+  assert values(file) == [0, 1, 2, 3, 4]
+  beside.write_text("{")
+  assert values(file) == [0, 1, 2, 3, 4] and ".rows: cannot be read" in file.trouble
 
 
 def test_a_kept_file_of_another_file_or_of_none_is_not_believed(root, live, tmp_path):
@@ -118,6 +156,27 @@ def test_a_corrupt_file_says_so_and_others_are_read(root, live):
   path.unlink()
   write(root, range(2))
   assert values(file) == [0, 1] and file.trouble == ""
+
+
+def test_blocks_that_are_corrupt_spoil_one_file_alone(root, live):
+  write(root, range(20_000))
+  write(root, range(4), run="other")
+  path = Root(root).metrics(RUN, 0)
+  whole = path.read_bytes()
+  for at in range(12_288, len(whole), 65_536):  # behind the headers
+    path.write_bytes(whole[:at] + bytes(len(whole[at : at + 30_000])) + whole[at + 30_000 :])
+    file = Live(root, live.cache).file(RUN)
+    assert values(file) in ([], list(range(20_000)))
+    assert "cannot be read" in file.trouble or len(values(file))
+    assert values(live.file("other")) == [0, 1, 2, 3]
+  path.write_bytes(whole)
+  assert len(values(live.file(RUN))) == 20_000
+
+
+def test_a_file_of_any_name_is_read(tmp_path):
+  root = tmp_path / "it's a root; 100 %"
+  write(root, range(3))
+  assert values(Live(root, tmp_path / "cache").file(RUN)) == [0, 1, 2]
 
 
 def test_a_file_that_disappears_is_gone(root, live):

@@ -14,6 +14,7 @@ from roots import tree_hash, write
 from starlette.testclient import TestClient
 
 from nmoe.config import file as configs
+from nmoe.records import live
 from nmoe.records.attempts import Attempts
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
@@ -153,6 +154,17 @@ def test_a_new_line_is_in_the_next_answer_and_ranks_are_apart(client, root, ids)
   (bpb,) = series(client, run=run, tag="val/bpb", x="step", rank=[0, 3])
   assert bpb[1][-1] == 41 and bpb[2][run, 0][-1] == 9 and math.isnan(bpb[2][run, 3][-1])
   assert bpb[2][run, 3][6] == 8 and client.get(f"/api/run/{run}").json()["ranks"] == [0, 3]
+
+
+def test_a_table_its_sparks_and_ten_runs_open_every_file_once(client, ids, monkeypatch):
+  opened, attach = [], live._attach
+  monkeypatch.setattr(live, "_attach", lambda *of: (opened.append(of[1]), attach(*of)))
+  panels = client.get("/api/runs").json()["panels"]
+  series(client, run=list(ids.values()), tag=panels)
+  apart = series(client, run=list(ids.values()), tag="train/loss", apart=1, px=40)
+  assert [list(panel[2]) for panel in apart] == [[(run, 0)] for run in ids.values()]
+  np.testing.assert_allclose(apart[1][2][ids["baseline", 1], 0], 4.0)
+  assert len(opened) == len(set(opened)) == len(ids)
 
 
 def test_many_points_keep_their_spikes_in_two_points_a_pixel():

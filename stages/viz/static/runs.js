@@ -6,8 +6,6 @@ import { color, dash, measure, when } from "/static/format.js";
 import { Badge, CurveBar, Legend, Link, Status, armColors, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
-const TAGS = ["train/loss", "val/bpb", "grad_norm/all", "train/tokens_per_s", "lr/dense",
-  "memory/peak_bytes"];
 const COLUMNS = ["val/bpb", "train/loss", "train/tokens_per_s", "train/mfu"];
 const HEADS = { "val/bpb": "val bpb", "train/loss": "loss", "train/tokens_per_s": "tok/s",
   "train/mfu": "MFU %" };
@@ -74,7 +72,7 @@ export function Runs({ query, data }) {
       <button onClick=${() => change({ sel: "none" })}>none</button>
     </div>
     <${Table} ...${{ data, shown, chosen, toggle, at, query }} />
-  </div><${Curves} ...${{ runs, query, chosen }} /></div>`;
+  </div><${Curves} ...${{ runs, query, panels: data.panels }} /></div>`;
 }
 
 // The selected runs as two groups: by arm where there are two, else the first against the others.
@@ -120,7 +118,7 @@ export function runColors(runs, query) {
   return Object.fromEntries(pairs);
 }
 
-// The loss of every row in a few points; asked for after the page stands, ten runs at a time.
+// The loss of every row in a few points; asked for after the page stands, some runs at a time.
 function useSparks(rows) {
   const [sparks, setSparks] = useState({});
   const asked = useRef(new Set());
@@ -128,11 +126,11 @@ function useSparks(rows) {
     let gone = false;
     const ask = async () => {
       for (;;) {
-        const next = rows.filter((r) => !asked.current.has(r.id)).slice(0, 10).map((r) => r.id);
+        const next = rows.filter((r) => !asked.current.has(r.id)).slice(0, 25).map((r) => r.id);
         if (gone || !next.length) return;
         next.forEach((id) => asked.current.add(id));
-        const answers = await Promise.all(next.map((id) => getSeries({ run: id, tag: "train/loss", px: 40 })));
-        const found = answers.map(([panel], i) => [next[i], panel.curves[0]?.y]);
+        const panels = await getSeries({ run: next, tag: "train/loss", px: 40, apart: 1 });
+        const found = panels.map((panel, i) => [next[i], panel.curves[0]?.y]);
         setSparks((old) => ({ ...old, ...Object.fromEntries(found) }));
       }
     };
@@ -142,8 +140,8 @@ function useSparks(rows) {
   return sparks;
 }
 
-function Curves({ runs, query, chosen }) {
-  const tags = query.tags ? query.tags.split(",") : TAGS;
+function Curves({ runs, query, panels }) {
+  const tags = query.tags ? query.tags.split(",") : panels;
   const ids = runs.map((r) => r.id);
   const asked = { run: ids, tag: tags, px: 600, ...seriesQuery(query) };
   const state = useLive(search(asked), () => (ids.length ? getSeries(asked) : []), hits(ids));
