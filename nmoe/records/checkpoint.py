@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.metadata import (
   ChunkStorageMetadata,
   Metadata,
   MetadataIndex,
+  StorageMeta,
   TensorProperties,
   TensorStorageMetadata,
 )
@@ -57,7 +58,7 @@ STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weigh
   "optimizer steps": ("steps",),
 }
 _METADATA_NAMES = {
-  ("pathlib", "PosixPath"),
+  ("pathlib", "PosixPath"),  # of checkpoints that have one
   ("torch", "Size"),
   ("torch.serialization", "_get_layout"),
   ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -153,6 +154,13 @@ def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tens
   return named
 
 
+class _DcpWriter(dcp.FileSystemWriter):
+  """DCP's writer, less the path that it pickles: Python 3.13 names the class of one otherwise."""
+
+  def storage_meta(self) -> StorageMeta:
+    return StorageMeta(save_id=self.save_id)
+
+
 def save(
   folder: Path,
   step: int,
@@ -182,7 +190,7 @@ def save(
   try:
     _by_rank_0(begin, group)
     with _alone():
-      storage = dcp.FileSystemWriter(beside, per_thread_copy_ahead=0)  # no CUDA from the thread
+      storage = _DcpWriter(beside, per_thread_copy_ahead=0)  # no CUDA from the thread
       dcp.save(named, storage_writer=storage, process_group=group, no_dist=single)
     _by_rank_0(finish, group)
   except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
