@@ -103,7 +103,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     return value
   if get_origin(hint) is tuple:
     item = get_args(hint)[0]
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
       raise ConfigError(f"{where} = {value!r} must be a list{' of strings' * (item is str)}")
     return tuple(_converted(v, item, f"{where}[{i}]") for i, v in enumerate(value))
   kinds = [t for t in (get_args(hint) or (hint,)) if t is not type(None)]

@@ -14,6 +14,7 @@ from nmoe.config import plan as plans
 from nmoe.config import scaling
 from nmoe.config.sections import Config
 from nmoe.config.shapes import kernel_shapes
+from nmoe.data.mixture import load_mixture, phases
 from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
 from nmoe.records.reader import Counts, Reader
@@ -36,6 +37,8 @@ def plan(config: Config, console: Console) -> None:
   console.print(_terms("FLOPs per token, forward and backward", p.flops, 1e9, "GFLOP"))
   console.print(_terms("Bytes of a rank at the step's peak", p.memory, 2**30, "GiB"))
   console.print(_roles(config))
+  if config.data.weights or config.data.weights_from:
+    console.print(_mixture(config))
   if config.launch.ranks > 1:
     r = p.rdep
     console.print(
@@ -57,6 +60,23 @@ def _roles(config: Config) -> Table:
     shape = " × ".join(map(str, r.shape))
     muon = "—" if r.muon is None else f"{r.muon:.4g}"
     table.add_row(r.name, shape, f"{r.std:.4g}", f"{r.lr:.4g}", f"{r.weight_decay:.4g}", muon)
+  return table
+
+
+def _mixture(config: Config) -> Table:
+  """The shares of the mixture's sources over the run's tokens."""
+  names = [source.name for source in load_mixture(config.data.mixture).sources]
+  found = phases(names, config.data.weights, config.data.weights_from)
+  ends = (*(phase.tokens for phase in found[1:]), config.schedule.trained_tokens)
+  table = Table(title="Shares by training tokens", title_justify="left")
+  for column in ("from", "to", "in step", *map(plain, names)):
+    table.add_column(column, justify="right")
+  for phase, end in zip(found, ends, strict=True):
+    step = phase.tokens // config.schedule.batch_tokens
+    total = sum(phase.weights.values()) if phase.weights else 0.0
+    each = [f"{w / total:.4g}" for w in phase.weights.values()] if phase.weights else ()
+    row = each or ["the mixture's own"] * len(names)
+    table.add_row(f"{phase.tokens:,}", f"{end:,}", f"{step:,}", *row)
   return table
 
 

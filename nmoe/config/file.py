@@ -80,7 +80,7 @@ def changed(config: Config, values: Mapping[str, Any]) -> Config:
   tables: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
   for key, value in (known | dict(values)).items():
     section, name = key.split(".")
-    tables[section][name] = list(value) if isinstance(value, tuple) else value
+    tables[section][name] = value
   return _checked(tables, {}, "config")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -25,6 +26,7 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _target_invariants(c)
   yield from _payload_invariants(c)
   yield from _scaling_invariants(c)
+  yield from _mixture_invariants(c)
   known = c.data.tokenizer in ("byte", "o200k_harmony") or c.data.tokenizer.startswith("hf:")
   need = 'must be "byte", "o200k_harmony", or "hf:" and the path of a tokenizer.json'
   yield "data.tokenizer", not known, need
@@ -169,6 +171,27 @@ def _scaling_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "scaling.base_heads", on and heads != wanted, need
   need = "but model.q_lora_rank is 0: q has no rank; set base_q_rank = 0"
   yield "scaling.base_q_rank", on and s.base_q_rank > 0 and m.q_lora_rank == 0, need
+
+
+def _mixture_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  """Of data.weights_from: whole tokens that rise and are reached, as many weights in every row."""
+  rows, key = c.data.weights_from, "data.weights_from"
+  need = "must have rows of tokens and a weight for each source, such as [[1000000, 0.5, 0.5]]"
+  yield key, any(len(row) < 2 for row in rows), need
+  sizes = {len(row) - 1 for row in rows} | ({len(c.data.weights)} if c.data.weights else set())
+  need = f"and data.weights have {sorted(sizes)} weights; give one for each source everywhere"
+  yield key, len(sizes) > 1, need
+  tokens = [row[0] for row in rows if row]
+  whole = all(t > 0 and t.is_integer() for t in tokens)
+  rising = all(a < b for a, b in itertools.pairwise(tokens))
+  yield key, not (whole and rising), "must begin its rows with whole tokens above 0 that rise"
+  trained = c.schedule.trained_tokens
+  need = f"has a row that no step reaches: they train {trained} tokens"
+  yield key, any(t >= trained for t in tokens), need
+  weights = (("data.weights", c.data.weights), *((key, row[1:]) for row in rows))
+  for name, row in weights:
+    bad = bool(row) and (min(row) < 0 or not 0 < sum(row) < math.inf)
+    yield name, bad, "must have no negative weights, and a finite sum above 0"
 
 
 def _divisors(n: int) -> str:

@@ -131,6 +131,10 @@ class DataConfig:
   seq_len: int = identity(gt=0)
   val_tokens: int = identity(1 << 20, gt=0)  # of an evaluation, at most what is held out
   weights: tuple[float, ...] = identity(())  # of the mixture's sources in order; (): the mixture's
+  weights_from: tuple[tuple[float, ...], ...] = schedule(())  # rows of tokens, then weights: from
+  # the first sample that begins there, or after, they hold in place of the weights before
+  fraction: float = identity(1.0, gt=0, le=1)  # of each source's training tokens, from the first:
+  # a small run repeats its text as often as a large one of the same mixture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ Samples: the shares p_i of the sources are rounded to whole counts c_i of a cycl
 (largest remainders, at least 1). Any CYCLE consecutive samples hold exactly c_i of source i. The
 sources are interleaved evenly: any m consecutive samples hold m · c_i / CYCLE of source i, with an
 error of at most 1 + S · c_i / CYCLE among S sources. The order of sources is the same for all
-seeds.
+seeds. Where the weights change after some tokens, a new cycle begins at the first sample that
+begins there or after; each source goes on at the window it had come to.
 
 Windows: a source's training documents, each followed by the separator, form one circular stream
 of L tokens. An epoch cuts it at a keyed phase into L // seq_len windows (seq_len inputs, and the
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from nmoe.data import tokenizer
 from nmoe.data.hashes import HASHES, Hashes
+from nmoe.data.mixture import Phase
 from nmoe.data.permutation import key, mix, permute
 from nmoe.data.shards import Stream, check_files, load_array, open_stream, read_manifest
 from nmoe.data.tokenizer import Tokenizer
@@ -107,17 +109,6 @@ def _open_source(folder: Path, entry: dict[str, Any], hash_of: Hashes | None) ->
   )
 
 
-def chosen_weights(data: PreparedData, weights: Sequence[float]) -> dict[str, float] | None:
-  """data.weights by source; None for the mixture's own. ConfigError if there are not as many."""
-  names = [source.name for source in data.sources]
-  if weights and len(weights) != len(names):
-    raise ConfigError(
-      f"data.weights has {len(weights)} weights, the mixture {len(names)} sources: {names}; give "
-      "one each, in that order"
-    )
-  return dict(zip(names, weights, strict=True)) if weights else None
-
-
 def shares(data: PreparedData, weights: Mapping[str, float] | None = None) -> dict[str, float]:
   """The shares p_i of the sources, of samples and so of tokens; they sum to 1.
 
@@ -154,7 +145,8 @@ def cycle_counts(share: np.ndarray) -> np.ndarray:
 class Loader:
   """The training samples of a run; it has no state, so to resume is to ask for the next n.
 
-  data: prepared data; seq_len: input tokens a sample; seed: of the order; weights: see `shares`.
+  data: prepared data; seq_len: input tokens a sample; seed: of the order; weights: see `shares`,
+  or phases of them, the first from token 0; fraction: of each source's tokens, the first ones.
   Raises DataError when a source with a positive share is shorter than one window.
   """
 
@@ -164,30 +156,47 @@ class Loader:
     *,
     seq_len: int,
     seed: int,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | Sequence[Phase] | None = None,
+    fraction: float = 1.0,
   ):
     self.data, self.seq_len, self.seed = data, seq_len, seed
-    self.shares = shares(data, weights)
-    counts = cycle_counts(np.array(list(self.shares.values())))
-    for source, count in zip(data.sources, counts, strict=True):
-      if count and source.train.length <= seq_len:
+    of = weights if isinstance(weights, Sequence) else (Phase(0, weights),)
+    self.shares_P = [shares(data, phase.weights) for phase in of]
+    counts = [cycle_counts(np.array(list(share.values()))) for share in self.shares_P]
+    self._streams = [s.train.first(math.ceil(fraction * s.train.length)) for s in data.sources]
+    for source, stream, count in zip(data.sources, self._streams, sum(counts), strict=True):
+      if count and stream.length <= seq_len:
         raise DataError(
-          f"source {source.name!r} has {source.train.length} training tokens, a sample of seq_len "
-          f"{seq_len} needs {seq_len + 1}; shorten data.seq_len, add text or drop the source"
+          f"source {source.name!r} has {stream.length} training tokens, a sample of seq_len "
+          f"{seq_len} needs {seq_len + 1}; shorten data.seq_len, raise "
+          "data.fraction, or add text"
         )
-    self._streams = [source.train for source in data.sources]
     self._length = np.array([s.length for s in self._streams], dtype=np.uint64)
     self._windows = np.maximum(self._length // np.uint64(seq_len), np.uint64(1))
     self._keys = np.array([key("order", seed, s.name) for s in data.sources], dtype=np.uint64)
-    self._counts = counts.astype(np.uint64)
-    self._pattern, self._rank = _interleave(counts)
+    self._first_P = np.array([-(-phase.tokens // seq_len) for phase in of], dtype=np.uint64)
+    self._counts_PS = np.array(counts, dtype=np.uint64)
+    interleaved = [_interleave(c) for c in counts]
+    self._pattern_P, self._rank_P = (np.stack(each) for each in zip(*interleaved, strict=True))
+    self._before_PS = self._drawn_before()
+
+  def _drawn_before(self) -> np.ndarray:
+    """uint64 [P, S]: the samples of each source before each phase."""
+    before = np.zeros_like(self._counts_PS)
+    for p, samples in enumerate(np.diff(self._first_P)):
+      cycles, rest = np.divmod(samples, np.uint64(CYCLE))
+      partial = np.bincount(self._pattern_P[p, : int(rest)], minlength=before.shape[1])
+      before[p + 1] = before[p] + cycles * self._counts_PS[p] + partial.astype(np.uint64)
+    return before
 
   def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where samples lie: (source index, epoch, first token in the source's stream) of each id."""
     ids = np.asarray(ids, dtype=np.uint64)
-    cycle, slot = np.divmod(ids, np.uint64(CYCLE))
-    source = self._pattern[slot]
-    ordinal = cycle * self._counts[source] + self._rank[slot]
+    phase_of = np.searchsorted(self._first_P, ids, side="right") - 1
+    cycle, slot = np.divmod(ids - self._first_P[phase_of], np.uint64(CYCLE))
+    source = self._pattern_P[phase_of, slot]
+    ordinal = cycle * self._counts_PS[phase_of, source] + self._rank_P[phase_of, slot]
+    ordinal += self._before_PS[phase_of, source]
     windows, length = self._windows[source], self._length[source]
     epoch, index = np.divmod(ordinal, windows)
     keys = mix(self._keys[source] ^ mix(epoch))
@@ -227,10 +236,11 @@ class Loader:
     return np.flatnonzero(self.sample(n)[: self.seq_len - 1] == self.data.tokenizer.eot) + 1
 
   def epochs(self, tokens: int) -> dict[str, float]:
-    """How often each source has been read through after `tokens` of training, by its share."""
-    samples = tokens / self.seq_len
-    part = self._counts / CYCLE * samples / self._windows
-    return dict(zip(self.shares, part.tolist(), strict=True))
+    """How often each source has been read through after `tokens` of training, by its shares."""
+    starts = np.minimum(self._first_P * 1.0, tokens / self.seq_len)
+    samples_P = np.diff(starts, append=tokens / self.seq_len)
+    part = samples_P @ (self._counts_PS / CYCLE) / self._windows
+    return dict(zip(self.shares_P[0], part.tolist(), strict=True))
 
 
 def _interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ part = "prose"          # or "code"
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from math import inf
@@ -100,6 +101,29 @@ class Sampling:
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Sampling):
   sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+  """From which training token on a mixture holds, and its weights by source; None: its own."""
+
+  tokens: int
+  weights: Mapping[str, float] | None = None
+
+
+def phases(
+  names: Sequence[str], weights: Sequence[float], later: Sequence[Sequence[float]]
+) -> tuple[Phase, ...]:
+  """data.weights and data.weights_from by source. ConfigError if a row has too few or many."""
+  rows = [(0.0, *weights), *later]
+  for key, row in zip(("weights", *["weights_from"] * len(later)), rows, strict=True):
+    if len(row) > 1 and len(row) - 1 != len(names):
+      raise ConfigError(
+        f"data.{key} has {len(row) - 1} weights, the mixture {len(names)} sources: {list(names)}; "
+        "give one each, in that order"
+      )
+  own = (dict(zip(names, row[1:], strict=True)) if len(row) > 1 else None for row in rows)
+  return tuple(Phase(int(row[0]), w) for row, w in zip(rows, own, strict=True))
 
 
 def load_mixture(path: str | Path) -> Mixture:

@@ -132,6 +132,11 @@ class Stream:
     self._starts = [0, *np.cumsum([len(s) for s in shards]).tolist()]
     self.length: int = self._starts[-1]
 
+  def first(self, length: int) -> Stream:
+    """The stream of the first `length` tokens."""
+    ends = [max(0, length - start) for start in self._starts[:-1]]
+    return Stream([shard[:end] for shard, end in zip(self._shards, ends, strict=True) if end])
+
   def read(self, offset: int, out: np.ndarray) -> None:
     """Fill `out` with the tokens from `offset` on; behind the last token comes the first."""
     filled = 0

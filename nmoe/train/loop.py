@@ -26,10 +26,10 @@ from nmoe.data.loader import (
   Loader,
   Prefetcher,
   PreparedData,
-  chosen_weights,
   open_data,
   unigram_bpb,
 )
+from nmoe.data.mixture import phases
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import (
@@ -87,12 +87,14 @@ class Parts(NamedTuple):
 
 def parts_of(session: Session, state: TrainState) -> Parts:
   c, ranks, device = session.config, session.parallel, session.target.device
+  names = [source.name for source in session.data.sources]
   batches = Prefetcher(
     Loader(
       session.data,
       seq_len=c.data.seq_len,
       seed=c.train.seed,
-      weights=chosen_weights(session.data, c.data.weights),
+      weights=phases(names, c.data.weights, c.data.weights_from),
+      fraction=c.data.fraction,
     ),
     c.sequences,
     start=state.step,

@@ -140,6 +140,14 @@ def test_the_fingerprint_ignores_free_fields_and_nothing_else(key):
   assert (fingerprint(changed) == fingerprint(BASE)) == (kind(key) == "free")
 
 
+def test_weights_by_tokens_read_back(tmp_path):
+  rows = "weights_from = [[4096, 1, 3], [8192, 0.5, 0]]"
+  config = load(variant(tmp_path, f"[data]\n{rows}\n"), env={})
+  assert config.data.weights_from == ((4096.0, 1.0, 3.0), (8192.0, 0.5, 0.0))
+  assert loads(to_toml(config), env={}) == config
+  assert configs.changed(config, {"train.seed": 1}).data == config.data
+
+
 def test_the_fingerprint_covers_the_data_and_not_the_spelling():
   assert fingerprint(BASE, "a") != fingerprint(BASE, "b")
   assert len(fingerprint(BASE)) == 16
@@ -365,6 +373,19 @@ def test_a_default_root_expands_too(tmp_path):
     ("rdep.payload", NVFP4 | {"model.dim": 80}, "model.dim is 80; make it a multiple of 32"),
     ("rdep.payload", NVFP4 | {"rdep.peer_access": False}, "is not for rdep.peer_access = false"),
     ("rdep.payload", {"rdep.payload": "nvfp8"}, "nvfp4"),
+    ("data.weights_from", {"data.weights_from": ((4096.0,),)}, "rows of tokens and a weight"),
+    (
+      "data.weights_from",
+      {"data.weights": (1.0,), "data.weights_from": ((4096.0, 1.0, 1.0),)},
+      "have [1, 2] weights",
+    ),
+    ("data.weights_from", {"data.weights_from": ((0.0, 1.0),)}, "whole tokens above 0 that rise"),
+    ("data.weights_from", {"data.weights_from": ((4096.5, 1.0),)}, "whole tokens above 0"),
+    ("data.weights_from", {"data.weights_from": ((9.0, 1.0), (9.0, 2.0))}, "that rise"),
+    ("data.weights_from", {"data.weights_from": ((1228800.0, 1.0),)}, "that no step reaches"),
+    ("data.weights_from", {"data.weights_from": ((4096.0, -1.0, 2.0),)}, "no negative weights"),
+    ("data.weights", {"data.weights": (0.0, 0.0)}, "a finite sum above 0"),
+    ("data.fraction", {"data.fraction": 0.0}, "must be in (0, 1]"),
     ("target.dtype", {"target.arch": "sm_90a"}, 'fp32 is for arch = "cpu"'),
     ("target.dtype", {"target.dtype": "fp8"}, "set target.emulate_blockscale = true"),
     ("target.emulate_blockscale", {"target.emulate_blockscale": True}, "nothing to emulate"),

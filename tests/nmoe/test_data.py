@@ -1,6 +1,7 @@
 """The loader's promises (pure, exact proportions, no repeats, independent of ranks), validation and
 bits per byte, and what a damaged folder says."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ from nmoe.data.loader import (
   shares,
   unigram_bpb,
 )
-from nmoe.data.mixture import FilesSource, Mixture
+from nmoe.data.mixture import FilesSource, Mixture, Phase, phases
 from nmoe.data.permutation import key, permute
 from nmoe.data.prepare import prepare
 from nmoe.data.shards import Stream, digest
@@ -147,7 +148,7 @@ def test_any_run_of_samples_has_its_proportions(weights, first, length):
   """A cycle of samples exactly, wherever it starts; fewer to the stated error."""
   loader = Loader(in_memory([1000] * len(weights), weights), seq_len=8, seed=0)
   source, _, _ = loader.locate(np.arange(first, first + length))
-  part = cycle_counts(np.array(list(loader.shares.values()))) / CYCLE
+  part = cycle_counts(np.array(list(loader.shares_P[0].values()))) / CYCLE
   error = np.abs(np.bincount(source, minlength=len(weights)) - length * part)
   assert (error <= (length != CYCLE) * (1 + len(weights) * part) + 1e-9).all()
 
@@ -303,6 +304,100 @@ def test_a_source_shorter_than_a_window_is_named():
 def test_a_batch_that_ranks_do_not_divide():
   with pytest.raises(ConfigError, match="10 samples is not divisible by 4 ranks"):
     Loader(in_memory([1000]), seq_len=8, seed=0).batch(0, 10, 1, 4)
+
+
+# --- weights by tokens ---
+
+
+PHASES = (
+  Phase(0, {"a": 1.0, "b": 3.0, "c": 0.0}),
+  Phase(8 * 500 - 3, {"a": 2.0, "b": 1.0, "c": 1.0}),  # in the middle of a sample: from the next
+  Phase(8 * (CYCLE + 700), {"a": 0.0, "b": 0.0, "c": 1.0}),
+)
+
+
+def phased(seed=0, fraction=1.0):
+  data = in_memory([4000, 900, 70_000])
+  return Loader(data, seq_len=8, seed=seed, weights=PHASES, fraction=fraction)
+
+
+def test_a_phase_begins_at_its_tokens_and_has_its_shares():
+  loader = phased()
+  starts = [0, 500, CYCLE + 700, CYCLE + 3000]
+  for phase, first, stop in zip(PHASES, starts, starts[1:], strict=False):
+    source, _, _ = loader.locate(np.arange(first, stop))
+    share = np.array(list(phase.weights.values()))
+    expected = (stop - first) * share / share.sum()
+    assert (np.abs(np.bincount(source, minlength=3) - expected) <= 2 + 3 * share).all()
+
+
+def test_every_source_reads_on_where_it_was():
+  """Counted by hand, sample by sample: the k-th sample of a source is the k-th that it would give
+  alone, whatever phases lie between.
+  """
+  loader = phased(seed=3)
+  source, epoch, offset = loader.locate(np.arange(CYCLE + 5000))
+  for s, name in enumerate("abc"):
+    one = {other: float(other == name) for other in "abc"}
+    alone = Loader(loader.data, seq_len=8, seed=3, weights=one)
+    count = int((source == s).sum())
+    _, expected_epoch, expected_offset = alone.locate(np.arange(count))
+    np.testing.assert_array_equal(epoch[source == s], expected_epoch)
+    np.testing.assert_array_equal(offset[source == s], expected_offset)
+
+
+def test_constant_weights_keep_the_samples_of_earlier_runs():
+  """A digest of what was read before there were phases."""
+  data = in_memory([8000, 1000], weights=[1.0, 3.0])
+  rows = Loader(data, seq_len=8, seed=5).samples(np.array([0, 1, 2, 3, 1000, 65535, 65536, 10**9]))
+  assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "30d7de2a9a1bf2f5"
+
+
+def test_before_a_change_the_samples_are_those_without_it():
+  ids = np.arange(500)
+  plain = Loader(phased().data, seq_len=8, seed=0, weights=PHASES[0].weights)
+  assert np.array_equal(plain.samples(ids), phased().samples(ids))
+  assert not np.array_equal(plain.samples(ids + 500), phased().samples(ids + 500))
+
+
+@settings(max_examples=40)
+@given(step=st.integers(0, 20_000), ranks=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
+def test_a_batch_of_phases_depends_on_seed_and_step_alone(step, ranks, seed):
+  tokens, _ = phased(seed).batch(step, 8)
+  parts = [phased(seed).batch(step, 8, r, ranks)[0] for r in range(ranks)]
+  assert np.array_equal(np.concatenate(parts), tokens)
+  one_by_one = [phased(seed).sample(8 * step + i)[:-1] for i in reversed(range(8))]
+  assert np.array_equal(np.stack(one_by_one[::-1]), tokens)
+
+
+def test_epochs_add_up_over_phases():
+  loader, samples = phased(), CYCLE + 2000
+  source, _, _ = loader.locate(np.arange(samples))
+  windows = np.array([4000, 900, 70_000]) // 8
+  counted = np.bincount(source, minlength=3) / windows
+  np.testing.assert_allclose(list(loader.epochs(8 * samples).values()), counted, atol=3 / 112)
+
+
+def test_a_fraction_is_the_first_tokens_and_repeats_them():
+  """A tenth of the text is read through ten times as often."""
+  whole, tenth = phased(), phased(fraction=0.1)
+  ids = np.arange(CYCLE)
+  rows, source = tenth.samples(ids), tenth.locate(ids)[0]
+  for s, length in enumerate((400, 90, 7000)):
+    assert rows[source == s].max() == length - 1
+  few, many = (np.array(list(each.epochs(8 * 1000).values())) for each in (whole, tenth))
+  np.testing.assert_allclose(many, few * 10, rtol=0.03)
+  with pytest.raises(DataError, match="source 'b' has 8 training tokens.*raise data.fraction"):
+    phased(fraction=0.008)
+
+
+def test_phases_of_the_keys():
+  found = phases(("a", "b"), (), ((100.0, 1.0, 3.0), (200.0, 1.0, 0.0)))
+  assert found == (Phase(0), Phase(100, {"a": 1, "b": 3}), Phase(200, {"a": 1, "b": 0}))
+  with pytest.raises(ConfigError, match="data.weights_from has 1 weights, the mixture 2 sources"):
+    phases(("a", "b"), (0.5, 0.5), ((100.0, 1.0),))
+  with pytest.raises(ConfigError, match="data.weights has 3 weights"):
+    phases(("a", "b"), (0.5, 0.5, 1.0), ())
 
 
 # --- prefetching ---

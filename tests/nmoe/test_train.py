@@ -8,6 +8,7 @@ import time
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import labs
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,8 @@ from labs import STEPS, Lab, open_lab, options, same_bits
 from torch import Tensor
 
 from nmoe.config import file as configs
-from nmoe.data.loader import Prefetcher
+from nmoe.data.loader import Loader, Prefetcher, open_data
+from nmoe.data.mixture import phases
 from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint, metrics
@@ -123,6 +125,41 @@ def test_resume_is_exact(lab, feed, recipe):
   losses = ("val/loss", "val/bpb", "train/loss", "load/max_over_mean", "steps", "tokens")
   a, b = lab.run(whole).results, lab.run(killed).results
   assert {k: a[k] for k in losses} == {k: b[k] for k in losses}
+
+
+TWO_SOURCES = (
+  labs.MIXTURE.replace("text.jsonl", "*.jsonl")
+  + """
+[[source]]
+name = "more"
+kind = "files"
+paths = ["text.jsonl"]
+format = "jsonl"
+max_documents = 50
+"""
+)
+
+
+def test_weights_that_change_by_tokens_resume_to_the_same_bits(tmp_path, monkeypatch, feed):
+  """Killed on either side of the change, which lies within a batch; batches as the loader says."""
+  monkeypatch.setattr(labs, "MIXTURE", TWO_SOURCES)
+  rows = ((2100.0, 0.2, 0.8), (4096.0, 1.0, 0.0))
+  with open_lab(tmp_path) as lab:
+    values = {"data__weights": (0.9, 0.1), "data__weights_from": rows, "data__fraction": 0.5}
+    whole, killed = (lab.record(**values) for _ in range(2))
+    assert lab.attempt(whole) == 0
+    once, feed.hashes = feed.hashes, {}
+    killed_at(lab, feed, killed, 4)
+    killed_at(lab, feed, killed, 8)
+    assert lab.attempt(killed) == 0
+    assert same_bits(lab.state(whole), lab.state(killed))
+    assert all(set(feed.hashes[step]) == set(once[step]) for step in range(1, STEPS + 1))
+    of = phases(("text", "more"), values["data__weights"], rows)
+    loader = Loader(open_data(lab.data), seq_len=64, seed=0, weights=of, fraction=0.5)
+    for step in range(STEPS):
+      tokens, targets = loader.batch(step, 8)
+      found = hashlib.sha256(tokens.tobytes() + targets.tobytes()).hexdigest()
+      assert once[step + 1] == [found]
 
 
 def test_dtypes_of_a_bf16_state(lab):
