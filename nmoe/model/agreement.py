@@ -27,7 +27,6 @@ from nmoe.machine.target import select
 from nmoe.model.decoder import Model, Norm
 from nmoe.model.export import Source, write_json
 from nmoe.model.hf_config import LATENT_EPS, positions
-from nmoe.records import checkpoint
 
 ROW = 256  # tokens of a row of compared logits
 BEYOND = 64  # tokens past the length that YaRN extends
@@ -200,10 +199,9 @@ def main() -> int:
   o = p.parse_args()
   logging.set_verbosity_error()
   logging.disable_progress_bar()
-  config = configs.loads(checkpoint.manifest(o.checkpoint)["config"])
   try:
-    layers = o.layers or config.model.num_layers
-    found = compare(o.folder, Source(o.checkpoint, config, o.dtype), layers)
+    source = Source.open(o.checkpoint, o.dtype, verified=True)
+    found = compare(o.folder, source, o.layers or source.config.model.num_layers)
   except NmoeError as error:
     sys.stderr.write(f"error: {error}\n")
     return 1

@@ -21,6 +21,7 @@ from nmoe.config.sections import Config
 from nmoe.data import tokenizer
 from nmoe.data.fast import write_tokenizer
 from nmoe.errors import CheckpointError
+from nmoe.files import existing
 from nmoe.model.hf_config import Dtype, generation_config, hf_config, model_type_of, positions
 from nmoe.model.names import from_hf, stack_experts, state_shapes, to_hf
 from nmoe.model.safetensors import Entry, Folder, ShardWriter
@@ -34,18 +35,25 @@ EMPTY = "an empty or new folder"
 class Source:
   """The weights of a finished, verified checkpoint, rounded to `dtype` but for the routers."""
 
-  path: Path
+  stored: checkpoint.Stored
   config: Config
   dtype: Dtype
 
   @classmethod
-  def open(cls, path: Path, dtype: Dtype | None) -> Source:
-    """dtype None: that of the run's parameters. Hashes every file; raises CheckpointError."""
+  def open(cls, path: Path, dtype: Dtype | None, verified: bool = False) -> Source:
+    """dtype None: that of the run's parameters. Hashes every file, unless the caller has; raises
+    CheckpointError.
+    """
     manifest = checkpoint.manifest(path)
-    checkpoint.verify(path)
+    if not verified:
+      checkpoint.verify(path)
     config = configs.loads(manifest["config"], f"{path}/manifest.json")
     own: Dtype = "float32" if config.target.dtype == "fp32" else "bfloat16"
-    return cls(path, config, dtype or own)
+    return cls(checkpoint.Stored.open(path), config, dtype or own)
+
+  @property
+  def path(self) -> Path:
+    return self.stored.path
 
   def parts(self) -> Iterator[list[str]]:
     """The names of the state with whole experts, in parts that are read together."""
@@ -66,10 +74,10 @@ class Source:
     split = [one for name in names for one in self._split(name)]
     masters = {}
     if self.dtype == "float32":
-      stored = checkpoint.contents(self.path)
-      masters = {f"{name}.master": name for name in split if f"{name}.master" in stored}
+      held = self.stored.names
+      masters = {f"{name}.master": name for name in split if f"{name}.master" in held}
     wanted = [*masters, *(name for name in split if name not in masters.values())]
-    read = checkpoint.tensors(self.path, wanted)
+    read = self.stored.tensors(wanted)
     state = stack_experts({masters.get(name, name): tensor for name, tensor in read.items()})
     for name in names:
       if tuple(state[name].shape) != shapes[name]:
@@ -120,6 +128,16 @@ def unfinished(out: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_room(folder: Path, num_bytes: int) -> None:
+  """CheckpointError if a file system has less room than is about to be written."""
+  free = shutil.disk_usage(existing(folder)).free
+  if num_bytes > free:
+    raise CheckpointError(
+      f"{folder} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; make room or "
+      "name another place, then run again"
+    )
+
+
 def write_folder(source: Source, folder: Path, shard_bytes: int) -> ShardWriter:
   """config.json, generation_config.json, the tokenizer and the weights, into an empty folder.
 
@@ -128,7 +146,9 @@ def write_folder(source: Source, folder: Path, shard_bytes: int) -> ShardWriter:
   """
   text = tokenizer.get(source.config.data.tokenizer)
   config = hf_config(source.config, text.eot, source.dtype)
-  writer = ShardWriter(folder, list(_entries(source)), shard_bytes)
+  entries = list(_entries(source))
+  check_room(folder, sum(entry.num_bytes for entry in entries))
+  writer = ShardWriter(folder, entries, shard_bytes)
   for part in source.parts():
     for name, tensor in _named(source, source.read(part)).items():
       writer.write(name, tensor)

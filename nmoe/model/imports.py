@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data import tokenizer
 from nmoe.errors import CheckpointError, ConfigError
-from nmoe.model.names import computed, from_hf
+from nmoe.model.export import check_room
+from nmoe.model.names import computed, from_hf, state_shapes
 from nmoe.model.safetensors import Folder
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
@@ -90,14 +93,12 @@ def import_folder(folder: Path, root: Root) -> Imported:
   """
   table = read_config(folder)
   values = values_of(table, str(folder / "config.json"))
-  fp32 = values["target.dtype"] == "fp32"
   config = configs.loads(_toml(values, folder, table), str(folder / "config.json"))
+  without_bias = table["model_type"] == "deepseek_v2"
   with Folder(folder) as files:
-    left = sorted(computed(files, config))
-    found = from_hf(files, config, without_bias=table["model_type"] == "deepseek_v2")
-    state = {name: _stored(name, tensor, fp32) for name, tensor in found}
-  config = configs.changed(config, {"model.init": f"import:{_digest(config, state)}"})
-  _store(folder, root, config, state)
+    left, described = sorted(computed(files, config)), files.described()
+    deque(from_hf(described, config, without_bias), maxlen=0)  # names and shapes, read in no time
+    config = _store(folder, root, config, from_hf(files, config, without_bias))
   unknown = sorted(table.keys() - REQUIRED.keys() - {*READ, *HARMLESS})
   return Imported(config, config.model.init.removeprefix("import:"), unknown, left)
 
@@ -228,27 +229,50 @@ def _stored(name: str, tensor: Tensor, fp32: bool) -> Tensor:
   return tensor.to(torch.float32 if fp32 or ".router." in name else torch.bfloat16)
 
 
-def _digest(config: Config, state: Mapping[str, Tensor]) -> str:
-  told = hashlib.sha256(configs.to_toml(config).encode())
-  for name, tensor in state.items():
-    told.update(name.encode())
-    told.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-  return told.hexdigest()[:16]
+def _store(folder: Path, root: Root, config: Config, state: Iterator[tuple[str, Tensor]]) -> Config:
+  """Write the weights as they come; the configuration that begins from them."""
+  told, fp32 = hashlib.sha256(configs.to_toml(config).encode()), config.target.dtype == "fp32"
+  imports = root.imports
 
+  def hashed() -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in state:
+      weight = _stored(name, tensor, fp32).contiguous()
+      told.update(name.encode())
+      told.update(weight.view(-1).view(torch.uint8).numpy())
+      yield name, weight
 
-def _store(folder: Path, root: Root, config: Config, state: dict[str, Tensor]) -> None:
-  final = root.imported(config.model.init.removeprefix("import:"))
-  if final.exists():
-    return
-  partial = final.with_name(final.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
+  def named() -> Config:
+    return configs.changed(config, {"model.init": f"import:{told.hexdigest()[:16]}"})
+
+  def meta() -> dict[str, Any]:
+    return {"run": f"import of {folder.resolve().name}", "config": configs.to_toml(named())}
+
+  partial = None
   try:
-    meta = {"run": f"import of {folder.resolve().name}", "config": configs.to_toml(config)}
-    checkpoint.save(partial, 0, state, 0, meta)
+    imports.mkdir(parents=True, exist_ok=True)
+    check_room(imports, state_bytes(config))
+    partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=imports))
+    checkpoint.save_streamed(partial, 0, hashed(), meta)
     if (folder / "tokenizer.json").is_file():
       shutil.copy(folder / "tokenizer.json", partial)
-    partial.rename(final)
+    partial.chmod(0o755)
+    final = root.imported(named().model.init.removeprefix("import:"))
+    if not final.exists():
+      partial.rename(final)
   except OSError as error:
-    raise CheckpointError(f"{final} cannot be written ({error}); make room, run again") from error
+    raise CheckpointError(
+      f"{imports} cannot be written ({error}); make room or name another root, then run again"
+    ) from error
   finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial is not None:
+      shutil.rmtree(partial, ignore_errors=True)
+  return named()
+
+
+def state_bytes(config: Config) -> int:
+  """Of all weights as they are stored."""
+  shapes, wide = state_shapes(config), config.target.dtype == "fp32"
+  return sum(
+    torch.Size(shape).numel() * (4 if wide or ".router." in name else 2)
+    for name, shape in shapes.items()
+  )

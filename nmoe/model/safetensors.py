@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MAPPED = 1 << 30  # bytes of files that a reader keeps in memory
+FLOATS, FP8 = ("BF16", "F32", "F16"), ("F8_E4M3",)
 BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 
 
@@ -93,10 +94,13 @@ class ShardWriter:
 
 def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
   shards: list[list[Entry]] = [[]]
+  size = 0
   for entry in entries:
-    if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > limit:
+    if shards[-1] and size + entry.num_bytes > limit:
       shards.append([])
+      size = 0
     shards[-1].append(entry)
+    size += entry.num_bytes
   return shards
 
 
@@ -136,7 +140,27 @@ class Folder(Mapping[str, Tensor]):
       raise KeyError(name)
     tensor = self._tensor(name)
     scale = f"{name}_scale_inv"
-    return dequantized(tensor, self._tensor(scale)) if scale in self._scales else tensor
+    return dequantized(name, tensor, self._tensor(scale)) if scale in self._scales else tensor
+
+  def described(self) -> dict[str, Tensor]:
+    """Every tensor without its numbers (on device meta), to check names and shapes in no time.
+
+    Raises CheckpointError for one of a type that is no weight's: integers, or fp8 without scales.
+    """
+    return {name: self._described(name) for name in self}
+
+  def _described(self, name: str) -> Tensor:
+    about, scale = self._opened(self._places[name]).get_slice(name), f"{name}_scale_inv"
+    kind, shape = about.get_dtype(), about.get_shape()
+    if kind not in (FLOATS if scale not in self._scales else FP8):
+      raise CheckpointError(
+        f"{self.folder}: {name!r} is of type {kind}; weights are {', '.join(FLOATS)}, or "
+        f"{', '.join(FP8)} beside {name}_scale_inv"
+      )
+    if scale in self._scales:
+      scales = self._opened(self._places[scale]).get_slice(scale)
+      _check_scales(name, shape, scales.get_shape())
+    return torch.empty(shape, device="meta")
 
   def __iter__(self) -> Iterator[str]:
     return (name for name in self._places if name not in self._scales)
@@ -157,11 +181,14 @@ class Folder(Mapping[str, Tensor]):
       self._stack.close()
       self._open.clear()
       self._mapped = 0
-    if file not in self._open:
-      self._open[file] = self._stack.enter_context(safe_open(self.folder / file, "pt"))
-    tensor = self._open[file].get_tensor(name)
+    tensor = self._opened(file).get_tensor(name)
     self._mapped += tensor.nbytes
     return tensor
+
+  def _opened(self, file: str) -> safe_open:
+    if file not in self._open:
+      self._open[file] = self._stack.enter_context(safe_open(self.folder / file, "pt"))
+    return self._open[file]
 
   def _files(self) -> dict[str, str] | None:
     """The index's name -> file, or None where one file holds all."""
@@ -181,7 +208,7 @@ class Folder(Mapping[str, Tensor]):
     held: dict[str, str] = {}
     for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
       try:
-        self._open[file] = self._stack.enter_context(safe_open(self.folder / file, "pt"))
+        self._opened(file)
       except (OSError, SafetensorError) as error:
         raise CheckpointError(
           f"{self.folder / file} cannot be read ({error}); fetch the folder again"
@@ -199,13 +226,17 @@ class Folder(Mapping[str, Tensor]):
     return held
 
 
-def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
+def dequantized(name: str, weight: Tensor, scale: Tensor) -> Tensor:
   """weight [O, I] in fp8 times its scales [⌈O / 128⌉, ⌈I / 128⌉], rounded to bf16."""
   rows, columns = weight.shape
-  wanted = (-(-rows // BLOCK), -(-columns // BLOCK))
-  if tuple(scale.shape) != wanted:
-    raise CheckpointError(
-      f"an fp8 weight {tuple(weight.shape)} has scales {tuple(scale.shape)}, {wanted} are needed"
-    )
+  _check_scales(name, weight.shape, scale.shape)
   wide = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
   return (weight.float() * wide).bfloat16()
+
+
+def _check_scales(name: str, weight: Sequence[int], scale: Sequence[int]) -> None:
+  wanted = [-(-size // BLOCK) for size in weight]
+  if len(weight) != 2 or list(scale) != wanted:
+    raise CheckpointError(
+      f"{name}: an fp8 weight {tuple(weight)} has scales {tuple(scale)}, {tuple(wanted)} are needed"
+    )

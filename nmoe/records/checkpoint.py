@@ -25,16 +25,18 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
   ChunkStorageMetadata,
   Metadata,
@@ -50,6 +52,7 @@ from nmoe.files import existing, sha256
 from nmoe.records.root import Root
 
 FORMAT = 2
+STREAMED = "__0_0.distcp"  # as DCP calls the first file of rank 0
 _NAME = re.compile(r"step_(\d{8})")
 STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weights are the rest
   "moments": ("exp_avg", "exp_avg_sq", "momentum"),
@@ -280,30 +283,93 @@ def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -
     raise CheckpointError(f"{path} does not hold this run's state: {_cause(error)}") from error
 
 
+def save_streamed(
+  folder: Path, step: int, state: Iterable[tuple[str, Tensor]], meta: Callable[[], dict[str, Any]]
+) -> Path:
+  """Write tensors with whole experts as they come, in one process, as checkpoint `step`.
+
+  The host holds the one tensor that is being written. meta is asked after the last of them.
+  Returns the finished directory. Raises CheckpointError, and leaves no half of it, nor does an
+  error of `state`.
+  """
+  final, beside = folder / f"step_{step:08d}", folder / f"step_{step:08d}.partial"
+  stored = Metadata({}, storage_data={}, storage_meta=StorageMeta())
+  try:
+    beside.mkdir(parents=True)
+    with (beside / STREAMED).open("wb") as file:
+      for name, tensor in state:
+        for key, one in split_experts({name: tensor}, 0).items():
+          _append(file, key, one, stored)
+    (beside / ".metadata").write_bytes(pickle.dumps(stored))
+    _seal(beside, {"format": FORMAT, "step": step, **meta()})
+    beside.rename(final)
+  except (OSError, RuntimeError) as error:
+    free = shutil.disk_usage(existing(folder)).free
+    raise CheckpointError(
+      f"{final} was not written ({_cause(error)}; {free / 2**30:.2f} GiB free); make room, then "
+      "run again"
+    ) from error
+  finally:
+    shutil.rmtree(beside, ignore_errors=True)
+  return final
+
+
+def _append(file: IO[bytes], name: str, tensor: Tensor, stored: Metadata) -> None:
+  """A tensor as torch.distributed.checkpoint stores one, and where it lies."""
+  begin, none = file.tell(), torch.Size([0] * tensor.ndim)
+  torch.save(tensor.detach().clone(memory_format=torch.contiguous_format), file)
+  about = TensorProperties.create_from_tensor(tensor)
+  chunks = [ChunkStorageMetadata(none, tensor.shape)]
+  stored.state_dict_metadata[name] = TensorStorageMetadata(about, tensor.shape, chunks)
+  place = _StorageInfo(file.name.rpartition("/")[2], begin, file.tell() - begin)
+  stored.storage_data[MetadataIndex(name, none)] = place
+
+
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
   """Every wanted tensor of a finished checkpoint on the CPU, experts under their global ids."""
   verify(path)
-  return tensors(path, [name for name in contents(path) if wanted(name)])
+  stored = Stored.open(path)
+  return stored.tensors([name for name in stored.names if wanted(name)])
 
 
-def contents(path: Path) -> dict[str, TensorStorageMetadata]:
-  """Name -> size and dtype of every tensor of a finished checkpoint."""
-  return _metadata(path).state_dict_metadata
+@dataclass(frozen=True)
+class Stored:
+  """What a checkpoint that `verify` has seen holds, to read it part by part on the CPU."""
+
+  path: Path
+  metadata: Metadata
+
+  @classmethod
+  def open(cls, path: Path) -> Stored:
+    return cls(path, _metadata(path))
+
+  @property
+  def names(self) -> Mapping[str, TensorStorageMetadata]:
+    """Name -> size and dtype of every tensor."""
+    return self.metadata.state_dict_metadata
+
+  def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+    """These tensors. CheckpointError for one that it does not hold."""
+    state = {}
+    for name in names:
+      if name not in self.names:
+        raise CheckpointError(f"{self.path} holds no {name!r}; is it of another model?")
+      about = self.names[name]
+      state[name] = torch.empty(about.size, dtype=about.properties.dtype)
+    with _alone():
+      dcp.load(state, storage_reader=_Opened(self), no_dist=True)
+    return state
 
 
-def tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-  """These tensors of a checkpoint that `verify` has seen, on the CPU: to read it part by part.
+class _Opened(dcp.FileSystemReader):
+  """Reads files by the metadata that was read and checked already."""
 
-  Raises CheckpointError for one that it does not hold.
-  """
-  stored, state = contents(path), {}
-  for name in names:
-    if name not in stored:
-      raise CheckpointError(f"{path} holds no {name!r}; is it of another model?")
-    state[name] = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-  with _alone():
-    dcp.load(state, checkpoint_id=path, no_dist=True)
-  return state
+  def __init__(self, stored: Stored):
+    super().__init__(stored.path)
+    self.metadata = stored.metadata
+
+  def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+    return self.metadata
 
 
 class _Metadata(pickle.Unpickler):

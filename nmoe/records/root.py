@@ -24,9 +24,14 @@ class Root:
     """One folder a prepared mixture, named by its digest."""
     return self.path / "data"
 
+  @property
+  def imports(self) -> Path:
+    """One folder a HuggingFace model, named by its digest."""
+    return self.path / "imports"
+
   def imported(self, digest: str) -> Path:
     """The weights and the tokenizer of a HuggingFace folder."""
-    return self.path / "imports" / digest
+    return self.imports / digest
 
   @property
   def evals(self) -> Path:

@@ -128,11 +128,11 @@ def test_fp8_blocks_with_a_ragged_edge(tmp_path, root):
     for j in range(0, 200, BLOCK):
       end = min(j + BLOCK, 200)
       wanted[i, j:end] = coded[i, j:end].float() * scale[i // BLOCK, j // BLOCK]
-  assert torch.equal(dequantized(coded, scale), wanted.bfloat16())
+  assert torch.equal(dequantized("w", coded, scale), wanted.bfloat16())
   with pytest.raises(
-    CheckpointError, match=r"\(300, 200\) has scales \(2, 2\), \(3, 2\) are needed"
+    CheckpointError, match=r"w: an fp8 weight \(300, 200\) has scales \(2, 2\), \(3, 2\) are needed"
   ):
-    dequantized(coded, scale[:2])
+    dequantized("w", coded, scale[:2])
 
   def quantized(tensors):
     for name in [n for n in tensors if "_proj.weight" in n]:
@@ -147,7 +147,7 @@ def test_fp8_blocks_with_a_ragged_edge(tmp_path, root):
   files = load_file(folder / "model.safetensors")
   name = "model.layers.0.mlp.gate_proj.weight"
   gate = state_at(root, found.digest)["layers.0.mlp.w13"][0::2]
-  assert torch.equal(gate, dequantized(files[name], files[name + "_scale_inv"]).float())
+  assert torch.equal(gate, dequantized(name, files[name], files[name + "_scale_inv"]).float())
 
 
 EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
