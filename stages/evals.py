@@ -15,8 +15,11 @@ from rich.text import Text
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
+from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import CheckpointError, RunError
-from nmoe.evals.requests import read_manifest
+from nmoe.evals.contamination import Contamination, contamination, texts_of
+from nmoe.evals.contamination import write as write_contamination
+from nmoe.evals.requests import read_manifest, read_task
 from nmoe.evals.sources import prepare
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
@@ -24,20 +27,46 @@ from nmoe.records.reader import Evaluation, Reader
 from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
+from stages.workbench import prepared
 
 COLUMNS = ("bpb", "acc", "acc_char", "acc_byte", "p_correct")
 
 
-def prep(source: Path, root: Path, console: Console) -> None:
-  """Freeze a source's items and list its tasks."""
-  with console.status(f"reading {source.name}"):
+def prep(
+  source: str | Path,
+  root: Path,
+  console: Console,
+  mixture: Path | None = None,
+  tokenizer: str = "o200k_harmony",
+) -> None:
+  """Freeze a source's items and list its tasks; with a mixture, how many items stand in it."""
+  with console.status(f"reading {source}"):
     folder = prepare(source, root)
-  table = Table("task", "documents", "requests", "chance")
-  for task, entry in read_manifest(folder)["tasks"].items():
-    chance = "" if entry["chance"] == 1 else f"{entry['chance']:.3f}"
-    table.add_row(task, f"{entry['documents']:,}", f"{entry['requests']:,}", chance)
+  tasks = read_manifest(folder)["tasks"]
+  told = {} if mixture is None else _contamination(folder, mixture, tokenizer, root, console)
+  columns = ("task", "documents", "requests", "measure", "chance")
+  table = Table(*columns, *(["in the training data"] if told else []))
+  for task, entry in tasks.items():
+    chance = f"{entry['chance']:.3f}" if entry["chance"] else ""
+    counts = (f"{entry[name]:,}" for name in ("documents", "requests"))
+    hits = [f"{len(told[task].found):,} of {told[task].checked:,}"] if told else []
+    table.add_row(task, *counts, entry["primary"], chance, *hits)
   console.print(table)
   console.print(str(folder), soft_wrap=True)
+
+
+def _contamination(
+  folder: Path, mixture: Path, tokenizer: str, root: Path, console: Console
+) -> dict[str, Contamination]:
+  """By task; written beside the manifest of the prepared data."""
+  data, text = prepared(mixture, tokenizer, root, console), get_tokenizer(tokenizer)
+  items = {task: read_task(folder, task, 0) for task in read_manifest(folder)["tasks"]}
+  with console.status(f"looking for items in {mixture.name}"):
+    found = contamination(items, texts_of(data, text))
+  path = Root(root).contamination(data.name, folder.name)
+  write_contamination(path, found)
+  console.print(f"items with 13 words in a row that the training data have: {path}", soft_wrap=True)
+  return found
 
 
 def run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from nmoe.data.tokenizer import Tokenizer
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import DataError
 from nmoe.evals.measure import Items, items_of, summary
-from nmoe.evals.requests import Document, Row, find_task, read_task, rows_of
+from nmoe.evals.requests import Document, Row, find_task, read_manifest, read_task, rows_of
 from nmoe.evals.scoring import Batch, batches, score
-from nmoe.evals.suites import Suite
+from nmoe.evals.suites import CORE, Suite
 from nmoe.model.decoder import Model
 
 MAX_CUT = 0.01  # of a task's documents may lose the left of their context
@@ -48,6 +49,7 @@ class Downstream:
     self.suite, self.longest = suite, config.data.seq_len
     self.documents: dict[str, list[Document]] = {}
     self.rows: dict[str, list[Row]] = {}
+    self.about: dict[str, dict[str, Any]] = {}
     told: list[Any] = [suite.limit]
     for task in suite.tasks:
       folder = find_task(evals, task)
@@ -55,6 +57,7 @@ class Downstream:
       rows = [row for d in documents for row in rows_of(d, tokenizer, self.longest)]
       _check_length(task, rows, self.longest)
       self.documents[task], self.rows[task] = documents, rows
+      self.about[task] = read_manifest(folder)["tasks"][task]
       told.append([task, folder.name])
     self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     self._batches, self._total = self._cut(config.rank_tokens)
@@ -77,6 +80,8 @@ class Downstream:
     for name in ("bpb", "acc"):
       mean = np.mean([values[f"eval/{task}/{name}"] for task in self.rows])
       values[f"eval/{self.suite.name}/{name}"] = float(mean)
+    if set(CORE) <= set(self.rows):
+      values[f"eval/{self.suite.name}/core"] = core(values, self.about)
     return Outcome(values, items, time.perf_counter() - began)
 
   def _cut(self, tokens: int) -> tuple[list[Batch], int]:
@@ -87,6 +92,16 @@ class Downstream:
     return batches(rows, range(len(rows)), self.longest, tokens), sum(
       len(row.ids) - row.start for row in rows
     )
+
+
+def core(values: Mapping[str, float], about: Mapping[str, Mapping[str, Any]]) -> float:
+  """DCLM's CORE: the mean over its 22 tasks of (accuracy − chance) / (1 − chance)."""
+  centered = []
+  for task in CORE:
+    chance = about[task]["chance"]
+    accuracy = values[f"eval/{task}/{about[task]['primary']}"]
+    centered.append((accuracy - chance) / (1 - chance))
+  return float(np.mean(centered))
 
 
 def _check_length(task: str, rows: list[Row], longest: int) -> None:

@@ -52,7 +52,8 @@ def per_document(items: Items) -> dict[str, np.ndarray]:
   bpb        bits per byte of the right answer (OLMES, arXiv 2406.08446)
   acc        whether the most probable choice is the right one; of one choice: whether greedy
              decoding gives it
-  acc_char, acc_byte   the same of the highest log-probability per character and per byte
+  acc_char, acc_byte, acc_token   the same of the highest log-probability per character, per byte
+             and per token
   p_correct  softmax over the choices of the log-probability per byte, at the right one
   """
   gold = items.gold
@@ -61,7 +62,7 @@ def per_document(items: Items) -> dict[str, np.ndarray]:
   if len(edges) == len(items.nats):
     return measures | {"acc": items.hit[gold].astype(np.float64)}
   per = {"acc": items.nats, "acc_char": items.nats / items.chars}
-  per |= {"acc_byte": items.nats / items.bytes}
+  per |= {"acc_byte": items.nats / items.bytes, "acc_token": items.nats / items.tokens}
   for name, values in per.items():
     best = np.minimum.reduceat(values, edges)
     first = np.array(

