@@ -18,7 +18,11 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
     raise ConfigError(f"{out} is there already; name a new file")
   with console.status(f"reading {folder}"):
     found = import_folder(folder, Root(root))
-  out.write_text(configs.to_toml(found.config), encoding="utf-8")
+  try:
+    out.write_text(configs.to_toml(found.config), encoding="utf-8")
+  except OSError as error:
+    out.unlink(missing_ok=True)
+    raise ConfigError(f"{out} cannot be written ({error}); name another file") from error
 
   def say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)

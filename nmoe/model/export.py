@@ -23,7 +23,7 @@ from nmoe.data.fast import write_tokenizer
 from nmoe.errors import CheckpointError
 from nmoe.files import existing
 from nmoe.model.hf_config import Dtype, generation_config, hf_config, model_type_of, positions
-from nmoe.model.names import from_hf, stack_experts, state_shapes, to_hf
+from nmoe.model.names import from_hf, state_shapes, to_hf
 from nmoe.model.safetensors import Entry, Folder, ShardWriter
 from nmoe.records import checkpoint
 
@@ -70,22 +70,19 @@ class Source:
 
     Raises CheckpointError for one that is missing, or of another shape.
     """
-    shapes = state_shapes(self.config)
-    split = [one for name in names for one in self._split(name)]
-    masters = {}
-    if self.dtype == "float32":
-      held = self.stored.names
-      masters = {f"{name}.master": name for name in split if f"{name}.master" in held}
-    wanted = [*masters, *(name for name in split if name not in masters.values())]
-    read = self.stored.tensors(wanted)
-    state = stack_experts({masters.get(name, name): tensor for name, tensor in read.items()})
+    shapes, state, views = state_shapes(self.config), {}, {}
     for name in names:
-      if tuple(state[name].shape) != shapes[name]:
-        raise CheckpointError(
-          f"{self.path}: {name} is {tuple(state[name].shape)}, its configuration says "
-          f"{shapes[name]}; is it of another model?"
-        )
+      split = self._split(name)
+      suffix = ".master" if self._has_masters(split[0]) else ""
+      dtype = self.stored.about(split[0] + suffix).properties.dtype
+      state[name] = torch.empty(shapes[name], dtype=dtype)
+      rows = state[name] if len(split) > 1 or split[0] != name else [state[name]]
+      views |= {one + suffix: row for one, row in zip(split, rows, strict=True)}
+    self.stored.fill(views)
     return {name: state[name].to(self.dtype_of(name)) for name in names}
+
+  def _has_masters(self, name: str) -> bool:
+    return self.dtype == "float32" and f"{name}.master" in self.stored.names
 
   def dtype_of(self, name: str) -> torch.dtype:
     """Routers stay fp32."""

@@ -154,13 +154,17 @@ def _gather(name: str, shape: tuple[int, ...], hf: Mapping[str, Tensor], left: s
     return _stacked(prefix, weight, hf, left)
   out = None
   for e in range(shape[0]):
-    matrix = _matrix(f"{prefix}{e}.", weight, hf, left)
-    out = matrix.new_empty(shape[0], *matrix.shape) if out is None else out
-    if matrix.shape != out.shape[1:]:
+    parts = _parts(f"{prefix}{e}.", weight, hf, left)
+    rows, columns = parts[0].shape
+    if out is None:
+      out = parts[0].new_empty(shape[0], len(parts) * rows, columns)
+    if (len(parts) * rows, columns) != out.shape[1:]:
       raise CheckpointError(
-        f"{prefix}{e}: {weight} would be {tuple(matrix.shape)}, expert 0 has {tuple(out[0].shape)}"
+        f"{prefix}{e}: {weight} would be {(len(parts) * rows, columns)}, expert 0 has "
+        f"{tuple(out[0].shape)}"
       )
-    out[e] = matrix
+    for i, part in enumerate(parts):  # no matrix of its own in between
+      out[e, i :: len(parts)] = part
   return out
 
 
@@ -173,8 +177,14 @@ def _stacked(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str])
 
 
 def _matrix(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:
+  parts = _parts(prefix, weight, hf, left)
+  return parts[0] if len(parts) == 1 else torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def _parts(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) -> list[Tensor]:
+  """The matrices whose rows take turns in ours: gate and up, or down alone."""
   if weight == "w2":
-    return _take(f"{prefix}down_proj.weight", hf, left)
+    return [_take(f"{prefix}down_proj.weight", hf, left)]
   gate = _take(f"{prefix}gate_proj.weight", hf, left)
   up = _take(f"{prefix}up_proj.weight", hf, left)
   if gate.shape != up.shape:
@@ -182,7 +192,7 @@ def _matrix(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) 
       f"{prefix}gate_proj.weight is {tuple(gate.shape)}, {prefix}up_proj.weight {tuple(up.shape)}; "
       "they must agree"
     )
-  return torch.stack([gate, up], dim=1).flatten(0, 1)
+  return [gate, up]
 
 
 def _take(name: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:

@@ -22,7 +22,7 @@ from nmoe.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-MAPPED = 1 << 30  # bytes of files that a reader keeps in memory
+MAPPED = 1 << 28  # bytes of files that a reader keeps in memory
 FLOATS, FP8 = ("BF16", "F32", "F16"), ("F8_E4M3",)
 BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 

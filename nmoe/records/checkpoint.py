@@ -348,17 +348,34 @@ class Stored:
     """Name -> size and dtype of every tensor."""
     return self.metadata.state_dict_metadata
 
+  def about(self, name: str) -> TensorStorageMetadata:
+    """Size and dtype of a tensor. CheckpointError for one that it does not hold."""
+    if name not in self.names:
+      raise CheckpointError(f"{self.path} holds no {name!r}; is it of another model?")
+    return self.names[name]
+
   def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
     """These tensors. CheckpointError for one that it does not hold."""
     state = {}
     for name in names:
-      if name not in self.names:
-        raise CheckpointError(f"{self.path} holds no {name!r}; is it of another model?")
-      about = self.names[name]
+      about = self.about(name)
       state[name] = torch.empty(about.size, dtype=about.properties.dtype)
+    self.fill(state)
+    return state
+
+  def fill(self, state: dict[str, Tensor]) -> None:
+    """Read these tensors in place, experts as views by their global ids.
+
+    CheckpointError for one that it does not hold, or of another shape.
+    """
+    for name, tensor in state.items():
+      if (held := self.about(name).size) != tensor.shape:
+        raise CheckpointError(
+          f"{self.path}: {name} is {tuple(held)}, its configuration says {tuple(tensor.shape)}; is "
+          "it of another model?"
+        )
     with _alone():
       dcp.load(state, storage_reader=_Opened(self), no_dist=True)
-    return state
 
 
 class _Opened(dcp.FileSystemReader):
