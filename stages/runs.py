@@ -6,7 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from nmoe.records.measures import MEASURES
 from nmoe.records.provenance import environment
 from nmoe.records.reader import Experiment, Hypothesis, Run
 from nmoe.records.root import Root
-from nmoe.train.progress import Entry
+from nmoe.train.progress import FAILED_FOR_GOOD, Entry
 from stages.judge.table import Judgement
 from stages.launch import local as launch
 from stages.launch.display import Display, Line
@@ -88,6 +88,7 @@ class Work:
 
   bench: Workbench
   experiment: Experiment
+  refused: set[str] = field(default_factory=set)  # runs that another try would not help
 
   @property
   def measures_the_machine(self) -> bool:
@@ -217,6 +218,8 @@ class Work:
       line.end("stopped")
       raise self.stopped(found.id, f"exit status {ended.poll()}\n{ended.tail()}")
     line.end(found.status)
+    if ended.poll() == FAILED_FOR_GOOD:
+      self.refused.add(found.id)
     return found
 
   def stopped(self, run_id: str, how: str) -> RunError:
@@ -238,6 +241,8 @@ class Work:
     failed = [run for run in runs if not run.finished]
     if failed:
       again = "starts all runs anew" if self.bench.anew else "continues them"
+      if any(run.id in self.refused for run in failed):
+        again = "fails alike as long as the cause stands"
       raise RunError(
         f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command {again}:\n"
         + self._listed(failed)

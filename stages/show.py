@@ -19,6 +19,7 @@ from nmoe.errors import ConfigError
 from nmoe.machine.doctor import examine
 from nmoe.records.reader import Counts, Reader
 from nmoe.records.root import Root
+from nmoe.train.schedule import rate_phases, remarks
 from stages.launch import local as launch
 from stages.report.terminal import terminal_summary
 from stages.text import plain
@@ -36,6 +37,9 @@ def plan(config: Config, console: Console) -> None:
   )
   console.print(_terms("FLOPs per token, forward and backward", p.flops, 1e9, "GFLOP"))
   console.print(_terms("Bytes of a rank at the step's peak", p.memory, 2**30, "GiB"))
+  console.print(_schedule(config))
+  for remark in remarks(config):
+    console.print(remark, markup=False, highlight=False, soft_wrap=True)
   console.print(_roles(config))
   if config.data.weights or config.data.weights_from:
     console.print(_mixture(config))
@@ -51,15 +55,35 @@ def plan(config: Config, console: Console) -> None:
       console.print(f"{device.name}: {'fits' if misfit is None else misfit}")
 
 
+def _schedule(config: Config) -> Table:
+  s = config.schedule
+  title = (
+    f"{config.steps:,} steps of {s.batch_tokens:,} tokens, {s.trained_tokens:,} in all: factors on "
+    "the rates"
+  )
+  table = Table(title=title, title_justify="left")
+  table.add_column("phase")
+  for name in ("tokens", "steps", "first step", "last step"):
+    table.add_column(name, justify="right")
+  for p in rate_phases(s):
+    counts = f"{p.tokens:,}", f"{p.steps:,}"
+    table.add_row(p.name, *counts, f"{p.first:.4g}", f"{p.last:.4g}")
+  return table
+
+
 def _roles(config: Config) -> Table:
   table = Table(title=f"Tensors under scaling.rule = {config.scaling.rule!r}", title_justify="left")
   table.add_column("tensor")
-  for name in ("shape", "initial std", "peak rate", "weight decay", "Muon's factor"):
+  rates = ("first rate", "peak rate", "last rate")
+  for name in ("shape", "initial std", *rates, "weight decay", "Muon's factor"):
     table.add_column(name, justify="right")
+  parts = rate_phases(config.schedule)
+  factors = parts[0].first, max(f for p in parts for f in (p.first, p.last)), parts[-1].last
   for r in scaling.roles(config):
     shape = " × ".join(map(str, r.shape))
     muon = "—" if r.muon is None else f"{r.muon:.4g}"
-    table.add_row(r.name, shape, f"{r.std:.4g}", f"{r.lr:.4g}", f"{r.weight_decay:.4g}", muon)
+    rates = (f"{r.lr * factor:.4g}" for factor in factors)
+    table.add_row(r.name, shape, f"{r.std:.4g}", *rates, f"{r.weight_decay:.4g}", muon)
   return table
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmoe.records.reader import Experiment, Hypothesis, Run
+from nmoe.records.root import Root
+from stages.admission import admit_with_data
 from stages.comparable import check_held_out, check_one_machine
 from stages.judge.table import Judgement, Result, Table
 from stages.runs import Work, carrying
@@ -50,10 +52,11 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
   """Record the study, run what is not yet run, judge, report.
 
   A study that asks the same of the same runs goes on where it was. ConfigError, before anything
-  runs, if a hypothesis compares arms on different held-out sets. RunError if a run fails (then
+  runs, if a hypothesis compares arms on different held-out sets, and what nmoe's checks of a run
+  raise if one can be seen to fail. RunError if a run fails (then
   there is no verdict) or diverged (then there is one).
   """
-  check_held_out(study.hypotheses, study.arms)
+  check(study.hypotheses, study.arms, workbench)
   asked = (study.stage, study.name, study.hypotheses, study.arms, study.seeds)
   with carrying(workbench, *asked, grows=study.further is not None) as work:
     table, runs = _results(study, work)
@@ -63,6 +66,13 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
   return Outcome(work.experiment, table, judgement, report)
 
 
+def check(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm], bench: Workbench) -> None:
+  """Refuse arms whose runs can be seen to fail, or must not be compared."""
+  for arm in arms:
+    admit_with_data(arm.config, Root(bench.root), arm.data)
+  check_held_out(hypotheses, arms)
+
+
 def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:
   """Round after round of runs, until there are no further ones."""
   pairs = [(arm, seed) for seed in study.seeds for arm in study.arms]
@@ -70,7 +80,7 @@ def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:
   runs: list[Run] = []
   while pairs:
     arms = {arm.name: arm for arm in (*study.arms, *(arm for arm, _ in pairs))}
-    check_held_out(study.hypotheses, tuple(arms.values()))
+    check(study.hypotheses, tuple(arms.values()), work.bench)
     work.plan(tuple(arms.values()))
     runs += work.run_all(pairs)
     work.check(runs)

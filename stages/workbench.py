@@ -14,6 +14,8 @@ from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import ArmRecord, Hypothesis
+from nmoe.records.root import Root
+from stages.admission import admit, admit_with_data
 from stages.judge.table import Point
 from stages.text import plain
 
@@ -66,9 +68,16 @@ class Workbench:
     return cls(folder, Experiments(folder), console, commit, patch, code_version, anew)
 
   def arm(self, name: str, config: Config) -> Arm:
-    """Prepare the arm's data (or find it prepared)."""
+    """Prepare the arm's data (or find it prepared).
+
+    ConfigError, DataError, TargetError, CheckpointError if its run can be seen to fail, before the
+    data are prepared if these have no part in it.
+    """
+    admit(config, Root(self.root))
     mixture = Path(config.data.mixture)
-    return Arm(name, config, prepared(mixture, config.data.tokenizer, self.root, self.console))
+    folder = prepared(mixture, config.data.tokenizer, self.root, self.console)
+    admit_with_data(config, Root(self.root), folder)
+    return Arm(name, config, folder)
 
   def plan(self, arm: Arm) -> ArmRecord:
     """An arm as the records plan it: what it computes, whatever its seed, with which code."""

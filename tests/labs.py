@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nmoe.config import file as configs
 from nmoe.config.sections import fingerprint
-from nmoe.data.loader import open_data
 from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.prepared import open_data
 from nmoe.data.tokenizer import get
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import NmoeError
@@ -240,8 +240,8 @@ class Launches:
     follow(Entry(1, STEPS, 5.0, 1.0, 60.0))
     try:
       return Ended(job, train.attempt(options(launcher.root, job.run, job.first)))
-    except NmoeError:
-      return Ended(job, 1)
+    except NmoeError as error:
+      return Ended(job, train.told(error))
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

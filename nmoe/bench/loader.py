@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from nmoe.data.loader import Loader, open_data
+from nmoe.data.loader import Loader
+from nmoe.data.prepared import open_data
 
 
 def loader_rate(data: Path, seq_len: int, seed: int, seconds: float = 1.0) -> float:

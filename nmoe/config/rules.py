@@ -60,6 +60,8 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   need = f"exceeds num_layers {m.num_layers}"
   yield "model.num_dense_layers", m.num_dense_layers > m.num_layers, need
   yield "model.qk_rope_dim", m.qk_rope_dim % 2 != 0, "must be even: RoPE turns pairs"
+  need = f"is less than yarn.beta_slow {c.yarn.beta_slow}: fast dimensions turn more often"
+  yield "yarn.beta_fast", c.yarn.beta_fast < c.yarn.beta_slow, need
   yield "moe.top_k", e.top_k > e.num_experts, f"exceeds num_experts {e.num_experts}"
   need = f"must divide num_experts {e.num_experts}"
   yield "moe.num_groups", e.num_experts % e.num_groups != 0, need
@@ -151,6 +153,11 @@ def _payload_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "rdep.payload", packed and dim % 32 != 0, need
   need = 'is not for rdep.peer_access = false; set that to true or payload = "bf16"'
   yield "rdep.payload", packed and not c.rdep.peer_access, need
+  puts, several = not c.rdep.peer_access, c.launch.ranks > 1
+  need = 'is for GPUs; with target.arch = "cpu" set it to true'
+  yield "rdep.peer_access", puts and several and c.target.arch == "cpu", need
+  need = f"puts rows without padding, but rdep.alignment is {c.rdep.alignment}; set that to 1"
+  yield "rdep.peer_access", puts and several and c.rdep.alignment > 1, need
 
 
 def _scaling_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:

@@ -19,6 +19,7 @@ from nmoe.records.root import DEFAULT_ROOT
 from nmoe.tables import ranged
 
 Metric = Literal[tuple(MEASURES)]
+MOST_S = 1e6  # of a wait: what every clock and timer takes
 
 
 def identity(default: Any = MISSING, **limits: float) -> Any:
@@ -79,7 +80,7 @@ class ModelConfig:
   qk_nope_dim: int = identity(128, gt=0)
   qk_rope_dim: int = identity(64, gt=0)
   v_dim: int = identity(128, gt=0)
-  rope_theta: float = identity(10000.0, gt=0)
+  rope_theta: float = identity(10000.0, gt=1)
   norm_eps: float = identity(1e-6, gt=0, le=1)
   tie_embeddings: bool = identity(False)
   init_std: float = identity(0.006, gt=0, le=100)
@@ -93,9 +94,9 @@ class YarnConfig:
 
   factor: float = identity(1.0, ge=1)
   original_seq_len: int = identity(4096, gt=0)
-  beta_fast: float = identity(32.0)
-  beta_slow: float = identity(1.0)
-  mscale_all_dim: float = identity(1.0)
+  beta_fast: float = identity(32.0, gt=0)
+  beta_slow: float = identity(1.0, gt=0)
+  mscale_all_dim: float = identity(1.0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class RdepConfig:
   group: int = schedule(0, ge=0)  # ranks over which the experts lie, more hold replicas; 0: all
   capacity: float = schedule(1.5, ge=0.1)  # rows a rank's buffer holds, over the balanced T·K
   alignment: int = schedule(1, gt=0)  # each expert's rows start at a multiple of this
-  deadline_s: float = free(120.0, gt=0)  # of every wait for a peer
+  deadline_s: float = free(120.0, gt=0, le=MOST_S)  # of every wait for a peer
   payload: Literal["bf16", "mxfp8", "nvfp4"] = identity("bf16")  # of dispatched rows; bf16: as is
   peer_access: bool = free(True)  # False: put-with-signal also inside a node (a test of that path)
 
@@ -222,9 +223,8 @@ class LaunchConfig:
   ranks: int = schedule(1, gt=0)
   threads: int = schedule(0, ge=0)  # torch CPU threads per rank; 0: cores / ranks
   slots: int = free(0, ge=0)  # runs of a study side by side; 0: what GPUs there are, one on the cpu
-  hang_s: float = free(
-    1800.0, gt=0
-  )  # a step, with its evaluation and checkpoint, takes at most this
+  # a step, with its evaluation and checkpoint, takes at most this
+  hang_s: float = free(1800.0, gt=0, le=MOST_S)
   engine: Literal["local", "slurm", "jobset"] = free("local")  # of `nmoe prod`: what starts hosts
   ranks_per_node: int = free(0, ge=0)  # 0: all ranks on one host
   interface: str = free("")  # network interface between hosts; "": as the engine chooses

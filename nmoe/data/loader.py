@@ -1,4 +1,4 @@
-"""Prepared data and the loader: sample n of a run as a pure function of (seed, n, mixture).
+"""The loader: sample n of a run as a pure function of (seed, n, mixture).
 
 Samples: the shares p_i of the sources are rounded to whole counts c_i of a cycle of CYCLE samples
 (largest remainders, at least 1). Any CYCLE consecutive samples hold exactly c_i of source i. The
@@ -21,125 +21,18 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nmoe.data import tokenizer
-from nmoe.data.hashes import HASHES, Hashes
 from nmoe.data.mixture import Phase
 from nmoe.data.permutation import key, mix, permute
-from nmoe.data.shards import Stream, check_files, load_array, open_stream, read_manifest
-from nmoe.data.tokenizer import Tokenizer
-from nmoe.errors import ConfigError, DataError
+from nmoe.data.prepared import CYCLE, PreparedData, allot, drawn, heldout_windows, shares
+from nmoe.errors import ConfigError
 
-CYCLE = 1 << 16
 PREFETCH = 2  # batches that are made ahead
-
-
-@dataclass(frozen=True)
-class PreparedSource:
-  name: str
-  weight: float | None
-  folder: Path
-  manifest: dict[str, Any]
-  train: Stream
-  heldout: Stream
-
-  def counts(self, split: str) -> np.ndarray:
-    """int64 [V], how often each id occurs in "train" or "heldout"."""
-    return load_array(self.folder / f"{split}-counts.npy")
-
-  def hashes(self, split: str) -> np.ndarray:
-    """uint64 [documents] of "train" or "heldout": the first 8 bytes of each text's sha256."""
-    return load_array(self.folder / f"{split}-hashes.npy")
-
-
-@dataclass(frozen=True)
-class PreparedData:
-  digest: str  # of the mixture, its content and its tokenizer
-  tokenizer: Tokenizer
-  temperature: float
-  sources: tuple[PreparedSource, ...]
-
-  @property
-  def train_tokens(self) -> dict[str, int]:
-    return {source.name: source.train.length for source in self.sources}
-
-  @property
-  def heldout_tokens(self) -> dict[str, int]:
-    return {source.name: source.heldout.length for source in self.sources}
-
-
-def open_data(folder: Path, verify: bool = True) -> PreparedData:
-  """Open a prepared mixture. `verify` compares every file's hash, which is remembered as long as
-  its size, time and inode stay (nmoe.data.hashes); without it only sizes are compared.
-
-  Raises DataError naming the file, what was found, what was expected and the remedy.
-  """
-  folder = Path(folder)
-  manifest = read_manifest(folder)
-  store = folder.parent / "sources"
-  with Hashes(folder.parent / HASHES) as hash_of:
-    used = hash_of if verify else None
-    sources = tuple(_open_source(store / e["source"], e, used) for e in manifest["sources"])
-  return PreparedData(
-    digest=folder.name,
-    tokenizer=tokenizer.get(manifest["tokenizer"]),
-    temperature=float(manifest["temperature"]),
-    sources=sources,
-  )
-
-
-def _open_source(folder: Path, entry: dict[str, Any], hash_of: Hashes | None) -> PreparedSource:
-  manifest = read_manifest(folder)
-  check_files(folder, manifest, hash_of)
-  return PreparedSource(
-    name=entry["name"],
-    weight=entry["weight"],
-    folder=folder,
-    manifest=manifest,
-    train=open_stream(folder, manifest["train"]),
-    heldout=open_stream(folder, manifest["heldout"]),
-  )
-
-
-def shares(data: PreparedData, weights: Mapping[str, float] | None = None) -> dict[str, float]:
-  """The shares p_i of the sources, of samples and so of tokens; they sum to 1.
-
-  From `weights` if given (source name -> weight), else from the mixture's weights, else
-  p_i = n_i^(1/temperature) / Σ_j n_j^(1/temperature) over training tokens n_i (temperature 1:
-  proportional, inf: uniform). Raises ConfigError when `weights` does not name every source once.
-  """
-  names = [source.name for source in data.sources]
-  if weights is not None and sorted(weights) != sorted(names):
-    raise ConfigError(f"weights name {sorted(weights)}; the mixture's sources are {sorted(names)}")
-  if weights is None and data.sources[0].weight is not None:
-    weights = {source.name: source.weight for source in data.sources}
-  if weights is None:
-    weights = {n: t ** (1 / data.temperature) for n, t in data.train_tokens.items()}
-  total = math.fsum(weights.values())
-  if any(w < 0 for w in weights.values()) or not 0 < total < math.inf:
-    raise ConfigError(
-      f"weights {dict(weights)} must not be negative and must have a finite sum > 0"
-    )
-  return {name: weights[name] / total for name in names}
-
-
-def cycle_counts(share: np.ndarray) -> np.ndarray:
-  """Whole counts of CYCLE samples for shares that sum to 1: largest remainders, at least 1.
-
-  A share of 0 gets 0; what the raised ones cost is taken from the largest.
-  """
-  counts = _allot(CYCLE, share)
-  counts[(share > 0) & (counts == 0)] = 1
-  counts[np.argmax(counts)] -= int(counts.sum()) - CYCLE
-  return counts
 
 
 class Loader:
@@ -161,16 +54,7 @@ class Loader:
   ):
     self.data, self.seq_len, self.seed = data, seq_len, seed
     of = weights if isinstance(weights, Sequence) else (Phase(0, weights),)
-    self.shares_P = [shares(data, phase.weights) for phase in of]
-    counts = [cycle_counts(np.array(list(share.values()))) for share in self.shares_P]
-    self._streams = [s.train.first(math.ceil(fraction * s.train.length)) for s in data.sources]
-    for source, stream, count in zip(data.sources, self._streams, sum(counts), strict=True):
-      if count and stream.length <= seq_len:
-        raise DataError(
-          f"source {source.name!r} has {stream.length} training tokens, a sample of seq_len "
-          f"{seq_len} needs {seq_len + 1}; shorten data.seq_len, raise "
-          "data.fraction, or add text"
-        )
+    self.shares_P, counts, self._streams = drawn(data, of, fraction, seq_len)
     self._length = np.array([s.length for s in self._streams], dtype=np.uint64)
     self._windows = np.maximum(self._length // np.uint64(seq_len), np.uint64(1))
     self._keys = np.array([key("order", seed, s.name) for s in data.sources], dtype=np.uint64)
@@ -326,13 +210,8 @@ class Validation:
     self.names = tuple(source.name for source in data.sources)
     self._streams = [source.heldout for source in data.sources]
     self._token_bytes_V = data.tokenizer.token_bytes()
-    have = np.array([max(0, stream.length - 1) // seq_len for stream in self._streams])
-    if not have.any():
-      raise DataError(
-        f"the held-out documents have {data.heldout_tokens} tokens, a validation window needs "
-        f"{seq_len + 1}; raise mixture.holdout, add text or shorten data.seq_len"
-      )
-    take = have if have.sum() * seq_len <= tokens else _allot(max(1, tokens // seq_len), have)
+    have = heldout_windows(data, seq_len)
+    take = have if have.sum() * seq_len <= tokens else allot(max(1, tokens // seq_len), have)
     chosen = [(np.arange(n) * 2 + 1) * h // (2 * n) for n, h in zip(take, have, strict=True) if n]
     self.source_W = np.repeat(np.arange(len(take)), take)  # of each window
     self._offset_W = np.concatenate(chosen) * seq_len
@@ -362,14 +241,6 @@ class Validation:
 
   def _padded(self, multiple: int) -> int:
     return -(-len(self._offset_W) // multiple) * multiple
-
-
-def _allot(total: int, have: np.ndarray) -> np.ndarray:
-  """`total` in proportion to `have`, whole numbers by largest remainders."""
-  ideal = total * have / have.sum()
-  take = np.floor(ideal).astype(np.int64)
-  take[np.argsort(take - ideal, kind="stable")[: total - int(take.sum())]] += 1
-  return take
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:

@@ -26,7 +26,8 @@ from kernels.exchange import Memory
 from kernels.ops import Ops
 from nmoe.config.plan import peak_flops
 from nmoe.config.sections import Config
-from nmoe.errors import ConfigError, TargetError
+from nmoe.errors import TargetError
+from nmoe.machine import driver
 from nmoe.machine.versions import installed, pip_line, requirements
 
 
@@ -74,20 +75,14 @@ def examine(arch: str, ranks: int = 1) -> str:
   """
   if arch == "cpu":
     return _cpu_name()
-  wanted = ARCHS[arch].capability
-  where = f'target.arch = "{arch}" needs a GPU of compute capability {wanted[0]}.{wanted[1]}'
+  where = driver.needs(arch)
   if not torch.cuda.is_available():
     raise TargetError(
-      f"{where}; torch {torch.__version__} finds no CUDA device. Run on such a machine, or set "
-      'arch = "cpu" under [target]'
+      f"{where}; torch {torch.__version__} finds no CUDA device. {driver.remedy('cpu')}"
     )
   name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-  if capability != wanted:
-    fitting = [a.name for a in ARCHS.values() if a.capability == capability] or ["cpu"]
-    raise TargetError(
-      f"{where}; found {name} ({capability[0]}.{capability[1]}). Run on such a GPU, or set "
-      f'arch = "{fitting[0]}" under [target]'
-    )
+  if capability != ARCHS[arch].capability:
+    raise TargetError(driver.other(arch, name, capability))
   _check_packages(where, ranks)
   return name
 
@@ -115,16 +110,7 @@ def _import(package: str) -> ModuleType:
 
 def _memory(config: Config) -> str:
   """The module of RDEP's memory: direct stores, or puts without peer access."""
-  if config.rdep.peer_access:
-    return "symmetric"
-  if config.target.arch == "cpu":
-    raise ConfigError('rdep.peer_access = false is for GPUs; with arch = "cpu" set it to true')
-  if config.rdep.alignment > 1:
-    raise ConfigError(
-      "rdep.peer_access = false puts rows without padding, but rdep.alignment is "
-      f"{config.rdep.alignment}; set it to 1"
-    )
-  return "puts"
+  return "symmetric" if config.rdep.peer_access else "puts"
 
 
 def _measured_peak(size: int = 768, tries: int = 5) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nmoe.config.sections import Config
-from nmoe.data.loader import PreparedData, Validation
+from nmoe.data.loader import Validation
+from nmoe.data.prepared import PreparedData
 from nmoe.distributed.parallel import Parallel
 from nmoe.evals.downstream import Downstream, Outcome
 from nmoe.evals.heldout import evaluate

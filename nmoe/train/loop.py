@@ -22,14 +22,10 @@ import torch
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config, diff
-from nmoe.data.loader import (
-  Loader,
-  Prefetcher,
-  PreparedData,
-  open_data,
-  unigram_bpb,
-)
+from nmoe.data import prepared
+from nmoe.data.loader import Loader, Prefetcher, unigram_bpb
 from nmoe.data.mixture import phases
+from nmoe.data.prepared import PreparedData, open_data
 from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import (
@@ -53,17 +49,16 @@ from nmoe.train.guard import Guard
 from nmoe.train.optim import Optimizer
 from nmoe.train.passes import Passes
 from nmoe.train.profiler import Profiler
-from nmoe.train.progress import Progress
+from nmoe.train.progress import FAILED_FOR_GOOD, INTERRUPTED, Progress
 from nmoe.train.saving import resume, save, save_aside
 from nmoe.train.schedule import lr_factor
 from nmoe.train.session import Session, TrainState
 from nmoe.train.startup import StartUp, parser
 from nmoe.train.watch import StepValues, Watch
 
-Opened = Callable[..., PreparedData]  # nmoe.data.loader.open_data, or one that remembers
+Opened = Callable[..., PreparedData]  # nmoe.data.prepared.open_data, or one that remembers
 
 FINAL = (DivergedError, ConfigError, TargetError, DataError)  # another try would end alike
-FAILED_FOR_GOOD = 76  # exit status after one of them
 NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
   "model.init",
   "model.init_std",
@@ -72,7 +67,6 @@ NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
   "moe.balance_alpha",
   "moe.forced_balance",
 )
-INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
 
 
 class Parts(NamedTuple):
@@ -165,17 +159,6 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def check_vocabulary(config: Config, data: PreparedData) -> None:
-  """ConfigError if the data's ids do not fit the embedding."""
-  if config.model.vocab_size < data.tokenizer.vocab_size:
-    raise ConfigError(
-      f"model.vocab_size = {config.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
-      "ids of "
-      f"tokenizer {data.tokenizer.name!r}; set model.vocab_size = {data.tokenizer.vocab_size} or "
-      "more"
-    )
-
-
 def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:
   """The model with its initial weights on the target's device, and its optimizer.
 
@@ -229,7 +212,7 @@ def execute(
   startup.end("kernels")
   ranks = parallel.init(config, target, rank, options.rendezvous, local_ranks)
   data = opened(Root(root).data / run.data_digest, verify=options.rank == 0)
-  check_vocabulary(config, data)
+  prepared.check(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
   session = Session(
     config=config,
@@ -310,12 +293,17 @@ def options(arguments: Sequence[str] | None = None, since: float = 0.0) -> argpa
   return p.parse_args(arguments)
 
 
+def told(error: NmoeError) -> int:
+  """Say what ended a run in its log; the exit status that says whether it can go on."""
+  sys.stderr.write(f"error: {error}\n")
+  return FAILED_FOR_GOOD if isinstance(error, FINAL) else 1
+
+
 def main() -> int:
   try:
     return attempt(options())
   except NmoeError as error:
-    sys.stderr.write(f"error: {error}\n")
-    return FAILED_FOR_GOOD if isinstance(error, FINAL) else 1
+    return told(error)
 
 
 if __name__ == "__main__":

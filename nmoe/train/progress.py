@@ -15,6 +15,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# exit statuses of a rank
+INTERRUPTED = 75  # it was told to stop and can be resumed (EX_TEMPFAIL)
+FAILED_FOR_GOOD = 76  # another try would end alike, as long as the cause stands
 LINE_S = 20.0  # a log gets a line at least this often, as long as steps are logged
 
 

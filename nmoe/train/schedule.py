@@ -6,8 +6,9 @@ arXiv 2404.06395 section 4.2 (WSD) and 2405.18392 section 3 (the 1 - sqrt decay)
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from nmoe.config.sections import ScheduleConfig
+from nmoe.config.sections import Config, ScheduleConfig
 
 
 def lr_factor(tokens: int, config: ScheduleConfig) -> float:
@@ -29,3 +30,74 @@ def lr_factor(tokens: int, config: ScheduleConfig) -> float:
   x = min(1.0, (t - start) / config.decay_tokens)
   g = 1 - x if config.decay == "linear" else 1 - math.sqrt(x)
   return config.final_ratio + (1 - config.final_ratio) * g
+
+
+@dataclass(frozen=True)
+class Phase:
+  """A part of the schedule: the steps whose middle lies in it, and the factors at its ends.
+
+  tokens: of its length in the configuration; the steps' own may be up to half a batch off.
+  """
+
+  name: str
+  tokens: int
+  steps: int
+  first: float
+  last: float
+
+
+def rate_phases(config: ScheduleConfig) -> tuple[Phase, ...]:
+  """Warm-up, sustain, decay; those without a step are left out."""
+  steps = config.total_tokens // config.batch_tokens
+  warmup, decay = (_steps(n, config) for n in (config.warmup_tokens, config.decay_tokens))
+  sustained = config.trained_tokens - config.warmup_tokens - config.decay_tokens
+  found, begin = [], 0
+  for name, tokens, count in (
+    ("warm-up", config.warmup_tokens, warmup),
+    ("sustain", sustained, steps - warmup - decay),
+    ("decay", config.decay_tokens, decay),
+  ):
+    if count:
+      ends = (lr_factor(step * config.batch_tokens, config) for step in (begin, begin + count - 1))
+      found.append(Phase(name, tokens, count, *ends))
+      begin += count
+  return tuple(found)
+
+
+def _steps(tokens: int, config: ScheduleConfig) -> int:
+  """The steps whose middle lies in a phase of `tokens` at an end of the schedule."""
+  return max(0, -(-(2 * tokens - config.batch_tokens) // (2 * config.batch_tokens)))
+
+
+def remarks(config: Config) -> list[str]:
+  """What of the keys in tokens and steps is rounded, or reached by no step."""
+  s, found = config.schedule, []
+  rest = s.total_tokens - s.trained_tokens
+  if rest:
+    found.append(
+      f"schedule.total_tokens = {s.total_tokens:,} is {config.steps:,} batches of "
+      f"{s.batch_tokens:,} and {rest:,} tokens more, which are not trained; the nearest totals are "
+      f"{s.trained_tokens:,} and {s.trained_tokens + s.batch_tokens:,}"
+    )
+  for key, tokens in (
+    ("schedule.warmup_tokens", s.warmup_tokens),
+    ("schedule.decay_tokens", s.decay_tokens),
+    ("precision.finish_tokens", config.precision.finish_tokens),
+  ):
+    if tokens % s.batch_tokens:
+      found.append(
+        f"{key} = {tokens:,} is {tokens / s.batch_tokens:.2f} batches of {s.batch_tokens:,}: no "
+        "step ends there"
+      )
+  d = config.data
+  if d.val_tokens % d.seq_len:
+    windows = max(1, d.val_tokens // d.seq_len)
+    found.append(
+      f"data.val_tokens = {d.val_tokens:,} is rounded to {windows * d.seq_len:,}, {windows:,} "
+      f"windows of seq_len {d.seq_len:,}"
+    )
+  for key in ("eval_every", "checkpoint_every", "flight_every"):
+    every = getattr(config.train, key)
+    if every > config.steps:
+      found.append(f"train.{key} = {every:,} is reached by none of the {config.steps:,} steps")
+  return found

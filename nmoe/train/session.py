@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nmoe.config.sections import Config
-from nmoe.data.loader import PreparedData
+from nmoe.data.prepared import PreparedData
 from nmoe.distributed.parallel import Parallel
 from nmoe.machine.target import Target
 from nmoe.model.decoder import Model

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nmoe.data.loader import open_data
+from nmoe.data.prepared import open_data
 from nmoe.errors import NmoeError
 from nmoe.train import loop
 from nmoe.train.progress import Progress
@@ -42,8 +42,7 @@ def main() -> int:
       options = loop.options([*job["arguments"], "--progress", str(fd)], since)
       status = loop.attempt(options, opened)
     except NmoeError as error:
-      sys.stderr.write(f"error: {error}\n")
-      status = 1
+      status = loop.told(error)
     clean_up()
     launcher.tell({"end": status})
     if status != 0:

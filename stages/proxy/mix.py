@@ -22,7 +22,7 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
-from nmoe.data.loader import open_data, shares
+from nmoe.data.prepared import open_data, shares
 from nmoe.errors import ConfigError
 from nmoe.records.reader import Hypothesis
 from nmoe.tables import parsed, ranged, typed

@@ -14,22 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.data import tokenizer
-from nmoe.data.loader import (
-  CYCLE,
-  Loader,
-  Prefetcher,
-  PreparedData,
-  PreparedSource,
-  Validation,
-  bits_per_byte,
-  cycle_counts,
-  open_data,
-  shares,
-  unigram_bpb,
-)
+from nmoe.data.loader import Loader, Prefetcher, Validation, bits_per_byte, unigram_bpb
 from nmoe.data.mixture import FilesSource, Mixture, Phase, phases
 from nmoe.data.permutation import key, permute
 from nmoe.data.prepare import prepare
+from nmoe.data.prepared import (
+  CYCLE,
+  PreparedData,
+  PreparedSource,
+  cycle_counts,
+  open_data,
+  shares,
+)
 from nmoe.data.shards import Stream, digest
 from nmoe.errors import ConfigError, DataError
 

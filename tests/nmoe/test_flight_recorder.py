@@ -9,9 +9,9 @@ from model_configs import tiny
 from kernels import reference
 from kernels.reference import quantize
 from nmoe.config.file import changed, to_toml
-from nmoe.data.loader import open_data
 from nmoe.data.mixture import FilesSource, Mixture
 from nmoe.data.prepare import prepare
+from nmoe.data.prepared import open_data
 from nmoe.data.tokenizer import get
 from nmoe.distributed import parallel
 from nmoe.machine.target import select

@@ -9,9 +9,9 @@ from test_sources import BYTE, GOOD, jsonl, mixture
 
 from nmoe.data import hashes
 from nmoe.data.hashes import Hashes
-from nmoe.data.loader import open_data
 from nmoe.data.mixture import load_mixture
 from nmoe.data.prepare import prepare
+from nmoe.data.prepared import open_data
 from nmoe.errors import DataError
 from nmoe.files import sha256
 

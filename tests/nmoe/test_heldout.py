@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nmoe.data.loader import Validation, open_data
+from nmoe.data.loader import Validation
+from nmoe.data.prepared import open_data
 from nmoe.distributed.parallel import Parallel
 from nmoe.evals.heldout import evaluate
 from nmoe.machine.target import select

@@ -6,9 +6,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_config import BASE
 
+from nmoe.config.file import changed
 from nmoe.config.sections import ScheduleConfig
-from nmoe.train.schedule import lr_factor
+from nmoe.train.schedule import lr_factor, rate_phases, remarks
 
 BATCH = 100
 
@@ -111,3 +113,54 @@ def test_what_is_left_over_changes_no_rate(batch, steps, rest, share):
   over = dataclasses.replace(exact, total_tokens=steps * batch + rest % batch)
   for step in range(steps):
     assert lr_factor(step * batch, over) == lr_factor(step * batch, exact)
+
+
+@pytest.mark.faults
+@given(
+  batch=st.integers(1, 300),
+  steps=st.integers(1, 40),
+  rest=st.integers(0, 299),
+  warm=st.floats(0, 1),
+  decay=st.floats(0, 1),
+)
+def test_phases_are_the_steps_that_the_factors_say(batch, steps, rest, warm, decay):
+  """Against a walk over every step."""
+  trained = steps * batch
+  warmup = int(warm * trained)
+  config = schedule(
+    total_tokens=trained + rest % batch,
+    batch_tokens=batch,
+    warmup_tokens=warmup,
+    decay_tokens=int(decay * (trained - warmup)),
+  )
+  walk = {"warm-up": [], "sustain": [], "decay": []}
+  for step in range(steps):
+    middle = (step + 0.5) * batch
+    factor = lr_factor(step * batch, config)
+    if middle < config.warmup_tokens:
+      walk["warm-up"].append(factor)
+    elif middle > trained - config.decay_tokens:
+      walk["decay"].append(factor)
+    else:
+      walk["sustain"].append(factor)
+  found = {p.name: (p.steps, p.first, p.last) for p in rate_phases(config)}
+  assert found == {name: (len(f), f[0], f[-1]) for name, f in walk.items() if f}
+
+
+@pytest.mark.faults
+def test_what_is_rounded_is_said():
+  exact = {"schedule.total_tokens": 1228800, "schedule.warmup_tokens": 81920}
+  even = exact | {"data.val_tokens": 2 * BASE.data.seq_len, "train.checkpoint_every": 300}
+  assert remarks(changed(BASE, even)) == []
+  odd = {
+    "schedule.total_tokens": 1228801,
+    "schedule.warmup_tokens": 6144,
+    "data.val_tokens": 2 * BASE.data.seq_len + 1,
+    "train.checkpoint_every": 301,
+  }
+  total, warmup, val, checkpoints = remarks(changed(BASE, odd))
+  assert "300 batches of 4,096 and 1 tokens more, which are not trained" in total
+  assert "1,228,800 and 1,232,896" in total
+  assert warmup == "schedule.warmup_tokens = 6,144 is 1.50 batches of 4,096: no step ends there"
+  assert f"rounded to {2 * BASE.data.seq_len:,}, 2 windows" in val
+  assert checkpoints == "train.checkpoint_every = 301 is reached by none of the 300 steps"

@@ -387,7 +387,7 @@ def test_other_failures_withhold_the_verdict(lab, variant, launches, monkeypatch
 
   monkeypatch.setattr(train, "Prefetcher", Failing)
   with pytest.raises(
-    RunError, match="1 of 4 runs failed.*the same command continues them"
+    RunError, match="1 of 4 runs failed.*the same command fails alike as long as the cause stands"
   ) as caught:
     call(lab, variant)
   run = launches.ids[1]

@@ -166,7 +166,8 @@ def test_what_cannot_be_measured(file):
     bench_rdep.layer_config(config, file, None, None, None)
   with pytest.raises(ConfigError, match="--shape huge is unknown; choose from moonlight, deepseek"):
     bench_rdep.layer_config(config, file, 2, None, "huge")
-  far = configs.changed(config, {"rdep.peer_access": False})
+  gpu = {"target.arch": "sm_90a", "target.dtype": "bf16"}
+  far = configs.changed(config, gpu | {"rdep.peer_access": False})
   with pytest.raises(ConfigError, match="set rdep.peer_access = true"):
     bench_rdep.layer_config(far, file, 2, None, None)
   packed = configs.changed(config, {"target.dtype": "bf16", "rdep.payload": "mxfp8"})

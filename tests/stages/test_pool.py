@@ -14,6 +14,7 @@ from nmoe.config.file import changed
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.metrics import read
 from nmoe.records.reader import Hypothesis
+from nmoe.train.progress import FAILED_FOR_GOOD
 from stages import runs
 from stages.launch import local as launch
 from stages.launch import pool
@@ -87,7 +88,7 @@ def test_a_run_that_fails_costs_its_worker_too(lab):
   """It told its error; what it left in the process is gone with it."""
   bad, good = lab.record(optim__dense_lr=1e30), lab.record()
   with Pool(Launcher(lab.root), [""]) as used:
-    assert execute(used, Job(bad, lab.config)).poll() == 1
+    assert execute(used, Job(bad, lab.config)).poll() == FAILED_FOR_GOOD
     assert execute(used, Job(good, lab.config)).poll() == 0
   assert lab.run(bad).status == "failed" and "not finite" in lab.run(bad).error
   assert lab.run(bad).pid != lab.run(good).pid

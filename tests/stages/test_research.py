@@ -8,7 +8,8 @@ import pytest
 from labs import Lab
 from rich.console import Console
 
-from nmoe.data.loader import open_data, unigram_bpb
+from nmoe.data.loader import unigram_bpb
+from nmoe.data.prepared import open_data
 from nmoe.data.shards import read_manifest
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
 from nmoe.model.decoder import Model
@@ -121,7 +122,7 @@ def test_a_rerun_that_fails_says_that_it_starts_anew(lab, launches, monkeypatch)
   monkeypatch.setattr(train, "open_data", fail)
   for launched in (2, 3):
     with pytest.raises(
-      RunError, match="1 of 1 runs failed, no verdict; the same command starts all"
+      RunError, match="1 of 1 runs failed, no verdict; the same command fails alike as long as"
     ):
       again(lab, launches.ids[0])
     assert len(set(launches.ids)) == launched

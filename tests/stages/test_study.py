@@ -8,8 +8,9 @@ from labs import Lab
 from rich.console import Console
 
 from nmoe.config.file import changed
-from nmoe.errors import RunError
+from nmoe.errors import DataError, RunError
 from nmoe.records.reader import Hypothesis
+from nmoe.train import loop
 from stages import runs
 from stages.judge.table import Judgement, Table
 from stages.runs import Work
@@ -112,7 +113,10 @@ def test_a_list_of_runs_is_executed_by_one_call(lab, launches, monkeypatch):
 
 
 def test_a_failed_run_gets_no_judge(lab, launches, monkeypatch):
-  lab.data.rename(lab.data.with_name("gone"))
+  def fail(*_, **__):
+    raise DataError("shard 7 is gone; restore it")
+
+  monkeypatch.setattr(loop, "open_data", fail)
   seen = []
   study = Study("gone", "test", (CLAIM,), (arm(lab, 1e-3),), (0,), partial(best, seen))
   with pytest.raises(RunError, match="1 of 1 runs failed, no verdict"):

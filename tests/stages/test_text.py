@@ -77,6 +77,24 @@ def test_names_of_configurations_and_their_differences(tmp_path):
   assert out.getvalue().count(text) == 2
 
 
+def test_plan_shows_the_schedule_and_what_is_rounded(tmp_path):
+  """21,503 tokens are 20 batches of 1,024 and 1,023 tokens that nothing trains."""
+  base = configs.load(write_files(tmp_path), env={})
+  keys = {"total_tokens": 21503, "batch_tokens": 1024, "warmup_tokens": 4096, "decay_tokens": 2048}
+  keys |= {"decay": "linear"}
+  config = configs.changed(base, {f"schedule.{key}": value for key, value in keys.items()})
+  out = io.StringIO()
+  show.plan(config, Console(file=out, width=400))
+  rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
+  assert "20 steps of 1,024 tokens, 20,480 in all" in out.getvalue()
+  assert ["warm-up", "4,096", "4", "0.125", "0.875"] in rows
+  assert ["sustain", "14,336", "14", "1", "1"] in rows
+  assert ["decay", "2,048", "2", "0.75", "0.25"] in rows
+  assert "and 1,023 tokens more, which are not trained" in out.getvalue()
+  (embed,) = (row for row in rows if row[:1] == ["embed"])
+  assert embed[3:6] == ["0.00125", "0.01", "0.0025"]  # first, peak and last of dense_lr 0.01
+
+
 def test_a_long_name_gives_a_short_id_and_tables_stay_readable(tmp_path):
   """Ids of a root that has longer ones are folded."""
   e = record(tmp_path, "n" * 300)

@@ -1,0 +1,36 @@
+"""What is wrong with a run and can be told at once: before it is recorded, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nmoe.config.sections import Config
+from nmoe.data import prepared
+from nmoe.data.tokenizer import get as get_tokenizer
+from nmoe.errors import CheckpointError
+from nmoe.evals.requests import find_task
+from nmoe.evals.suites import suite_of
+from nmoe.machine import driver
+from nmoe.records.root import Root
+
+
+def admit(config: Config, root: Root) -> None:
+  """What the data have no part in: the machine (unless an engine finds others), the tokenizer's
+  ids, imported weights, a suite's items. Raises the error that a rank would.
+  """
+  if config.launch.engine == "local":
+    driver.check(config.target.arch)
+  prepared.check_vocabulary(config, get_tokenizer(config.data.tokenizer))
+  if config.model.init != "seed":
+    folder = root.imported(config.model.init.removeprefix("import:"))
+    if not folder.is_dir():
+      raise CheckpointError(f"{folder} is not there; run `nmoe import` on the model's folder again")
+  if config.eval.suite != "none":
+    for task in suite_of(config.eval.suite).tasks:
+      find_task(root.evals, task)
+
+
+def admit_with_data(config: Config, root: Root, folder: Path) -> None:
+  """The same, and whether the run can read the prepared data."""
+  admit(config, root)
+  prepared.check(config, prepared.open_data(folder, verify=False))
