@@ -1,0 +1,160 @@
+"""A dashboard and a trainer beside each other for long: what either costs the other.
+
+`PYTHONPATH=. python tests/endure_viz.py flush`: ten minutes of a trainer that flushes 100 tags
+twice a second while three browsers look on; how long its flushes took. `... heap`: 3,600 refreshes
+of the table of runs, ten a second; what the page's heap grew by. A second number: how much of it,
+in minutes or refreshes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+from chrome import chrome
+from roots import add_loads, curves, fill
+
+from nmoe.config import file as configs
+from nmoe.errors import RecordError
+from nmoe.records.experiments import Experiments
+from nmoe.records.live import Live
+from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Hypothesis
+from stages.viz.server import Server
+
+REPO = Path(__file__).resolve().parents[1]
+RUNS, LAYERS, EXPERTS = 12, 12, 16
+STEP = np.arange(1, 1001) * 10
+HEAP = "(gc(), performance.memory.usedJSHeapSize)"
+
+
+def make(root: Path) -> list[str]:
+  """Runs of one arm; the last one is written on."""
+  records = Experiments(root)
+  claim = Hypothesis("It endures.", "val/bpb", "none", 0.0)
+  experiment = records.create("long", "research", [claim])
+  toml = configs.to_toml(configs.load(REPO / "configs/moonlet/cpu.toml", env={}))
+  facts = dict(toml=toml, fingerprint="f", data_digest="d", commit="", diff="", code_version="c")
+  facts |= dict(environment={}, target="cpu")
+  ids = []
+  for seed in range(RUNS):
+    ids.append(records.start_run(experiment.id, "arm", seed, **facts).id)
+    fill(root, ids[-1], 0, STEP, curves(STEP, seed, 0.0, LAYERS))
+  add_loads(root, ids[-1], STEP[::50], LAYERS, EXPERTS)
+  records.close()
+  return ids
+
+
+def write(root: Path, run: str, every_s: float, seconds: float) -> None:
+  """Be a trainer: log, flush, and print how long it took and whether rows had to wait beside."""
+  writer, step = Metrics(root, run), int(STEP[-1])
+  values = {tag: float(of[-1]) for tag, of in curves(STEP, 0, 0.0, LAYERS).items()}
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    step += 10
+    writer.add(step, 1000 * step, values)
+    began, error = time.perf_counter(), ""
+    try:
+      writer.flush()
+    except RecordError as refused:
+      error = str(refused)
+    took, beside = time.perf_counter() - began, writer.beside.exists()
+    sys.stdout.write(json.dumps({"s": took, "beside": beside, "error": error}) + "\n")
+    sys.stdout.flush()
+    time.sleep(max(0.0, every_s - took))
+
+
+@contextmanager
+def served(root: Path, cache: Path, every_s: float):
+  """The address of a server that looks at its files every so often."""
+  config = uvicorn.Config(Server(Live(root, cache), every_s).app(), port=0, log_level="warning")
+  config.timeout_graceful_shutdown = 1
+  server = uvicorn.Server(config)
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  while not server.started:
+    time.sleep(0.02)
+  (socket,) = server.servers[0].sockets
+  try:
+    yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+  finally:
+    server.should_exit = True
+    thread.join(20)
+
+
+def trainer(root: Path, run: str, every_s: float, seconds: float) -> subprocess.Popen:
+  command = [sys.executable, __file__, "write", str(root), run, str(every_s), str(seconds)]
+  return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def flush(minutes: float) -> None:
+  with ExitStack() as stack:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    ids = make(folder / "root")
+    address = stack.enter_context(served(folder / "root", folder / "cache", 1.0))
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    for i, path in enumerate(("/", f"/run/{ids[-1]}", f"/run/{ids[-1]}/router")):
+      page = stack.enter_context(chrome(browser, folder / f"profile-{i}"))
+      page.size(1280, 1000)
+      page.open(address + path)
+      page.wait("document.querySelectorAll('.panel canvas').length > 2")
+    writer = trainer(folder / "root", ids[-1], 0.5, 60 * minutes)
+    told = [json.loads(line) for line in writer.stdout]
+    took = sorted(line["s"] for line in told)
+    errors = [line["error"] for line in told if line["error"]]
+    beside = sum(line["beside"] for line in told)
+    last = json.loads(page.ask("fetch('/api/runs').then(r => r.text())"))["runs"][0]["id"]
+    assert last == ids[-1]
+  sys.stdout.write(
+    f"{len(took)} flushes in {minutes:g} min: median {1000 * statistics.median(took):.0f} ms, "
+    f"worst {1000 * took[-1]:.0f} ms; {beside} kept beside; {len(errors)} errors {errors[:1]}\n"
+  )
+
+
+def heap(refreshes: float) -> None:
+  with ExitStack() as stack:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    ids = make(folder / "root")
+    address = stack.enter_context(served(folder / "root", folder / "cache", 0.1))
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    page = stack.enter_context(chrome(browser, folder / "profile"))
+    page.size(1280, 1000)
+    page.open(address + "/?x=step")
+    page.wait("document.querySelectorAll('.panel canvas').length == 6")
+    writer = trainer(folder / "root", ids[-1], 0.1, 24 * 3600)
+    began, sizes = time.monotonic(), {}
+    count = 0
+    while count < refreshes:
+      time.sleep(5)
+      sizes[count] = page.ask(HEAP) / 1e6
+      count = sum("/api/series" in url for url in page.requests)
+    writer.terminate()
+    sizes[count] = page.ask(HEAP) / 1e6
+    assert page.errors == [], page.errors
+  seen = list(sizes.values())
+  tenth = max(1, len(seen) // 10)
+  first, last = statistics.median(seen[:tenth]), statistics.median(seen[-tenth:])
+  sys.stdout.write(
+    f"{count} refreshes in {time.monotonic() - began:.0f} s: heap {first:.1f} MB in the first "
+    f"tenth, {last:.1f} in the last, {max(seen):.1f} at most\n"
+  )
+
+
+if __name__ == "__main__":
+  what, *rest = sys.argv[1:]
+  if what == "write":
+    write(Path(rest[0]), rest[1], float(rest[2]), float(rest[3]))
+  elif what == "flush":
+    flush(float(rest[0]) if rest else 10)
+  else:
+    heap(float(rest[0]) if rest else 3600)
