@@ -105,7 +105,9 @@ def chrome(browser: str, profile: Path) -> Iterator[Page]:
     port = _port(profile)
     with urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
       target = next(t for t in json.load(answer) if t["type"] == "page")
-    with connect(target["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
+    with connect(
+      target["webSocketDebuggerUrl"], max_size=None, proxy=None, ping_interval=None
+    ) as socket:
       yield Page(socket)
   finally:
     process.terminate()

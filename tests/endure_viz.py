@@ -9,6 +9,7 @@ in minutes or refreshes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import uvicorn
@@ -92,9 +94,9 @@ def served(root: Path, cache: Path, every_s: float):
     thread.join(20)
 
 
-def trainer(root: Path, run: str, every_s: float, seconds: float) -> subprocess.Popen:
+def trainer(root: Path, run: str, every_s: float, seconds: float, told: IO) -> subprocess.Popen:
   command = [sys.executable, __file__, "write", str(root), run, str(every_s), str(seconds)]
-  return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  return subprocess.Popen(command, stdout=told, text=True)
 
 
 def flush(minutes: float) -> None:
@@ -102,23 +104,34 @@ def flush(minutes: float) -> None:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
     ids = make(folder / "root")
     address = stack.enter_context(served(folder / "root", folder / "cache", 1.0))
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    browser, pages = shutil.which("chromium") or shutil.which("google-chrome"), []
     for i, path in enumerate(("/", f"/run/{ids[-1]}", f"/run/{ids[-1]}/router")):
       page = stack.enter_context(chrome(browser, folder / f"profile-{i}"))
       page.size(1280, 1000)
       page.open(address + path)
       page.wait("document.querySelectorAll('.panel canvas').length > 2")
-    writer = trainer(folder / "root", ids[-1], 0.5, 60 * minutes)
-    told = [json.loads(line) for line in writer.stdout]
+      pages.append(page)
+    told_file = stack.enter_context((folder / "told").open("w"))
+    writer = trainer(folder / "root", ids[-1], 0.5, 60 * minutes, told_file)
+    heaps = []
+    while writer.poll() is None:
+      time.sleep(5)
+      heaps.append([page.ask(HEAP) / 1e6 for page in pages])
+      assert not any(page.errors for page in pages), [page.errors for page in pages]
+    told = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
     took = sorted(line["s"] for line in told)
     errors = [line["error"] for line in told if line["error"]]
     beside = sum(line["beside"] for line in told)
-    last = json.loads(page.ask("fetch('/api/runs').then(r => r.text())"))["runs"][0]["id"]
-    assert last == ids[-1]
+    asked = [sum("/api/series" in url for url in page.requests) for page in pages]
   sys.stdout.write(
     f"{len(took)} flushes in {minutes:g} min: median {1000 * statistics.median(took):.0f} ms, "
-    f"worst {1000 * took[-1]:.0f} ms; {beside} kept beside; {len(errors)} errors {errors[:1]}\n"
+    f"worst {1000 * took[-1]:.0f} ms; {beside} kept beside; {len(errors)} errors {errors[:1]}; "
+    f"{asked} refreshes of the three pages, heaps {_mb(heaps[2])} MB then, {_mb(heaps[-1])} now\n"
   )
+
+
+def _mb(sizes: list[float]) -> str:
+  return ", ".join(f"{size:.1f}" for size in sizes)
 
 
 def heap(refreshes: float) -> None:
@@ -131,7 +144,8 @@ def heap(refreshes: float) -> None:
     page.size(1280, 1000)
     page.open(address + "/?x=step")
     page.wait("document.querySelectorAll('.panel canvas').length == 6")
-    writer = trainer(folder / "root", ids[-1], 0.1, 24 * 3600)
+    nothing = stack.enter_context(open(os.devnull, "w"))
+    writer = trainer(folder / "root", ids[-1], 0.1, 24 * 3600, nothing)
     began, sizes = time.monotonic(), {}
     count = 0
     while count < refreshes:

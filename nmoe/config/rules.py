@@ -135,6 +135,8 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
     (c.launch.ranks > 1, "launch.ranks = 1"),
   ):
     yield "train.cuda_graph", c.train.cuda_graph and misfit, need + other
+  need = "sees no router in a graph's replay: set it to 0, or train.cuda_graph = false"
+  yield "train.routing_every", c.train.routing_every > 0 and c.train.cuda_graph, need
   need = f'"swiglu" is for products in bf16, but target.dtype is "{t.dtype}"; leave it out'
   yield "train.recompute", block and "swiglu" in c.train.recompute, need
   need = "names a part twice; name each once"

@@ -204,6 +204,7 @@ class TrainConfig:
   cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
   log_every: int = free(10, gt=0)
   flight_every: int = free(0, ge=0)  # steps between measurements of nmoe.train.flight; 0: none
+  routing_every: int = free(0, ge=0)  # steps between measurements of nmoe.train.routing; 0: none
   eval_every: int = free(0, ge=0)  # steps; 0: only at the end
   checkpoint_every: int = free(0, ge=0)  # steps; 0: only at the end
   keep_checkpoints: int = free(2, ge=0)  # 0: none is written, and a stopped run starts anew

@@ -19,18 +19,19 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 import numpy as np
 
 from nmoe.errors import RecordError
 from nmoe.records.attempts import Attempt, Event, History
-from nmoe.records.metrics import Row, rows_beside
-from nmoe.records.reader import Experiment, Link, Run, decoded_run
+from nmoe.records.metrics import COUNT, Row, rows_beside
+from nmoe.records.reader import Evaluation, Experiment, Link, Run, decoded_run
 from nmoe.records.root import Root
 
 OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
@@ -50,6 +51,7 @@ _RUNS_SQL = """
   FROM runs r JOIN members m ON m.run_id = r.id ORDER BY m.rowid"""
 
 Stamp = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,26 @@ class LiveFile:
       self._refresh([])
       return sorted(self._tags | self._late.keys())
 
-  def loads(self, layer: int, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens of each expert of a MoE layer, (steps [n] int64, counts [n, E] float64), of at most
-    `columns` logged steps, evenly apart and with the last; None where they were not logged.
+  def experts(self, layer: int, name: str, columns: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """A value of each expert of a MoE layer, (steps [n] int64, values [n, E] float64), of at most
+    `columns` logged steps, evenly apart and with the last; None where it was not logged.
+
+    name: one of `expert_names`.
     """
+    return self._asked(lambda db: _experts(db, layer, name, columns))
+
+  def expert_names(self) -> list[str]:
+    """What was logged of each expert: COUNT its tokens, "bias", and what was sampled."""
+    return self._asked(_expert_names) or []
+
+  def _asked(self, ask: Callable[[duckdb.DuckDBPyConnection], T]) -> T | None:
+    """An answer of the file; None where there is none, or it cannot be read."""
     with self._lock:
       try:
         if not self.path.is_file():
           return None
         with self._opener.opened(self.path) as db:
-          return _loads(db, layer, columns)
+          return ask(db)
       except duckdb.Error as error:
         self.trouble = _explained(self.path, error)
         return None
@@ -248,7 +260,7 @@ class LiveFile:
 class Snapshot:
   """The records of a root at one moment. Runs stand once for each experiment that they serve, and
   without their diffs. `notice`: what a reader should know of the file, or "". `history`: of the
-  production runs among them.
+  production runs among them; `evaluations`: of those that `nmoe eval` measured.
   """
 
   experiments: tuple[Experiment, ...]
@@ -256,6 +268,7 @@ class Snapshot:
   links: tuple[Link, ...]
   notice: str = ""
   history: dict[str, tuple[list[Attempt], list[Event]]] = field(default_factory=dict)
+  evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
 
   def run(self, run_id: str) -> Run | None:
     return next((run for run in self.runs if run.id == run_id), None)
@@ -298,6 +311,11 @@ class LiveReader(History):
       row["run_id"]: (self.attempts(row["run_id"]), self.events(row["run_id"])) for row in rows
     }
 
+  def every_evaluation(self) -> dict[str, list[Evaluation]]:
+    """Of every run that has some."""
+    rows = self._read("SELECT DISTINCT run_id FROM evaluations")
+    return {row["run_id"]: self.evaluations(row["run_id"]) for row in rows}
+
   def every_link(self) -> list[Link]:
     return [Link(**row) for row in self._read("SELECT * FROM links ORDER BY rowid")]
 
@@ -336,7 +354,9 @@ class Live:
       reader = LiveReader(self.root, self.cache / "records")
       try:
         links, runs = tuple(reader.every_link()), tuple(reader.every_run())
-        return Snapshot(tuple(reader.list()), runs, links, reader.notice, reader.every_history())
+        history, evaluations = reader.every_history(), reader.every_evaluation()
+        every = tuple(reader.list())
+        return Snapshot(every, runs, links, reader.notice, history, evaluations)
       finally:
         reader.close()
     except RecordError as error:
@@ -360,6 +380,16 @@ class Live:
     """A number for each run that grows whenever its first rank's file changes; 0 without a file."""
     found = {run_id: _stamp(self.paths.metrics(run_id, 0)) for run_id in run_ids}
     return {run_id: stamp[2] if stamp else 0 for run_id, stamp in found.items()}
+
+  def eval_items(self, run_id: str) -> dict[tuple[str, int], Path]:
+    """(suite, step) -> the file of what a run answered to every item."""
+    folder = self.paths.eval_items(run_id, 0, "").parent
+    found = {}
+    for path in sorted(folder.glob("step_*_*.parquet")):
+      step, _, suite = path.stem.removeprefix("step_").partition("_")
+      if step.isdigit():
+        found[suite, int(step)] = path
+    return found
 
   def log_tail(self, run_id: str, lines: int = 200) -> str:
     """The end of the newest log of a run."""
@@ -453,27 +483,39 @@ def _later(rows: Sequence[Row], series: dict[str, Logged]) -> dict[str, Logged]:
   return late
 
 
-def _loads(
-  db: duckdb.DuckDBPyConnection, layer: int, columns: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-  sql = (
-    "SELECT 1 FROM duckdb_tables() "
-    "WHERE table_name = 'loads' AND database_name = current_database()"
-  )
-  known = db.execute(sql).fetchone()
+def _has_table(db: duckdb.DuckDBPyConnection, name: str) -> bool:
+  sql = "SELECT 1 FROM duckdb_tables() WHERE table_name = ? AND database_name = current_database()"
+  return db.execute(sql, [name]).fetchone() is not None
+
+
+def _expert_names(db: duckdb.DuckDBPyConnection) -> list[str]:
   rows = (
-    known
-    and db.execute(
-      "WITH numbered AS (SELECT step, count, row_number() OVER (ORDER BY step DESC) - 1 AS back, "
-      "count(*) OVER () AS n FROM loads WHERE layer = $layer) SELECT step, count FROM numbered "
-      "WHERE back % greatest(1, (n + $columns - 1) // $columns) = 0 ORDER BY step",
-      {"layer": layer, "columns": columns},
-    ).fetchall()
+    db.execute("SELECT DISTINCT name FROM experts ORDER BY name").fetchall()
+    if _has_table(db, "experts")
+    else []
   )
+  counted = _has_table(db, "loads") and db.execute("SELECT 1 FROM loads LIMIT 1").fetchone()
+  return [COUNT] * bool(counted) + [name for (name,) in rows]
+
+
+def _experts(
+  db: duckdb.DuckDBPyConnection, layer: int, name: str, columns: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+  table = "loads" if name == COUNT else "experts"
+  if not _has_table(db, table):
+    return None
+  of = "count" if name == COUNT else "value"
+  where = "layer = $layer" + ("" if name == COUNT else " AND name = $name")
+  rows = db.execute(
+    f"WITH numbered AS (SELECT step, {of}, row_number() OVER (ORDER BY step DESC) - 1 AS back, "
+    f"count(*) OVER () AS n FROM {table} WHERE {where}) SELECT step, {of} FROM numbered "
+    "WHERE back % greatest(1, (n + $columns - 1) // $columns) = 0 ORDER BY step",
+    {"layer": layer, "columns": columns} | ({} if name == COUNT else {"name": name}),
+  ).fetchall()
   if not rows:
     return None
-  steps, counts = zip(*rows, strict=True)
-  return np.array(steps, np.int64), np.array(counts, float)
+  steps, values = zip(*rows, strict=True)
+  return np.array(steps, np.int64), np.array(values, float)
 
 
 def _locked(error: duckdb.Error) -> bool:

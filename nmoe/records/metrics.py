@@ -1,12 +1,13 @@
 """The metrics of a run, in DuckDB: `{root}/metrics/{run_id}/rank_{rank}.duckdb`.
 
-A table of (step, tokens, tag, value, time), and `loads` of (step, layer, count of each expert):
-the tokens that a MoE layer sent to each of its experts in that step. DuckDB locks a file while it
-is open for writing, so the writer keeps rows in memory, and `flush` opens the file, appends them in
-one transaction and closes it: others read a live run in between. One who holds the file open costs
-the run nothing: the rows go into `rank_{rank}.rows` (JSON) beside it, and into the file at a later
-flush; `read` counts them in. A killed writer loses the rows not yet flushed and nothing else: flush
-before a checkpoint becomes the newest, `rewind` to its step after loading it.
+A table of (step, tokens, tag, value, time); `loads` of (step, layer, count of each expert): the
+tokens that a MoE layer sent to each of its experts in that step; `experts` of (step, layer, name,
+value of each expert): its router's bias, and what nmoe.train.routing samples. DuckDB locks a file
+while it is open for writing, so the writer keeps rows in memory, and `flush` opens the file,
+appends them in one transaction and closes it: others read a live run in between. One who holds the
+file open costs the run nothing: the rows go into `rank_{rank}.rows` (JSON) beside it, and into the
+file at a later flush; `read` counts them in. A killed writer loses the rows not yet flushed and
+nothing else: flush before a checkpoint becomes the newest, `rewind` to its step after loading it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nmoe.records.root import Root
 Series = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 Row = tuple[int, int, str, float, float]  # step, tokens, tag, value, time
-Load = tuple[int, np.ndarray]  # step, count_LE
+Load = tuple[int, str, np.ndarray]  # step, name (COUNT: of loads), value_LE
 
 LOCK_TIMEOUT_S = 10.0  # of a reader, and of the writer once it must have all its rows in the file
 TRY_S = 0.2  # of a flush while the run goes on
@@ -37,7 +38,13 @@ FLUSH_S = 5.0  # between flushes of a run that is watched
 
 _TABLE = """CREATE TABLE IF NOT EXISTS metrics (step BIGINT NOT NULL, tokens BIGINT NOT NULL,
   tag VARCHAR NOT NULL, value DOUBLE NOT NULL, time DOUBLE NOT NULL)"""
-_LOADS = "CREATE TABLE IF NOT EXISTS loads (step BIGINT, layer INTEGER, count UINTEGER[])"
+COUNT = "count"
+_TABLES = {
+  "metrics": _TABLE,
+  "loads": "CREATE TABLE IF NOT EXISTS loads (step BIGINT, layer INTEGER, count UINTEGER[])",
+  "experts": """CREATE TABLE IF NOT EXISTS experts (step BIGINT, layer INTEGER, name VARCHAR,
+    value FLOAT[])""",
+}
 _TYPES = {"step": np.int64, "tokens": np.int64, "tag": object, "value": float, "time": float}
 # DuckDB takes a NaN of a registered NumPy array for NULL.
 _APPEND = (
@@ -48,8 +55,12 @@ _DELETE_AGAIN = """DELETE FROM metrics WHERE step >= ?
 _READ = """SELECT step, tokens, tag, value FROM (SELECT * FROM metrics UNION ALL
   SELECT step, tokens, tag, coalesce(value, 'NaN'::DOUBLE), time FROM batch
   WHERE (step, tag, time) NOT IN (SELECT step, tag, time FROM metrics WHERE step >= ?))"""
-_APPEND_LOADS = """INSERT INTO loads SELECT step, layer, list(count ORDER BY expert) FROM counts
-  GROUP BY step, layer ORDER BY step, layer"""
+_APPEND_EXPERTS = (
+  f"""INSERT INTO loads SELECT step, layer, list(value::UINTEGER ORDER BY expert) FROM per_expert
+  WHERE name = '{COUNT}' GROUP BY step, layer ORDER BY step, layer""",
+  f"""INSERT INTO experts SELECT step, layer, name, list(value::FLOAT ORDER BY expert)
+  FROM per_expert WHERE name <> '{COUNT}' GROUP BY step, layer, name ORDER BY step, name, layer""",
+)
 
 
 class LockedError(RecordError):
@@ -79,7 +90,11 @@ class Metrics:
 
   def add_loads(self, step: int, count_LE: np.ndarray) -> None:
     """Log the tokens of every expert of every MoE layer in a step, beside its `add`."""
-    self._loads.append((step, count_LE.astype(np.uint32)))
+    self.add_experts(step, COUNT, count_LE)
+
+  def add_experts(self, step: int, name: str, value_LE: np.ndarray) -> None:
+    """Log a value of every expert of every MoE layer in a step, beside its `add`."""
+    self._loads.append((step, name, value_LE.astype(np.float64)))
 
   def flush(self, insist: bool = False) -> None:
     """Put what is held on disk, all or nothing.
@@ -112,29 +127,37 @@ class Metrics:
     if not self.path.exists():
       _create(self.path)
     with _opened(self.path, timeout_s=LOCK_TIMEOUT_S if insist else TRY_S) as db:
-      db.execute(_TABLE)  # of a file that a full disk left without
-      db.execute(_LOADS)  # of a file of before there were any
+      _create_tables(db)  # of a file that a full disk left without, or of before there were any
       db.register("batch", batch)
       if again is not None:
         db.execute(_DELETE_AGAIN, [again])
         db.execute("DELETE FROM loads WHERE step >= ?", [again])
+        db.execute("DELETE FROM experts WHERE step >= ?", [again])
       db.execute(_APPEND)
       if loads:
-        db.register("counts", _counts(loads))
-        db.execute(_APPEND_LOADS)
+        db.register("per_expert", _per_expert(loads))
+        for sql in _APPEND_EXPERTS:
+          db.execute(sql)
 
-  def rewind(self, step: int) -> None:
-    """Delete the rows after `step`: a run resumed from the checkpoint of `step` logs them again."""
+  def rewind(self, step: int) -> int:
+    """Delete the rows after `step`: a run resumed from the checkpoint of `step` logs them again.
+
+    Returns by how many steps they went further.
+    """
     early, early_loads = _kept(self.beside)
+    last = max([step, *(row[0] for row in early + self._rows)])
     rows = [row for row in early + self._rows if row[0] <= step]
     _keep(self.beside, rows, [row for row in early_loads + self._loads if row[0] <= step])
     self._rows.clear()
     self._loads.clear()
     if self.path.exists():
       with _opened(self.path) as db:
-        for name, table in (("metrics", _TABLE), ("loads", _LOADS)):
-          db.execute(table)
+        _create_tables(db)
+        (end,) = db.execute("SELECT max(step) FROM metrics").fetchone()
+        last = max(last, end or 0)
+        for name in _TABLES:
           db.execute(f"DELETE FROM {name} WHERE step > ?", [step])
+    return last - step
 
   def read(self) -> dict[str, Series]:
     """Flush, and everything logged so far, also before the run was interrupted."""
@@ -191,13 +214,13 @@ def _batch(rows: list[Row]) -> dict[str, np.ndarray]:
   }
 
 
-def _counts(loads: list[tuple[int, np.ndarray]]) -> dict[str, np.ndarray]:
+def _per_expert(loads: list[Load]) -> dict[str, np.ndarray]:
   """Columns of one row an expert."""
-  steps, counts = zip(*loads, strict=True)
-  count_NLE = np.stack(counts)
-  n, layer, expert = (i.ravel() for i in np.indices(count_NLE.shape, np.int32))
-  step = np.array(steps, np.int64)[n]
-  return {"step": step, "layer": layer, "expert": expert, "count": count_NLE.ravel()}
+  steps, names, values = zip(*loads, strict=True)
+  value_NLE = np.stack(values)
+  n, layer, expert = (i.ravel() for i in np.indices(value_NLE.shape, np.int32))
+  columns = {"step": np.array(steps, np.int64)[n], "name": np.array(names, object)[n]}
+  return columns | {"layer": layer, "expert": expert, "value": value_NLE.ravel()}
 
 
 def _path(root: str | Path, run_id: str, rank: int) -> Path:
@@ -213,8 +236,7 @@ def _create(path: Path) -> None:
     wal = beside.with_name(beside.name + ".wal")
     wal.unlink(missing_ok=True)
     with _opened(beside) as db:
-      db.execute(_TABLE)
-      db.execute(_LOADS)
+      _create_tables(db)
     with _connect(beside, False, LOCK_TIMEOUT_S) as db:
       db.execute("CHECKPOINT")
     if wal.exists():  # what closing could not move into the file: a full disk
@@ -228,11 +250,16 @@ def _create(path: Path) -> None:
     ) from error
 
 
+def _create_tables(db: duckdb.DuckDBPyConnection) -> None:
+  for table in _TABLES.values():
+    db.execute(table)
+
+
 def _kept(beside: Path) -> tuple[list[Row], list[Load]]:
   """What lies in a file beside the metrics, in the order in which it was added."""
   try:
     found = json.loads(beside.read_text(encoding="utf-8"))
-    loads = [(step, np.array(count_LE, np.uint32)) for step, count_LE in found["loads"]]
+    loads = [(step, name, np.array(value_LE)) for step, name, value_LE in found["loads"]]
     return [tuple(row) for row in found["rows"]], loads
   except (FileNotFoundError, NotADirectoryError):
     return [], []
@@ -247,7 +274,7 @@ def _keep(beside: Path, rows: list[Row], loads: list[Load]) -> None:
   if not rows:
     beside.unlink(missing_ok=True)
     return
-  held = {"rows": rows, "loads": [(step, count_LE.tolist()) for step, count_LE in loads]}
+  held = {"rows": rows, "loads": [(step, name, value.tolist()) for step, name, value in loads]}
   new = beside.with_suffix(".rows-new")
   try:
     with new.open("w", encoding="utf-8") as file:

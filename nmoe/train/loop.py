@@ -82,14 +82,15 @@ class Parts(NamedTuple):
 def parts_of(session: Session, state: TrainState) -> Parts:
   c, ranks, device = session.config, session.parallel, session.target.device
   names = [source.name for source in session.data.sources]
+  loader = Loader(
+    session.data,
+    seq_len=c.data.seq_len,
+    seed=c.train.seed,
+    weights=phases(names, c.data.weights, c.data.weights_from),
+    fraction=c.data.fraction,
+  )
   batches = Prefetcher(
-    Loader(
-      session.data,
-      seq_len=c.data.seq_len,
-      seed=c.train.seed,
-      weights=phases(names, c.data.weights, c.data.weights_from),
-      fraction=c.data.fraction,
-    ),
+    loader,
     c.sequences,
     start=state.step,
     stop=c.steps,
@@ -98,7 +99,7 @@ def parts_of(session: Session, state: TrainState) -> Parts:
     device=device,
   )
   clock, guard = Clock(device), Guard(c.optim.clip_norm, device)
-  passes = Passes(session, state, clock)
+  passes = Passes(session, state, clock, loader)
   watch = Watch(session, state.step, clock, guard, passes.graph)
   return Parts(batches, passes, guard, watch, clock)
 
@@ -129,6 +130,7 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     state.step += 1
     clock.start("log")
     watch.add(state.step, passes.flight.stop())
+    watch.add_experts(state.step, passes.routing.stop())
     if state.step % c.train.log_every == 0 or state.step == total:
       last = targets.chunk(c.micro_batches)[-1]
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))

@@ -7,9 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nmoe.data.loader import Loader
 from nmoe.train.clock import Clock
 from nmoe.train.flight import FlightRecorder
 from nmoe.train.graph import Graph
+from nmoe.train.routing import RoutingRecorder
 from nmoe.train.session import Session, TrainState
 
 
@@ -17,13 +19,21 @@ class Passes:
   """passes(tokens, targets) leaves a step's gradients in the model, whose parameters have none.
 
   `graph` is the CUDA graph that queues them, if there is one; `flight` measures what quantization
-  loses in them.
+  loses in them, `routing` where tokens went.
   """
 
-  def __init__(self, session: Session, state: TrainState, clock: Clock):
+  def __init__(self, session: Session, state: TrainState, clock: Clock, loader: Loader):
     self.config, self.ranks, self.device = session.config, session.parallel, session.target.device
     self.state, self.clock = state, clock
     self.flight = FlightRecorder(state.model, self.config.train.flight_every)
+    c, ranks = self.config, self.ranks
+    self.routing = RoutingRecorder(
+      state.model,
+      loader,
+      c.train.routing_every if ranks.rank == 0 else 0,
+      sequences=c.sequences,
+      local=c.sequences // ranks.ranks,
+    )
     self.graph = Graph(state.model, self._all) if self.config.train.cuda_graph else None
 
   def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,6 +42,7 @@ class Passes:
     """
     self.state.model.set_forward_bf16(self._finishing())
     self.flight.start(self.state.step + 1)
+    self.routing.start(self.state.step + 1)
     if self.graph is not None:
       self.clock.start("graph")
     return self.ranks.run(partial(self.graph or self._all, tokens, targets), self._forget)
@@ -55,6 +66,7 @@ class Passes:
     """Undo what a step's passes did, before they run again."""
     self.state.model.zero_grad()
     self.flight.forget()
+    self.routing.forget()
 
   def _finishing(self) -> bool:
     """Whether the step belongs to the recipe's forward-bf16 finish (precision.finish_tokens)."""

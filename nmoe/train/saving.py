@@ -63,7 +63,7 @@ def resume(session: Session, state: TrainState) -> None:
   check_identity(configs.loads(written["config"]), session.config, folder)
   checkpoint.load(folder, steps[-1], state.tensors(), session.parallel.first_expert)
   state.step = steps[-1]
-  session.metrics.rewind(state.step)
+  session.startup.rewound = session.metrics.rewind(state.step)
 
 
 def check_identity(written: Config, wanted: Config, folder: Path) -> None:

@@ -39,14 +39,18 @@ class StartUp:
   def __init__(self, since: float = 0.0):
     self.since = since
     self.seconds: dict[str, float] = {}
+    self.rewound = 0  # steps that an earlier process logged after the checkpoint
 
   def end(self, phase: str) -> None:
     """A phase ends here, and the next begins."""
     self.seconds[phase] = process_age() - self.since - sum(self.seconds.values())
 
   def first_step(self) -> dict[str, float]:
-    """startup/{phase}_s of every phase, the last of them ending at this first call; then {}."""
+    """startup/{phase}_s of every phase, the last of them ending at this first call, and
+    startup/rewound_steps where there are some; then {}.
+    """
     if "first_step" in self.seconds:
       return {}
     self.end("first_step")
-    return {f"startup/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+    rewound = {"startup/rewound_steps": float(self.rewound)} if self.rewound else {}
+    return {f"startup/{phase}_s": seconds for phase, seconds in self.seconds.items()} | rewound

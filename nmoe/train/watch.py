@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,10 +69,11 @@ class Watch:
       "memory/peak_bytes": float(self._peak()),
     }
     values |= {f"grad_norm/{k}": v for k, v in zip(of.norms, scalars[4:], strict=True)}
-    count_LE = of.count_LE.cpu()
-    values |= load_values(count_LE, bias_ranges(state.model))
+    count_LE, bias_LE = of.count_LE.cpu(), biases(state.model)
+    values |= load_values(count_LE, bias_LE)
     if len(count_LE) and self.session.parallel.rank == 0:
       self.session.metrics.add_loads(state.step, count_LE.numpy())
+      self.add_experts(state.step, {"bias": bias_LE.numpy()})
     values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
@@ -83,6 +85,11 @@ class Watch:
 
   def add(self, step: int, values: dict[str, float]) -> None:
     self.session.metrics.add(step, step * self.config.schedule.batch_tokens, values)
+
+  def add_experts(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    """Log name -> [MoE layers, E] of a step."""
+    for name, value_LE in values.items():
+      self.session.metrics.add_experts(step, name, value_LE)
 
   def results(self, step: int) -> dict[str, Any]:
     """The run's outcome from what all its attempts logged: what arms are compared by.
@@ -136,12 +143,10 @@ class Watch:
       self.session.stop = True
 
 
-def bias_ranges(model: Model) -> list[float]:
-  """max - min of each router's bias."""
-  if not model.routers:
-    return []
-  bias_LE = torch.stack([router.bias for router in model.routers])
-  return (bias_LE.amax(1) - bias_LE.amin(1)).tolist()
+def biases(model: Model) -> Tensor:
+  """The routers' biases [MoE layers, E], on the host."""
+  none = torch.empty(0, model.config.moe.num_experts)
+  return torch.stack([router.bias for router in model.routers]).cpu() if model.routers else none
 
 
 def rdep_values(rdep: Rdep | None) -> dict[str, float]:
@@ -155,12 +160,12 @@ def rdep_values(rdep: Rdep | None) -> dict[str, float]:
   return {"rdep/rounds": float(rounds), "rdep/rows": float(rows), "rdep/rows_again": float(again)}
 
 
-def load_values(count_LE: Tensor, bias_range: list[float]) -> dict[str, float]:
+def load_values(count_LE: Tensor, bias_LE: Tensor) -> dict[str, float]:
   """Health of each MoE layer's load (arXiv 2408.15664 Eq 4 for max over mean; dead: under 1 % of
-  the mean).
+  the mean; bias_range: largest less least).
   """
   values = {}
-  for layer, (count_E, spread) in enumerate(zip(count_LE.double(), bias_range, strict=True)):
+  for layer, (count_E, bias_E) in enumerate(zip(count_LE.double(), bias_LE, strict=True)):
     mean = count_E.mean().clamp(min=1e-12)
     share = count_E / count_E.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-12).log()).sum() / math.log(max(len(share), 2))
@@ -172,6 +177,6 @@ def load_values(count_LE: Tensor, bias_range: list[float]) -> dict[str, float]:
       f"moe/{layer}/load_p95": float(p95),
       f"moe/{layer}/dead": float((count_E < 0.01 * mean).sum()),
       f"moe/{layer}/entropy": float(entropy),
-      f"moe/{layer}/bias_range": spread,
+      f"moe/{layer}/bias_range": float(bias_E.max() - bias_E.min()),
     }
   return values

@@ -55,7 +55,7 @@ def runs(live: Live) -> Json:
     {
       "root": str(live.root),
       "notice": seen.notice,
-      "experiments": [_experiment(e) for e in seen.experiments],
+      "experiments": [experiment_row(e) for e in seen.experiments],
       "runs": rows[::-1],
       "configs": [leaves(text) for text in places],
       "measures": measures(),
@@ -82,6 +82,9 @@ def run(live: Live, seen: Snapshot, run: Run) -> Json:
       "tags": tags,
       "ranks": live.ranks(run.id),
       "expert_share": _expert_share(run.toml),
+      "experts": file.expert_names(),
+      "evaluations": [asdict(e) for e in seen.evaluations.get(run.id, [])],
+      "starts": starts(file.read(["train/loss", *STARTS])),
       "trouble": file.trouble,
       "log": live.log_tail(run.id),
       "measures": measures(),
@@ -91,21 +94,25 @@ def run(live: Live, seen: Snapshot, run: Run) -> Json:
 
 def compare(live: Live, seen: Snapshot, a: Sequence[Run], b: Sequence[Run]) -> Json:
   """Two groups of runs, paired by seed: results, curves of the difference, configurations."""
-  a_by, b_by = ({run.seed: run for run in of} for of in (a, b))
-  seeds = sorted(a_by.keys() & b_by.keys())
-  pairs = [(a_by[seed], b_by[seed]) for seed in seeds]
+  pairs = pairs_of(a, b)
   rows = [row for key in MEASURES if (row := _result(key, a, b, pairs))]
   return plain(
     {
       "a": [_brief(run) for run in a],
       "b": [_brief(run) for run in b],
-      "seeds": seeds,
+      "seeds": [run.seed for run, _ in pairs],
       "rows": rows,
       "curves": {tag: _difference(live, tag, pairs) for tag in LEVELS},
       "changes": _changes(a[0], b[0]),
       "measures": measures(),
     }
   )
+
+
+def pairs_of(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
+  """The runs of either side by seed, of the seeds that both have."""
+  a_by, b_by = ({run.seed: run for run in of} for of in (a, b))
+  return [(a_by[seed], b_by[seed]) for seed in sorted(a_by.keys() & b_by.keys())]
 
 
 def experiment(live: Live, seen: Snapshot, e: Experiment) -> Json:
@@ -117,13 +124,11 @@ def experiment(live: Live, seen: Snapshot, e: Experiment) -> Json:
   results = []
   for other in groups[1:] if len(groups) > 1 else groups:
     base = groups[0]
-    shared = sorted({r.seed for r in base} & {r.seed for r in other})
-    of = [{r.seed: r for r in group} for group in (base, other)]
-    pairs = [(of[0][seed], of[1][seed]) for seed in shared] if other is not base else []
+    pairs = pairs_of(base, other) if other is not base else []
     rows = [row for key in MEASURES if (row := _result(key, base, other, pairs))]
     results.append({"a": base[0].arm, "b": other[0].arm, "rows": rows})
   return plain(
-    _experiment(e)
+    experiment_row(e)
     | {
       "conclusion": e.conclusion,
       "arms": [
@@ -148,13 +153,16 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
   attempts, events = seen.history.get(run.id, ([], []))
   recorded = {"recorded": [asdict(a) for a in attempts], "events": [asdict(e) for e in events]}
   phases = [tag for tag in file.tags() if tag.startswith(("time/", "startup/", "checkpoint/"))]
-  logged = file.read(["train/tokens_per_s", "train/loss", *phases])
+  logged = file.read(["train/tokens_per_s", "train/loss", *STARTS, *phases])
   clock = logged.get("train/loss")
   if clock is None:
     return plain(_brief(run) | recorded | {"attempts": [], "trouble": file.trouble})
-  spent = {tag: float(rows.value.sum()) for tag, rows in logged.items() if tag in phases}
+  seconds = [tag for tag in phases if tag.endswith("_s")]
+  spent = {tag: float(logged[tag].value.sum()) for tag in seconds}
   stretches = _attempts(clock, logged.get("startup/first_step_s"))
-  began = stretches[0]["began"] - sum(_firsts(logged, "startup/"))
+  began = stretches[0]["began"] - sum(
+    float(logged[tag].value[0]) for tag in seconds if tag.startswith("startup/")
+  )
   wall = clock.time[-1] - began
   stepping = sum(
     s for tag, s in spent.items() if tag.startswith("time/") and tag not in APART_FROM_STEPS
@@ -167,6 +175,7 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
     | recorded
     | {
       "attempts": stretches,
+      "starts": starts(logged),
       "spent": spent,
       "wall_s": wall,
       "goodput": min(1.0, stepping / wall) if wall > 0 else math.nan,
@@ -182,15 +191,33 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
 APART_FROM_STEPS = ("time/eval_s", "time/checkpoint_s")
 
 
-def _firsts(logged: dict[str, Logged], prefix: str) -> list[float]:
-  return [float(rows.value[0]) for tag, rows in logged.items() if tag.startswith(prefix)]
+STARTS = ("startup/first_step_s", "startup/rewound_steps")
+
+
+def starts(logged: dict[str, Logged]) -> list[Json]:
+  """Where a run went on after a process ended: the last line before it, and how many steps beyond
+  it were logged, deleted and trained again.
+  """
+  clock, begun = (logged.get(tag) for tag in ("train/loss", STARTS[0]))
+  if clock is None or begun is None:
+    return []
+  lost = logged.get(STARTS[1])
+  rewound = {} if lost is None else dict(zip(lost.step.tolist(), lost.value.tolist(), strict=True))
+  found = []
+  for step in begun.step.tolist():
+    i = int(np.searchsorted(clock.step, step)) - 1
+    if i >= 0:
+      at = {"step": int(clock.step[i]), "tokens": int(clock.tokens[i])}
+      after = {"time": float(clock.time[i] - clock.time[0]), "when": float(clock.time[i + 1])}
+      found.append(at | after | {"rewound": rewound.get(step, 0)})
+  return found
 
 
 def _attempts(clock: Logged, starts: Logged | None) -> list[Json]:
   """The stretches of rows between two starts; every start logs its duration with its first row."""
   begins = [0]
   if starts is not None:
-    begins = sorted({0, *np.searchsorted(clock.time, starts.time - 1e-6).tolist()})
+    begins = sorted({0, *np.searchsorted(clock.step, starts.step).tolist()})
   ends = [*(i - 1 for i in begins[1:]), len(clock.time) - 1]
   return [
     {
@@ -256,7 +283,7 @@ def _graph(seen: Snapshot, experiment_id: str) -> Json:
     if wider == around:
       break
     around = wider
-  nodes = [_experiment(e) for e in seen.experiments if e.id in around]
+  nodes = [experiment_row(e) for e in seen.experiments if e.id in around]
   return {"nodes": nodes, "links": [asdict(link) for link in links]}
 
 
@@ -271,7 +298,7 @@ def _changes(a: Run, b: Run) -> Json:
   return {"rows": [row for row in rows if row[0] not in ("train.seed", "run.root")]}
 
 
-def _experiment(e: Experiment) -> Json:
+def experiment_row(e: Experiment) -> Json:
   return {
     "id": e.id,
     "name": e.name,

@@ -23,8 +23,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from nmoe.records.live import Live, Logged, Snapshot
+from nmoe.records.metrics import COUNT
 from nmoe.records.reader import Experiment, Run
-from stages.viz import answers
+from stages.viz import answers, flips, sweeps
 from stages.viz.columns import Panel, framed, pack
 from stages.viz.guard import LOOPBACK, Guard, new_token
 
@@ -61,6 +62,10 @@ class Server:
       "/api/runs": lambda seen, request: answers.runs(self.live),
       "/api/run/{id}": lambda seen, request: answers.run(self.live, seen, _run(seen, request)),
       "/api/compare": self._compare,
+      "/api/flips": self._flips,
+      "/api/sweep/{id}": lambda seen, request: sweeps.sweep(
+        seen, _experiment(seen, request), dict(request.query_params)
+      ),
       "/api/experiment/{id}": lambda seen, request: answers.experiment(
         self.live, seen, _experiment(seen, request)
       ),
@@ -107,6 +112,10 @@ class Server:
     a, b = (_runs(seen, request.query_params.get(side, "").split(",")) for side in "ab")
     return answers.compare(self.live, seen, a, b)
 
+  def _flips(self, seen: Snapshot, request: Request) -> object:
+    a, b = (_runs(seen, request.query_params.get(side, "").split(",")) for side in "ab")
+    return flips.flips(self.live, answers.pairs_of(a, b))
+
   def _series(self, request: Request) -> Response:
     """run, tag, rank: each as often as wanted; x: of X; px: width; from, to: of x; apart: a panel a
     run, not all runs of a tag on one x.
@@ -128,16 +137,18 @@ class Server:
     return Response(pack(panels, pixels), media_type="application/octet-stream")
 
   def _loads(self, request: Request) -> Response:
-    """The load map of one MoE layer: header [{n, experts}], steps float64 [n], counts float32."""
+    """A map of the experts of one MoE layer: header {n, experts}, steps float64 [n], values float32
+    [n, experts]; of: tokens ("count"), "bias", and what else was logged.
+    """
     (run,) = _runs(self.live.snapshot(), [request.query_params.get("run", "")])
     layer = _number(request.query_params.get("layer", "0"), 0, 1 << 20)
     pixels = _number(request.query_params.get("px", "600"), 1, MAX_PIXELS)
-    found = self.live.file(run.id).loads(layer, pixels)
+    found = self.live.file(run.id).experts(layer, request.query_params.get("of", COUNT), pixels)
     if found is None:
       return Response(framed({"n": 0, "experts": 0}, []), media_type="application/octet-stream")
-    steps, counts = found
-    columns = [steps.astype("<f8").tobytes(), counts.astype("<f4").tobytes()]
-    body = framed({"n": len(steps), "experts": counts.shape[1]}, columns)
+    steps, values = found
+    columns = [steps.astype("<f8").tobytes(), values.astype("<f4").tobytes()]
+    body = framed({"n": len(steps), "experts": values.shape[1]}, columns)
     return Response(body, media_type="application/octet-stream")
 
   async def _events(self, request: Request) -> Response:

@@ -396,6 +396,7 @@ def test_a_default_root_expands_too(tmp_path):
       "or launch.ranks = 1",
     ),
     ("train.cuda_graph", GRAPH | {"target.dtype": "fp8"}, 'or target.dtype = "bf16"'),
+    ("train.routing_every", GRAPH | {"train.routing_every": 10}, "or train.cuda_graph = false"),
     (
       "moe.expert_dim",
       {"target.dtype": "fp8", "target.emulate_blockscale": True, "moe.expert_dim": 48},

@@ -239,7 +239,7 @@ def test_a_whole_session_writes_nothing_below_the_root(root, live):
   for run in ids:
     file = live.file(run)
     assert values(file) == [0, 1, 2, 3, 4] and live.ranks(run) == [0]
-    assert file.loads(0, 100) is None and live.log_tail(run) == ""
+    assert file.experts(0, "count", 100) is None and live.log_tail(run) == ""
   assert live.stamps([*ids, "none"])["none"] == 0
   assert tree_hash(root) == before
 
@@ -301,11 +301,11 @@ def test_loads_are_thinned_to_columns_and_keep_the_last(root, live):
     db.execute("CREATE TABLE IF NOT EXISTS loads (step BIGINT, layer INTEGER, count UINTEGER[])")
     rows = [(step, layer, count) for step, count in counts.items() for layer in (0, 1)]
     db.executemany("INSERT INTO loads VALUES (?, ?, ?)", rows)
-  steps, found = live.file(RUN).loads(1, 30)
+  steps, found = live.file(RUN).experts(1, "count", 30)
   assert len(steps) <= 30 and steps[-1] == 100 and set(np.diff(steps)) == {4}
   np.testing.assert_array_equal(found, [counts[step] for step in steps])
-  assert len(live.file(RUN).loads(0, 1000)[0]) == 100
-  assert live.file(RUN).loads(2, 30) is None
+  assert len(live.file(RUN).experts(0, "count", 1000)[0]) == 100
+  assert live.file(RUN).experts(2, "count", 30) is None
 
 
 WRITER = """

@@ -236,7 +236,7 @@ def test_loads_of_every_expert_are_kept_with_their_metrics_and_rewound(tmp_path)
     writer.add_loads(step, count_LE)
     if step in (2, 4):
       writer.flush()
-  writer.rewind(5)
+  assert writer.rewind(5) == 1 and writer.rewind(6) == 0
   writer.flush()
   wanted = [
     (s, layer, c[layer].tolist()) for s, c in counts.items() for layer in range(3) if s <= 5

@@ -55,7 +55,7 @@ counts = st.lists(st.integers(0, 5000), min_size=2, max_size=64).filter(sum)
 @given(counts)
 def test_load_values_are_those_of_the_definitions(count):
   """NumPy in float64; a layer of 0 tokens aside, which no step has."""
-  values = load_values(torch.tensor([count]), [0.25])
+  values = load_values(torch.tensor([count]), torch.tensor([[0.5, *[0.25] * (len(count) - 1)]]))
   load = np.array(count) / np.mean(count)
   share = np.array(count) / np.sum(count)
   entropy = -sum(p * math.log(p) for p in share if p) / math.log(len(count))
@@ -72,11 +72,11 @@ def test_load_values_are_those_of_the_definitions(count):
 
 
 def test_load_values_of_every_layer():
-  values = load_values(torch.tensor([[8, 0, 0, 0], [2, 2, 2, 2]]), [1.0, 0.0])
+  values = load_values(torch.tensor([[8, 0, 0, 0], [2, 2, 2, 2]]), torch.eye(2, 4))
   assert (values["moe/0/load_max_over_mean"], values["moe/1/load_max_over_mean"]) == (4.0, 1.0)
   assert (values["moe/0/dead"], values["moe/1/dead"]) == (3.0, 0.0)
   assert (values["moe/0/entropy"], values["moe/1/entropy"]) == (0.0, pytest.approx(1.0))
-  assert load_values(torch.empty(0, 4), []) == {}
+  assert load_values(torch.empty(0, 4), torch.empty(0, 4)) == {}
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 100)), max_size=20))
