@@ -1,28 +1,33 @@
 """The root of `nmoe viz --demo`: small studies on the cpu, by the project's own stages.
 
-`python -m stages.demo ROOT` makes it, or goes on where it was: an ablation, a sweep of the learning
-rate at two widths, and a run that is killed twice and resumed.
+`python -m stages.demo ROOT` makes it, or goes on where it was: an ablation that answers questions
+while it trains, a sweep of the learning rate over two widths with its control, and a production run
+of two ranks of which one is killed. About two minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from pydoc_data import topics
 
 from rich.console import Console
 
-from nmoe.config import file as configs
 from nmoe.errors import NmoeError
-from nmoe.records.reader import Hypothesis
+from nmoe.evals.sources import prepare
+from nmoe.records.attempts import History
+from nmoe.train.progress import Heartbeat
 from stages import ablate
-from stages.judge.table import Judgement, Table
-from stages.proofs import check_resume
-from stages.runs import Arm, Workbench
-from stages.study import Study, carry_out
+from stages.prod import launching
+from stages.proxy import sweep
 
 MIXTURE = """[mixture]
 holdout = 0.05
@@ -30,6 +35,12 @@ holdout = 0.05
 name = "prose"
 kind = "python"
 part = "prose"
+weight = 0.7
+[[source]]
+name = "code"
+kind = "python"
+part = "code"
+weight = 0.3
 """
 BASE = """[experiment]
 name = "demo"
@@ -77,8 +88,12 @@ decay_tokens = {decay}
 [train]
 micro_batch = 8
 log_every = 2
+routing_every = 10
 eval_every = 20
-checkpoint_every = 80
+checkpoint_every = 40
+[eval]
+suite = "{root}/demo/continue.toml"
+every = 50
 [launch]
 threads = 1
 """
@@ -92,47 +107,134 @@ min_effect = 0.02
 [moe]
 top_k = 4
 """
-RATES = (1e-3, 3e-3, 9e-3)
-WIDTHS = (32, 64)
+SMALL = """extends = "base.toml"
+[experiment]
+name = "small"
+statement = "The base of the sweep learns."
+metric = "val/loss"
+direction = "lower"
+[model]
+dim = 32
+init_std = 0.1
+num_layers = 3
+[optim]
+dense_lr = 8e-3
+router_lr = 8e-3
+expert_lr = 8e-3
+embed_lr = 8e-3
+dense_weight_decay = 0.0
+expert_weight_decay = 0.0
+[schedule]
+total_tokens = {tokens}
+warmup_tokens = {warmup}
+decay_tokens = {decay}
+[train]
+log_every = 5
+eval_every = 0
+[eval]
+suite = "none"
+"""
+SWEEP = """[sweep]
+name = "rates"
+statement = "Under completep-moe the best learning rate of a width holds at twice that width."
+base = "small.toml"
+vary = ["joint"]
+step = 4.0
+points = {points}
+extend = 0
+seeds = 1
+control = ["off"]
+[[scale]]
+width = 2
+[budget]
+runs = 40
+"""
+PRODUCTION = """extends = "base.toml"
+[experiment]
+name = "production"
+statement = "The model trains to its end though a rank is killed."
+[schedule]
+total_tokens = {tokens}
+warmup_tokens = {warmup}
+decay_tokens = {decay}
+[train]
+micro_batch = 4
+checkpoint_every = {checkpoint}
+[eval]
+suite = "none"
+[launch]
+ranks = 2
+"""
+QUESTIONS = 60
+WORDS = 9  # of a question, and as many of its two answers
 
 
-def make(root: Path, console: Console, steps: int = 160, seeds: int = 3) -> None:
+def make(root: Path, console: Console, steps: int = 120, seeds: int = 3, points: int = 5) -> None:
   """Carry the studies out; what has been done is found and not done again."""
   folder = root / "demo"
   folder.mkdir(parents=True, exist_ok=True)
   tokens = {"tokens": 1024 * steps, "warmup": 1024 * (steps // 8), "decay": 1024 * (steps // 4)}
+  few = max(steps // 2, 44)  # whose last 22 steps are the decay
+  small = {"tokens": 1024 * few, "warmup": 1024 * (few // 8), "decay": 1024 * 22}
   (folder / "mixture.toml").write_text(MIXTURE)
+  (folder / "continue.toml").write_text('tasks = ["continue"]\n')
   (folder / "base.toml").write_text(BASE.format(root=root, **tokens))
   (folder / "variant.toml").write_text(VARIANT)
+  (folder / "small.toml").write_text(SMALL.format(**small))
+  (folder / "sweep.toml").write_text(SWEEP.format(points=points))
+  (folder / "production.toml").write_text(PRODUCTION.format(checkpoint=steps // 6, **tokens))
+  prepare(questions(folder / "continue.jsonl"), root)
   ablate.run(folder / "base.toml", folder / "variant.toml", seeds, console)
-  sweep(folder / "base.toml", console)
-  check_resume.resume(folder / "base.toml", 12, console, ())
+  sweep.run(folder / "sweep.toml", console)
+  with killed_once(root, after=steps // 2):
+    launching.launch(folder / "production.toml", console, "a demonstration")
 
 
-def sweep(base: Path, console: Console) -> None:
-  """The learning rate at every width, one seed: which one is best is described, not judged."""
-  config = configs.load(base)
-  bench = Workbench.open(config.run.root, console)
-  arms = []
-  for width in WIDTHS:
-    for rate in RATES:
-      keys = {f"optim.{group}_lr": rate for group in ("dense", "router", "expert")}
-      name = f"width {width}, rate {rate:g}"
-      changed = configs.changed(config, {"model.dim": width, **keys})
-      arms.append(replace(bench.arm(name, changed), point={"width": width, "lr": rate}))
-  claim = Hypothesis("The best learning rate is the same at both widths.", "val/bpb", "none", 0.0)
-  carry_out(Study("rates", "demo", (claim,), tuple(arms), (0,), best(arms)), bench)
+def questions(path: Path) -> Path:
+  """Sentences of Python's documentation, which a model is to end as they do: two choices each."""
+  words = [" ".join(text.split()).split() for text in topics.topics.values()]
+  parts = [" ".join(of[40 : 40 + 2 * WORDS]) for of in words if len(of) > 40 + 2 * WORDS]
+  halves = [(" ".join(p.split()[:WORDS]), " " + " ".join(p.split()[WORDS:])) for p in sorted(parts)]
+  halves = [(asked, answer) for asked, answer in halves if len(asked + answer) < 115]
+  lines = []
+  for i, ((asked, answer), (_, other)) in enumerate(pairwise(halves[: QUESTIONS + 1])):
+    choices = [answer, other] if i % 2 else [other, answer]
+    line = {"task": "continue", "name": str(i), "context": asked, "choices": choices}
+    lines.append(json.dumps(line | {"gold": choices.index(answer)}))
+  path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  return path
 
 
-def best(arms: Sequence[Arm]) -> Callable[[Table], Judgement]:
-  """A judge that names the best arm."""
+@contextmanager
+def killed_once(root: Path, after: int) -> Iterator[None]:
+  """Within the block, rank 0 of the first production run that gets beyond step `after` is killed,
+  unless that was done before: then the run has a restart.
+  """
+  over = threading.Event()
 
-  def judge(table: Table) -> Judgement:
-    means = {arm.name: table.values(arm.name, "val/bpb")[0] for arm in arms}
-    least = min(means, key=means.get)
-    return Judgement("described", f"Lowest held-out bits per byte: {least}.", {"values": means})
+  def watch() -> None:
+    while not over.wait(0.2):
+      for file in (root / "runs").glob("*/heartbeat.json"):
+        beat = Heartbeat.read(file)
+        if beat is not None and beat.entry.step > after and not restarted(root, file.parent.name):
+          os.kill(beat.pid, signal.SIGKILL)
+          return
 
-  return judge
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  try:
+    yield
+  finally:
+    over.set()
+    watcher.join()
+
+
+def restarted(root: Path, run_id: str) -> bool:
+  records = History(root)
+  try:
+    return any(event.kind == "restart" for event in records.events(run_id))
+  finally:
+    records.close()
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class Server:
     routes += [Route(path, self._json(answer)) for path, answer in json_routes.items()]
     routes += [
       Route("/api/series", self._threaded(self._series)),
-      Route("/api/loads", self._threaded(self._loads)),
+      Route("/api/experts", self._threaded(self._experts)),
       Route("/api/events", self._events),
       Route("/report/{id}", self._threaded(self._report)),
       Route("/static/{name}", self._file),
@@ -136,7 +136,7 @@ class Server:
     panels = [_panel(tag, part, kind, ends) for part in parts for tag in tags]
     return Response(pack(panels, pixels), media_type="application/octet-stream")
 
-  def _loads(self, request: Request) -> Response:
+  def _experts(self, request: Request) -> Response:
     """A map of the experts of one MoE layer: header {n, experts}, steps float64 [n], values float32
     [n, experts]; of: tokens ("count"), "bias", and what else was logged.
     """

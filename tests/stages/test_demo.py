@@ -4,28 +4,43 @@ from rich.console import Console
 from starlette.testclient import TestClient
 
 from nmoe.records.live import Live
-from stages.demo import RATES, WIDTHS, make
+from stages.demo import make, questions
 from stages.viz.server import Server
 
 
-def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_that_was_killed(tmp_path):
+def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_killed(tmp_path):
   root = tmp_path / "root"
-  make(root, Console(quiet=True), steps=8, seeds=1)
+  make(root, Console(quiet=True), steps=12, seeds=1, points=3)
   client = TestClient(Server(Live(root, tmp_path / "cache")).app(), base_url="http://127.0.0.1")
-  seen = client.get("/api/runs").json()
-  stages = {e["stage"]: e for e in seen["experiments"]}
-  assert stages.keys() == {"ablate", "demo", "check"}
-  ablation = client.get(f"/api/experiment/{stages['ablate']['id']}").json()
+
+  def ask(path, **query):
+    return client.get(f"/api/{path}", params=query).json()
+
+  seen = ask("runs")
+  stages = {e["stage"]: e["id"] for e in seen["experiments"]}
+  assert stages.keys() == {"ablate", "proxy", "prod"}
+  ablation = ask(f"experiment/{stages['ablate']}")
   assert [arm["name"] for arm in ablation["arms"]] == ["baseline", "variant"]
   assert ablation["report"] and ablation["verdict"] == "inconclusive", "of one seed"
-  sides = [arm["runs"][0]["id"] for arm in ablation["arms"]]
-  changes = client.get("/api/compare", params=dict(zip("ab", sides, strict=True))).json()["changes"]
-  own = [row[0] for row in changes["rows"] if not row[0].startswith("experiment.")]
-  assert own == ["moe.top_k"]
-  assert client.get(f"/api/loads?run={sides[0]}&layer=0").content.count(b'"experts": 16') == 1
-  sweep = client.get(f"/api/experiment/{stages['demo']['id']}").json()
-  points = {(arm["point"]["width"], arm["point"]["lr"]) for arm in sweep["arms"]}
-  assert points == {(width, rate) for width in WIDTHS for rate in RATES}
-  killed = [r["id"] for r in seen["runs"] if r["experiment"] == stages["check"]["id"]]
-  attempts = [len(client.get(f"/api/prod/{run}").json()["attempts"]) for run in killed]
-  assert max(attempts) >= 2 and min(attempts) == 1
+  sides = dict(zip("ab", (arm["runs"][0]["id"] for arm in ablation["arms"]), strict=True))
+  own = [row[0] for row in ask("compare", **sides)["changes"]["rows"]]
+  assert [key for key in own if not key.startswith("experiment.")] == ["moe.top_k"]
+  flips = ask("flips", **sides)
+  assert flips["suite"] == "continue" and flips["tasks"][0]["documents"] >= 40
+  run = ask(f"run/{sides['a']}")
+  assert run["experts"] == ["count", "bias", "gate", "source code", "source prose"]
+  map_of = client.get(f"/api/experts?run={sides['a']}&layer=0&of=bias")
+  assert map_of.content.count(b'"experts": 16') == 1
+  sweep = ask(f"sweep/{stages['proxy']}")
+  assert {line["panel"] for line in sweep["lines"]} == {"joint", "off"}
+  assert all(len(line["points"]) == 3 for line in sweep["lines"])
+  (made,) = [r["id"] for r in seen["runs"] if r["experiment"] == stages["prod"]]
+  production = ask(f"prod/{made}")
+  kinds = [event["kind"] for event in production["events"]]
+  assert (production["status"], kinds) == ("completed", ["launch", "restart"])
+  assert len(production["starts"]) == 1 and production["starts"][0]["step"] >= 2
+
+
+def test_questions_have_their_own_end_and_another_one_s(tmp_path):
+  lines = questions(tmp_path / "q.jsonl").read_text().splitlines()
+  assert len(lines) >= 40 and len({line for line in lines}) == len(lines)

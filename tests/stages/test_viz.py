@@ -14,12 +14,15 @@ from roots import tree_hash, write
 from starlette.testclient import TestClient
 
 from nmoe.config import file as configs
+from nmoe.evals.measure import Items, write_items
+from nmoe.evals.requests import read_task
+from nmoe.evals.sources import prepare
 from nmoe.records import live
 from nmoe.records.attempts import Attempts
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
-from nmoe.records.reader import Hypothesis
+from nmoe.records.reader import ArmRecord, Hypothesis
 from nmoe.records.root import Root
 from stages.judge.intervals import student_t
 from stages.viz.answers import _marked
@@ -247,6 +250,99 @@ def test_production_counts_attempts_stalls_and_what_is_left(tmp_path, root):
   assert seen["tokens"] == 600 and seen["tokens_per_s"] == 50 and seen["eta_s"] == 0
 
 
+def test_a_restart_says_how_far_back_it_went(tmp_path, root):
+  run = make(root, seeds=(0,), steps=range(1, 8))["baseline", 0]
+  writer = Metrics(root, run)
+  assert writer.rewind(4) == 3
+  started = {"startup/first_step_s": 1.0, "startup/rewound_steps": 3.0}
+  for step in (5, 6):
+    writer.add(step, step * 100, {"train/loss": 1.0} | (started if step == 5 else {}))
+  writer.flush()
+  client = client_of(root, tmp_path)
+  for page in ("run", "prod"):
+    (start,) = client.get(f"/api/{page}/{run}").json()["starts"]
+    assert (start["step"], start["tokens"], start["rewound"]) == (4, 400, 3), page
+
+
+def items_file(root, run, step, right):
+  """A task "t" of documents of two choices each; `right` says which the run gets right."""
+  n = len(right)
+  gold = np.tile([True, False], n)
+  better = np.repeat(right, 2) == gold  # the more probable choice
+  nats = np.where(better, 1.0, 2.0)
+  of, one = np.repeat(np.arange(n), 2), np.ones(2 * n, np.int64)
+  items = Items(of, np.tile([0, 1], n), gold, nats, one, one, one, better)
+  write_items(Root(root).eval_items(run, step, "mine"), {"t": items})
+
+
+def test_items_that_flipped_are_counted_by_seed(client, root, ids, tmp_path):
+  a = {0: [1, 1, 0, 0, 1], 1: [1, 0, 0, 0, 1]}
+  b = {0: [1, 0, 1, 0, 1], 1: [1, 1, 1, 0, 1]}
+  for arm, of in (("baseline", a), ("variant", b)):
+    for seed, right in of.items():
+      for step, answers in ((10, right[::-1]), (20, right)):
+        items_file(root, ids[arm, seed], step, np.array(answers, bool))
+  lines = [
+    {"task": "t", "name": f"{i}", "context": f"question {i}", "choices": ["yes", "no"], "gold": 0}
+    for i in range(5)
+  ]
+  (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  asked = read_task(prepare(tmp_path / "t.jsonl", root), "t", 0)
+  sides = {arm: ",".join(ids[arm, seed] for seed in (0, 1)) for arm in ("baseline", "variant")}
+  query = {"a": sides["baseline"], "b": sides["variant"]}
+  seen = client.get("/api/flips", params=query).json()
+  assert (seen["suite"], seen["step"], seen["seeds"]) == ("mine", 20, 2)
+  (task,) = seen["tasks"]
+  assert (task["gained"], task["lost"], task["documents"]) == (3, 1, 5)
+  d = np.array(list(b.values())) - np.array(list(a.values()))
+  assert task["mean"] == pytest.approx(d.mean())
+  first = task["items"][0]
+  assert (first["document"], first["gained"], first["lost"]) == (2, 2, 0)
+  assert (first["context"], first["answer"]) == (asked[2].contexts[0], "yes")
+  assert [i["document"] for i in task["items"]] == [2], "item 1 flipped both ways"
+  query["b"] = ids["variant", 2]
+  assert "no seed is on both sides" in client.get("/api/flips", params=query).json()["missing"]
+  query["a"] = ids["baseline", 2]
+  assert "no suite" in client.get("/api/flips", params=query).json()["missing"]
+
+
+def test_a_sweep_has_lines_parabolas_and_optima(root, tmp_path):
+  """Losses on known parabolas: the optimum and curvature come back, of the control as well."""
+  records = Experiments(root)
+  claim = Hypothesis("It holds.", "val/loss", "none", 0.0)
+  truth = {("joint", "base"): 0.25, ("joint", "w2"): 0.5, ("off", "w2"): -1.0}
+  points = [
+    {"group": g, "scale": s, "ratio": 2.0 if s == "w2" else 1.0, "log2_rate": float(x)}
+    for g, s in truth
+    for x in range(-2, 3)
+  ]
+  arms = [ArmRecord(f"{p['group']} {p['scale']} {p['log2_rate']:+g}", p, "") for p in points]
+  experiment = records.create("lr", "proxy", [claim], arms)
+  facts = dict(fingerprint="f", data_digest="d", commit="", diff="", code_version="c", toml="")
+  for arm in arms:
+    at = truth[arm.point["group"], arm.point["scale"]]
+    for seed in (0, 1):
+      run = records.start_run(
+        experiment.id, arm.name, seed, environment={}, target="cpu", **facts
+      ).id
+      loss = 3.0 + seed + 0.05 * (arm.point["log2_rate"] - at) ** 2
+      records.update_run(run, status="completed", results={"val/loss": loss})
+  records.close()
+  client = client_of(root, tmp_path)
+  seen = client.get(f"/api/sweep/{experiment.id}").json()
+  assert (seen["axis"], seen["hue"], seen["panel"]) == ("log2_rate", "scale", "group")
+  assert {(line["panel"], line["hue"]) for line in seen["lines"]} == set(truth)
+  for line in seen["lines"]:
+    fit = line["fit"]
+    assert fit["curvature"] == pytest.approx(0.05)
+    for seed in ("0", "1"):
+      assert fit["optima"][seed] == pytest.approx(truth[line["panel"], line["hue"]])
+      assert fit["levels"][seed] == pytest.approx(3.0 + int(seed))
+    assert [p["x"] for p in line["points"]] == [-2, -1, 0, 1, 2]
+  other = client.get(f"/api/sweep/{experiment.id}?axis=ratio&hue=group&metric=nonsense").json()
+  assert (other["axis"], other["hue"], other["metric"]) == ("ratio", "group", "val/loss")
+
+
 def test_the_report_is_served_in_a_sandbox_and_not_through_a_link(client, root):
   folder = Root(root).report("topk-1")
   folder.mkdir(parents=True)
@@ -274,7 +370,7 @@ def test_the_report_is_served_in_a_sandbox_and_not_through_a_link(client, root):
     "/api/experiment/topk",
     "/api/series?tag=x",
     "/api/series?run=..&tag=x",
-    "/api/loads?run=.",
+    "/api/experts?run=.",
     "/etc/passwd",
   ],
 )
@@ -344,7 +440,7 @@ def test_a_session_writes_nothing_below_the_root(client, root, ids):
   series(client, run=list(ids.values()), tag=["val/bpb", "train/loss"])
   for path in (f"run/{some}", f"compare?a={some}&b={some}", f"prod/{some}", "experiment/topk-1"):
     assert client.get(f"/api/{path}").status_code == 200, path
-  client.get(f"/api/loads?run={some}&layer=0")
+  client.get(f"/api/experts?run={some}&layer=0")
   assert tree_hash(root) == before
 
 

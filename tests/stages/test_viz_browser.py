@@ -7,8 +7,10 @@ import json
 import os
 import threading
 import time
+from itertools import product
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 import uvicorn
@@ -16,10 +18,11 @@ from chrome import chrome
 from roots import add_loads, curves, fill, tree_hash
 
 from nmoe.config import file as configs
+from nmoe.evals.measure import Items, write_items
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
-from nmoe.records.reader import ArmRecord, Hypothesis
+from nmoe.records.reader import ArmRecord, Evaluation, Hypothesis
 from nmoe.records.root import Root
 from stages.viz.server import Server
 
@@ -53,8 +56,13 @@ def made(tmp_path_factory):
       run = start(records, experiment, arm, seed, base, **{"optim.dense_lr": rate})
       values = curves(STEPS, seed, shift, LAYERS)
       values["val/bpb"] = values["train/bpb"]
+      right = np.random.default_rng(seed + (7 if arm == "variant" else 0)).random(40) < 0.6
+      values |= evaluated(right)
       fill(root, run, 0, STEPS, values)
+      resumed(root, run, step=1000, lost=30)
       add_loads(root, run, STEPS, LAYERS, EXPERTS)
+      add_experts(root, run, STEPS[::20], LAYERS, EXPERTS)
+      answer(root, run, 2000, right)
       for rank in range(1, RANKS):
         slow = 1.2 if rank == 2 else 1.0
         fill(root, run, rank, STEPS, {k: slow * v for k, v in values.items() if k[:5] == "time/"})
@@ -62,14 +70,11 @@ def made(tmp_path_factory):
       records.update_run(run, status="completed", results={"val/bpb": bpb})
       ids[arm, seed] = run
   records.conclude(experiment.id, "confirmed", {"reason": "variant − baseline = −0.019"})
+  results = {"eval/asked/acc": 0.6, "eval/asked/acc_se": 0.08, "eval/asked/bpb": 1.1}
+  records.add_evaluation(run, Evaluation(2000, "mine", "d", "cpu fp32", results, 1.0))
   again = records.create("again", "ablate", [claim])
   records.link(again.id, experiment.id, "repeats", "elsewhere")
-  arms = [ArmRecord(f"w{w}-{lr:g}", {"width": w, "lr": lr}, "") for w in (64, 128) for lr in RATES]
-  sweep = records.create("sweep", "proxy", [claim], arms)
-  for arm in arms:
-    run = start(records, sweep, arm.name, 0, base)
-    bpb = 1.3 + 0.03 * np.log2(arm.point["lr"] / 4e-3) ** 2 - arm.point["width"] / 1000
-    records.update_run(run, status="completed", results={"val/bpb": bpb})
+  sweep(records, base, claim)
   records.close()
   report = Root(root).report(experiment.id)
   report.mkdir(parents=True)
@@ -77,7 +82,67 @@ def made(tmp_path_factory):
   return root, ids
 
 
-RATES = (1e-3, 4e-3, 1.6e-2)
+def sweep(records, base, claim):
+  """Of two scales and a control, as stages.proxy.sweep records one; each line has its optimum."""
+  optima = {("joint", "base"): 0.2, ("joint", "width 2"): 0.6, ("off", "width 2"): -1.3}
+  arms = [
+    ArmRecord(f"{g} {s} {x:+d}", {"group": g, "scale": s, "ratio": 1.0, "log2_rate": float(x)}, "")
+    for (g, s), x in product(optima, range(-3, 4))
+  ]
+  experiment = records.create("sweep", "proxy", [claim], arms)
+  for arm in arms:
+    run = start(records, experiment, arm.name, 0, base)
+    at = optima[arm.point["group"], arm.point["scale"]]
+    bpb = 1.3 + 0.03 * (arm.point["log2_rate"] - at) ** 2 + 0.002 * (arm.point["log2_rate"] % 2)
+    records.update_run(run, status="completed", results={"val/bpb": bpb})
+  interval = {"mean": 0.4, "low": 0.2, "high": 0.6}
+  group = {"name": "joint", "state": "transfers", "reason": "", "shift": interval}
+  control = {"name": "control", "state": "drifts", "reason": "It moves.", "shift": interval}
+  found = {"reason": "It transfers.", "groups": [group], "control": control}
+  records.conclude(experiment.id, "confirmed", found)
+
+
+def evaluated(right):
+  """The tags of a task in the loop, with standard errors."""
+  acc = right.mean() * (0.5 + 0.5 * STEPS / STEPS[-1])
+  error = np.full(len(STEPS), 0.05)
+  return {"eval/t/acc": acc, "eval/t/acc_se": error, "eval/t/bpb": 2 - acc, "eval/t/bpb_se": error}
+
+
+def answer(root, run, step, right):
+  """The items of task t of which `right` are right: two choices each, the first is gold."""
+  n = len(right)
+  gold = np.tile([True, False], n)
+  nats = np.where(np.repeat(right, 2) == gold, 1.0, 2.0)
+  of, one = np.repeat(np.arange(n), 2), np.ones(2 * n, np.int64)
+  items = Items(of, np.tile([0, 1], n), gold, nats, one, one, one, gold)
+  write_items(Root(root).eval_items(run, step, "mine"), {"t": items})
+
+
+def resumed(root, run, step, lost):
+  """Two starts: the first, and one after `step`, `lost` steps back."""
+  with duckdb.connect(str(Root(root).metrics(run, 0))) as db:
+    for at, values in ((10, {}), (step + 10, {"startup/rewound_steps": lost})):
+      (when,) = db.execute("SELECT min(time) FROM metrics WHERE step = ?", [at]).fetchone()
+      for tag, value in (values | {"startup/first_step_s": 8.0}).items():
+        db.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?)", [at, 1000 * at, tag, value, when])
+
+
+def add_experts(root, run, steps, layers, experts):
+  """Biases that spread, and two sources of which one has favourites."""
+  noise = np.random.default_rng(2)
+  sql = (
+    "CREATE TABLE IF NOT EXISTS experts (step BIGINT, layer INTEGER, name VARCHAR, value FLOAT[])"
+  )
+  taste = {"bias": noise.standard_normal(experts) / 20, "gate": 0.5 + noise.random(experts)}
+  taste |= {"source prose": np.ones(experts), "source code": np.exp(noise.standard_normal(experts))}
+  with duckdb.connect(str(Root(root).metrics(run, 0))) as db:
+    db.execute(sql)
+    rows = [
+      (int(step), layer, name, (of * (step / 2000 if name == "bias" else 1000)).tolist())
+      for step, layer, (name, of) in product(steps, range(layers), taste.items())
+    ]
+    db.executemany("INSERT INTO experts VALUES (?, ?, ?, ?)", rows)
 
 
 class Served:
@@ -124,11 +189,17 @@ def pages(ids):
   panels = "document.querySelectorAll('.panel canvas').length"
   return {
     "runs": ("/?f=rate-1", f"document.querySelectorAll('tbody tr').length == 6 && {panels} == 6"),
-    "run": (f"/run/{of}", f"{panels} >= 9 && document.body.innerText.includes('optim.dense_lr')"),
+    "run": (
+      f"/run/{of}",
+      f"{panels} >= 11 && document.body.innerText.includes('optim.dense_lr') "
+      "&& document.querySelector('[data-starts=\"1\"]').innerText.includes('30 steps back') "
+      "&& document.querySelector('[data-evaluations]').innerText.includes('± 0.05')",
+    ),
     "router": (
       f"/run/{of}/router?layer=2",
       f"document.querySelector('figure[data-rows=\"{LAYERS}\"]') "
-      f"&& document.querySelector('figure[data-rows=\"{EXPERTS}\"]') "
+      f"&& document.querySelectorAll('figure[data-rows=\"{EXPERTS}\"]').length == 3 "
+      f'&& document.querySelector(\'figure[data-rows="2"][data-columns="{EXPERTS}"]\') '
       "&& document.body.innerText.includes('dead now: 3, 11')",
     ),
     "ranks": (
@@ -139,17 +210,23 @@ def pages(ids):
     "compare": (
       f"/compare?a={sides['baseline']}&b={sides['variant']}",
       f"{panels} >= 5 && document.body.innerText.includes('optim.dense_lr') "
-      "&& document.body.innerText.includes('−0.0192')",
+      "&& document.body.innerText.includes('−0.0192') "
+      "&& document.querySelector('table[data-flips=\"1\"]')",
     ),
     "experiment": (
       "/experiment/rate-1",
       "document.querySelector('svg.graph[data-nodes=\"2\"]') && document.querySelector('iframe') "
       "&& document.body.innerText.includes('confirmed')",
     ),
-    "sweep": ("/sweep/sweep-1", f"{panels} == 1 && document.body.innerText.includes('0.004')"),
+    "sweep": (
+      "/sweep/sweep-1",
+      f"{panels} == 2 && document.querySelector('table[data-optima=\"3\"]') "
+      "&& document.querySelector('table[data-groups=\"2\"]').innerText.includes('control')",
+    ),
     "production": (
       f"/prod/{of}",
-      f"{panels} >= 4 && document.querySelector('[data-attempts=\"1\"]')",
+      f"{panels} >= 4 && document.querySelector('[data-attempts=\"2\"]') "
+      "&& document.querySelector('[data-starts=\"1\"]')",
     ),
   }
 
@@ -172,11 +249,14 @@ def test_every_page_stands_without_an_error(page, served, made, name):
 
 
 def keep(page, name):
+  """Pictures of a page, light and dark, narrow and wide."""
   folder = os.environ.get("NMOE_PICTURES")
-  for width in (1280, 2560) if folder else ():
+  for width, theme in product((1280, 2560), ("light", "dark")) if folder else ():
     page.size(width, 1000)
-    time.sleep(0.3)
-    page.picture(Path(folder) / f"{name}-{width}.png", whole=True)
+    if page.ask("document.documentElement.dataset.theme") != theme:
+      page.press("d")
+    time.sleep(0.4)
+    page.picture(Path(folder) / f"{name}-{width}-{theme}.png", whole=True)
 
 
 def test_no_request_leaves_the_machine_and_the_root_stays_as_it_was(page, served, made):

@@ -33,12 +33,12 @@ export async function getSeries(query) {
   return header;
 }
 
-// {n, experts, steps: Float64Array, counts: Float32Array [n * experts]}
-export async function getLoads(query) {
-  const [header, body, start] = await getColumns("/api/loads?" + search(query));
+// {n, experts, steps: Float64Array, values: Float32Array [n * experts]}
+export async function getExperts(query) {
+  const [header, body, start] = await getColumns("/api/experts?" + search(query));
   const steps = new Float64Array(body, start, header.n);
-  const counts = new Float32Array(body, start + 8 * header.n, header.n * header.experts);
-  return { ...header, steps, counts };
+  const values = new Float32Array(body, start + 8 * header.n, header.n * header.experts);
+  return { ...header, steps, values };
 }
 
 export function search(query) {

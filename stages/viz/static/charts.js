@@ -86,7 +86,7 @@ function options(props, width, say) {
       width: curve.width ?? 1,
       alpha: curve.alpha ?? 1,
       dash: curve.dash || dash(i),
-      spanGaps: true,
+      spanGaps: curve.points !== false,
       points: { show: curve.points || undefined, size: 5 },
     }))],
     hooks: {
@@ -100,6 +100,18 @@ function options(props, width, say) {
       draw: [(u) => {
         const panel = u.root.closest(".panel");
         if (panel) panel.dataset.y = [u.scales.y.min, u.scales.y.max].join();
+        for (const mark of u.marks || []) {
+          const x = u.valToPos(mark.x, "x", true);
+          if (x < u.bbox.left || x > u.bbox.left + u.bbox.width) continue;
+          u.ctx.save();
+          u.ctx.strokeStyle = mark.color || ink("--soft");
+          u.ctx.setLineDash([2, 3]);
+          u.ctx.beginPath();
+          u.ctx.moveTo(x, u.bbox.top);
+          u.ctx.lineTo(x, u.bbox.top + u.bbox.height);
+          u.ctx.stroke();
+          u.ctx.restore();
+        }
         if (!zero) return;
         const y = u.valToPos(0, "y", true);
         if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) return;
@@ -132,7 +144,7 @@ function nearest(u, curves) {
   return best;
 }
 
-// x, curves: [{y, label, color?, dash?, width?, fill?}] on that x.
+// x, curves: [{y, label, color?, dash?, width?, fill?}] on that x; marks: [{x, color?}], upright lines.
 export function Lines(props) {
   const { x, curves, title, xKind = "tokens", height = TALL() } = props;
   const textOf = props.xText || ((v) => xText(xKind, v));
@@ -153,6 +165,7 @@ export function Lines(props) {
   useEffect(() => {
     if (!width) return undefined;
     const made = options({ ...props, onZoom: (a, b) => latest.current.onZoom?.(a, b) }, width, say);
+    made.hooks.init = [(u) => { u.marks = latest.current.marks; }];
     plot.current = new uPlot(made, [x, ...curves.map((c) => plain(c.y))], ref.current);
     return () => { plot.current.destroy(); plot.current = null; };
   }, [shape]);
@@ -160,7 +173,9 @@ export function Lines(props) {
     if (plot.current && width) plot.current.setSize({ width, height });
   }, [width]);
   useEffect(() => {
-    if (plot.current) plot.current.setData([x, ...curves.map((c) => plain(c.y))]);
+    if (!plot.current) return;
+    plot.current.marks = props.marks;
+    plot.current.setData([x, ...curves.map((c) => plain(c.y))]);
   }, [x, curves.map((c) => c.y.length).join(), curves[0]?.y]);
   return html`<figure class="panel" data-curves=${curves.length} data-points=${x.length}
       data-last=${x.length ? x[x.length - 1] : ""}>
@@ -181,11 +196,11 @@ export function Panel({ panel, style, ...rest }) {
 
 // A map of rows × columns. `shade(value)` in 0..1 picks from `stops`; null is left blank.
 export function HeatMap({ title, note, rows, columns, value, shade, stops, tip, onPick, rowLabel,
-  columnLabel, picked, cell = 14, max = 420 }) {
+  columnLabel, picked, cell = 14, max = 420, scale, left = 52 }) {
   const ref = useRef(), canvas = useRef(), say = useRef();
   const width = useWidth(ref);
   const theme = useTheme();
-  const left = 52, bottom = 20;
+  const bottom = 20;
   const tall = Math.max(3, Math.min(cell, max / Math.max(rows, 1)));
   const height = Math.ceil(rows * tall);
   const wide = Math.max(0, width - left - 2);
@@ -241,7 +256,8 @@ export function HeatMap({ title, note, rows, columns, value, shade, stops, tip, 
     say.current.textContent = found ? tip(...found) : note || "";
   };
   return html`<figure class="panel" data-rows=${rows} data-columns=${columns} data-theme=${theme}>
-    <figcaption><b>${title}</b><span ref=${say} class="readout" /></figcaption>
+    <figcaption><b>${title}</b><span ref=${say} class="readout" />
+      ${scale && html`<span class="scale">${scale[0]}<i style=${{ background: `linear-gradient(90deg, ${stops.join(", ")})` }} />${scale[1]}</span>`}</figcaption>
     <div ref=${ref} class="map">
       <canvas ref=${canvas} style=${{ width: width + "px", height: height + bottom + "px" }}
         class=${onPick ? "pick" : ""} onMouseMove=${move}

@@ -33,7 +33,28 @@ function Pair({ a, b, query }) {
       <${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
     <h2>Curves</h2><${CurveBar} query=${query} />
     <${Curves} a=${state.data.a} b=${state.data.b} names=${names} query=${query} />
+    <h2>Evaluation items that flipped</h2><${Flips} path=${path} ids=${[...a, ...b]} names=${names} />
     <h2>Configuration</h2><${Changes} changes=${changes} names=${names} />`;
+}
+
+// Answers that one side gets right and the other does not: counts, the paired difference, the items.
+function Flips({ path, ids, names }) {
+  const state = useLive("flips" + path, () => getJson("/api/flips?" + path), hits(ids));
+  if (!state.data || state.error) return html`<${Failed} state=${state} />`;
+  const f = state.data;
+  if (f.missing) return html`<p class="soft" data-flips="0">None to compare: ${f.missing}.</p>`;
+  const percent = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${Math.abs(100 * v).toFixed(1)}`;
+  return html`<p class="soft">Suite ${f.suite} at step ${f.step}, ${f.seeds} seed${f.seeds > 1 ? "s" : ""}. ± is a standard error, clustered by item
+      and by seed; “told apart” by Holm's procedure over the tasks at 5 %.</p>
+    <table data-flips=${f.tasks.length}><thead><tr><th>task</th><th class="num">items</th><th class="num">became right</th><th class="num">became wrong</th>
+      <th class="num">accuracy, ${names[1]} − ${names[0]}, points</th><th>told apart</th></tr></thead><tbody>${f.tasks.map((t) => html`<tr>
+      <td>${t.task}</td><td class="num">${t.documents}</td><td class="num">${t.gained}</td><td class="num">${t.lost}</td>
+      <td class="num">${percent(t.mean)}<span class="soft"> ± ${(100 * t.error).toFixed(1)}</span></td>
+      <td>${t.told_apart ? "yes" : html`<span class="soft">no</span>`}</td></tr>`)}</tbody></table>
+    ${f.tasks.filter((t) => t.items.length).map((t) => html`<details><summary>${t.task}: the items that flipped in most seeds</summary>
+      <table><thead><tr><th class="num">item</th><th class="num">right</th><th class="num">wrong</th><th>asked</th><th>right answer</th></tr></thead>
+      <tbody>${t.items.map((i) => html`<tr><td class="num">${i.document}</td><td class="num">${i.gained}</td><td class="num">${i.lost}</td>
+        <td class="wrap">${i.context || html`<span class="soft">its text is not in this root</span>`}</td><td class="wrap">${i.answer}</td></tr>`)}</tbody></table></details>`)}`;
 }
 
 const nameOf = (runs) => (runs.length > 1 ? runs[0].arm : `${runs[0].arm} · seed ${runs[0].seed}`);

@@ -3,6 +3,7 @@ import { html } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Panel } from "/static/charts.js";
 import { at, seconds, short } from "/static/format.js";
+import { Starts, marksOf } from "/static/run.js";
 import { CurveBar, Facts, Failed, Status, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const TAGS = ["train/tokens_per_s", "checkpoint/stall_s", "val/bpb", "train/loss", "grad_norm/all", "data/wait_s"];
@@ -25,7 +26,7 @@ export function Production({ id, query, data }) {
     <div class="two"><div><h2>Stretches of log lines</h2><${Attempts} p=${p} /></div><div><h2>Where the time went</h2><${Spent} p=${p} /></div></div>
     ${p.recorded.length > 0 && html`<h2>Allocations</h2><${Recorded} recorded=${p.recorded} />`}
     ${p.events.length > 0 && html`<h2>Events</h2><${Events} events=${p.events} />`}
-    <h2>Curves</h2><${CurveBar} query=${query} /><${Curves} id=${id} query=${query} />`;
+    <h2>Curves</h2><${Starts} starts=${p.starts} /><${CurveBar} query=${query} /><${Curves} id=${id} query=${query} starts=${p.starts} />`;
 }
 
 function Attempts({ p }) {
@@ -59,11 +60,11 @@ const Recorded = ({ recorded }) => html`<table data-recorded=${recorded.length}>
   <td class="num">${a.number}</td><td>${a.engine}</td><td>${a.job_id}</td><td>${at(a.started)}</td><td>${a.outcome || "under way"}</td>
   <td class="num">${a.first_step}–${a.last_step}</td><td class="num">${a.outcome ? a.exit : ""}</td></tr>`)}</tbody></table>`;
 
-function Curves({ id, query }) {
+function Curves({ id, query, starts }) {
   const asked = { run: id, tag: TAGS, px: 600, ...seriesQuery(query) };
   const state = useLive(search(asked), () => getSeries(asked), hits([id]));
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   return html`<div class="panels" data-ready="yes">${state.data.filter((panel) => panel.x.length).map((panel) => html`
     <${Panel} key=${panel.tag} panel=${panel} style=${() => ({ label: panel.tag, color: "#0072b2", dash: [], points: panel.x.length < 60 })}
-      ...${curveProps(query)} />`)}</div>`;
+      marks=${marksOf(starts, query)} ...${curveProps(query)} />`)}</div>`;
 }

@@ -2,7 +2,7 @@
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines } from "/static/charts.js";
-import { color, measure, seconds, short, when } from "/static/format.js";
+import { at, color, measure, seconds, short, when } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
@@ -16,7 +16,8 @@ function groups(tags) {
   return [
     ["loss, nats per token", ["train/loss", "val/loss"]],
     ["bits per byte", ["train/bpb", "val/bpb"]],
-    ["evaluations", of(/^eval\/.*(accuracy|acc|bpb)/).slice(0, 7)],
+    ["accuracy, with standard errors", of(/^eval\/[^/]+\/acc$/).slice(0, 7)],
+    ["bits per byte of answers, with standard errors", of(/^eval\/[^/]+\/bpb$/).slice(0, 7)],
     ["gradient norm", of(/^grad_norm\//)],
     ["learning rate", of(/^lr\//)],
     ["tokens per second", ["train/tokens_per_s"]],
@@ -46,27 +47,66 @@ export function Run({ id, query, data }) {
       .map(([key, of]) => [of.label, measure(of, run.results[key])])} />
     <${CurveBar} query=${query} />
     <${RunCurves} run=${run} query=${query} />
+    <${Starts} starts=${run.starts} />
+    <${Evaluations} run=${run} />
     <div class="two"><div><h2>Configuration</h2><${Leaves} leaves=${run.leaves} /></div>
       <div><h2>Provenance</h2><${Provenance} run=${run} />
         <h2>Log</h2>${run.log ? html`<pre>${run.log}</pre>` : html`<p class="soft">No log in this root.</p>`}</div></div>`;
 }
 
+// Where the run went on after its process ended, in the x of the page.
+export const marksOf = (starts, query) => (starts || []).map((s) => ({ x: { tokens: s.tokens, step: s.step, time: s.time }[query.x || "tokens"] }));
+
+export function Starts({ starts }) {
+  if (!starts?.length) return null;
+  const lost = starts.reduce((sum, s) => sum + s.rewound, 0);
+  return html`<p class="soft" data-starts=${starts.length}>Dotted uprights: resumed ${starts.map((s, i) => html`${i ? ", " : ""}at step ${s.step}
+    (${at(s.when)}${s.rewound ? `, ${s.rewound} steps back` : ""})`)}.${lost ? ` ${lost} steps were trained again.` : ""}</p>`;
+}
+
+// The newest value of every task, in the loop and by `nmoe eval`, with its standard error.
+function Evaluations({ run }) {
+  const tasks = run.tags.map((tag) => /^eval\/([^/]+)\/acc$/.exec(tag)?.[1]).filter(Boolean);
+  const asked = { run: run.id, tag: tasks.flatMap((task) => ["acc", "acc_se", "bpb", "bpb_se"].map((m) => `eval/${task}/${m}`)), px: 40, x: "step" };
+  const state = useLive(search(asked), () => (tasks.length ? getSeries(asked) : []), hits([run.id]));
+  if (!tasks.length && !run.evaluations.length) return null;
+  const last = Object.fromEntries((state.data || []).map((p) => [p.tag, p.curves[0]?.last]));
+  const rows = tasks.map((task) => {
+    const of = Object.fromEntries(["acc", "acc_se", "bpb", "bpb_se"].map((m) => [m, last[`eval/${task}/${m}`]?.[1]]));
+    return [task, "in the loop", last[`eval/${task}/acc`]?.[0], of];
+  });
+  for (const e of run.evaluations) {
+    const by = {};
+    for (const [tag, v] of Object.entries(e.results)) {
+      const [, task, m] = tag.split("/");
+      (by[task] ||= {})[m] = v;
+    }
+    rows.push(...Object.entries(by).map(([task, of]) => [task, `nmoe eval, ${e.suite}, ${e.arithmetic}`, e.step, of]));
+  }
+  const plus = (of, m) => (of[m] === undefined ? "—" : html`${short(of[m], 4)}${of[m + "_se"] ? html`<span class="soft"> ± ${short(of[m + "_se"], 2)}</span>` : ""}`);
+  return html`<h2>Evaluations</h2><table data-evaluations=${rows.length}><thead><tr><th>task</th><th class="num">step</th><th class="num">accuracy</th>
+      <th class="num">bits per byte</th><th>measured</th></tr></thead><tbody>${rows.map(([task, by, step, of]) => html`<tr><td>${task}</td>
+      <td class="num">${short(step, 7)}</td><td class="num">${plus(of, "acc")}</td><td class="num">${plus(of, "bpb")}</td><td class="soft">${by}</td></tr>`)}
+    </tbody></table>`;
+}
+
 function RunCurves({ run, query }) {
   const drawn = groups(run.tags);
   const phases = PHASES.filter((phase) => run.tags.includes(`time/${phase}_s`));
-  const tags = [...drawn.flatMap(([, wanted]) => wanted), ...phases.map((phase) => `time/${phase}_s`)];
+  const errors = run.tags.filter((tag) => /^eval\/[^/]+\/(acc|bpb)_se$/.test(tag));
+  const tags = [...drawn.flatMap(([, wanted]) => wanted), ...errors, ...phases.map((phase) => `time/${phase}_s`)];
   const asked = { run: run.id, tag: tags, px: 600, ...seriesQuery(query) };
   const state = useLive(search(asked), () => (tags.length ? getSeries(asked) : []), hits([run.id]));
   const panels = Object.fromEntries((state.data || []).map((panel) => [panel.tag, panel]));
   if (!tags.length) return html`<p class="empty">Nothing logged yet.</p>`;
   return html`<div class="panels" data-ready=${state.data ? "yes" : "no"}>
     ${state.data && drawn.map(([title, wanted]) => html`<${Group} key=${title} title=${title}
-      panels=${wanted.map((tag) => panels[tag]).filter(Boolean)} query=${query} />`)}
+      panels=${wanted.map((tag) => panels[tag]).filter(Boolean)} errors=${panels} starts=${run.starts} query=${query} />`)}
     ${state.data && phases.length > 0 && html`<${Phases} panels=${panels} phases=${phases} query=${query} />`}</div>`;
 }
 
 // Several tags on one axis; they are logged at different steps, so their x are joined.
-function Group({ title, panels, query }) {
+function Group({ title, panels, errors, starts, query }) {
   const x = Float64Array.from([...new Set(panels.flatMap((p) => [...p.x]))].sort((a, b) => a - b));
   const place = new Map([...x].map((v, i) => [v, i]));
   const curves = panels.filter((p) => p.curves.length).map((p, i) => {
@@ -74,11 +114,23 @@ function Group({ title, panels, query }) {
     p.x.forEach((v, k) => { y[place.get(v)] = p.curves[0].y[k]; });
     return { y, label: p.tag, color: color(i), dash: [], points: p.x.length < 40, width: i && p.x.length < 60 ? 2 : 1 };
   });
+  const edges = [], bands = [];
+  panels.filter((p) => p.curves.length).forEach((p, i) => {
+    const se = errors[p.tag + "_se"]?.curves[0]?.y;
+    if (!se) return;
+    for (const sign of [1, -1]) {
+      const y = new Float32Array(x.length).fill(NaN);
+      p.x.forEach((v, k) => { y[place.get(v)] = p.curves[0].y[k] + sign * se[k]; });
+      edges.push({ y, label: "", color: "transparent", dash: [], mute: true });
+    }
+    const n = curves.length + edges.length;
+    bands.push({ series: [n - 1, n], fill: color(i) + "26" });
+  });
   const last = panels.map((p) => p.curves[0]?.last).filter(Boolean)
     .map(([, v]) => short(v, 5)).join("  ");
   const skip = /loss|bits|norm/.test(title) ? 0.05 : 0;
-  return html`<div><${Lines} title=${title} x=${x} curves=${curves} skip=${skip} note=${last}
-      ...${curveProps(query)} />
+  return html`<div><${Lines} title=${title} x=${x} curves=${[...curves, ...edges]} bands=${bands.length ? bands : undefined}
+      skip=${skip} note=${last} marks=${marksOf(starts, query)} ...${curveProps(query)} />
     ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [c.label, c.color])} />`}</div>`;
 }
 

@@ -1,78 +1,101 @@
-// A sweep: the metric over one axis, another axis as colour, every seed a dot.
+// A sweep: the metric over one axis, another as colour, every seed a dot, its parabola and optimum.
 import { html } from "/static/preact-htm.js";
-import { change, getJson, useLive } from "/static/api.js";
+import { change, getJson, search, useLive } from "/static/api.js";
 import { Lines } from "/static/charts.js";
-import { COLORS, label, measure, short } from "/static/format.js";
+import { color, label, measure, short } from "/static/format.js";
 import { Badge, Failed, Legend, Link, useKeys } from "/static/parts.js";
+
+const finite = (v) => typeof v === "number" && Number.isFinite(v);
 
 export function Sweep({ id, query, data }) {
   const ids = data.runs.filter((r) => r.memberships.some(([e]) => e === id)).map((r) => r.id);
-  const state = useLive(id, () => getJson(`/api/experiment/${id}`), (event) => event.records || event.runs.some((r) => ids.includes(r)));
+  const { axis, hue, metric } = query, asked = search({ axis, hue, metric });
+  const state = useLive(id + asked, () => getJson(`/api/sweep/${id}?${asked}`), (event) => event.records || event.runs.some((r) => ids.includes(r)));
   useKeys({ l: () => change({ log: query.log === "off" ? "" : "off" }) });
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
-  const e = state.data, axes = e.axes;
-  if (!axes.length) return html`<p class="empty">The arms of <${Link} to=${"/experiment/" + id}>${id}<//> have no places on axes: it is no sweep.</p>`;
-  const numeric = axes.filter((axis) => e.arms.every((arm) => typeof arm.point[axis] === "number"));
-  const x = axes.includes(query.axis) ? query.axis : numeric.find((axis) => /lr|rate/.test(axis)) || numeric[0] || axes[0];
-  const hue = axes.includes(query.hue) && query.hue !== x ? query.hue : axes.find((axis) => axis !== x);
-  const metric = query.metric || e.hypotheses[0].metric;
-  const metrics = [...new Set(e.arms.flatMap((arm) => arm.runs.flatMap((r) => Object.keys(r.results))))].filter((key) => key in e.measures);
+  const e = state.data;
+  if (!e.axes.length) return html`<p class="empty">The arms of <${Link} to=${"/experiment/" + id}>${id}<//> have no places on axes: it is no sweep.</p>`;
   const pick = (name, value, of) => html`<label>${name} <select value=${value} onChange=${(event) => change({ [name]: event.target.value })}>
-    ${of.map((one) => html`<option value=${one}>${one}</option>`)}</select></label>`;
+    ${of.map((one) => html`<option value=${one} selected=${one === value}>${one}</option>`)}</select></label>`;
+  const log = query.log !== "off" && !e.octaves;
+  const places = [...new Set(e.lines.map((line) => line.panel))];
+  const hues = [...new Set(e.lines.map((line) => line.hue))].sort(order);
   return html`<div class="eyebrow">sweep · <${Link} to=${"/experiment/" + id}>${id}<//></div><h1>${e.hypotheses[0].statement}</h1>
-    <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason}</p>
-    <div class="bar">${pick("axis", x, axes)} ${axes.length > 1 && pick("hue", hue, axes.filter((axis) => axis !== x))}
-      ${pick("metric", metric, metrics)}
-      <button class=${query.log === "off" ? "" : "on"} onClick=${() => change({ log: query.log === "off" ? "" : "off" })}>log ${x}</button></div>
-    <${Points} e=${e} x=${x} hue=${hue} metric=${metric} log=${query.log !== "off"} />
-    <h2>Optima</h2><${Optima} e=${e} x=${x} hue=${hue} metric=${metric} />
-    <h2>Conclusion</h2><pre>${JSON.stringify(e.conclusion, null, 2)}</pre>`;
+    <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason || "There is no conclusion yet."}</p>
+    <div class="bar">${pick("axis", e.axis, e.axes)} ${e.hue && pick("hue", e.hue, e.axes.filter((one) => one !== e.axis))}
+      ${pick("metric", e.metric, e.metrics.length ? e.metrics : [e.metric])}
+      ${!e.octaves && html`<button class=${log ? "on" : ""} onClick=${() => change({ log: query.log === "off" ? "" : "off" })}>log ${e.axis}</button>`}</div>
+    ${e.hue && html`<${Legend} entries=${hues.map((h, i) => [`${e.hue} ${h}`, color(i)])} />`}
+    <p class="soft">A dot is a run, dashed its seed's parabola over log₂ of ${e.axis}, an upright its optimum.</p>
+    <div class=${places.length > 1 ? "panels" : ""}>${places.map((place) => html`<${Points} key=${place} ...${{ e, place, hues, log }}
+      title=${[e.panel && placeName(place), label(e.metric)].filter(Boolean).join(": ")} tall=${places.length > 1 ? 260 : 360} />`)}</div>
+    <h2>Optima</h2><${Optima} e=${e} hues=${hues} />
+    <h2>Conclusion</h2><${Conclusion} e=${e} />`;
 }
 
-// One line for each value of `hue`: the mean over seeds at each x.
-function lines(e, x, hue, metric) {
-  const by = new Map();
-  for (const arm of e.arms) {
-    const key = hue ? String(arm.point[hue]) : "";
-    const values = arm.runs.map((r) => r.results[metric]).filter((v) => typeof v === "number");
-    if (!by.has(key)) by.set(key, []);
-    if (values.length) by.get(key).push({ x: arm.point[x], mean: values.reduce((a, b) => a + b, 0) / values.length, values, arm: arm.name });
-  }
-  const order = (a, b) => (isNaN(a[0]) || isNaN(b[0]) ? (a[0] < b[0] ? -1 : 1) : a[0] - b[0]);
-  return [...by].sort(order).map(([key, points]) => [key, points.sort((a, b) => (a.x < b.x ? -1 : 1))]);
-}
+const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a) < String(b) ? -1 : 1);
+const placeName = (place) => (place === "off" ? "control: without the rule" : String(place));
 
-function Points({ e, x, hue, metric, log }) {
-  const all = lines(e, x, hue, metric);
-  const categories = [...new Set(all.flatMap(([, points]) => points.map((p) => p.x)))].sort((a, b) => (a < b ? -1 : 1));
-  const numeric = categories.every((v) => typeof v === "number" && (!log || v > 0));
-  const place = (v) => (numeric ? (log ? Math.log10(v) : v) : categories.indexOf(v));
-  const grid = Float64Array.from(categories.map(place));
-  const curves = all.map(([key, points], i) => ({
-    y: categories.map((c) => points.find((p) => p.x === c)?.mean ?? null),
-    label: hue ? `${hue} ${key}` : e.id, color: COLORS[i % COLORS.length], dash: [], width: 2, points: true,
-  }));
-  const seeds = all.flatMap(([key, points], i) => {
-    const most = Math.max(...points.map((p) => p.values.length), 0);
-    return Array.from({ length: most }, (_, s) => ({
-      y: categories.map((c) => points.find((p) => p.x === c)?.values[s] ?? null), label: `${hue || ""} ${key}, a seed`,
-      color: COLORS[i % COLORS.length], dash: [1, 5], alpha: 0.55, points: true,
-    }));
+function Points({ e, place, hues, log, title, tall }) {
+  const of = e.lines.filter((line) => line.panel === place);
+  const every = [...new Set(of.flatMap((line) => line.points.map((p) => p.x)))].sort(order);
+  const numeric = every.every((v) => typeof v === "number" && (!log || v > 0));
+  const at = (v) => (numeric ? (log ? Math.log2(v) : v) : every.indexOf(v));
+  const fits = numeric && (log || e.octaves) ? of.filter((line) => line.fit) : [];
+  const low = at(every[0]), high = at(every[every.length - 1]);
+  const fine = fits.length ? Array.from({ length: 61 }, (_, i) => low + ((high - low) * i) / 60) : [];
+  const grid = Float64Array.from([...new Set([...every.map(at), ...fine])].sort((a, b) => a - b));
+  const tone = (line) => color(hues.indexOf(line.hue));
+  const dots = of.flatMap((line) => {
+    const seeds = [...new Set(line.points.flatMap((p) => p.runs.map((r) => r.seed)))].sort((a, b) => a - b);
+    return seeds.map((seed) => {
+      const by = new Map(line.points.map((p) => [at(p.x), p.runs.find((r) => r.seed === seed)?.value]));
+      return { y: Array.from(grid, (u) => (finite(by.get(u)) ? by.get(u) : null)), label: `${e.hue ? `${e.hue} ${line.hue}, ` : ""}seed ${seed}`,
+        color: tone(line), dash: [], width: line.fit && fits.length ? 0 : 1, points: true };
+    });
   });
-  const text = (v) => (numeric ? short(log ? 10 ** v : v, 3) : String(categories[Math.round(v)] ?? ""));
-  return html`<${Lines} title=${`${label(metric)} over ${x}`} x=${grid} curves=${[...curves, ...seeds]} height=${360} xText=${text} splits=${() => [...grid]}
-      range=${grid.length > 1 ? [grid[0] - 0.04 * (grid[grid.length - 1] - grid[0]), grid[grid.length - 1] + 0.04 * (grid[grid.length - 1] - grid[0])] : undefined} />
-    ${hue && html`<${Legend} entries=${curves.map((c) => [c.label, c.color])} />`}`;
+  const parabolas = fits.flatMap((line) => Object.entries(line.fit.optima).filter(([seed]) => finite(line.fit.levels[seed])).map(([seed, best]) => ({
+    y: Array.from(grid, (u) => (Math.abs(u - line.fit.best) <= 2.01 ? line.fit.levels[seed] + line.fit.curvature * (u - best) ** 2 : null)),
+    label: "", color: tone(line), dash: [5, 4], width: 1, mute: true, points: false })));
+  const marks = fits.flatMap((line) => Object.values(line.fit.optima).filter(finite).map((best) => ({ x: best, color: tone(line) })));
+  const text = (v) => (numeric ? short(log ? 2 ** v : v, 3) : String(every[Math.round(v)] ?? ""));
+  const pad = 0.05 * (high - low || 1);
+  return html`<${Lines} title=${title} x=${grid} curves=${[...dots, ...parabolas]} height=${tall} xText=${text} marks=${marks}
+    splits=${() => every.map(at)} range=${[low - pad, high + pad]} />`;
 }
 
-function Optima({ e, x, hue, metric }) {
-  const of = e.measures[metric];
-  const sign = of?.better === "higher" ? -1 : 1;
-  const best = lines(e, x, hue, metric).filter(([, points]) => points.length)
-    .map(([key, points]) => [key, points, points.reduce((a, b) => (sign * b.mean < sign * a.mean ? b : a))]);
-  return html`<table><thead><tr><th>${hue || ""}</th><th class="num">best ${x}</th><th class="num">${metric}</th><th class="num">points</th>
-      <th>at an edge</th></tr></thead><tbody>${best.map(([key, points, p]) => html`<tr><td>${key}</td>
-      <td class="num">${typeof p.x === "number" ? short(p.x, 4) : p.x}</td><td class="num">${of ? measure(of, p.mean) : short(p.mean)}</td>
-      <td class="num">${points.length}</td><td>${p === points[0] || p === points[points.length - 1] ? "yes: extend the grid" : "no"}</td></tr>`)}
-    </tbody></table>`;
+function Optima({ e, hues }) {
+  const of = e.measures[e.metric], sign = of?.better === "higher" ? -1 : 1;
+  const show = (v) => (of ? measure(of, v) : short(v));
+  const rows = [...e.lines].sort((a, b) => order(a.panel, b.panel) || hues.indexOf(a.hue) - hues.indexOf(b.hue)).map((line) => {
+    const means = line.points.map((p) => {
+      const known = p.runs.map((r) => r.value).filter(finite);
+      return [p.x, known.length ? known.reduce((a, b) => a + b, 0) / known.length : NaN];
+    }).filter(([, v]) => finite(v));
+    const best = means.length ? means.reduce((a, b) => (sign * b[1] < sign * a[1] ? b : a)) : null;
+    const optima = line.fit ? Object.values(line.fit.optima).filter(finite) : [];
+    const middle = optima.length ? optima.reduce((a, b) => a + b, 0) / optima.length : NaN;
+    const edge = best && (best === means[0] || best === means[means.length - 1]);
+    return html`<tr>${e.panel && html`<td>${placeName(line.panel)}</td>`}<td>${line.hue}</td>
+      <td class="num">${best ? (typeof best[0] === "number" ? short(best[0], 4) : best[0]) : "—"}</td><td class="num">${best ? show(best[1]) : "—"}</td>
+      <td class="num">${finite(middle) ? short(e.octaves ? middle : 2 ** middle, 4) : "—"}</td>
+      <td class="num">${line.fit ? short(line.fit.curvature, 3) : "—"}</td><td class="num">${finite(line.fit?.noise) ? short(line.fit.noise, 2) : "—"}</td>
+      <td class="num">${line.points.reduce((n, p) => n + p.runs.length, 0)}</td><td>${edge ? "at an edge: extend the grid" : ""}</td></tr>`;
+  });
+  return html`<table data-optima=${rows.length}><thead><tr>${e.panel && html`<th>${e.panel}</th>`}<th>${e.hue || ""}</th><th class="num">best ${e.axis} run</th>
+      <th class="num">${e.metric}</th><th class="num">optimum of parabolas</th><th class="num">curvature, per octave²</th><th class="num">noise</th><th class="num">runs</th><th></th></tr></thead>
+    <tbody>${rows}</tbody></table>`;
+}
+
+// What the judge of a transfer found: of each group of rates, and of the control without the rule.
+function Conclusion({ e }) {
+  const found = e.conclusion || {};
+  const groups = [...(found.groups || []).map((g) => [g.name, g]), ...(found.control ? [["control: without the rule", found.control]] : [])];
+  const plus = (i, digits) => (!i || !finite(i.mean) ? "—" : html`${short(i.mean, digits)}${finite(i.low) && finite(i.high)
+    ? html`<span class="soft"> [${short(i.low, digits)}, ${short(i.high, digits)}]</span>` : ""}`);
+  return html`${groups.length > 0 && html`<table data-groups=${groups.length}><thead><tr><th>rates</th><th>state</th><th class="num">shift, octaves [95 %]</th>
+      <th class="num">regret, nats [95 %]</th><th>why</th></tr></thead><tbody>${groups.map(([name, g]) => html`<tr><td>${name}</td><td><b>${g.state}</b></td>
+      <td class="num">${plus(g.shift, 3)}</td><td class="num">${plus(g.regret, 2)}</td><td class="wrap soft">${g.reason}</td></tr>`)}</tbody></table>`}
+    ${groups.length === 0 && html`<p class="soft">${e.reason || "None yet."}</p>`}
+    ${Object.keys(found).length > 0 && html`<details><summary>all numbers</summary><pre>${JSON.stringify(found, null, 2)}</pre></details>`}`;
 }
