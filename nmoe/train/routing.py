@@ -31,6 +31,7 @@ class RoutingRecorder:
   def __init__(self, model: Model, loader: Loader, every: int, *, sequences: int, local: int):
     self.routers, self.loader, self.every = model.routers, loader, every
     self.sequences, self.local = sequences, local
+    self.sources = [source.name for source in loader.data.sources]
     self.hooks: list[torch.utils.hooks.RemovableHandle] = []
     self.forget()
 
@@ -55,7 +56,7 @@ class RoutingRecorder:
     gate_LE = torch.stack([self.gates[layer] for layer in sorted(self.gates)])
     gate_LE = (gate_LE / gate_LE.mean(1, keepdim=True).clamp(min=1e-12)).float().cpu()
     count_LSE = torch.stack([self.counts[layer] for layer in sorted(self.counts)]).cpu()
-    of = {f"source {name}": count_LSE[:, i] for i, name in enumerate(self.loader.shares)}
+    of = {f"source {name}": count_LSE[:, i] for i, name in enumerate(self.sources)}
     self.forget()
     return {"gate": gate_LE.numpy()} | {k: v.float().numpy() for k, v in of.items()}
 
@@ -68,7 +69,7 @@ class RoutingRecorder:
   @torch.no_grad()
   def _see(self, layer: int, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
     expert_TK, gate_TK = routing.expert_TK.long(), routing.gate_TK.double()
-    num_experts, sources = routing.score_TE.shape[1], len(self.loader.shares)
+    num_experts, sources = routing.score_TE.shape[1], len(self.sources)
     length = self.loader.seq_len
     first = self.sequence.get(layer, 0)
     self.sequence[layer] = last = first + len(expert_TK) // length

@@ -8,8 +8,9 @@ import pytest
 import torch
 from labs import open_lab
 
-from nmoe.data.loader import Loader, open_data
+from nmoe.data.loader import Loader
 from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.prepared import open_data
 from nmoe.data.tokenizer import get
 from nmoe.distributed.parallel import Parallel
 from nmoe.records.root import Root
@@ -67,7 +68,7 @@ def test_counts_by_source_and_gates_are_those_of_a_count_by_hand(lab):
         count[source_B[8 * micro + t // 64], e] += 1
         gate[e] += g
   assert count.sum(1).tolist() == [2 * 64 * 12, 2 * 64 * 4], "samples as the mixture weighs them"
-  names = [f"source {name}" for name in loader.shares]
+  names = [f"source {name}" for name in recorder.sources]
   np.testing.assert_array_equal(np.stack([found[name][0] for name in names]), count)
   np.testing.assert_allclose(found["gate"][0], gate / gate.mean(), rtol=1e-5)
   assert not router._forward_hooks and recorder.stop() == {}
