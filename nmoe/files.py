@@ -5,8 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+STALE_S = 3600.0  # nobody writes one file for so long
 
 
 def sha256(path: Path) -> str:
@@ -19,6 +24,23 @@ def existing(path: Path) -> Path:
   """The path itself or the nearest folder above it that is there."""
   path = path.absolute()
   return path if path.exists() else existing(path.parent)
+
+
+def replace(path: Path, text: str) -> Path:
+  """Write a file that a reader finds as it was or as it is to be, whoever else writes it too.
+
+  What a writer that was killed left beside it an hour ago is removed. Raises OSError.
+  """
+  for left in path.parent.glob(f".{path.name}-*.new"):
+    with suppress(FileNotFoundError):
+      if time.time() - left.stat().st_mtime > STALE_S:
+        left.unlink()
+  new = path.with_name(f".{path.name}-{secrets.token_hex(4)}.new")
+  try:
+    new.write_text(text, encoding="utf-8")
+    return new.rename(path)
+  finally:
+    new.unlink(missing_ok=True)
 
 
 def lock(file: IO, *, shared: bool = False, wait: bool = False) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from stages.report.html import write_report
 from stages.report.terminal import terminal_summary
 from stages.text import plain
 from stages.workbench import Arm, Workbench
+
+ELSEWHERE_S = 2.0  # between looks at runs of other processes
 
 
 @contextmanager
@@ -105,8 +108,8 @@ class Work:
 
     Only a run of the same fingerprint, data and code is found, where speed or memory is asked for
     of this host and its versions too; a continued one takes over what the configuration now says of
-    free keys. Those returned are completed or failed. RunError if one was stopped before either,
-    after the others have ended; RecordError if another process is at one.
+    free keys. One that another process is at comes last, and is waited for. Those returned are
+    completed or failed. RunError if one was stopped before either, after the others have ended.
     """
     devices = slots(max((arm.config for arm, _ in pairs), key=lambda c: c.launch.ranks))
     with (
@@ -116,8 +119,10 @@ class Work:
     ):
       return SideBySide(self, display, pool).runs(pairs)
 
-  def take_up(self, arm: Arm, seed: int, display: Display) -> Run:
-    """The run of an arm at a seed: finished, or recorded and to be executed."""
+  def take_up(self, arm: Arm, seed: int, display: Display) -> Run | None:
+    """The run of an arm at a seed: finished, or recorded and to be executed; None while another
+    process is at it.
+    """
     records, config = self.bench.experiments, arm.at_seed(seed)
     run = records.find_or_start(
       self.experiment.id, arm.name, seed, usable=self._usable, **self._record(arm, config)
@@ -129,6 +134,8 @@ class Work:
     elif records.owns(run.id):
       records.release(run.id)
       self._say_what_was_left(run, label(arm, seed), display)
+    elif records.held_elsewhere(run.id):
+      return None
     else:
       self.hand_over(run, config)
       display.say(f"{label(arm, seed)}: {run.status} before as run {run.id}, continued")
@@ -291,17 +298,23 @@ class SideBySide:
     self.work, self.display, self.pool = work, display, pool
     self.lines: dict[str, Line] = {}  # of each run under way
     self.errors: list[RunError] = []
+    self.said: set[str] = set()  # runs of other processes
 
   def runs(self, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
     """The run of each pair, in their order. A run that crashes does not stop the others."""
     found: dict[tuple[str, int], Run] = {}
     places: dict[str, tuple[str, int]] = {}  # a run under way -> the pair it is of
     waiting = deque(turns(pairs, len(self.pool.slots)))
+    elsewhere: deque[tuple[Arm, int]] = deque()
     try:
-      while waiting or self.pool.running:
+      while waiting or elsewhere or self.pool.running:
         while (slot := self.pool.free()) and (pair := self.next(waiting)):
           arm, seed = pair
           run = self.work.take_up(arm, seed, self.display)
+          if run is None:
+            self.wait_for(arm, seed)
+            elsewhere.append(pair)
+            continue
           if run.finished:
             found[arm.name, seed] = run
             continue
@@ -313,6 +326,9 @@ class SideBySide:
           run = self.end(handle)
           if run is not None:
             found[places[run.id]] = run
+        if elsewhere and not waiting:
+          time.sleep(0 if self.pool.running else ELSEWHERE_S)
+          waiting, elsewhere = elsewhere, deque()
     except KeyboardInterrupt:
       launch.finish(self.pool.running)
       raise self.interrupted() from None
@@ -328,6 +344,13 @@ class SideBySide:
         waiting.remove(pair)
         return pair
     return None
+
+  def wait_for(self, arm: Arm, seed: int) -> None:
+    """Say once that another process is at a run."""
+    name = label(arm, seed)
+    if name not in self.said:
+      self.said.add(name)
+      self.display.say(f"{name}: another process is at it; waiting for its end")
 
   def start(self, slot: Slot, job: Job, name: str) -> None:
     line = self.display.line(name, job.config.steps, f"starting {job.run}")

@@ -65,7 +65,9 @@ class Workbench:
   def open(cls, root: str, console: Console, anew: bool = False) -> Workbench:
     folder = Path(root).resolve()
     commit, patch, code_version = provenance(REPO)
-    return cls(folder, Experiments(folder), console, commit, patch, code_version, anew)
+    records = Experiments(folder)
+    records.wait_longer()
+    return cls(folder, records, console, commit, patch, code_version, anew)
 
   def arm(self, name: str, config: Config) -> Arm:
     """Prepare the arm's data (or find it prepared).

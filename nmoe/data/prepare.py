@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -261,11 +261,9 @@ def _writing(folder: Path) -> Iterator[Path | None]:
       if folder.exists():
         yield None
         return
-      partial = Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent)
-      )
+      partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.partial")
+      partial.mkdir()
       yield partial
-      os.chmod(partial, 0o755)
       _publish(partial, folder)
   except OSError as error:
     raise DataError(
@@ -280,15 +278,29 @@ def _writing(folder: Path) -> Iterator[Path | None]:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
   """Wait for other preparers of this folder; clear what a killed one left behind."""
-  with (folder.parent / f".{folder.name}.lock").open("w") as file:
+  with _lock_file(folder.parent, folder.name).open("w") as file:
     try:
       files.lock(file, wait=True)
-      stale = list(folder.parent.glob(f".{folder.name}-*.partial"))
+      _clear(folder)
     except OSError:  # no locks on this filesystem: what is there may be in use
-      stale = []
-    for left in stale:
-      shutil.rmtree(left, ignore_errors=True)
+      pass
     yield
+
+
+def _clear(folder: Path) -> None:
+  """Remove what killed preparers left unfinished beside `folder`, whose lock this process has."""
+  for left in folder.parent.glob(".*-*.partial"):
+    name = left.name[1:].rpartition("-")[0]
+    if name == folder.name:
+      shutil.rmtree(left, ignore_errors=True)
+      continue
+    with _lock_file(folder.parent, name).open("w") as file:
+      if files.lock(file):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _lock_file(store: Path, name: str) -> Path:
+  return store / f".{name}.lock"
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -236,6 +236,8 @@ class Rdep:
       here = sum(n for r, n in enumerate(expected_R) if r not in late)
       missing = ", ".join(f"{expected_R[r]} from rank {self.names[r]}" for r in late)
       rows = f"of {sum(expected_R)} rows expected {here} arrived; missing {missing}"
+      if here == sum(expected_R):
+        rows = "no rows were expected of it, but its signal that it had sent all"
     others = ", ".join(str(self.names[r]) for r in late)
     return (
       f"rank {self.names[self.rank]} of {self.config.launch.ranks}, layer {trip.layer}, "

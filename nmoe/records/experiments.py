@@ -20,7 +20,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -41,6 +41,7 @@ from nmoe.records.reader import (
 from nmoe.records.root import Root
 
 STATUSES = ("planned", "running", "completed", "failed", "interrupted")
+PATIENCE_S = 300.0  # what a run came to is not lost to somebody who reads the database
 MAX_SLUG = 60  # characters of a name that an id keeps
 RELATIONS = ("supports", "refutes", "refines", "repeats")
 
@@ -83,6 +84,13 @@ class Experiments(Reader):
         f"{self.root} has had runs, but its experiments.db is empty or gone: restore a copy of it, "
         f"or remove {locks} to begin anew"
       )
+
+  def wait_longer(self, timeout_s: float = PATIENCE_S) -> None:
+    """From now on wait this long for others that hold the database: what is written now would be
+    lost with the error.
+    """
+    self._timeout_s = timeout_s
+    self._db.execute(f"PRAGMA busy_timeout = {round(1000 * timeout_s)}")
 
   def close(self) -> None:
     """Close the database and drop the locks; runs still "running" then count as interrupted."""
@@ -211,9 +219,22 @@ class Experiments(Reader):
   def set_status(
     self, experiment_id: str, status: Literal["running", "interrupted", "failed"]
   ) -> None:
-    """Change an experiment's status."""
+    """Change an experiment's status. While it is "running" this process holds a lock, by which
+    readers know that it lives.
+    """
     assert status in STATUSES
+    self._hold(experiment_id, status == "running")
     self._update("experiments", experiment_id, {"status": status})
+
+  def _hold(self, experiment_id: str, under_way: bool) -> None:
+    """Take the experiment's lock, beside other processes that carry it out, or let go."""
+    path = Root(self.root).experiment_lock(experiment_id)
+    if (old := self._locks.pop(path.name, None)) is not None:
+      old.close()
+    if under_way:
+      self._locks[path.name] = lock = _opened(path)
+      with _lockable(path):
+        files.lock(lock, shared=True, wait=True)
 
   def conclude(self, experiment_id: str, verdict: str, conclusion: dict[str, Any]) -> None:
     """Store the verdict and the numbers behind it; the experiment is completed.
@@ -228,6 +249,7 @@ class Experiments(Reader):
     added = {"runs": num_runs} | ({"earlier": earlier} if earlier else {})
     text = json.dumps({**conclusion, **added})
     values = {"verdict": verdict, "conclusion": text, "status": "completed"}
+    self._hold(experiment_id, False)
     self._update("experiments", experiment_id, values)
 
   def link(self, from_id: str, to_id: str, relation: str, note: str = "") -> None:
@@ -359,11 +381,22 @@ class Experiments(Reader):
     )
     return next((run for run in map(decoded_run, rows) if not run.finished), None)
 
+  def held_elsewhere(self, run_id: str) -> bool:
+    """Whether another process, which lives, owns the run."""
+    if run_id in self._locks:
+      return False
+    lock = self._try_lock(run_id)
+    if lock is not None:
+      lock.close()
+    return lock is None
+
   def claim(self, run_id: str) -> Run:
     """Become the owner of a run to resume it: status "running", the error cleared. Atomic.
 
-    Raises RecordError naming the owner's host and pid if it is alive, or if the run is completed.
+    Raises RecordError naming the owner's host and pid if it is alive, or if the run is completed or
+    unknown.
     """
+    self.run(run_id)
     if run_id not in self._locks:
       self._locks[run_id] = self._lock(run_id)
     if self.run(run_id).status == "completed":
@@ -472,23 +505,35 @@ class Experiments(Reader):
     path = Root(self.root).lock(run_id)
     if not path.exists() and self._owner_lives(run_id):
       return None
-    try:
-      path.parent.mkdir(exist_ok=True)
-      lock = path.open("a")
-    except OSError as error:
-      raise RecordError(
-        f"{path}: cannot be opened ({error.strerror}); give this user write access to it"
-      ) from error
-    try:
-      if files.lock(lock):
-        return lock
-    except OSError as error:
-      lock.close()
-      raise RecordError(
-        f"{path}: cannot be locked ({error.strerror}); put run.root on a filesystem with file locks"
-      ) from error
-    lock.close()
+    lock = _opened(path)
+    with ExitStack() as unless_taken:
+      unless_taken.callback(lock.close)
+      with _lockable(path):
+        if files.lock(lock):
+          unless_taken.pop_all()
+          return lock
     return None
+
+
+def _opened(path: Path) -> IO[str]:
+  """A lock file, made if it is not there."""
+  try:
+    path.parent.mkdir(exist_ok=True)
+    return path.open("a")
+  except OSError as error:
+    raise RecordError(
+      f"{path}: cannot be opened ({error.strerror}); give this user write access to it"
+    ) from error
+
+
+@contextmanager
+def _lockable(path: Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise RecordError(
+      f"{path}: cannot be locked ({error.strerror}); put run.root on a filesystem with file locks"
+    ) from error
 
 
 def _now() -> str:

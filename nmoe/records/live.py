@@ -342,7 +342,8 @@ class Live:
     stamps = (_stamp(db), _stamp(Path(f"{db}-journal")))
     with self._lock:
       known, when = self._seen
-      running = any(run.status == "running" for run in self._snapshot.runs)
+      records = (*self._snapshot.runs, *self._snapshot.experiments)
+      running = any(one.status == "running" for one in records)
       late = time.monotonic() - when > LIVENESS_S and (running or self._snapshot.notice)
       if stamps != known or late:
         self._snapshot = self._read()

@@ -157,8 +157,9 @@ class Reader:
   """The records of one root, opened read-only: it creates, changes and locks nothing.
 
   Those of an older schema are read from a copy in memory, which shows them as they were then.
-  A run whose owner died reads as "interrupted", whatever its row says. Raises RecordError if the
-  root has no database, or one that cannot be read: locked, corrupt or of another schema.
+  A run or an experiment whose owner died reads as "interrupted", whatever its row says. Raises
+  RecordError if the root has no database, or one that cannot be read: locked, corrupt or of another
+  schema.
   """
 
   def __init__(self, root: str | Path, timeout_s: float = 10.0):
@@ -280,12 +281,18 @@ class Reader:
       arms.setdefault(row["experiment_id"], []).append(arm)
     return [
       Experiment(
-        **{**dict(row), "conclusion": decoded(row["conclusion"])},
+        **{**dict(row), "conclusion": decoded(row["conclusion"]), "status": self._status(row)},
         hypotheses=tuple(claims[row["id"]]),
         arms=tuple(arms.get(row["id"], ())),
       )
       for row in rows
     ]
+
+  def _status(self, row: sqlite3.Row) -> str:
+    """An experiment's: "running" needs a process that carries it out."""
+    if row["status"] == "running" and not _carried_out(Root(self.root).experiment_lock(row["id"])):
+      return "interrupted"
+    return row["status"]
 
   def _read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
     with self._explained():
@@ -323,6 +330,17 @@ def _owned(path: Path, run: Run) -> bool:
       return not files.lock(file, shared=True)
   except FileNotFoundError:
     return lives(run.host, run.pid, run.updated)
+  except OSError:
+    return True  # not ours to ask
+
+
+def _carried_out(path: Path) -> bool:
+  """Whether a process holds an experiment's lock file."""
+  try:
+    with path.open() as file:
+      return not files.lock(file)
+  except FileNotFoundError:
+    return False
   except OSError:
     return True  # not ours to ask
 

@@ -73,6 +73,10 @@ class Root:
     """Locked by the process that owns the run."""
     return self.locks / run_id
 
+  def experiment_lock(self, experiment_id: str) -> Path:
+    """Locked, shared, by the processes that carry the experiment out."""
+    return self.locks / f"experiment-{experiment_id}"
+
   def logs(self, run_id: str) -> Path:
     """What the run's ranks and the compiler beside them print."""
     return self.path / "logs" / run_id

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -30,6 +31,7 @@ from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import (
   CheckpointError,
+  CommError,
   ConfigError,
   DataError,
   DivergedError,
@@ -272,8 +274,12 @@ def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
     return execute(options, run, None, opened)
   with closing(Attempts(options.root)) as records:
     run = records.claim(options.run)
+    records.wait_longer()
     try:
       return execute(options, run, records, opened)
+    except KeyboardInterrupt:
+      records.update_run(run.id, status="interrupted", error="rank 0 got SIGINT")
+      raise
     except BaseException as error:
       results = {"diverged": 1} if isinstance(error, DivergedError) else {}
       name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
@@ -301,9 +307,18 @@ def told(error: NmoeError) -> int:
   return FAILED_FOR_GOOD if isinstance(error, FINAL) else 1
 
 
+def leave(status: int) -> NoReturn:
+  """End this process now: a thread of it that writes a checkpoint waits for the lost rank."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+
+
 def main() -> int:
   try:
     return attempt(options())
+  except CommError as error:
+    leave(told(error))
   except NmoeError as error:
     return told(error)
 

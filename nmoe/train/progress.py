@@ -15,6 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nmoe import files
+
 # exit statuses of a rank
 INTERRUPTED = 75  # it was told to stop and can be resumed (EX_TEMPFAIL)
 FAILED_FOR_GOOD = 76  # another try would end alike, as long as the cause stands
@@ -56,9 +58,7 @@ class Heartbeat(NamedTuple):
 
   def write(self, path: Path) -> None:
     """A reader finds this one or the one before, never a part."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(self._asdict() | {"entry": self.entry._asdict()}))
-    new.rename(path)
+    files.replace(path, json.dumps(self._asdict() | {"entry": self.entry._asdict()}))
 
 
 class Progress:

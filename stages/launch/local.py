@@ -8,9 +8,11 @@ the thread that started them (stages.launch.child), so a Launcher belongs to a t
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,7 +147,7 @@ class Handle:
     _, rank, self._first = failed[0]
     how = f"ended with exit status {self._first}"
     if self._first < 0:
-      how = f"was killed by {signal.Signals(-self._first).name}"
+      how = f"was killed by {_signal_name(-self._first)}"
     self.failure = f"rank {rank} of {len(states)} {how}"
 
   def _read(self) -> None:
@@ -183,7 +185,7 @@ class Launcher:
     handle = Handle(job, logs, follow)
     try:
       handle.pipe, write = pipe(handle.cleanup)
-      folder = handle.cleanup.enter_context(tempfile.TemporaryDirectory(prefix="nmoe-"))
+      folder = handle.cleanup.enter_context(_meeting_place(job.run))
       handle.cleanup.callback(terminate, compile_beside(self.root, job.config, logs))
       for rank in range(job.config.launch.ranks):
         place = ["--root", str(self.root), "--run", job.run, "--rank", str(rank)]
@@ -245,6 +247,16 @@ def interruptible() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _meeting_place(run_id: str) -> Iterator[Path]:
+  """A new folder on this host; those of earlier starts of the run, which were killed, go."""
+  prefix = f"nmoe-{run_id}-"
+  for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*"):
+    shutil.rmtree(left, ignore_errors=True)
+  with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+    yield Path(folder)
 
 
 def pipe(cleanup: ExitStack) -> tuple[int, int]:
@@ -343,6 +355,12 @@ def _available(pipe: int) -> bytes | None:
     return os.read(pipe, 1 << 16)
   except BlockingIOError:
     return None
+
+
+def _signal_name(number: int) -> str:
+  """SIGSEGV and the like; a real-time signal has no name of its own."""
+  known = {s.value: s.name for s in signal.Signals}
+  return known.get(number, f"signal {number}")
 
 
 def _raise_interrupt(*_: object) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from nmoe import files
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
 from stages.judge.paired import Paired
@@ -31,12 +32,10 @@ def write_report(root: Path, experiment: str) -> Path:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for arm in found.arms:
-      (folder / details.file_name(arm)).write_text(arm.runs[0].toml, encoding="utf-8")
+      files.replace(folder / details.file_name(arm), arm.runs[0].toml)
     if found.runs and found.runs[0].diff:
-      (folder / "changes.patch").write_text(found.runs[0].diff, encoding="utf-8")
-    beside = folder / "index.html.new"
-    beside.write_text(render(found, folder), encoding="utf-8")
-    return beside.rename(folder / "index.html")
+      files.replace(folder / "changes.patch", found.runs[0].diff)
+    return files.replace(folder / "index.html", render(found, folder))
   except OSError as error:
     raise RecordError(
       f"{folder}: the report cannot be written ({error.strerror}); free space or set run.root"

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -350,6 +351,55 @@ def test_a_database_locked_by_another_process(tmp_path):
     db.create("muon", **HYPOTHESIS)
   holder.execute("ROLLBACK")
   assert db.create("muon", **HYPOTHESIS).id == "muon-1"
+
+
+@pytest.mark.faults
+def test_what_a_run_came_to_waits_for_whoever_reads(tmp_path):
+  """A reader in a transaction for longer than a start waits."""
+  db = Experiments(tmp_path, timeout_s=0.2)
+  run = start(db, db.create("muon", **HYPOTHESIS).id)
+  holder = sqlite3.connect(db.path, isolation_level=None, check_same_thread=False)
+  holder.execute("BEGIN EXCLUSIVE")
+  threading.Timer(1.0, holder.execute, ["ROLLBACK"]).start()
+  db.wait_longer(20.0)
+  db.update_run(run.id, status="completed", results={"val/bpb": 1.0})
+  assert db.run(run.id).status == "completed"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["../../evil", "nothing", "a/b"])
+def test_a_run_that_is_not_there_gets_no_lock(tmp_path, name):
+  db = Experiments(tmp_path / "root")
+  run = start(db, db.create("muon", **HYPOTHESIS).id)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(RecordError, match="no run"):
+    db.claim(name)
+  assert sorted(tmp_path.rglob("*")) == before and db.owns(run.id)
+
+
+@pytest.mark.faults
+def test_an_experiment_runs_while_a_process_carries_it_out(tmp_path):
+  """Of two that do, the second still holds it when the first is gone; then it reads interrupted,
+  and a reader changes nothing.
+  """
+  db = Experiments(tmp_path)
+  made = db.create("muon", **HYPOTHESIS)
+  code = f"db.set_status({made.id!r}, 'running'); print('up', flush=True); time.sleep(60)"
+  owners = [child(tmp_path, code) for _ in range(2)]
+  for owner in owners:
+    owner.stdout.readline()
+  reader = Reader(tmp_path)
+  assert [e.status for e in reader.list()] == ["running"]
+  for owner, status in zip(owners, ("running", "interrupted"), strict=True):
+    owner.kill()
+    owner.communicate()
+    assert reader.find(made.id).status == status
+  row = sqlite3.connect(reader.path).execute("SELECT status FROM experiments").fetchone()
+  assert row == ("running",)
+  db.set_status(made.id, "running")
+  assert reader.find(made.id).status == "running"
+  db.conclude(made.id, "confirmed", {})
+  assert reader.find(made.id).status == "completed"
 
 
 def test_a_filesystem_without_locks(tmp_path, monkeypatch):

@@ -455,3 +455,26 @@ def test_what_a_killed_preparer_left_is_cleared(tmp_path):
   (store / f".{name}-killed.partial").mkdir(parents=True)
   prepare(mixture_of(source), BYTE, tmp_path / "again")
   assert visible(tmp_path / "again") == [name] and not leftovers(tmp_path / "again")
+
+
+@pytest.mark.faults
+def test_what_a_killed_preparer_of_another_source_left_is_cleared(tmp_path):
+  """A source that nobody prepares again; what a living one fills is left alone."""
+  source = text_source(write_texts(tmp_path / "in", DOCUMENTS))
+  store = tmp_path / "data" / "sources"
+  for name in ("dead", "alive"):
+    (store / f".{name}-0123.partial").mkdir(parents=True)
+  with (store / ".alive.lock").open("w") as file:
+    assert preparation.files.lock(file)
+    prepare(mixture_of(source), BYTE, tmp_path)
+  assert leftovers(tmp_path) == [".alive-0123.partial"]
+
+
+@pytest.mark.faults
+def test_prepared_data_are_as_private_as_the_user_wants(tmp_path):
+  before = os.umask(0o077)
+  try:
+    folder = prepare(mixture_of(text_source(write_texts(tmp_path / "in", ["a"]))), BYTE, tmp_path)
+  finally:
+    os.umask(before)
+  assert folder.stat().st_mode & 0o777 == 0o700

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -563,6 +564,25 @@ def test_a_killed_rank_stops_the_others(method: str, trip: int, what: str, phase
         f"of {total} rows expected {total - missing} arrived; missing {missing} from rank 2"
       )
       assert expected in message
+
+
+@pytest.mark.faults
+def test_a_late_rank_of_which_no_rows_were_expected() -> None:
+  """Its signal is what is missing: no sum of nothing."""
+  trip = SimpleNamespace(number=5, counts=lambda: [], round=0, layer=7, phase="forward")
+  rank = SimpleNamespace(
+    trips=[trip],
+    rank=0,
+    names=[0, 1, 2, 3],
+    config=SimpleNamespace(launch=SimpleNamespace(ranks=4), rdep=SimpleNamespace(deadline_s=30)),
+    _expected=lambda *_: [128, 128, 128, 0],
+  )
+  message = Rdep.post_mortem(rank, DISPATCH, 5, [3])
+  assert "rows of rank 3 did not come within 30 s (no rows were expected of it, but" in message
+  rank._expected = lambda *_: [128, 128, 0, 128]
+  assert "of 384 rows expected 256 arrived; missing 128 from rank 3" in Rdep.post_mortem(
+    rank, DISPATCH, 5, [3]
+  )
 
 
 def expected_rows(case: Case, data: Data, rank: int, victim: int, what: str) -> tuple[int, int]:

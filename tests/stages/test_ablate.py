@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ from labs import Lab, write_files, write_variant
 from rich.console import Console
 
 from nmoe.data.loader import Prefetcher
-from nmoe.errors import ConfigError, DataError, RecordError, RunError
+from nmoe.errors import ConfigError, DataError, RunError
 from nmoe.model.decoder import Model
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis
@@ -324,16 +323,24 @@ def test_a_child_that_dies_without_a_word(lab, variant, monkeypatch):
   assert newest(lab).status == "interrupted"
 
 
-def test_a_run_of_another_process(lab, variant, launches):
-  """It is waited for by nobody: the error names its owner, and nothing is executed."""
+@pytest.mark.faults
+def test_a_run_of_another_process(lab, variant, launches, monkeypatch):
+  """Two ablations share a baseline: the second takes its variant first, then the other's run."""
   launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
   with pytest.raises(RunError):
     call(lab, variant)
   other = Experiments(lab.root)
   other.claim(launches.ids[0])
-  with pytest.raises(RecordError, match=f"belongs to process {os.getpid()} on host"):
-    call(lab, variant)
-  assert len(launches.ids) == 1
+  results = {"val/bpb": 2.0, "val/loss": 1.4}
+  monkeypatch.setattr(runs, "ELSEWHERE_S", 0.05)
+  launches.before = {
+    1: lambda _: other.update_run(launches.ids[0], status="completed", results=results)
+  }
+  said = call(lab, variant, seeds=1)
+  assert said.count("baseline seed 0: another process is at it; waiting for its end") == 1
+  assert f"baseline seed 0: completed before as run {launches.ids[0]}, reused" in said
+  assert len(launches.ids) == 2
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
   other.close()
 
 

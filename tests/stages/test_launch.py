@@ -55,6 +55,7 @@ run(Launcher(Path(root)), Job(run_id, config), idle=die)
 """
 
 
+@pytest.mark.faults
 def test_a_run_whose_parent_is_killed_saves_and_leaves(lab, tmp_path):
   """At once, however rarely it logs: no step of this run writes to the pipe."""
   values = {"schedule__total_tokens": 40_000 * 512, "train__log_every": 50_000}
@@ -97,6 +98,7 @@ SLEEP = "import time; time.sleep(60)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
 
 
+@pytest.mark.faults
 def test_what_is_printed_is_not_progress(lab, scripts):
   """Whatever the code under study prints goes to the log, JSON or not."""
   config = scripts(
@@ -114,6 +116,7 @@ def test_the_first_failure_is_the_status(lab, scripts):
   assert handle.poll() == 3 and handle.failure == "rank 0 of 2 ended with exit status 3"
 
 
+@pytest.mark.faults
 def test_a_killed_rank_is_named_at_once(lab, scripts, monkeypatch):
   """Also one that is not rank 0, while the others go on; then they have GRACE_S."""
   monkeypatch.setattr(launch, "GRACE_S", 1.0)
@@ -132,6 +135,16 @@ def test_a_killed_rank_is_named_at_once(lab, scripts, monkeypatch):
   assert handle.poll() == -signal.SIGKILL
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, 40])
+def test_what_killed_a_rank_is_said_by_its_name(lab, scripts, number):
+  """A real-time signal has none."""
+  handle = start(lab, scripts(f"import os; os.kill(os.getpid(), {int(number)})"))
+  name = "signal 40" if number == 40 else signal.Signals(number).name
+  assert handle.failure == f"rank 0 of 1 was killed by {name}" and handle.poll() == -number
+
+
+@pytest.mark.faults
 def test_a_stopped_rank_does_not_outlive_the_others(lab, scripts, monkeypatch):
   """SIGSTOP: it answers nothing but SIGKILL."""
   monkeypatch.setattr(launch, "GRACE_S", 0.3)
@@ -164,6 +177,7 @@ def test_kill_at(lab, scripts):
   assert handle.poll() == -signal.SIGKILL and 5 in [entry.step for entry in seen]
 
 
+@pytest.mark.faults
 def test_no_child_outlives_an_error_here(lab, scripts):
   config = scripts(
     f"import os; progress.tell(dict(Entry(os.getpid(), 1, 1, 1, 1)._asdict()))\n{SLEEP}"
@@ -179,6 +193,7 @@ def test_no_child_outlives_an_error_here(lab, scripts):
   assert not Path(f"/proc/{pids[0]}").exists()
 
 
+@pytest.mark.faults
 def test_every_start_has_a_meeting_place_of_its_own(lab, monkeypatch):
   """Nothing of an earlier start is found there, and nothing of this one stays."""
   places = []
@@ -195,6 +210,7 @@ def test_every_start_has_a_meeting_place_of_its_own(lab, monkeypatch):
   assert not any(folder.exists() for folder in folders)
 
 
+@pytest.mark.faults
 def test_nothing_of_the_current_folder_is_imported(lab, tmp_path, monkeypatch):
   (tmp_path / "numpy.py").write_text("raise SystemExit('a stray module was imported')")
   monkeypatch.chdir(tmp_path)
@@ -203,6 +219,7 @@ def test_nothing_of_the_current_folder_is_imported(lab, tmp_path, monkeypatch):
   assert handle.poll() == 0, handle.tail()
 
 
+@pytest.mark.faults
 def test_a_full_pipe_stops_no_rank():
   """Its reader is stopped (Ctrl-Z): messages are lost, each whole; one that is gone is noticed."""
   read, write = os.pipe()
