@@ -16,8 +16,9 @@ from labs import STEPS, Lab, open_lab, options, same_bits
 from torch import Tensor
 
 from nmoe.config import file as configs
-from nmoe.data.loader import Loader, Prefetcher, open_data
+from nmoe.data.loader import Loader, Prefetcher
 from nmoe.data.mixture import phases
+from nmoe.data.prepared import open_data
 from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint, metrics
