@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import os
 import secrets
 import time
 from contextlib import suppress
@@ -18,6 +19,13 @@ def sha256(path: Path) -> str:
   """Of the content, in hex. Raises OSError."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolved(path: str | Path) -> Path:
+  """Absolute, without links; a leading ~ is a home folder. Of a circle of links: the path itself,
+  which the first use of it refuses.
+  """
+  return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def existing(path: Path) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from nmoe.config.parameters import num_parameters
 from nmoe.config.sections import Config
 from nmoe.data import prepared
 from nmoe.data.tokenizer import get as get_tokenizer
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, ConfigError
 from nmoe.evals.requests import find_task
 from nmoe.evals.suites import suite_of
 from nmoe.machine import driver
@@ -20,6 +22,7 @@ def admit(config: Config, root: Root) -> None:
   """
   if config.launch.engine == "local":
     driver.check(config.target.arch)
+    check_memory(config)
   prepared.check_vocabulary(config, get_tokenizer(config.data.tokenizer))
   if config.model.init != "seed":
     folder = root.imported(config.model.init.removeprefix("import:"))
@@ -28,6 +31,17 @@ def admit(config: Config, root: Root) -> None:
   if config.eval.suite != "none":
     for task in suite_of(config.eval.suite).tasks:
       find_task(root.evals, task)
+
+
+def check_memory(config: Config) -> None:
+  """ConfigError if the cpu's memory does not hold the weights, let alone what training adds."""
+  need = num_parameters(config) * (4 if config.target.dtype == "fp32" else 2)
+  have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if config.target.arch == "cpu" and need > have:
+    raise ConfigError(
+      f"the model's weights take {need / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB "
+      "of memory; lower model.vocab_size, model.dim, model.num_layers or the experts' numbers"
+    )
 
 
 def admit_with_data(config: Config, root: Root, folder: Path) -> None:

@@ -4,6 +4,10 @@ instant.
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +15,37 @@ import typer
 
 from kernels.errors import KernelError
 from nmoe.errors import ConfigError, NmoeError, RunError
+from nmoe.files import resolved
 from nmoe.records.root import DEFAULT_ROOT
 from stages.text import visible
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class App(typer.Typer):
   """A Typer whose own errors are one message and status 1, never a traceback."""
 
   def __call__(self, *args: object, **kwargs: object) -> object:
+    for stream in (sys.stdout, sys.stderr):
+      if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # "?" for what a terminal has no character for
     try:
       return super().__call__(*args, **kwargs)
     except (NmoeError, KernelError) as error:
       typer.secho(f"error: {visible(str(error))}", err=True, fg="red")
       raise SystemExit(1) from error
+    except OSError as error:
+      if error.errno not in FULL:
+        raise
+      where = error.filename or "the output of this command"
+      typer.secho(f"error: {visible(str(where))}: {error.strerror}; free space", err=True, fg="red")
+      silence()
+      raise SystemExit(1) from error
+
+
+def silence() -> None:
+  """Let go of what standard output could not take: the interpreter would try again at its end."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 app = App(
@@ -138,7 +160,7 @@ def prep_mixture(
   from stages.workbench import prepared
 
   console = _console()
-  console.print(prepared(mixture, tokenizer, root.resolve(), console, verify), soft_wrap=True)
+  console.print(prepared(mixture, tokenizer, resolved(root), console, verify), soft_wrap=True)
 
 
 @app.command()
@@ -146,7 +168,7 @@ def report(experiment: str, root: Root = ROOT) -> None:
   """Write an experiment's report again and print its path."""
   from stages.report.html import write_report
 
-  _console().print(write_report(root.resolve(), experiment), soft_wrap=True)
+  _console().print(write_report(resolved(root), experiment), soft_wrap=True)
 
 
 @app.command()
@@ -178,7 +200,7 @@ def viz(
     with beside(folder / "demo"):
       serve(Live(folder / "demo", folder / "viz"), host, port, typer.echo)
   else:
-    serve(Live(root, folder / "viz"), host, port, typer.echo)
+    serve(Live(resolved(root), folder / "viz"), host, port, typer.echo)
 
 
 @app.command()
@@ -193,7 +215,7 @@ def watch(
   from nmoe.records.live import Live
   from stages import watch as screen
 
-  screen.watch(Live(root.resolve(), cache.expanduser() / "nmoe" / "viz"), run, _console())
+  screen.watch(Live(resolved(root), cache.expanduser() / "nmoe" / "viz"), run, _console())
 
 
 @app.command()
@@ -201,7 +223,7 @@ def rerun(run: str, root: Root = ROOT) -> None:
   """Run a recorded run once more: same configuration, seed and, checked, the same code."""
   from stages import research
 
-  research.rerun(run, root.resolve(), _console())
+  research.rerun(run, resolved(root), _console())
 
 
 @app.command("prep-evals")
@@ -221,7 +243,7 @@ def prep_evals(
   """Freeze evaluation items in the root: prompts are rendered once and hashed."""
   from stages import evals
 
-  evals.prep(source, root.resolve(), _console(), mixture, tokenizer)
+  evals.prep(source, resolved(root), _console(), mixture, tokenizer)
 
 
 @app.command("eval")
@@ -239,7 +261,7 @@ def evaluate(
   """Measure a checkpoint on downstream tasks: bits per byte, accuracies, standard errors."""
   from stages import evals
 
-  evals.run(run, step, suite, limit, out, root.resolve(), _console())
+  evals.run(run, step, suite, limit, out, resolved(root), _console())
 
 
 @app.command("import")
@@ -251,7 +273,7 @@ def import_(
   """Read a HuggingFace folder: its weights into the root, its configuration into a file."""
   from stages import imports
 
-  imports.run(folder, out, root.resolve(), _console())
+  imports.run(folder, out, resolved(root), _console())
 
 
 @app.command()
@@ -269,7 +291,7 @@ def export(
   """Write a run's weights as a folder that transformers, vLLM, SGLang and lm-eval load."""
   from stages import export as stage
 
-  stage.run(run, out, step, dtype, shard_gb, check, root.resolve(), _console())
+  stage.run(run, out, step, dtype, shard_gb, check, resolved(root), _console())
 
 
 @app.command()
@@ -285,7 +307,7 @@ def experiments_list(root: Root = ROOT) -> None:
   """Every experiment with its status and verdict."""
   from stages import show
 
-  show.experiments(root.resolve(), _console())
+  show.experiments(resolved(root), _console())
 
 
 @experiments_app.command("show")
@@ -293,7 +315,7 @@ def experiments_show(experiment: str, root: Root = ROOT) -> None:
   """One experiment: hypothesis, runs, numbers, links."""
   from stages import show
 
-  show.experiment(root.resolve(), experiment, _console())
+  show.experiment(resolved(root), experiment, _console())
 
 
 @config_app.command("show")
@@ -357,7 +379,7 @@ def bench_kernels(
   """Each kernel's rate beside a dense product or a copy, measured in the same runs."""
   from stages.proofs import bench_kernels as bench
 
-  bench.measure(arch, root.resolve(), names or [], repeats, _console(), out)
+  bench.measure(arch, resolved(root), names or [], repeats, _console(), out)
 
 
 @check_app.command("resume")
@@ -398,7 +420,7 @@ def prod_begin(
   """Record that an attempt begins, for a script of an engine; prints its number."""
   from stages.prod import attempt
 
-  typer.echo(attempt.begin(root.resolve(), run, engine, job, [hosts] if hosts else []))
+  typer.echo(attempt.begin(resolved(root), run, engine, job, [hosts] if hosts else []))
 
 
 @prod_app.command("node", hidden=True)
@@ -406,7 +428,7 @@ def prod_node(run: str, attempt: int = 1, head: str = "", node: int = 0, root: R
   """Keep the ranks of this host up, for a script of an engine."""
   from stages.prod import hosts
 
-  hosts.node(run, root.resolve(), attempt, head, node)
+  hosts.node(run, resolved(root), attempt, head, node)
 
 
 @prod_app.command("end", hidden=True)
@@ -414,7 +436,7 @@ def prod_end(run: str, attempt: int = 1, node: int = 0, root: Root = ROOT) -> No
   """Record how an attempt ended; exits with 0: over, 75: queue it again, 76: never."""
   from stages.prod import attempt as attempts
 
-  folder = root.resolve()
+  folder = resolved(root)
   if node > 0:
     raise typer.Exit(attempts.status_of(folder, run, attempt))
   end = attempts.settle(folder, run, attempt)
@@ -439,7 +461,7 @@ def prod_status(
   """What a production run is doing, its attempts and events."""
   from stages.prod import launching
 
-  health = launching.status(run, root.resolve(), _console())
+  health = launching.status(run, resolved(root), _console())
   raise typer.Exit(health if check else 0)
 
 
@@ -448,7 +470,7 @@ def prod_stop(run: str, root: Root = ROOT) -> None:
   """Ask a production run to save its state and leave."""
   from stages.prod import launching
 
-  launching.stop(run, root.resolve(), _console())
+  launching.stop(run, resolved(root), _console())
 
 
 @kernels_app.command("build")

@@ -11,6 +11,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.data.prepare import load_mixture, prepare
 from nmoe.data.tokenizer import get as get_tokenizer
+from nmoe.files import resolved
 from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import ArmRecord, Hypothesis
@@ -63,7 +64,7 @@ class Workbench:
 
   @classmethod
   def open(cls, root: str, console: Console, anew: bool = False) -> Workbench:
-    folder = Path(root).resolve()
+    folder = resolved(root)
     commit, patch, code_version = provenance(REPO)
     records = Experiments(folder)
     records.wait_longer()

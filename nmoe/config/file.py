@@ -21,6 +21,7 @@ import tomli
 from nmoe.config.rules import validate
 from nmoe.config.sections import SECTIONS, Config, leaves
 from nmoe.errors import ConfigError
+from nmoe.files import resolved
 from nmoe.tables import nearest, parsed, typed
 
 MAX_CHAIN = 100  # files that extend one another
@@ -54,7 +55,9 @@ def overrides(env: Mapping[str, str]) -> dict[tuple[str, str], Any]:
   for name in sorted(env):
     if not name.startswith("NMOE_") or "__" not in name:
       continue
-    section, key = name[len("NMOE_") :].lower().split("__", 1)
+    section, _, key = name[len("NMOE_") :].lower().partition("__")
+    if not section or not key:
+      raise ConfigError(f"environment {name}: overrides are named NMOE_<SECTION>__<KEY>; unset it")
     try:
       table = tomli.loads(f"value = {env[name]}")
     except tomli.TOMLDecodeError as error:
@@ -121,7 +124,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
   if len(chain) > MAX_CHAIN:
     raise ConfigError(f"{path}: extends more than {MAX_CHAIN} files in a row{by}; merge some")
   try:
-    path = path.resolve()
+    path = resolved(path)
     if path.exists() and not path.is_file():
       raise ConfigError(f"{path}: cannot be read{by}: it is no regular file")
   except (OSError, ValueError) as error:

@@ -222,14 +222,14 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
   ranks: int = schedule(1, gt=0)
-  threads: int = schedule(0, ge=0)  # torch CPU threads per rank; 0: cores / ranks
+  threads: int = schedule(0, ge=0, le=4096)  # torch CPU threads per rank; 0: cores / ranks
   slots: int = free(0, ge=0)  # runs of a study side by side; 0: what GPUs there are, one on the cpu
   # a step, with its evaluation and checkpoint, takes at most this
   hang_s: float = free(1800.0, gt=0, le=MOST_S)
   engine: Literal["local", "slurm", "jobset"] = free("local")  # of `nmoe prod`: what starts hosts
   ranks_per_node: int = free(0, ge=0)  # 0: all ranks on one host
   interface: str = free("")  # network interface between hosts; "": as the engine chooses
-  port: int = free(29400, gt=0)  # where the hosts meet, on the first of them
+  port: int = free(29400, gt=0, le=65535)  # where the hosts meet, on the first of them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from nmoe.errors import ConfigError
+from nmoe.files import resolved
 from nmoe.tables import nearest, parsed, ranged, typed
 
 
@@ -128,7 +129,7 @@ def phases(
 
 def load_mixture(path: str | Path) -> Mixture:
   """Parse a mixture's TOML. Raises ConfigError naming the file, the key and the value."""
-  path = Path(path).resolve()
+  path = resolved(path)
   try:
     table = parsed(path.read_text(encoding="utf-8-sig"), str(path))
   except (OSError, UnicodeDecodeError) as error:

@@ -117,6 +117,8 @@ def _columns(file: IO[bytes], field: str, where: str) -> Documents:
     return
   if field not in table.schema_arrow.names:
     raise DataError(f"{where}: {missing(field, table.schema_arrow.names)}")
+  if table.schema_arrow.names.count(field) > 1:
+    raise DataError(f"{where}: field {field!r} is there more than once; write the file with one")
   first = 1
   for batch in table.iter_batches(BATCH_ROWS, columns=[field]):
     for place, data in enumerate(binary(batch[field], field, where), first):

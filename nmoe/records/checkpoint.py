@@ -138,7 +138,8 @@ def steps(folder: Path) -> list[int]:
   """The finished checkpoints of a run, ascending."""
   if not folder.is_dir():
     return []
-  return sorted(int(m[1]) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+  folders = (p for p in folder.iterdir() if p.is_dir())
+  return sorted(int(m[1]) for p in folders if (m := _NAME.fullmatch(p.name)))
 
 
 def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tensor]:

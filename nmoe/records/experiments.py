@@ -42,6 +42,7 @@ from nmoe.records.root import Root
 
 STATUSES = ("planned", "running", "completed", "failed", "interrupted")
 PATIENCE_S = 300.0  # what a run came to is not lost to somebody who reads the database
+UNFIT = ("?", "\\")  # of a path, that DuckDB reads as something else
 MAX_SLUG = 60  # characters of a name that an id keeps
 RELATIONS = ("supports", "refutes", "refines", "repeats")
 
@@ -58,6 +59,13 @@ class Experiments(Reader):
     super().__init__(root, timeout_s)
 
   def _open(self) -> None:
+    place = files.resolved(self.root)
+    unfit = [c for c in UNFIT if c in str(place)]
+    if unfit:
+      raise RecordError(
+        f"{place} holds {' and '.join(unfit)}, which the metrics' files do not take in a path; set "
+        "run.root (NMOE_ROOT) to another folder"
+      )
     try:
       self.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +85,11 @@ class Experiments(Reader):
       self.mark_interrupted()
 
   def _check_absence(self) -> None:
-    """Refuse to begin anew where runs were: their records are gone."""
+    """Refuse to begin anew where runs were, whose records are gone, and in another's file."""
+    if self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+      raise RecordError(
+        f"{self.path} holds tables of another program; move it away, or choose another run.root"
+      )
     locks = Root(self.root).locks
     if locks.is_dir() and any(locks.iterdir()):
       raise RecordError(

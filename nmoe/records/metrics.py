@@ -32,6 +32,7 @@ Series = tuple[np.ndarray, np.ndarray, np.ndarray]
 Row = tuple[int, int, str, float, float]  # step, tokens, tag, value, time
 Load = tuple[int, str, np.ndarray]  # step, name (COUNT: of loads), value_LE
 
+OTHERS = ("Binder Error", "Catalog Error", "Conversion Error", "Not implemented Error")
 LOCK_TIMEOUT_S = 10.0  # of a reader, and of the writer once it must have all its rows in the file
 TRY_S = 0.2  # of a flush while the run goes on
 FLUSH_S = 5.0  # between flushes of a run that is watched
@@ -328,4 +329,8 @@ def _remedy(message: str) -> str:
     )
   if "not a valid DuckDB" in message or "orrupt" in message:
     return "the file is corrupt: move it away; the run's record and checkpoints are intact"
+  if message.startswith(OTHERS):
+    return (
+      "the file is another program's: move it away; the run's record and checkpoints are intact"
+    )
   return "check free space and write access of this folder"

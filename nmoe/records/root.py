@@ -62,7 +62,7 @@ class Root:
   def checkpoint_steps(self, run_id: str) -> list[int]:
     """Of the run's finished checkpoints, ascending."""
     folders = self.checkpoints(run_id).glob("step_*")
-    return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdecimal())
+    return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdecimal() and f.is_dir())
 
   @property
   def locks(self) -> Path:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from nmoe.errors import CheckpointError
 from nmoe.records import checkpoint
 from nmoe.records.checkpoint import Part
+from nmoe.records.root import Root
 
 META = {"config": "[model]", "run": "r"}
 
@@ -312,6 +313,16 @@ def test_a_tensor_of_a_checkpoint_is_no_pickle(saved):
   resealed(path)
   with pytest.raises(CheckpointError, match=r"\.metadata.*BytesStorageMetadata"):
     checkpoint.load(saved, 20, empty(a_state()), 0)
+
+
+@pytest.mark.faults
+def test_a_stray_file_is_no_checkpoint(tmp_path):
+  """Of a name like one, beyond the newest; nor what a file manager leaves."""
+  folder = Root(tmp_path).checkpoints("run")
+  (folder / "step_00000012").mkdir(parents=True)
+  for name in ("step_00000099", ".DS_Store", "step_00000015.partial", "step_15"):
+    (folder / name).write_text("")
+  assert checkpoint.steps(folder) == Root(tmp_path).checkpoint_steps("run") == [12]
 
 
 @pytest.mark.faults

@@ -9,6 +9,7 @@ from test_config import BASE, BASE_TEXT, base_file, variant, write
 
 from nmoe.config.file import changed, load, loads
 from nmoe.config.sections import leaves
+from nmoe.data.mixture import load_mixture
 from nmoe.errors import ConfigError
 
 pytestmark = pytest.mark.faults
@@ -88,6 +89,18 @@ def test_phases_are_of_the_tokens_that_are_trained():
     changed(BASE, keys | {"schedule.decay_tokens": 299 * 4096 - 81919})
 
 
+@pytest.mark.parametrize("key, value", [("launch.port", 65536), ("launch.threads", 10**6)])
+def test_numbers_that_no_machine_takes(key, value):
+  with pytest.raises(ConfigError, match=f"{key} = {value}"):
+    changed(BASE, {key: value})
+
+
+@pytest.mark.parametrize("name", ["NMOE__DIM", "NMOE_MODEL__", "NMOE___DIM", "NMOE__"])
+def test_an_override_without_a_section_or_a_key(tmp_path, name):
+  with pytest.raises(ConfigError, match=f"environment {name}: overrides are named"):
+    load(base_file(tmp_path), {name: "3"})
+
+
 # --- files ---
 
 
@@ -118,6 +131,14 @@ def test_a_variable_in_a_default_is_refused():
 def test_an_unknown_section_of_the_environment_is_named(tmp_path):
   with pytest.raises(ConfigError, match="NMOE_MODLE__DIM.*model"):
     load(base_file(tmp_path), {"NMOE_MODLE__DIM": "3"})
+
+
+def test_a_circle_of_links(tmp_path):
+  (tmp_path / "v.toml").symlink_to("w.toml")
+  (tmp_path / "w.toml").symlink_to("v.toml")
+  for read in (load, load_mixture):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*(Too many levels|loop)"):
+      read(tmp_path / "v.toml")
 
 
 @pytest.mark.parametrize("extends", ["a\\u0000b", "fifo", "/dev/zero", "."])

@@ -15,13 +15,16 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from nmoe import files
 from nmoe.errors import RecordError
 from nmoe.records import experiments
 from nmoe.records.experiments import Experiments
+from nmoe.records.metrics import Metrics, read
 from nmoe.records.owner import TIME_FORMAT, lives
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import Hypothesis, Reader
@@ -400,6 +403,54 @@ def test_an_experiment_runs_while_a_process_carries_it_out(tmp_path):
   assert reader.find(made.id).status == "running"
   db.conclude(made.id, "confirmed", {})
   assert reader.find(made.id).status == "completed"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["a?b", "a\\b"])
+def test_a_root_whose_name_the_metrics_would_misread(tmp_path, name):
+  """Before a run trains for the first flush to fail."""
+  with pytest.raises(RecordError, match="the metrics' files do not take in a path"):
+    Experiments(tmp_path / name / "root")
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  "name", ["a#b", "a%41b", "a b ", "a\nb", "-r", "a'b", 'a"b', "a;b", "é", "[a]*"]
+)
+def test_a_root_of_any_other_name_holds_records_and_metrics(tmp_path, name):
+  db = Experiments(tmp_path / name)
+  assert db.create("muon", **HYPOTHESIS).id == "muon-1"
+  metrics = Metrics(tmp_path / name, "run")
+  metrics.add(1, 1, {"a": 1.0})
+  metrics.flush()
+  assert read(tmp_path / name, "run")["a"][2].tolist() == [1.0]
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+  assert [e.id for e in Reader(tmp_path / name).list()] == ["muon-1"]
+
+
+@pytest.mark.faults
+def test_a_database_of_another_program_is_left_alone(tmp_path):
+  path = tmp_path / "experiments.db"
+  with closing(sqlite3.connect(path)) as other:
+    other.execute("CREATE TABLE theirs (x)")
+  before = path.read_bytes()
+  with pytest.raises(RecordError, match="holds tables of another program"):
+    Experiments(tmp_path)
+  assert path.read_bytes() == before
+
+
+@pytest.mark.faults
+def test_a_root_behind_links(tmp_path):
+  (tmp_path / "root").mkdir()
+  (tmp_path / "link").symlink_to("root")
+  made = Experiments(tmp_path / "link").create("muon", **HYPOTHESIS)
+  assert [e.id for e in Reader(tmp_path / "root").list()] == [made.id]
+  for name, target in (("a", "b"), ("b", "a"), ("c", "gone")):
+    (tmp_path / name).symlink_to(target)
+  for name in ("a", "c"):
+    with pytest.raises(RecordError, match="cannot be created"):
+      Experiments(files.resolved(tmp_path / name) if name == "a" else tmp_path / name)
 
 
 def test_a_filesystem_without_locks(tmp_path, monkeypatch):

@@ -153,3 +153,24 @@ def test_waiting_for_an_onlooker_is_short_in_the_loop(tmp_path):
     begun = time.perf_counter()
     writer.flush()
     assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize(
+  "made",
+  [
+    "CREATE TABLE metrics (x INTEGER)",
+    "CREATE TABLE metrics (step VARCHAR, tokens VARCHAR, tag INTEGER, value VARCHAR, time VARCHAR)",
+    "CREATE VIEW metrics AS SELECT 1 AS step",
+  ],
+)
+def test_a_file_of_another_program_is_said_to_be_one(tmp_path, made):
+  """Not that space is short; and it stays as it is."""
+  metrics = Metrics(tmp_path, "run")
+  metrics.path.parent.mkdir(parents=True)
+  with duckdb.connect(str(metrics.path)) as db:
+    db.execute(made)
+  before = metrics.path.read_bytes()
+  metrics.add(1, 1, {"a": 1.0})
+  with pytest.raises(RecordError, match="the file is another program's: move it away"):
+    metrics.read()
+  assert metrics.path.read_bytes() == before

@@ -215,3 +215,10 @@ def test_paragraphs_are_of_text(tmp_path):
   (tmp_path / "a.jsonl").write_text(jsonl(GOOD))
   with pytest.raises(ConfigError, match='documents = .paragraphs. .*format = "text"'):
     load_mixture(mixture(tmp_path, ["a.jsonl"], documents="paragraphs"))
+
+
+def test_a_parquet_file_with_the_column_twice_is_an_error_of_its_name(tmp_path):
+  table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+  pq.write_table(table, tmp_path / "a.parquet")
+  with pytest.raises(DataError, match=r"a\.parquet: field 'text' is there more than once"):
+    counts(mixture(tmp_path, ["a.parquet"], "parquet"), tmp_path)

@@ -45,6 +45,11 @@ REFUSED = {
     "sm_90a.*shows none",
     lambda _: '[target]\narch = "sm_90a"\ndtype = "bf16"\n',
   ),
+  "memory": (
+    ConfigError,
+    "weights take .* GiB, this machine has",
+    lambda _: "[model]\nvocab_size = 4611686018427387904\n",
+  ),
   "seq_len": (
     DataError,
     "a sample of seq_len 512 needs 513",

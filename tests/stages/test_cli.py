@@ -42,6 +42,28 @@ def nmoe(*words: str, code: int = 0) -> str:
   return done.output
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("words", [("plan", "configs/moonlet/cpu.toml"), ("--help",)])
+def test_a_terminal_that_is_not_utf8(words):
+  done = shell(*words, PYTHONIOENCODING="ascii")
+  assert done.returncode == 0 and done.stderr == "" and len(done.stdout) > 400
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("words", [("plan", "configs/moonlet/cpu.toml"), ("--help",)])
+def test_an_output_that_is_full(words):
+  with Path("/dev/full").open("w") as full:
+    done = subprocess.run(
+      [sys.executable, "-m", "stages.cli", *words],
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=REPO,
+    )
+  said = "error: the output of this command: No space left on device; free space\n"
+  assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_help_is_instant():
   """No torch and nothing else that is slow; half a second of processor time, start included."""
   done = shell("--help", python=("-X", "importtime"))
