@@ -166,7 +166,7 @@ suite = "none"
 ranks = 2
 """
 QUESTIONS = 60
-WORDS = 9  # of a question, and as many of its two answers
+WORDS = 7  # of a question, and as many of its two answers
 
 
 def make(root: Path, console: Console, steps: int = 120, seeds: int = 3, points: int = 5) -> None:
@@ -195,7 +195,7 @@ def questions(path: Path) -> Path:
   words = [" ".join(text.split()).split() for text in topics.topics.values()]
   parts = [" ".join(of[40 : 40 + 2 * WORDS]) for of in words if len(of) > 40 + 2 * WORDS]
   halves = [(" ".join(p.split()[:WORDS]), " " + " ".join(p.split()[WORDS:])) for p in sorted(parts)]
-  halves = [(asked, answer) for asked, answer in halves if len(asked + answer) < 115]
+  halves = [(asked, answer) for asked, answer in halves if len(asked + answer) < 120]
   lines = []
   for i, ((asked, answer), (_, other)) in enumerate(pairwise(halves[: QUESTIONS + 1])):
     choices = [answer, other] if i % 2 else [other, answer]

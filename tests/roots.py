@@ -11,6 +11,23 @@ from nmoe.records.metrics import Metrics
 from nmoe.records.root import Root
 
 RUN = "20261123-142233-ab12"
+# Processes that are killed in a flush of metrics, and in a transaction on the records.
+KILLED = """
+import duckdb, os, sys
+db = duckdb.connect(sys.argv[1])
+db.execute("SET checkpoint_threshold = '1GB'")
+db.execute("INSERT INTO metrics VALUES (3, 30, 'loss', 3.0, 1.0)")
+os.kill(os.getpid(), 9)
+"""
+SPILLED = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size = 1")
+db.execute("PRAGMA cache_spill = 1")
+db.execute("BEGIN EXCLUSIVE")
+db.execute("UPDATE runs SET error = hex(randomblob(200000))")
+os.kill(os.getpid(), 9)
+"""
 
 
 def tree_hash(folder: Path) -> str:

@@ -157,7 +157,7 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
   clock = logged.get("train/loss")
   if clock is None:
     return plain(_brief(run) | recorded | {"attempts": [], "trouble": file.trouble})
-  seconds = [tag for tag in phases if tag.endswith("_s")]
+  seconds = [tag for tag in phases if tag.endswith("_s") and tag in logged]
   spent = {tag: float(logged[tag].value.sum()) for tag in seconds}
   stretches = _attempts(clock, logged.get("startup/first_step_s"))
   began = stretches[0]["began"] - sum(
@@ -168,7 +168,8 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
     s for tag, s in spent.items() if tag.startswith("time/") and tag not in APART_FROM_STEPS
   )
   total = dict(leaves(run.toml)).get("schedule.total_tokens")
-  rate = float(np.median(logged["train/tokens_per_s"].value[-20:]))
+  speeds = logged.get("train/tokens_per_s")
+  rate = math.nan if speeds is None else float(np.median(speeds.value[-20:]))
   left = max(0, (total or clock.tokens[-1]) - clock.tokens[-1])
   return plain(
     _brief(run)
@@ -189,8 +190,6 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
 
 
 APART_FROM_STEPS = ("time/eval_s", "time/checkpoint_s")
-
-
 STARTS = ("startup/first_step_s", "startup/rewound_steps")
 
 

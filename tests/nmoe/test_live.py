@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from roots import RUN, tree_hash, write
+from roots import KILLED, RUN, SPILLED, tree_hash, write
 
 from nmoe.records import metrics
 from nmoe.records.experiments import Experiments
@@ -211,15 +211,6 @@ def test_a_locked_file_keeps_what_was_read_and_is_tried_again(root, live):
   assert values(file) == [0, 1, 2, 3, 4] and file.trouble == ""
 
 
-KILLED = """
-import duckdb, os, sys
-db = duckdb.connect(sys.argv[1])
-db.execute("SET checkpoint_threshold = '1GB'")
-db.execute("INSERT INTO metrics VALUES (3, 30, 'loss', 3.0, 1.0)")
-os.kill(os.getpid(), 9)
-"""
-
-
 def test_what_a_killed_writer_committed_is_read_and_nothing_is_written(root, live):
   write(root, range(3))
   path = Root(root).metrics(RUN, 0)
@@ -256,17 +247,6 @@ def test_the_records_are_read_again_only_when_they_changed(root, live, monkeypat
   assert live.snapshot().run(run).status == "running"
   monkeypatch.setattr("nmoe.records.live.LIVENESS_S", 0.0)
   assert live.snapshot().run(run).status == "interrupted", "its owner let go of the lock"
-
-
-SPILLED = """
-import os, sqlite3, sys
-db = sqlite3.connect(sys.argv[1], isolation_level=None)
-db.execute("PRAGMA cache_size = 1")
-db.execute("PRAGMA cache_spill = 1")
-db.execute("BEGIN EXCLUSIVE")
-db.execute("UPDATE runs SET error = hex(randomblob(200000))")
-os.kill(os.getpid(), 9)
-"""
 
 
 def test_a_hot_journal_is_recovered_in_a_copy(root, live):

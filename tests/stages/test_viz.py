@@ -3,14 +3,18 @@
 import hashlib
 import json
 import math
+import signal
 import struct
+import subprocess
+import sys
 from importlib import resources
 from itertools import product
+from pathlib import Path
 
 import anyio
 import numpy as np
 import pytest
-from roots import tree_hash, write
+from roots import KILLED, SPILLED, tree_hash, write
 from starlette.testclient import TestClient
 
 from nmoe.config import file as configs
@@ -341,6 +345,71 @@ def test_a_sweep_has_lines_parabolas_and_optima(root, tmp_path):
     assert [p["x"] for p in line["points"]] == [-2, -1, 0, 1, 2]
   other = client.get(f"/api/sweep/{experiment.id}?axis=ratio&hue=group&metric=nonsense").json()
   assert (other["axis"], other["hue"], other["metric"]) == ("ratio", "group", "val/loss")
+
+
+def killed_in_a_flush(root, run):
+  path = Root(root).metrics(run, 0)
+  assert subprocess.run([sys.executable, "-c", KILLED, path]).returncode == -signal.SIGKILL
+  assert Path(f"{path}.wal").exists()
+
+
+def truncated(root, run):
+  path = Root(root).metrics(run, 0)
+  path.write_bytes(path.read_bytes()[:9000])
+
+
+def missing(root, run):
+  Root(root).metrics(run, 0).unlink()
+
+
+def rewound(root, run):
+  assert Metrics(root, run).rewind(7) == 33
+
+
+def hot_journal(root, run):
+  path = Root(root).experiments_db
+  assert subprocess.run([sys.executable, "-c", SPILLED, path]).returncode == -signal.SIGKILL
+  assert Path(f"{path}-journal").exists()
+
+
+@pytest.mark.parametrize("seen_before", [True, False], ids=["live", "cold"])
+@pytest.mark.parametrize(
+  "fault, left",
+  [(killed_in_a_flush, 40), (truncated, 0), (missing, 0), (rewound, 7), (hot_journal, 40)],
+)
+def test_a_fault_of_one_run_leaves_pages_and_other_runs(
+  root, ids, tmp_path, fault, left, seen_before
+):
+  """Every page's question is answered after the fault, and what other runs logged is as before."""
+  client = client_of(root, tmp_path)
+  hurt, other = ids["baseline", 0], ids["variant", 1]
+  query = {"run": [hurt, other], "tag": "val/bpb", "x": "step"}
+  (before,) = series(client_of(root, tmp_path / "apart"), **query)
+  if seen_before:
+    series(client, **query)
+  fault(root, hurt)
+  tree = tree_hash(root)
+  paths = ["runs", f"run/{hurt}", f"prod/{hurt}", f"compare?a={hurt}&b={other}"]
+  paths += ["experiment/topk-1", f"experts?run={hurt}&layer=0", f"flips?a={hurt}&b={other}"]
+  for path in paths:
+    assert client.get(f"/api/{path}").status_code == 200, path
+  (after,) = series(client, **query)
+  np.testing.assert_array_equal(kept(after, other), kept(before, other))
+  shown = kept(after, hurt)
+  if fault is truncated and seen_before:
+    left = 40  # what was read before is shown
+  np.testing.assert_array_equal(shown, kept(before, hurt)[:left])
+  told = {truncated: "cannot be read", missing: "is gone" if seen_before else ""}.get(fault, "")
+  assert told in client.get(f"/api/run/{hurt}").json()["trouble"]
+  notice = client.get("/api/runs").json()["notice"]
+  assert ("awaits recovery" in notice) == (fault is hot_journal)
+  assert tree_hash(root) == tree
+
+
+def kept(panel, run):
+  """The values of a curve of `unpacked` where it has some."""
+  values = panel[2].get((run, 0), np.empty(0))
+  return values[np.isfinite(values)]
 
 
 def test_the_report_is_served_in_a_sandbox_and_not_through_a_link(client, root):

@@ -43,7 +43,8 @@ function extent(u, range, skip, log) {
   }
   if (low > high) return log ? [0.1, 1] : [0, 1];
   if (log) return [low * 0.95, high * 1.05];
-  const pad = 0.06 * (high - low) || 0.05 * Math.abs(high) || 1;
+  const flat = high - low < 1e-6 * Math.max(Math.abs(low), Math.abs(high));  // rounding, not a change
+  const pad = (flat ? 0 : 0.06 * (high - low)) || 0.05 * Math.abs(high) || 1;
   return [low - pad, high + pad];
 }
 
@@ -232,11 +233,11 @@ export function HeatMap({ title, note, rows, columns, value, shade, stops, tip, 
     const every = Math.ceil(14 / tall);
     for (let r = 0; r < rows; r += every) g.fillText(rowLabel(r), left - 6, (r + 0.5) * tall);
     g.textBaseline = "top";
-    const marks = Math.max(1, Math.min(columns - 1, Math.floor(wide / 110)));
-    for (let i = 0; i <= marks; i++) {
-      const k = Math.round((i * (columns - 1)) / marks);
-      g.textAlign = i === 0 ? "left" : i === marks ? "right" : "center";
-      g.fillText(columnLabel(k), left + ((k + 0.5) / columns) * wide, height + 6);
+    const each = Math.max(1, Math.ceil((columns * 90) / wide));  // columns from one label to the next
+    for (let k = 0; k < columns; k += each) {
+      const at = left + ((k + 0.5) / columns) * wide, half = g.measureText(columnLabel(k)).width / 2;
+      g.textAlign = "center";
+      g.fillText(columnLabel(k), Math.min(Math.max(at, left + half), left + wide - half), height + 6);
     }
     if (picked !== undefined && picked >= 0) {
       g.strokeStyle = ink("--ink");

@@ -81,7 +81,8 @@ function Graph({ graph, id }) {
     place[node.id] = [i * (BOX.width + BOX.gapX), j * (BOX.height + BOX.gapY)];
   }));
   const width = columns.length * (BOX.width + BOX.gapX) - BOX.gapX;
-  const height = Math.max(...columns.map((c) => c.length)) * (BOX.height + BOX.gapY) + 60;
+  const height = Math.max(...columns.map((c) => c.length)) * (BOX.height + BOX.gapY)
+    + (graph.links.some((l) => place[l.to_id][0] - place[l.from_id][0] > BOX.width + BOX.gapX) ? 60 : 0);
   const clip = (text, n) => (text.length > n ? text.slice(0, n - 1) + "…" : text);
   return html`<div class="scroll"><svg class="graph" width=${width + 2} height=${height} data-nodes=${graph.nodes.length}>
     ${graph.links.map((link) => {

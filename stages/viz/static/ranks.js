@@ -33,7 +33,7 @@ function RankMap({ id, query, ranks, tags, share }) {
   const at = (r, k) => total[r][k] / middle[k];
   return html`<h1>Ranks of <span class="mono">${id}</span></h1><${CurveBar} query=${query} />
     <${Summary} ...${{ ranks, phases, panels, of, share, x }} />
-    <${HeatMap} title="time between two log lines over the median of ranks" note="blue is slower, orange faster"
+    <${HeatMap} title="time between two log lines over the median of ranks" scale=${["0.8", "1.2 × median, slower"]}
       rows=${ranks.length} columns=${x.length} value=${at} stops=${around()} cell=${20}
       shade=${(v) => 0.5 + (v - 1) / 0.4} rowLabel=${(r) => `rank ${ranks[r]}`} columnLabel=${(k) => xText(kind, x[k], 2)}
       tip=${(r, k) => `rank ${ranks[r]} at ${xText(kind, x[k])}: ${seconds(total[r][k])}, ${short(at(r, k), 3)} × median`} />
@@ -93,6 +93,6 @@ function Rows({ panel, ranks, kind }) {
   const even = Float64Array.from(x, (_, k) => mean(of.map((y) => y?.[k] ?? NaN)));
   const at = (r, k) => (of[r] ? of[r][k] / even[k] : NaN);
   return html`<${HeatMap} title="rows that a rank's experts received over the mean" rows=${ranks.length} columns=${x.length}
-    value=${at} note="the stronger the colour, the fuller" shade=${(v) => (v - 1) / 0.5} stops=${rising()} cell=${20} rowLabel=${(r) => `rank ${ranks[r]}`}
+    value=${at} scale=${["1", "1.5 × mean"]} shade=${(v) => (v - 1) / 0.5} stops=${rising()} cell=${20} rowLabel=${(r) => `rank ${ranks[r]}`}
     columnLabel=${(k) => xText(kind, x[k], 2)} tip=${(r, k) => `rank ${ranks[r]} at ${xText(kind, x[k])}: ${short(of[r]?.[k])} rows`} />`;
 }

@@ -102,12 +102,13 @@ function Sources({ id, layer, sources }) {
   const totals = rows.map((row) => row.reduce((a, v) => a + v, 0));
   const step = known[0][1].steps[known[0][1].n - 1];
   const at = (r, e) => (totals[r] ? (rows[r][e] * experts) / totals[r] : NaN);
-  return html`<${HeatMap} title="experts of each source's tokens, over an even share" note=${`sampled at step ${short(step)}`}
+  return html`<${HeatMap} title="each source's tokens by expert, over an even share" note=${`sampled at step ${short(step)}`}
     rows=${known.length} columns=${experts} value=${at} shade=${(v) => ratio(v, 1)} stops=${around()} cell=${22} scale=${["¼", "4 × even"]}
-    left=${known.reduce((n, [name]) => Math.max(n, name.length), 0) * 6.5 + 14} rowLabel=${(r) => known[r][0]} columnLabel=${(e) => `expert ${e}`}
+    left=${known.reduce((n, [name]) => Math.max(n, name.length), 0) * 6.5 + 14} rowLabel=${(r) => known[r][0]} columnLabel=${(e) => `${e}`}
     tip=${(r, e) => `${known[r][0]} → expert ${e}: ${short(rows[r][e])} of its ${short(totals[r])} choices, ${short(at(r, e), 3)} × even`} />`;
 }
 
+const WORDS = { load_p05: "5th percentile", load_p50: "median", load_p95: "95th percentile", load_max_over_mean: "fullest" };
 const GROUPS = [
   ["load over mean: percentiles and fullest", ["load_p05", "load_p50", "load_p95", "load_max_over_mean"]],
   ["dead experts (below 1 % of the mean)", ["dead"]],
@@ -123,7 +124,7 @@ function Health({ id, layer, query, tags }) {
   const panels = Object.fromEntries(state.data.map((p) => [p.tag, p]));
   const drawn = GROUPS.map(([title, names]) => [title, names.map((name) => panels[`moe/${layer}/${name}`]).filter((p) => p?.x.length)]);
   return html`<div class="panels" data-ready="yes">${drawn.filter(([, of]) => of.length).map(([title, of]) => {
-    const curves = of.map((p, i) => ({ y: p.curves[0].y, label: p.tag.split("/").slice(2).join("/"), color: color(i), dash: [] }));
+    const curves = of.map((p, i) => ({ y: p.curves[0].y, label: WORDS[p.tag.split("/")[2]] || title, color: color(i), dash: [] }));
     return html`<div><${Lines} key=${title + layer} title=${title} x=${of[0].x} curves=${curves} ...${curveProps(query)} />
       ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [c.label, c.color])} />`}</div>`;
   })}</div>`;

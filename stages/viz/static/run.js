@@ -7,7 +7,7 @@ import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, s
   useKeys } from "/static/parts.js";
 
 const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "log", "eval", "checkpoint"];
-const PHASE_COLORS = ["#b4bbc4", "#56b4e9", "#0072b2", "#1b9e9e", "#e69f00", "#12305e", "#8d6e63",
+const PHASE_COLORS = ["#b4bbc4", "#56b4e9", "#0072b2", "#1b9e9e", "#e69f00", "#6a6fb5", "#8d6e63",
   "#009e73", "#cc79a7"];
 
 // The groups of a run's panels: title and tags, drawn on one axis each.
@@ -60,8 +60,8 @@ export const marksOf = (starts, query) => (starts || []).map((s) => ({ x: { toke
 export function Starts({ starts }) {
   if (!starts?.length) return null;
   const lost = starts.reduce((sum, s) => sum + s.rewound, 0);
-  return html`<p class="soft" data-starts=${starts.length}>Dotted uprights: resumed ${starts.map((s, i) => html`${i ? ", " : ""}at step ${s.step}
-    (${at(s.when)}${s.rewound ? `, ${s.rewound} steps back` : ""})`)}.${lost ? ` ${lost} steps were trained again.` : ""}</p>`;
+  return html`<p class="soft" data-starts=${starts.length}>Dotted uprights: resumed ${starts.map((s) =>
+    `at step ${s.step} (${at(s.when)}${s.rewound ? `, ${s.rewound} steps back` : ""})`).join(", ")}.${lost ? ` ${lost} steps were trained again.` : ""}</p>`;
 }
 
 // The newest value of every task, in the loop and by `nmoe eval`, with its standard error.
