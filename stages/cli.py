@@ -197,7 +197,9 @@ def viz(
   if demo:
     from stages.demo import beside
 
-    with beside(folder / "demo"):
+    made = folder / "demo"
+    typer.echo(f"the studies of {made} take two minutes; what they say: tail -f {made}.log")
+    with beside(made):
       serve(Live(folder / "demo", folder / "viz"), host, port, typer.echo)
   else:
     serve(Live(resolved(root), folder / "viz"), host, port, typer.echo)

@@ -142,7 +142,13 @@ def read_task(folder: Path, task: str, limit: int) -> list[Document]:
       "and prepare the items again"
     )
   lines = data.decode().splitlines()
-  return [_document(json.loads(line)) for line in lines[: limit or None]]
+  try:
+    return [_document(json.loads(line)) for line in lines[: limit or None]]
+  except KeyError as error:
+    raise DataError(
+      f"{path} has no {error}: another version of nmoe wrote it; delete {folder} and prepare the "
+      "items again"
+    ) from error
 
 
 def find_task(evals: Path, task: str) -> Path:

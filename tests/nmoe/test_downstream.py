@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -21,7 +22,7 @@ from nmoe.distributed.parallel import Parallel
 from nmoe.errors import ConfigError, DataError
 from nmoe.evals.downstream import Downstream
 from nmoe.evals.measure import items_of, per_document, read_items, summary, write_items
-from nmoe.evals.requests import Document, rows_of
+from nmoe.evals.requests import Document, digest, read_manifest, read_task, rows_of
 from nmoe.evals.scoring import NARROWEST, POSITIONS, batches, nats_of, score, width_of
 from nmoe.evals.sources import prepare, read_wheel
 from nmoe.evals.suites import SUITES, WHEEL, Suite, suite_of
@@ -251,6 +252,23 @@ def test_nats_over_blocks_of_the_vocabulary():
   assert torch.equal(hits, log_p.argmax(-1) == target)
   best = log_p.argmax(-1)
   assert nats_of(x, head, best)[1].all()
+
+
+def test_items_of_a_version_that_wrote_less_are_refused(tmp_path):
+  folder = prepared(tmp_path, lines(count=3))
+  text = (folder / "pets.jsonl").read_text()
+  older = "".join(
+    json.dumps({k: v for k, v in json.loads(line).items() if k != "shots"}) + "\n"
+    for line in text.splitlines()
+  )
+  manifest = read_manifest(folder)
+  manifest["tasks"]["pets"]["sha256"] = hashlib.sha256(older.encode()).hexdigest()
+  old = folder.with_name(digest(manifest))
+  old.mkdir()
+  (old / "pets.jsonl").write_text(older)
+  (old / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(DataError, match="has no 'shots': another version of nmoe wrote it"):
+    read_task(old, "pets", 0)
 
 
 def test_items_are_frozen(tmp_path, config):

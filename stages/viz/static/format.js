@@ -8,7 +8,7 @@ const PALETTES = {
 export const COLORS = [...PALETTES.light];
 export const paint = (theme) => COLORS.splice(0, COLORS.length, ...PALETTES[theme]);
 export const grey = () => COLORS[COLORS.length - 1];
-const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
+export const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 
 export const color = (i) => COLORS[i % COLORS.length];
 export const dash = (i) => DASHES[Math.floor(i / COLORS.length) % DASHES.length];
@@ -70,5 +70,6 @@ export const LABELS = {
   "lr/expert": "learning rate, experts",
   "memory/peak_bytes": "peak memory, bytes",
   "data/wait_s": "waiting for data, s",
+  "checkpoint/stall_s": "checkpoint stall, s",
 };
 export const label = (tag) => LABELS[tag] || tag;

@@ -1,7 +1,7 @@
 // Small pieces that pages share.
 import { html, useLayoutEffect } from "/static/preact-htm.js";
 import { change, go } from "/static/api.js";
-import { COLORS, grey, seconds } from "/static/format.js";
+import { COLORS, DASHES, grey, seconds } from "/static/format.js";
 
 // An <a> that stays in this page.
 export function Link({ to, children, ...rest }) {
@@ -83,9 +83,15 @@ export function armColors(runs) {
   return Object.fromEntries(arms.map((arm) => [arm, of(arm)]));
 }
 
+// Beyond the palette's colours arms differ by their dashes.
+export function armDashes(runs) {
+  const arms = [...new Set(runs.map((r) => `${r.experiment}/${r.arm}`))].filter((arm) => !arm.endsWith("/baseline")).sort();
+  return Object.fromEntries(arms.map((arm, i) => [arm, DASHES[Math.floor(i / (COLORS.length - 1)) % DASHES.length]]));
+}
+
 export function Legend({ entries }) {
-  return html`<div class="legend">${entries.map(([text, stroke]) => html`
-    <span><i class="key-line" style=${{ borderColor: stroke }} />${text}</span>`)}</div>`;
+  return html`<div class="legend">${entries.map(([text, stroke, dashes]) => html`<span><i class="key-line"
+    style=${{ borderColor: stroke, borderTopStyle: dashes?.length ? "dashed" : "solid" }} />${text}</span>`)}</div>`;
 }
 
 export const Facts = ({ pairs }) => html`<div class="facts">${pairs.map(([text, value]) => html`

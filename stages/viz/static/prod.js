@@ -18,7 +18,7 @@ export function Production({ id, query, data }) {
   const share = p.total_tokens ? p.tokens / p.total_tokens : null;
   return html`<h1>Production of <span class="mono">${id}</span></h1><p><${Status} run=${{ ...p, age_s: about?.age_s }} /></p>
     <${Facts} pairs=${[["goodput: stepping over wall time", p.goodput === null ? "—" : `${(100 * p.goodput).toFixed(1)} %`],
-      ["wall time", seconds(p.wall_s)], ["attempts", p.attempts.length], ["tokens", short(p.tokens)],
+      ["wall time", seconds(p.wall_s)], ["starts", p.attempts.length], ["tokens", short(p.tokens)],
       ["of the plan", share === null ? "—" : `${(100 * share).toFixed(1)} %`], ["tokens per second now", short(p.tokens_per_s)],
       ["left, at that speed", p.status === "completed" ? "done" : seconds(p.eta_s)]]} />
     ${share !== null && html`<svg width="100%" height="10" role="img" aria-label="tokens done"><rect width="100%" height="10" rx="4" fill="var(--line)" />
@@ -42,18 +42,18 @@ function Spent({ p }) {
   const rows = Object.entries(p.spent).filter(([tag]) => tag.startsWith("time/") || tag.startsWith("startup/"))
     .map(([tag, s]) => [tag.replace(/_s$/, ""), s]).sort((a, b) => b[1] - a[1]);
   const known = rows.reduce((sum, [, s]) => sum + s, 0);
-  if (p.wall_s > known) rows.push(["not accounted for", p.wall_s - known]);
+  if (p.wall_s > known) rows.push(["waiting, and work that was lost", p.wall_s - known]);
   const most = Math.max(...rows.map(([, s]) => s), 1e-9);
   return html`<table><tbody>${rows.map(([name, s]) => html`<tr><td>${name}</td><td class="num">${seconds(s)}</td>
     <td class="num">${p.wall_s ? `${((100 * s) / p.wall_s).toFixed(1)} %` : ""}</td><td style=${{ width: "45%" }}>
-      <svg width="100%" height="9"><rect width=${`${(100 * s) / most}%`} height="9" rx="2" fill=${/time\/(eval|checkpoint)|startup|not/.test(name) ? "#e69f00" : "#0072b2"} /></svg></td></tr>`)}
+      <svg width="100%" height="9"><rect width=${`${(100 * s) / most}%`} height="9" rx="2" fill=${/time\/(eval|checkpoint)|startup|waiting/.test(name) ? "#e69f00" : "#0072b2"} /></svg></td></tr>`)}
     </tbody></table>`;
 }
 
 const Events = ({ events }) => html`<table><thead><tr><th>when</th><th>event</th><th class="num">attempt</th>
   <th class="num">step</th><th>where</th><th>detail</th></tr></thead><tbody>${events.map((e) => html`<tr><td>${at(e.time)}</td>
   <td>${e.kind}</td><td class="num">${e.attempt}</td><td class="num">${e.step}</td><td>${e.rank >= 0 ? `rank ${e.rank} ` : ""}${e.host}</td>
-  <td class="wrap mono">${Object.entries(e.detail).map(([k, v]) => `${k} ${v}`).join(", ")}</td></tr>`)}</tbody></table>`;
+  <td class="wrap mono">${Object.entries(e.detail).map(([k, v]) => `${k} ${typeof v === "object" ? JSON.stringify(v) : v}`).join(", ")}</td></tr>`)}</tbody></table>`;
 
 const Recorded = ({ recorded }) => html`<table data-recorded=${recorded.length}><thead><tr><th class="num">n</th><th>engine</th><th>job</th>
   <th>began</th><th>outcome</th><th class="num">checkpoints</th><th class="num">exit</th></tr></thead><tbody>${recorded.map((a) => html`<tr>

@@ -3,7 +3,7 @@ import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.j
 import { change, getSeries, go, hits, search, useLive } from "/static/api.js";
 import { Panel, Spark } from "/static/charts.js";
 import { color, dash, measure, when } from "/static/format.js";
-import { Badge, CurveBar, Legend, Link, Status, armColors, curveKeys, curveProps, seriesQuery,
+import { Badge, CurveBar, Legend, Link, Status, armColors, armDashes, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
 const COLUMNS = ["val/bpb", "train/loss", "train/tokens_per_s", "train/mfu"];
@@ -149,17 +149,17 @@ function Curves({ runs, query, panels }) {
   const byId = Object.fromEntries(runs.map((r) => [r.id, r]));
   const style = (curve) => {
     const r = byId[curve.run];
-    return r ? { label: `${r.arm} · seed ${r.seed}`, color: colors[r.id], dash: [] } : { label: curve.run };
+    return r ? { label: `${r.arm} · seed ${r.seed}`, color: colors[r.id], dash: dashes[`${r.experiment}/${r.arm}`] || [] } : { label: curve.run };
   };
   const styleOfRun = (curve) => ({ ...style(curve), dash: dash(ids.indexOf(curve.run)) });
-  const arms = armColors(runs);
+  const arms = armColors(runs), dashes = armDashes(runs);
   if (!ids.length) return html`<p class="empty">Select runs with <kbd>x</kbd> or a click to see their curves.</p>`;
   return html`<div><${CurveBar} query=${query}>
       <button class=${query.by === "run" ? "on" : ""}
         onClick=${() => change({ by: query.by === "run" ? "" : "run" })}>colour by run</button>
       <input class="filter" placeholder="panels: tags, with commas" aria-label="panels" value=${query.tags || ""}
         onChange=${(e) => change({ tags: e.target.value.replace(/\s/g, "") })} /><//>
-    ${query.by !== "run" && html`<${Legend} entries=${Object.entries(arms)} />`}
+    ${query.by !== "run" && html`<${Legend} entries=${Object.entries(arms).map(([arm, tone]) => [arm, tone, dashes[arm]])} />`}
     ${state.error && html`<p class="notice bad">${state.error}</p>`}
     <div class="panels" data-ready=${state.data ? "yes" : "no"}>${(state.data || []).map((panel) => html`
       <${Panel} key=${panel.tag} panel=${panel} style=${query.by === "run" ? styleOfRun : style}

@@ -26,7 +26,7 @@ export function Sweep({ id, query, data }) {
       ${pick("metric", e.metric, e.metrics.length ? e.metrics : [e.metric])}
       ${!e.octaves && html`<button class=${log ? "on" : ""} onClick=${() => change({ log: query.log === "off" ? "" : "off" })}>log ${e.axis}</button>`}</div>
     ${e.hue && html`<${Legend} entries=${hues.map((h, i) => [`${e.hue} ${h}`, color(i)])} />`}
-    <p class="soft">A dot is a run, dashed its seed's parabola over log₂ of ${e.axis}, an upright its optimum.</p>
+    <p class="soft">A dot is a run, dashed its seed's parabola over ${e.octaves ? "" : "log₂ of "}${e.axis}, an upright its optimum.</p>
     <div class=${places.length > 1 ? "panels" : ""}>${places.map((place) => html`<${Points} key=${place} ...${{ e, place, hues, log }}
       title=${[e.panel && placeName(place), label(e.metric)].filter(Boolean).join(": ")} tall=${places.length > 1 ? 260 : 360} />`)}</div>
     <h2>Optima</h2><${Optima} e=${e} hues=${hues} />
