@@ -7,6 +7,9 @@ spectral norm √(fan_out / fan_in) (2310.17813). Multipliers of the forward pas
 initial std and the rate, W → c·W with lr → c·lr and decay → decay / c, which changes nothing that
 AdamW or Muon computes: kernels, checkpoints and exports stay as they are.
 
+"embed-only" is a control: the embedding's rate times the width and nothing else, which is said to
+be most of what a transfer rule gains (2605.21486).
+
 Ratios of the model to its base: n width, L layers, f of a feed-forward width, b batch tokens, t
 total tokens. Does not import torch.
 """
@@ -38,7 +41,7 @@ class Ratios:
   @classmethod
   def of(cls, c: Config) -> Ratios:
     s = c.scaling
-    if s.rule == "none":
+    if s.rule != "completep-moe":
       return cls()
     pairs = (
       (c.model.dim, s.base_dim),
@@ -87,7 +90,10 @@ class Factors:
 
 def factors(config: Config, name: str, ndim: int, muon: bool = False) -> Factors:
   """Those of a parameter. With Muon `lr` is that of every block; `muon_factor` is apart."""
-  r = Ratios.of(config)
+  s, r = config.scaling, Ratios.of(config)
+  if s.rule == "embed-only" and s.base_dim and _part(name) == "embed":
+    width = config.model.dim / s.base_dim
+    return Factors(1.0, width, 1 / width)
   rate = r.batch**0.5 * r.tokens**-config.scaling.horizon
   if ndim == 1:
     return Factors(1.0, rate, 1.0)

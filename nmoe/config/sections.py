@@ -165,7 +165,7 @@ class ScalingConfig:
   base_*: of the model on which they were tuned; 0: this model's own, a ratio of 1.
   """
 
-  rule: Literal["none", "completep-moe"] = identity("none")
+  rule: Literal["none", "completep-moe", "embed-only"] = identity("none")
   base_dim: int = identity(0, ge=0)
   base_layers: int = identity(0, ge=0)
   base_dense_dim: int = identity(0, ge=0)

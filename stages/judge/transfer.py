@@ -23,12 +23,14 @@ Seeds = Mapping[int, Mapping[float, float]]  # seed -> x -> loss in nats, NaN wh
 WINDOW = 2.0  # octaves on either side of the best point, or one step of a coarser grid
 BLUR = 1.6  # noise over curvature, above which an optimum is not placed to a quarter of an octave
 STRUCTURE = 8.0  # range of a grid's losses over noise, below which noise alone may have made it
+WITHOUT = {"off": "without the rule", "embed_only": "with the embedding's factor alone"}
 CURVED = 0.995  # one-sided confidence that a parabola opens upward
 
 
 @dataclass(frozen=True)
 class Fit:
-  """The parabolas of one scale. optimum: seed -> x*, NaN where a seed has too few points.
+  """The parabolas of one scale. optimum, level: seed -> x* and the loss there; NaN where the
+  curvature is not above 0, missing where a seed has too few points.
 
   interior: there are worse points, or diverged ones, on both sides of the best. design: variance
   of the curvature over that of the noise. rss, freedom: of the noise.
@@ -39,6 +41,7 @@ class Fit:
   curvature: float
   design: float
   optimum: Mapping[int, float]
+  level: Mapping[int, float]
   rss: float
   freedom: int
   spread: float  # of the losses of the first seed's grid
@@ -53,7 +56,7 @@ def fit(seeds: Seeds) -> Fit:
   first = next(iter(seeds.values()))
   finite = {x: loss for x, loss in first.items() if math.isfinite(loss)}
   if not finite:
-    return Fit(math.nan, False, math.nan, math.inf, {}, 0.0, 0, math.nan, len(total), diverged)
+    return Fit(math.nan, False, math.nan, math.inf, {}, {}, 0.0, 0, math.nan, len(total), diverged)
   best = min(finite, key=finite.get)
   interior = min(first) < best < max(first)
   spread = max(finite.values()) - min(finite.values())
@@ -65,12 +68,15 @@ def fit(seeds: Seeds) -> Fit:
   ]
   blocks = [(seed, points) for seed, points in blocks if len(points) >= 3]
   curvature, design, rss, freedom = _parabolas([points for _, points in blocks])
-  optimum = {}
+  optimum, level = {}, {}
   for seed, points in blocks:
     x, y = np.array(points).T
-    slope = np.polyfit(x, y - curvature * x**2, 1)[0]
-    optimum[seed] = float(best - slope / (2 * curvature)) if curvature > 0 else math.nan
-  return Fit(best, interior, curvature, design, optimum, rss, freedom, spread, len(total), diverged)
+    slope, start = np.polyfit(x, y - curvature * x**2, 1)
+    found = curvature > 0
+    optimum[seed] = float(best - slope / (2 * curvature)) if found else math.nan
+    level[seed] = float(start - slope**2 / (4 * curvature)) if found else math.nan
+  places = (curvature, design, optimum, level)
+  return Fit(best, interior, *places, rss, freedom, spread, len(total), diverged)
 
 
 def finite_at(grid: Mapping[float, float], x: float) -> bool:
@@ -121,6 +127,7 @@ class Group:
             `with_control`, "cannot tell"
   shift     of the optimum from base to the largest scale, in octaves, over seeds
   regret    of the base's optimum at the largest scale, in nats, over seeds
+  levels    losses at the optima
   exponent  p of x* = x₀ − p · log2(ratio), over seeds, where there are three scales or more
   noise     between rates of one seed, in nats; NaN where no parabola leaves a degree of freedom
   """
@@ -129,6 +136,7 @@ class Group:
   state: str
   reason: str
   optima: Mapping[str, Mapping[int, float]]
+  levels: Mapping[str, Mapping[int, float]]
   curvature: Mapping[str, float]
   noise: float
   shift: Interval
@@ -152,11 +160,13 @@ def judge_group(name: str, scales: Sequence[Scale], limits: Limits) -> Group:
   freedom = sum(f.freedom for f in fits.values())
   noise = math.sqrt(sum(f.rss for f in fits.values()) / freedom) if freedom > 0 else math.nan
   optima = {key: dict(f.optimum) for key, f in fits.items()}
+  levels = {key: dict(f.level) for key, f in fits.items()}
   curvature = {key: f.curvature for key, f in fits.items()}
   diverged = sum(f.diverged for f in fits.values())
   shift, regret = _moves(ends)
   exponent = _exponent(scales, fits)
-  group = Group(name, "", "", optima, curvature, noise, shift, regret, exponent, diverged=diverged)
+  found = (optima, levels, curvature, noise, shift, regret, exponent)
+  group = Group(name, "", "", *found, diverged=diverged)
   state, reason = _missing(scales, fits, noise, freedom)
   if state:
     return _said(group, state, reason)
@@ -267,7 +277,7 @@ def with_control(group: Group, control: Group, limits: Limits) -> Group:
   seen = control.state in ("", "transfers", "drifts", "undecided")
   if moved and seen:
     return group
-  found = f"without the rule the optimum moves {_shown(control.shift)} octaves"
+  found = f"{WITHOUT[control.name]} the optimum moves {_shown(control.shift)} octaves"
   why = control.reason if not seen else f"less than {limits.min_control_shift:g} is not excluded"
   return _said(group, "cannot tell", f"{found} ({why}): this sweep shows no gain of the rule.")
 
@@ -278,26 +288,29 @@ def _shown(i: Interval) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-  """The groups of a sweep, decided together, and its control."""
+  """The groups of a sweep, decided together, and its controls."""
 
   groups: tuple[Group, ...]
-  control: Group | None
+  controls: tuple[Group, ...]
   verdict: str = field(default="")
   reason: str = field(default="")
 
   def as_dict(self) -> dict[str, Any]:
-    control = None if self.control is None else self.control.as_dict()
-    return {"groups": [g.as_dict() for g in self.groups], "control": control}
+    parts = {"groups": self.groups, "controls": self.controls}
+    return {name: [g.as_dict() for g in part] for name, part in parts.items()}
 
 
 def judge(
-  groups: Mapping[str, Sequence[Scale]], control: Sequence[Scale] | None, limits: Limits
+  groups: Mapping[str, Sequence[Scale]], controls: Mapping[str, Sequence[Scale]], limits: Limits
 ) -> Sweep:
-  """Confirmed if every identified group transfers, refuted if one drifts; the first is "joint"."""
+  """Confirmed if every identified group transfers, refuted if one drifts; the first is "joint".
+
+  controls: "off" and "embed_only", of the joint rate at base and largest scale.
+  """
   decided = holm([judge_group(name, scales, limits) for name, scales in groups.items()], limits)
-  off = None if control is None else judge_group("control", control, limits)
-  if off is not None:
-    decided = [with_control(g, off, limits) for g in decided]
+  without = tuple(judge_group(name, scales, limits) for name, scales in controls.items())
+  for control in without:
+    decided = [with_control(g, control, limits) for g in decided]
   states = [g.state for g in decided]
   if "drifts" in states:
     verdict = "refuted"
@@ -306,4 +319,4 @@ def judge(
   else:
     verdict = "inconclusive"
   reason = " ".join(f"{g.name} {g.state}: {g.reason}" for g in decided)
-  return Sweep(tuple(decided), off, verdict, reason)
+  return Sweep(tuple(decided), without, verdict, reason)

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from nmoe.config import file as configs
-from nmoe.config.sections import Config
+from nmoe.config.sections import Config, fingerprint
+from nmoe.errors import RunError
 from nmoe.machine.target import select
 from nmoe.model.decoder import Experts, Linear, Mlp, Model
 from nmoe.model.router import Router
@@ -33,6 +34,7 @@ from nmoe.train.optim import Optimizer
 from stages.judge.intervals import Interval, interval_of, number
 from stages.proxy.file import AXES, SweepFile, load_sweep, with_rule
 from stages.text import plain
+from stages.workbench import Workbench
 
 SEQ_LEN = 32
 LIMITS = {  # of what is not flat: outputs start at n^-1/2, and a router's changes so with them
@@ -59,6 +61,17 @@ class Slope:
     low, high = self.limits
     return not low <= self.interval.mean <= high
 
+  @property
+  def sentence(self) -> str:
+    low, high = self.limits
+    return (
+      f"{self.name} is out over {self.axis} with {self.optimizer}: slope "
+      f"{number(self.interval.mean, '+')}, required {low:+g} to {high:+g}"
+    )
+
+  def as_dict(self) -> dict[str, Any]:
+    return {**asdict(self), "out": self.out}
+
 
 def run(path: Path, console: Console) -> int:
   """Check the rule at the file's widths and depths, with both optimizers; 1 if a class is out."""
@@ -67,16 +80,33 @@ def run(path: Path, console: Console) -> int:
   console.print(_table(found))
   out = [s for s in found if s.out]
   for s in out:
-    low, high = s.limits
-    console.print(
-      plain(
-        f"{s.name} is out over {s.axis} with {s.optimizer}: slope {number(s.interval.mean, '+')}, "
-        f"required {low:+g} to {high:+g}",
-        "red",
-      )
-    )
+    console.print(plain(s.sentence, "red"))
   console.print("out" if out else f"all {len(found)} slopes within their limits")
   return 1 if out else 0
+
+
+def evidence(file: SweepFile, bench: Workbench) -> dict[str, Any]:
+  """The slopes that stand behind a sweep, with its optimizers: of an earlier call of the same code
+  on the same base, or measured now. RunError if a class is out.
+  """
+  kinds = sorted({file.base.optim.matrices, file.base.optim.experts})
+  asked = [
+    fingerprint(file.base),
+    bench.code_version,
+    {k: list(v) if isinstance(v, tuple) else v for k, v in vars(file.coords).items()},
+  ]
+  for known in bench.experiments.list():
+    before = known.conclusion.get("coords", {}) if known.name == file.sweep.name else {}
+    if before.get("asked") == asked:
+      return before
+  with bench.console.status("coordinate check"):
+    slopes = [slope for kind in kinds for slope in check(file, kind)]
+  if out := [s for s in slopes if s.out]:
+    raise RunError(
+      f"{file.path}: the coordinate check fails, so that no rate can transfer; nothing was run:\n"
+      + "\n".join(s.sentence for s in out)
+    )
+  return {"asked": asked, "slopes": [s.as_dict() for s in slopes]}
 
 
 def check(file: SweepFile, optimizer: str, axes: Sequence[str] = AXES_OF_CHECK) -> list[Slope]:

@@ -8,7 +8,7 @@ target = "../moonlet/moonlet.toml"    # what the recommendation is for (optional
 vary = ["joint", "expert_lr"]         # one at a time, the other rates at the base file's
 points = 6                            # of a grid around the base's rates, extended outward
 seeds = 3                             # at the best three points; the first seed has the whole grid
-control = ["off"]                     # the joint grid at the largest scale without the rule
+control = ["off", "embed_only"]       # the joint grid at the largest scale without the rule
 [[scale]]                             # a factor on the base: width, depth, batch, tokens, experts,
 width = 8                             # sparsity; or keys, such as "moe.num_shared" = 2
 [verdict]
@@ -50,6 +50,7 @@ AXES: dict[str, tuple[str, ...]] = {  # the keys that a factor multiplies
   "experts": ("moe.num_experts", "moe.top_k"),
   "sparsity": ("moe.num_experts",),
 }
+CONTROLS = {"off": "none", "embed_only": "embed-only"}  # -> scaling.rule
 HEADS = ("model.qk_nope_dim", "model.qk_rope_dim", "model.v_dim")
 MIN_DECAY_STEPS = 20  # fewer, and a decay that is a share of the run is none
 
@@ -66,7 +67,7 @@ class SweepKeys:
   points: int = ranged(6, gt=0)
   extend: int = ranged(3, ge=0)
   seeds: int = ranged(3, gt=0)
-  control: tuple[Literal["off"], ...] = ("off",)
+  control: tuple[Literal["off", "embed_only"], ...] = ("off",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +195,9 @@ def rule_keys(base: Config) -> dict[str, Any]:
   }
 
 
-def without_rule(config: Config) -> Config:
-  return configs.changed(config, {"scaling.rule": "none"})
+def without_rule(config: Config, control: str) -> Config:
+  """As a control has it: no rule, or the embedding's factor alone."""
+  return configs.changed(config, {"scaling.rule": CONTROLS[control]})
 
 
 def _scale(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:

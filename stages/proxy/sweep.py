@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from nmoe.records.root import Root
 from stages.judge import transfer
 from stages.judge.table import Judgement, Result, Table
 from stages.judge.transfer import Scale, finite_at
+from stages.proxy import coords
 from stages.proxy.file import (
+  CONTROLS,
   ScalePlan,
   SweepFile,
   check_heads,
@@ -32,21 +34,21 @@ from stages.text import plain
 from stages.workbench import Arm, Workbench
 
 METRIC = "val/loss"
-CONTROL = "off"  # the joint grid without the rule
 HEALTH = ("load/max_over_mean", "load/dead", "optim/clipped")
 MAX_CLIPPED = 0.1  # share of steps
 GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
 
 
 def run(path: Path, console: Console) -> Path:
-  """Run the sweep's points, or find them, judge the transfer and write transfer.toml beside the
-  report, whose path is returned.
+  """Check the coordinates, run the sweep's points, or find them, judge the transfer and write
+  transfer.toml beside the report, whose path is returned. RunError if a coordinate is out.
   """
   file = load_sweep(path)
   check_target(file)
   with Workbench.open(file.base.run.root, console) as bench:
     sweep = Sweep.of(file, bench)
     sweep.check_budget()
+    sweep.coords = coords.evidence(file, bench)
     asked = Hypothesis(file.sweep.statement, METRIC, "none", file.verdict.max_regret)
     study = Study(
       file.sweep.name,
@@ -85,6 +87,7 @@ class Sweep:
   scales: Mapping[str, ScalePlan]
   data: Path
   arms: dict[Place, Arm]
+  coords: Mapping[str, Any] = field(default_factory=dict)  # what the check found before the first
 
   @classmethod
   def of(cls, file: SweepFile, bench: Workbench) -> Sweep:
@@ -105,7 +108,7 @@ class Sweep:
     s = self.file.sweep
     found = [("joint", name) for name in self.scales]
     found += [(group, end) for group in s.vary if group != "joint" for end in self.ends]
-    return found + [(CONTROL, self.ends[1]) for _ in s.control]
+    return found + [(control, self.ends[1]) for control in s.control]
 
   def octaves(self, group: str) -> float:
     s = self.file.sweep
@@ -135,7 +138,8 @@ class Sweep:
   def arm(self, place: Place) -> Arm:
     if place not in self.arms:
       scale = self.scales[place.scale]
-      config = without_rule(scale.config) if place.group == CONTROL else scale.config
+      config, control = scale.config, place.group in CONTROLS
+      config = without_rule(config, place.group) if control else config
       point = {
         "group": place.group,
         "scale": place.scale,
@@ -192,10 +196,11 @@ class Sweep:
       group: [scale(group, name) for g, name in self.lines() if g == group]
       for group in self.file.sweep.vary
     }
-    control = None
-    if self.file.sweep.control:  # at the base the rule changes nothing
-      control = [scale("joint", self.ends[0]), scale(CONTROL, self.ends[1])]
-    found = transfer.judge(groups, control, self.file.limits)
+    controls = {  # at the base the rule changes nothing
+      name: [scale("joint", self.ends[0]), scale(name, self.ends[1])]
+      for name in self.file.sweep.control
+    }
+    found = transfer.judge(groups, controls, self.file.limits)
     health = self._health(table)
     numbers = {
       **found.as_dict(),
@@ -203,6 +208,7 @@ class Sweep:
       "points": [_point(result) for result in table.results],
       "health": health,
       "budget": self._budget(table),
+      "coords": self.coords,
       "sweep": self.file.text,
     }
     return Judgement(found.verdict, f"{found.reason} {confounded(health)}".strip(), numbers)
@@ -257,7 +263,7 @@ def confounded(health: Mapping[str, Mapping[str, float]]) -> str:
 
 def rated(config: Config, group: str, x: float) -> Config:
   """The configuration with a group's rate, or all, times 2^x."""
-  chosen = GROUPS if group in ("joint", CONTROL) else (group,)
+  chosen = GROUPS if group in ("joint", *CONTROLS) else (group,)
   return configs.changed(
     config, {f"optim.{key}": getattr(config.optim, key) * 2.0**x for key in chosen}
   )

@@ -55,7 +55,7 @@ def curves(
     if skip:
       figure.update_yaxes(range=_reach(arms, tag, skip), row=1, col=column)
   figure.update_xaxes(title_text="tokens")
-  return _finish(figure, 320)
+  return finish(figure, 320)
 
 
 def _reach(arms: Sequence[Arm], tag: str, skip: float) -> list[float] | None:
@@ -128,7 +128,7 @@ def differences(
   pad = 0.06 * (max(reach) - min(reach)) or 1.0
   figure.update_xaxes(title_text=title, range=[min(reach) - pad, max(reach) + pad])
   figure.update_yaxes(autorange="reversed", showgrid=False)
-  return _finish(figure, 130 + 34 * (len(rows) + 1))
+  return finish(figure, 130 + 34 * (len(rows) + 1))
 
 
 def load_heatmap(arms: Sequence[Arm]) -> go.Figure | None:
@@ -151,7 +151,7 @@ def load_heatmap(arms: Sequence[Arm]) -> go.Figure | None:
   figure.update_layout(coloraxis={"colorscale": LOAD_SCALE, "cmin": 1, "colorbar": bar})
   figure.update_xaxes(title_text="tokens", showgrid=False)
   figure.update_yaxes(showgrid=False)
-  return _finish(figure, 170 + 26 * max(len(arm.layers()) for arm in shown))
+  return finish(figure, 170 + 26 * max(len(arm.layers()) for arm in shown))
 
 
 def _load_tag(layer: int) -> str:
@@ -179,7 +179,7 @@ def flight_heatmap(arms: Sequence[Arm]) -> go.Figure | None:
   figure.update_yaxes(autorange="reversed", showgrid=False)
   figure.update_xaxes(showgrid=False)
   most = max(len({place[:2] for place in values}) for _, values in shown)
-  return _finish(figure, 130 + 22 * most)
+  return finish(figure, 130 + 22 * most)
 
 
 def phases(arms: Sequence[Arm]) -> go.Figure | None:
@@ -201,7 +201,7 @@ def phases(arms: Sequence[Arm]) -> go.Figure | None:
   figure.update_layout(barmode="stack", legend_traceorder="normal")
   figure.update_xaxes(title_text="ms per step")
   figure.update_yaxes(autorange="reversed", showgrid=False)
-  return _finish(figure, 130 + 44 * len(arms))
+  return finish(figure, 130 + 44 * len(arms))
 
 
 def _colors(arms: Sequence[Arm]) -> list[str]:
@@ -221,7 +221,8 @@ def _thin(x: np.ndarray, *ys: np.ndarray, limit: int = MAX_POINTS) -> list[np.nd
   return [column[keep].astype(np.float32) for column in (x, *ys)]
 
 
-def _finish(figure: go.Figure, height: int) -> go.Figure:
+def finish(figure: go.Figure, height: int) -> go.Figure:
+  """The figure in the report's style, `height` pixels high."""
   figure.update_layout(
     template="plotly_white",
     height=height,

@@ -139,11 +139,18 @@ def _sweep(found: Findings) -> str:
     "Sweep",
     _figure("sweep", sweep.figure(e)),
     table(sweep.HEAD, _escaped(sweep.group_rows(e)), left=2),
+    _figure("shifts", sweep.shifts(e)),
     facts(sweep.budget_pairs(e)),
     table(sweep.HEALTH_HEAD, _escaped(sweep.health_rows(e)), left=1),
-    note="A line a scale and seed, its optimum dotted. Shift: of the optimum from base to the "
-    "largest scale; regret: of the base's optimum there; both with 95 % intervals over seeds. The "
-    "last table has what else may differ between scales, mean over the joint points.",
+    note="A color a scale, a parabola a seed, its optimum a diamond; off, embed_only: controls "
+    "at the largest scale. Shift: of the optimum from base to the largest scale; regret: of the "
+    "base's optimum there; both with 95 % intervals over seeds, the limit dashed. The last table "
+    "has what else may differ between scales, mean over the joint points.",
+  ) + section(
+    "Coordinate check",
+    _figure("coords", sweep.coords_figure(e)),
+    note="Slope of each tensor's effect, log2 against log2 of the width or the depth, with 95 % "
+    "intervals over seeds: near 0 under a right rule, -1/2 for what an output starts at.",
   )
 
 

@@ -355,3 +355,15 @@ def test_what_the_rule_refuses(values, message):
   with pytest.raises(ConfigError, match=message):
     tiny(**BASE | values)
   tiny(**values)  # rule = "none"
+
+
+def test_the_embedding_alone():
+  """The control: 4 times the width is 4 times the embedding's rate, and nothing else differs."""
+  values = {"scaling__rule": "embed-only"}
+  control = roles(grown("all with the width", **values, optim__embed_lr=0.5))
+  none = roles(grown("all with the width", scaling__rule="none", optim__embed_lr=0.5))
+  assert control["embed"].lr == 4 * none["embed"].lr == 2.0
+  assert control["embed"].weight_decay == none["embed"].weight_decay / 4
+  assert [r for name, r in control.items() if name != "embed"] == [
+    r for name, r in none.items() if name != "embed"
+  ]

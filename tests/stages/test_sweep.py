@@ -2,6 +2,8 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import tomli
 from rich.console import Console
 
 from nmoe.config import file as configs
+from nmoe.config.sections import diff
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.root import Root
+from stages.judge.intervals import Interval
 from stages.judge.table import Result, Table
-from stages.proxy import plan, sweep
+from stages.proxy import coords, plan, sweep
 from stages.proxy.file import load_sweep
 from stages.workbench import Workbench
 
@@ -63,6 +67,23 @@ def write(lab):
   return file
 
 
+def slope(mean):
+  return coords.Slope("adamw", "width", "router", Interval(2, mean, 0.0, mean, mean), (-0.25, 0.25))
+
+
+@pytest.fixture(autouse=True)
+def checks(monkeypatch):
+  """Coordinate checks that cost nothing: the optimizers asked for, and what they find."""
+  found = SimpleNamespace(asked=[], slope=0.1)
+
+  def check(file, kind):
+    found.asked.append(kind)
+    return [slope(found.slope)]
+
+  monkeypatch.setattr(coords, "check", check)
+  return found
+
+
 def console():
   return Console(file=io.StringIO(), width=250)
 
@@ -86,7 +107,7 @@ def test_scales_expand_the_base(write):
   )
 
 
-def test_from_the_file_to_the_overlay(write, lab, launches):
+def test_from_the_file_to_the_overlay(write, lab, launches, checks):
   """Everything runs once; a second call answers from the records; the overlay can be loaded."""
   path = write()
   said = console()
@@ -108,12 +129,30 @@ def test_from_the_file_to_the_overlay(write, lab, launches):
   evidence = tomli.loads(written.read_text())["evidence"]
   assert evidence["experiment"] == records.id and evidence["extrapolation_width"] == 1.0
   assert evidence["joint"] == records.conclusion["groups"][0]["state"]
+  assert checks.asked == ["adamw"]
   sweep.run(path, console())
-  assert len(launches.ids) == num_runs
+  assert len(launches.ids) == num_runs and checks.asked == ["adamw"]
   assert lab.records.find("rates").id == records.id
   said = console()
   plan.show(path, said)
   assert "no run to go by" not in said.file.getvalue()
+
+
+def test_a_class_that_is_out_stops_the_sweep(write, lab, launches, checks):
+  checks.slope = 0.7
+  with pytest.raises(RunError, match="router is out over width with adamw: slope .0.7, required"):
+    sweep.run(write(), console())
+  assert not launches.ids and not [e for e in lab.records.list() if e.stage == "proxy"]
+
+
+def test_controls_differ_in_the_rule_alone(write):
+  both = ('control = ["off"]', 'control = ["off", "embed_only"]')
+  file = load_sweep(write(a=both))
+  found = sweep.Sweep(file, {s.name: s for s in file.scales}, Path(), {})
+  arms = {a.point["group"]: a for a, _ in found.first() if a.point["scale"] == "width2"}
+  joint, off, embed = (arms[name].config for name in ("joint", "off", "embed_only"))
+  assert diff(joint, off) == {"scaling.rule": ("completep-moe", "none")}
+  assert diff(joint, embed) == {"scaling.rule": ("completep-moe", "embed-only")}
 
 
 def test_a_killed_sweep_goes_on(write, lab, launches):

@@ -30,7 +30,7 @@ def sweep(rng, shift, curvature=0.03, noise=0.01, control=-2.5):
     for name, ratio, x in (("base", 1, 0.0), ("large", 8, shift))
   ]
   off = [scales[0], Scale("large", 8, grid(rng, control, 0.03, noise, xs))]
-  return judge({"joint": scales}, off, LIMITS)
+  return judge({"joint": scales}, {"off": off}, LIMITS)
 
 
 def states(shift, **more):
@@ -54,6 +54,19 @@ def test_without_a_control_that_moves_it_cannot_tell():
   assert "transfers" not in found and found["cannot tell"] >= 100
 
 
+def test_one_control_that_stays_is_enough():
+  """What the embedding's factor alone does is no gain of the rule."""
+  rng = np.random.default_rng(0)
+  xs = np.arange(-4, 5)
+  base, large, off, embed = (
+    Scale(name, 1, grid(rng, x, 0.03, 2e-3, xs))
+    for name, x in (("base", 0), ("large", 0), ("large", -2.5), ("large", 0))
+  )
+  found = judge({"joint": [base, large]}, {"off": [base, off], "embed_only": [base, embed]}, LIMITS)
+  assert found.groups[0].state == "cannot tell"
+  assert "with the embedding's factor alone the optimum moves" in found.reason
+
+
 def test_a_parabola_is_found_exactly():
   """Each seed its own optimum and level; a diverged point is none of the parabola's."""
   seeds = {
@@ -64,6 +77,7 @@ def test_a_parabola_is_found_exactly():
   found = fit(seeds)
   assert found.curvature == pytest.approx(0.05)
   assert found.optimum == {0: pytest.approx(-0.75), 1: pytest.approx(-0.5)}
+  assert found.level == {0: pytest.approx(2), 1: pytest.approx(3)}
   assert (found.diverged, found.interior, found.best) == (1, True, -1.0)
   assert found.rss == pytest.approx(0, abs=1e-20)
 
@@ -128,8 +142,8 @@ def test_holm_is_stricter_over_more_groups():
     return [Scale(n, r, grid(rng, 0.0, 0.03, 0.012, xs)) for n, r in (("base", 1), ("large", 8))]
 
   groups = {f"g{i}": made() for i in range(10)}
-  alone = [judge({name: scales}, None, LIMITS).groups[0].state for name, scales in groups.items()]
-  together = [g.state for g in judge(groups, None, LIMITS).groups]
+  alone = [judge({name: scales}, {}, LIMITS).groups[0].state for name, scales in groups.items()]
+  together = [g.state for g in judge(groups, {}, LIMITS).groups]
   assert together.count("transfers") < alone.count("transfers")
 
 
