@@ -78,6 +78,7 @@ class Proposal:
   noise: float
   models: dict[str, Skill] = field(default_factory=dict)
   divergence: float = math.nan  # KL of the proposal from the natural mixture
+  left_out: tuple[tuple[float, float], ...] = ()  # of each mixture: predicted by the others, seen
 
   def as_dict(self) -> dict[str, Any]:
     return asdict(self)
@@ -97,27 +98,29 @@ def propose(
   caps [S] bound the shares; noise: sd over seeds of the weighted loss.
   """
   seen = losses @ objective
+  said = _left_out(shares, losses, objective)
+  pairs = tuple(zip(said.tolist(), seen.tolist(), strict=True))
   models = {
-    "log-linear": _skill(_left_out(shares, losses, objective), seen),
+    "log-linear": _skill(said, seen),
     "linear": _skill(_left_out_linear(shares, seen), seen),
     "constant": _skill(np.array([np.delete(seen, i).mean() for i in range(len(seen))]), seen),
   }
   own = models["log-linear"]
   if own.skill <= 0:
     reason = f"Left one out, the fit predicts no better than the mean: skill {own.skill:.2f}."
-    return Proposal(None, reason, math.nan, noise, models)
+    return Proposal(None, reason, math.nan, noise, models, left_out=pairs)
   if own.rmse > MAX_ERROR * noise:
     reason = (
       f"Left one out, the fit errs by {own.rmse:.3g}, more than {MAX_ERROR:g} sd of seeds "
       f"({noise:.3g}); run more mixtures."
     )
-    return Proposal(None, reason, math.nan, noise, models)
+    return Proposal(None, reason, math.nan, noise, models, left_out=pairs)
   laws = [fit_law(shares, losses[:, s]) for s in range(losses.shape[1])]
   best = minimise(laws, objective, caps)
   predicted = sum(w * float(law(best[None])[0]) for w, law in zip(objective, laws, strict=True))
   kl = float((best * np.log(np.maximum(best, 1e-12) / natural)).sum())
   reason = f"Skill {own.skill:.2f}, rank correlation {own.rank:.2f}."
-  return Proposal(tuple(best.tolist()), reason, predicted, noise, models, kl)
+  return Proposal(tuple(best.tolist()), reason, predicted, noise, models, kl, pairs)
 
 
 def minimise(laws: Sequence[Law], objective: np.ndarray, caps: np.ndarray) -> np.ndarray:

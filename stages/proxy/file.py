@@ -51,6 +51,7 @@ AXES: dict[str, tuple[str, ...]] = {  # the keys that a factor multiplies
   "sparsity": ("moe.num_experts",),
 }
 CONTROLS = {"off": "none", "embed_only": "embed-only"}  # -> scaling.rule
+GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
 HEADS = ("model.qk_nope_dim", "model.qk_rope_dim", "model.v_dim")
 MIN_DECAY_STEPS = 20  # fewer, and a decay that is a share of the run is none
 
@@ -99,11 +100,14 @@ SECTIONS = {"sweep": SweepKeys, "budget": BudgetKeys, "verdict": VerdictKeys, "c
 
 @dataclass(frozen=True)
 class ScalePlan:
-  """A scale: its name, its factor on the first axis it names, its configuration with the rule."""
+  """A scale: its name, its factor on the first axis it names, its configuration with the rule, all
+  the axes that it names.
+  """
 
   name: str
   ratio: float
   config: Config
+  axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ class SweepFile:
   coords: CoordsKeys
   base: Config
   scales: tuple[ScalePlan, ...]  # base first, then in the file's order
+
+  @property
+  def axis(self) -> str:
+    """The one axis of AXES that all scales lie on; "" if there are several, or none."""
+    found = {axis for scale in self.scales[1:] for axis in (scale.axes or ("",))}
+    return found.pop() if len(found) == 1 else ""
 
   @property
   def limits(self) -> Limits:
@@ -142,7 +152,7 @@ def load_sweep(path: Path) -> SweepFile:
   ruled = with_rule(base, base)
   scales = [ScalePlan("base", 1.0, ruled)]
   for number, entry in enumerate(entries, start=1):
-    scales.append(_scale(f"{path}: scale {number}", entry, base))
+    scales.append(scaled(f"{path}: scale {number}", entry, base))
   names = [scale.name for scale in scales]
   if len(set(names)) < len(names):
     raise ConfigError(f"{path}: two scales are both {names[-1]!r}; each needs its own factor")
@@ -200,7 +210,7 @@ def without_rule(config: Config, control: str) -> Config:
   return configs.changed(config, {"scaling.rule": CONTROLS[control]})
 
 
-def _scale(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:
+def scaled(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:
   """The base with the factors and keys of an entry."""
   values: dict[str, Any] = {}
   known = {f"{f.name}" for f in fields(Config)}
@@ -221,8 +231,8 @@ def _scale(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:
   name = " ".join(
     f"{key}{value:g}" if _plain(value) else f"{key}={value}" for key, value in entry.items()
   )
-  ratio = next((float(entry[key]) for key in AXES if key in entry), 1.0)
-  return ScalePlan(name, ratio, config)
+  axes = tuple(key for key in AXES if key in entry)
+  return ScalePlan(name, float(entry[axes[0]]) if axes else 1.0, config, axes)
 
 
 def _plain(value: Any) -> bool:

@@ -1,19 +1,23 @@
 """Stage 3: a swarm of mixtures, a law of their losses, a proposal, and its proof against others.
 
+Every run reads the share of each source's text that its tokens are of the target's, so that a
+source is read through as often as in the target's run: what is scarce there is scarce here.
+
 [mix]
 name = "mix-cpu"
-statement = "A mixture fitted on a swarm beats the natural and the uniform one at this size."
+statement = "A mixture fitted on a swarm beats the natural and the uniform one at two sizes."
 base = "cpu-32.toml"
 objective = [0.5, 0.5]       # weights of the sources' held-out bits per byte, in order
 target_tokens = 4000000000   # of the run that the mixture is for: caps are epochs of it
+width = 2                    # of the larger size of the proof, over the base's, under the rule
 [budget]
-runs = 60
+runs = 70
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +26,13 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
-from nmoe.data.prepared import open_data, shares
+from nmoe.data.prepared import open_data
 from nmoe.errors import ConfigError
 from nmoe.records.reader import Hypothesis
 from nmoe.tables import parsed, ranged, typed
 from stages.judge import mixture, paired
 from stages.judge.table import Judgement, Result, Table
-from stages.proxy.file import BudgetKeys
+from stages.proxy.file import BudgetKeys, scaled
 from stages.study import Study, carry_out
 from stages.workbench import Arm, Workbench
 
@@ -47,6 +51,7 @@ class MixKeys:
   mixtures: int = ranged(0, ge=0)  # 0: the larger of 24 and 8 · (sources + 1)
   anchor_seeds: int = ranged(3, gt=1)
   verify_seeds: int = ranged(5, gt=1)
+  width: int = ranged(2, gt=1)
 
 
 @dataclass
@@ -58,8 +63,13 @@ class Mix:
   base: Config
   data: Path
   sources: tuple[str, ...]
-  natural: np.ndarray
+  tokens: np.ndarray  # for training
   caps: np.ndarray
+  sizes: dict[str, Config]  # of the proof: name -> configuration, the base's first
+
+  @property
+  def natural(self) -> np.ndarray:
+    return self.tokens / self.tokens.sum()
 
   @property
   def objective(self) -> np.ndarray:
@@ -76,29 +86,31 @@ class Mix:
     names = [*ANCHORS, *(f"mixture {n}" for n in range(len(ANCHORS), count))]
     return dict(zip(names, found, strict=True))
 
-  def arm(self, name: str, of: np.ndarray) -> Arm:
+  def arm(self, name: str, of: np.ndarray, size: str = "") -> Arm:
     weights = [round(float(x), 6) for x in of]
-    config = configs.changed(self.base, {"data.weights": tuple(weights)})
-    return Arm(name, config, self.data, dict(zip(self.sources, weights, strict=True)))
+    config = configs.changed(self.sizes[size], {"data.weights": tuple(weights)})
+    point = dict(zip(self.sources, weights, strict=True)) | {"size": size}
+    return Arm(f"{name} {size}".strip(), config, self.data, point)
 
   def first(self) -> tuple[Arm, ...]:
     return tuple(self.arm(name, of) for name, of in self.swarm().items())
 
   def further(self, table: Table) -> Sequence[tuple[Arm, int]]:
-    """The anchors at other seeds; then, if there is a proposal, it and two of them, in pairs."""
+    """The anchors at other seeds; then, if there is a proposal, it and two of them, in pairs, at
+    both sizes.
+    """
     swarm = self.swarm()
-    wanted = [(n, s) for s in range(self.keys.anchor_seeds) for n in ANCHORS]
-    missing = self._missing(table, wanted)
+    missing = self._missing(table, [self.arm(n, swarm[n]) for n in ANCHORS], self.keys.anchor_seeds)
     if not missing and (proposal := self.proposal(table)).shares is not None:
       swarm[PROPOSED] = np.array(proposal.shares)
-      names = (PROPOSED, *ANCHORS[:2])
-      missing = self._missing(table, [(n, s) for s in range(self.keys.verify_seeds) for n in names])
-    room = self.budget.runs - len(table.results)
-    return [(self.arm(name, swarm[name]), seed) for name, seed in missing][:room]
+      arms = [self.arm(n, swarm[n], size) for size in self.sizes for n in (PROPOSED, *ANCHORS[:2])]
+      missing = self._missing(table, arms, self.keys.verify_seeds)
+    return missing[: self.budget.runs - len(table.results)]
 
-  def _missing(self, table: Table, wanted: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+  def _missing(self, table: Table, arms: Sequence[Arm], seeds: int) -> list[tuple[Arm, int]]:
     have = {(r.arm, r.seed) for r in table.results}
-    return [(n, self.seed + s) for n, s in wanted if (n, self.seed + s) not in have]
+    wanted = [(arm, self.seed + s) for s in range(seeds) for arm in arms]
+    return [(arm, seed) for arm, seed in wanted if (arm.name, seed) not in have]
 
   def losses(self, result: Result) -> np.ndarray:
     """Bits per byte of each source's held-out text; NaN where the run diverged."""
@@ -112,10 +124,15 @@ class Mix:
 
   def proposal(self, table: Table) -> mixture.Proposal:
     """From the first seed's swarm and the anchors' noise over seeds."""
-    swarm = [r for r in table.results if r.seed == self.seed and r.arm != PROPOSED]
+    swarm = [r for r in table.results if r.seed == self.seed and r.arm in self.swarm()]
     used = [(r, self.losses(r)) for r in swarm if not r.diverged]
-    noise = self.noise(table)
-    pooled = math.sqrt(np.mean([sd**2 for sd in noise.values()]))
+    known = [sd for sd in self.noise(table).values() if math.isfinite(sd)]
+    if len(used) < len(self.sources) + 2 or not known:
+      reason = (
+        f"{len(swarm) - len(used)} of {len(swarm)} runs diverged: too few are left for a fit."
+      )
+      return mixture.Proposal(None, reason, math.nan, math.nan)
+    pooled = math.sqrt(np.mean([sd**2 for sd in known]))
     points = np.array([[r.point[name] for name in self.sources] for r, _ in used])
     seen = np.array([losses for _, losses in used])
     return mixture.propose(points, seen, self.objective, self.caps, pooled, self.natural)
@@ -133,17 +150,24 @@ class Mix:
     numbers = {
       "proposal": proposal.as_dict(),
       "sources": self.sources,
+      "objective": self.objective.tolist(),
       "caps": self.caps.tolist(),
       "natural": self.natural.tolist(),
+      "fraction": self.base.data.fraction,
       "noise": self.noise(table),
       "mixtures": [
-        {**r.point, "seed": r.seed, "bpb": self.losses(r).tolist()} for r in table.results
+        {**r.point, "arm": r.arm, "seed": r.seed, "bpb": self.losses(r).tolist()}
+        for r in table.results
       ],
     }
-    own = self.scores(table, PROPOSED)
-    if proposal.shares is None or not own:
+    if proposal.shares is None or not self.scores(table, PROPOSED):
       return Judgement("inconclusive", f"No mixture is proposed. {proposal.reason}", numbers)
-    against = {name: self._against(table, name, own) for name in ANCHORS[:2]}
+    numbers["epochs"] = self.epochs(proposal.shares)
+    against = {
+      f"{name} {size}".strip(): self._against(table, name, size)
+      for size in self.sizes
+      for name in ANCHORS[:2]
+    }
     numbers["against"] = {name: one.as_dict() for name, one in against.items()}
     verdicts = {one.verdict for one in against.values()}
     verdict = "confirmed" if verdicts == {"confirmed"} else "inconclusive"
@@ -152,15 +176,21 @@ class Mix:
     reasons = " ".join(f"Against {name}: {one.reason}" for name, one in against.items())
     return Judgement(verdict, f"Proposed: {shown}. {proposal.reason} {reasons}", numbers)
 
-  def _against(self, table: Table, name: str, own: dict[int, float]) -> paired.Paired:
-    other = self.scores(table, name)
+  def epochs(self, shares: Sequence[float]) -> dict[str, float]:
+    """How often the target's run reads each source through."""
+    each = np.array(shares) * self.keys.target_tokens / self.tokens
+    return dict(zip(self.sources, each.tolist(), strict=True))
+
+  def _against(self, table: Table, name: str, size: str) -> paired.Paired:
+    """The proposal's objective less another mixture's at a size, over the seeds of both."""
+    own, other = (self.scores(table, f"{n} {size}".strip()) for n in (PROPOSED, name))
     seeds = sorted(own.keys() & other.keys())
     a, b = [other[s] for s in seeds], [own[s] for s in seeds]
     return paired.compare(a, b, direction="lower", min_effect=0.0)
 
 
 def run(path: Path, console: Console) -> Path:
-  """Run the swarm, propose, verify over paired seeds at the same size; returns its report."""
+  """Run the swarm, propose, verify over paired seeds at two sizes; returns its report."""
   table = parsed(_text(path), str(path))
   keys = typed(table.get("mix", {}), MixKeys, str(path), "mix")
   budget = typed(table.get("budget", {}), BudgetKeys, str(path), "budget")
@@ -198,10 +228,30 @@ def prepared(path: Path, keys: MixKeys, budget: BudgetKeys, base: Config, data: 
       f"mix.target_tokens = {keys.target_tokens:,}, or mix.objective is all 0; "
       "lower target_tokens or add text"
     )
-  natural = np.array([shares(opened, opened.train_tokens)[name] for name in names])
-  mix = Mix(keys, budget, base, data, names, natural, caps)
+  base = repeating(path, keys, base, dict(zip(names, tokens.tolist(), strict=True)))
+  large = scaled(f"{path}: mix", {"width": keys.width}, base).config
+  mix = Mix(keys, budget, base, data, names, tokens, caps, {"": base, f"width{keys.width}": large})
   registered = len(mix.swarm()) + len(ANCHORS) * (keys.anchor_seeds - 1)
-  registered += 3 * keys.verify_seeds - 2 * keys.anchor_seeds
+  registered += 3 * keys.verify_seeds * len(mix.sizes) - 2 * min(
+    keys.anchor_seeds, keys.verify_seeds
+  )
   if registered > budget.runs:
     raise ConfigError(f"{path}: budget.runs = {budget.runs}, but {registered} are needed; raise it")
   return mix
+
+
+def repeating(path: Path, keys: MixKeys, base: Config, tokens: Mapping[str, int]) -> Config:
+  """The base on so little of each source that it repeats as in the target's run.
+
+  ConfigError where a source would not fill one sample.
+  """
+  fraction = min(1.0, base.schedule.trained_tokens / keys.target_tokens)
+  least = min(tokens, key=tokens.get)
+  if math.ceil(fraction * tokens[least]) <= base.data.seq_len:
+    raise ConfigError(
+      f"{path}: the base trains {base.schedule.trained_tokens:,} tokens of the "
+      f"{keys.target_tokens:,} of mix.target_tokens, and so much of {least!r}, with "
+      f"{tokens[least]:,} tokens, is less than a sample of {base.data.seq_len + 1}; lengthen the "
+      "base's run, shorten its data.seq_len or drop the source"
+    )
+  return configs.changed(base, {"data.fraction": fraction})

@@ -17,7 +17,8 @@ from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.proxy.file import load_sweep
-from stages.proxy.sweep import Sweep, check_target
+from stages.proxy.recommend import check_target
+from stages.proxy.sweep import Sweep
 from stages.text import plain
 
 

@@ -14,29 +14,26 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.records.reader import Hypothesis
-from nmoe.records.root import Root
 from stages.judge import transfer
 from stages.judge.table import Judgement, Result, Table
 from stages.judge.transfer import Scale, finite_at
 from stages.proxy import coords
 from stages.proxy.file import (
   CONTROLS,
+  GROUPS,
   ScalePlan,
   SweepFile,
-  check_heads,
   load_sweep,
-  rule_keys,
-  with_rule,
   without_rule,
 )
-from stages.study import Outcome, Study, carry_out
+from stages.proxy.recommend import check_target, write_transfer
+from stages.study import Study, carry_out
 from stages.text import plain
 from stages.workbench import Arm, Workbench
 
 METRIC = "val/loss"
 HEALTH = ("load/max_over_mean", "load/dead", "optim/clipped")
 MAX_CLIPPED = 0.1  # share of steps
-GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
 
 
 def run(path: Path, console: Console) -> Path:
@@ -282,104 +279,3 @@ def seen(table: Table) -> dict[tuple[str, str], dict[int, dict[float, float]]]:
 def _point(r: Result) -> dict[str, Any]:
   loss = None if r.diverged else r.values[METRIC]
   return {**r.point, "seed": r.seed, "loss": loss}
-
-
-def check_target(file: SweepFile) -> Config | None:
-  """The target's configuration; ConfigError where the rule does not lead from base to it."""
-  if not file.sweep.target:
-    return None
-  path = file.path.parent / file.sweep.target
-  target, base = configs.load(path), file.base
-  check_heads(str(path), target, base)
-  own, first = (c.moe.top_k / c.moe.num_experts for c in (target, base))
-  if not math.isclose(own, first):
-    raise ConfigError(
-      f"{path}: {own:.3g} of the experts are active, {first:.3g} at the base; rates don't transfer "
-      "over sparsity: choose a base of the same share"
-    )
-  if bool(target.model.q_lora_rank) != bool(base.model.q_lora_rank):
-    raise ConfigError(f"{path}: one of base and target has a model.q_lora_rank, the other none")
-  return with_rule(target, base)
-
-
-def write_transfer(file: SweepFile, outcome: Outcome, bench: Workbench) -> Path:
-  """`transfer.toml` beside the report: the target, or the base, under the rule and the best rates,
-  and the evidence for them.
-  """
-  sweep = outcome.judgement.numbers
-  goal = file.path.parent / (file.sweep.target or file.sweep.base)
-  keys = rule_keys(file.base) | _recommended(file.base, sweep["groups"])
-  for key in ("init_std", "embed_std"):
-    keys[f"model.{key}"] = getattr(file.base.model, key)
-  target = configs.load(goal)
-  share = target.schedule.total_tokens / file.base.schedule.total_tokens
-  for key in ("warmup_tokens", "decay_tokens"):
-    keys[f"schedule.{key}"] = round(getattr(file.base.schedule, key) * share)
-  configs.changed(target, keys)  # what is written is valid
-  text = [
-    f"# The rates of {outcome.experiment.id} for {goal.name}.",
-    f"extends = {_text(goal)}",
-    "",
-  ]
-  for section in dict.fromkeys(key.split(".")[0] for key in keys):
-    lines = [f"{k.split('.')[1]} = {_text(v)}" for k, v in keys.items() if k.startswith(section)]
-    text += [f"[{section}]", *lines, ""]
-  evidence = {
-    "experiment": outcome.experiment.id,
-    "code_version": bench.code_version,
-    "data": bench.arm("base", file.base).data.name,
-    "rule": "completep-moe",
-    "verdict": outcome.judgement.verdict,
-    **{f"extrapolation_{axis}": _ratio(axis, target, file.base) for axis in _SIZES},
-  }
-  text += ["[evidence]", *(f"{key} = {_text(value)}" for key, value in evidence.items())]
-  for group in sweep["groups"]:
-    low, high = (group["shift"][key] for key in ("low", "high"))
-    text += [f"{group['name']} = {_text(group['state'])}"]
-    text += [f"{group['name']}_shift_octaves = [{_finite(low)}, {_finite(high)}]"]
-    if group["exponent"] is not None:
-      low, high = (group["exponent"][key] for key in ("low", "high"))
-      text += [f"{group['name']}_exponent = [{_finite(low)}, {_finite(high)}]"]
-  path = Root(bench.root).report(outcome.experiment.id) / "transfer.toml"
-  path.write_text("\n".join(text) + "\n", encoding="utf-8")
-  return path
-
-
-_SIZES = {
-  "width": ("model", "dim"),
-  "depth": ("model", "num_layers"),
-  "tokens": ("schedule", "total_tokens"),
-  "batch": ("schedule", "batch_tokens"),
-}
-
-
-def _ratio(axis: str, target: Config, base: Config) -> float:
-  section, key = _SIZES[axis]
-  own, first = (getattr(getattr(c, section), key) for c in (target, base))
-  return own / first
-
-
-def _recommended(base: Config, groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The base's rates at the optima that the sweep found there: of all together, then of one."""
-  best = {g["name"]: _optimum(g) for g in groups}
-  return {
-    f"optim.{key}": getattr(base.optim, key) * 2.0 ** (best["joint"] + best.get(key, 0.0))
-    for key in GROUPS
-  }
-
-
-def _optimum(group: Mapping[str, Any]) -> float:
-  """At the base, mean over seeds; 0, the base's own rate, where there is none to go by."""
-  known = [x for x in group["optima"].get("base", {}).values() if math.isfinite(x)]
-  placed = group["state"] in ("transfers", "drifts", "undecided", "cannot tell")
-  return sum(known) / len(known) if placed and known else 0.0
-
-
-def _finite(value: float) -> str:
-  return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
-
-
-def _text(value: object) -> str:
-  if isinstance(value, (str, Path)):
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
-  return repr(value)

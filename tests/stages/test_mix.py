@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from nmoe.data.prepared import open_data
 from nmoe.errors import ConfigError
 from stages.judge.table import Result, Table
 from stages.proxy import mix
@@ -72,8 +73,8 @@ def console():
 
 def test_from_the_file_to_a_verdict(write, lab, launches):
   """Every run has its weights and each source's loss; a second call answers from the records."""
-  page = mix.run(write(), console())
-  assert "log-linear" in page.read_text()
+  page = mix.run(write("target_tokens = 1000", "target_tokens = 4096"), console())
+  assert "log-linear" in page.read_text() and "share of a" in page.read_text()
   record = lab.records.find("swarm")
   runs = lab.records.runs(record.id)
   assert record.verdict and len({(r.arm, r.seed) for r in runs}) == len(runs) >= 11
@@ -81,14 +82,17 @@ def test_from_the_file_to_a_verdict(write, lab, launches):
   lean = {r.arm: r.results for r in runs if r.seed == 0}
   assert lean["mixture 3"]["val/bpb/a"] < lean["mixture 4"]["val/bpb/a"]  # 70 % of a against 30 %
   assert sum("weights = [0.5, 0.5]" in r.toml for r in runs) >= 2
+  assert all("fraction = 0.25" in r.toml for r in runs)  # as often as 4096 tokens of all of it
   count = len(launches.ids)
-  mix.run(write(), console())
+  mix.run(write("target_tokens = 1000", "target_tokens = 4096"), console())
   assert len(launches.ids) == count
 
 
-def simulated(write, lab, loss):
-  """A swarm whose losses are made up, to its verdict."""
+def simulated(write, lab, loss, large=None, objective="[0.5, 0.5]", target=1000):
+  """A swarm whose losses are made up, to its verdict; `large`: those of the larger size."""
   path = write("mixtures = 8", "mixtures = 24")
+  text = path.read_text().replace("[0.5, 0.5]", objective)
+  path.write_text(text.replace("target_tokens = 1000", f"target_tokens = {target}"))
   keys = mix.typed(mix.parsed(path.read_text(), "")["mix"], mix.MixKeys, "", "mix")
   base = mix.configs.load(path.parent / "base.toml")
   budget = mix.BudgetKeys(runs=60)
@@ -97,8 +101,10 @@ def simulated(write, lab, loss):
   pairs, results = [(arm, 0) for arm in found.first()], []
   while pairs:
     for arm, seed in pairs:
-      values = dict(zip(("val/bpb/a", "val/bpb/b"), loss(arm.point["a"], seed), strict=True))
-      results.append(Result(arm.name, seed, values, False, arm.point))
+      law = large if large and arm.point["size"] else loss
+      values = dict(zip(("val/bpb/a", "val/bpb/b"), law(arm.point["a"], seed), strict=True))
+      diverged = np.isnan(list(values.values())).any()
+      results.append(Result(arm.name, seed, values, bool(diverged), arm.point))
     pairs = found.further(Table(tuple(results)))
   return found.judge(Table(tuple(results)))
 
@@ -115,6 +121,55 @@ def test_an_interior_optimum_is_proposed_and_wins(write, lab):
   share = judged.numbers["proposal"]["shares"][0]
   assert share == pytest.approx(0.7, abs=0.05)  # e^(1-3a) = e^(-3.2+3a)
   assert judged.verdict == "confirmed", judged.reason
+  against = judged.numbers["against"]
+  assert set(against) == {"natural", "uniform", "natural width2", "uniform width2"}
+  assert all(one["n"] == 3 for one in against.values())
+
+
+def laws(rng, seed_noise=0.002):
+  """Each source's loss falls with its own share."""
+
+  def loss(a, seed):
+    noise = seed_noise * rng.normal(size=2)
+    return np.array([1 + np.exp(1 - 3 * a), 1 + np.exp(-0.2 - 3 * (1 - a))]) + noise
+
+  return loss
+
+
+def test_one_source_alone_is_taken_to_its_cap(write, lab):
+  """4 epochs of a's text are 80 % of the target's tokens."""
+  tokens = open_data(lab_data(write, lab)).train_tokens["a"]
+  judged = simulated(
+    write, lab, laws(np.random.default_rng(0)), objective="[1.0, 0.0]", target=5 * tokens
+  )
+  assert judged.numbers["proposal"]["shares"][0] == pytest.approx(0.8, abs=0.01)
+  assert judged.numbers["epochs"]["a"] == pytest.approx(4, abs=0.05)
+
+
+def lab_data(write, lab):
+  base = mix.configs.load(write().parent / "base.toml")
+  with mix.Workbench.open(base.run.root, console()) as bench:
+    return bench.arm("base", base).data
+
+
+def test_what_wins_small_and_loses_large_is_refuted(write, lab):
+  rng = np.random.default_rng(0)
+
+  def large(a, seed):  # the mixture in the middle is best
+    return np.array([2.0, 2.0]) + (a - 0.5) ** 2 + 1e-4 * rng.normal(size=2)
+
+  judged = simulated(write, lab, laws(rng), large=large)
+  assert judged.numbers["against"]["natural"]["verdict"] == "confirmed"
+  assert judged.numbers["against"]["natural width2"]["verdict"] == "refuted"
+  assert judged.verdict == "refuted"
+
+
+def test_shuffled_labels_have_no_proposal(write, lab):
+  """The losses of another mixture than the one that was run."""
+  rng = np.random.default_rng(3)
+  right = laws(rng)
+  judged = simulated(write, lab, lambda a, seed: right(rng.uniform(), seed))
+  assert judged.numbers["proposal"]["shares"] is None and judged.verdict == "inconclusive"
 
 
 def test_noise_has_no_proposal(write, lab):
@@ -123,12 +178,24 @@ def test_noise_has_no_proposal(write, lab):
   assert judged.verdict == "inconclusive" and "No mixture is proposed" in judged.reason
 
 
+def test_runs_that_all_diverge_are_an_outcome(write, lab):
+  judged = simulated(write, lab, lambda a, seed: np.array([np.nan, np.nan]))
+  assert judged.verdict == "inconclusive"
+  assert "24 of 24 runs diverged: too few are left for a fit" in judged.reason
+  assert len(judged.numbers["mixtures"]) == 27  # the swarm, and the anchors at another seed
+
+
 @pytest.mark.parametrize(
   ("old", "new", "message"),
   [
     ("[0.5, 0.5]", "[1.0]", r"mix.objective = \[1.0\] must have a weight"),
     ("target_tokens = 1000", "target_tokens = 1000000000", "lower target_tokens or add text"),
-    ("runs = 30", "runs = 3", "budget.runs = 3, but 16 are needed"),
+    (
+      "target_tokens = 1000",
+      "target_tokens = 1000000\nepochs = 100.0",
+      "trains 1,024 tokens of the 1,000,000 of mix.target_tokens.* less than a sample of 65",
+    ),
+    ("runs = 30", "runs = 3", "budget.runs = 3, but 25 are needed"),
   ],
 )
 def test_what_is_refused(write, launches, old, new, message):

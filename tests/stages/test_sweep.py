@@ -16,8 +16,9 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records.root import Root
 from stages.judge.intervals import Interval
 from stages.judge.table import Result, Table
-from stages.proxy import coords, plan, sweep
+from stages.proxy import coords, plan, recommend, sweep
 from stages.proxy.file import load_sweep
+from stages.study import Outcome
 from stages.workbench import Workbench
 
 BASE = """
@@ -229,6 +230,71 @@ def test_a_scale_whose_runs_all_diverge(write):
   assert judged.numbers["groups"][0]["state"] == "no interior optimum"
   assert "Every run at width2 diverged" in judged.reason
   assert judged.verdict == "inconclusive" and judged.numbers["budget"]["diverged"] > 0
+
+
+def over(axis, *factors):
+  return "\n".join(f"[[scale]]\n{axis} = {factor}" for factor in factors)
+
+
+@pytest.mark.parametrize(("axis", "power"), [("tokens", 0.3), ("depth", -0.25), ("width", 0.0)])
+def test_what_the_rule_leaves_over_is_recommended(write, axis, power):
+  """A planted x* = −power · log2(ratio): found, and the overlay's rates or horizon follow it."""
+  rng = np.random.default_rng(0)
+  ratios = {"base": 1, f"{axis}2": 2, f"{axis}4": 4}
+
+  def loss(group, scale, x, seed):
+    return 2 + 0.05 * (x + power * np.log2(ratios[scale])) ** 2 + 1e-4 * rng.normal()
+
+  keys = (SIX, ("seeds = 2", "seeds = 4"), ('control = ["off"]', "control = []"))
+  named = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
+  scales = ("[[scale]]\nwidth = 2", over(axis, 2, 4))
+  path = write()
+  (path.parent / "target.toml").write_text(
+    'extends = "base.toml"\n[model]\nnum_layers = 16\nnum_dense_layers = 8\n'
+  )
+  found, table = planned(write, loss, **dict(zip("abcde", (*keys, named, scales), strict=True)))
+  judged = found.judge(table)
+  exponent = judged.numbers["groups"][0]["exponent"]
+  assert exponent["mean"] == pytest.approx(power, abs=0.02)
+  bench = Workbench.open(found.file.base.run.root, console())
+  Root(bench.root).report("x").mkdir(parents=True)
+  outcome = Outcome(SimpleNamespace(id="x"), table, judged, Path())
+  written = recommend.write_transfer(found.file, outcome, bench)
+  overlay, evidence = configs.load(written, env={}), tomli.loads(written.read_text())["evidence"]
+  expected = {"tokens": (1.0, 0.6), "depth": (8**0.25, 0.3), "width": (1.0, 0.3)}[axis]
+  best = judged.numbers["groups"][0]["optima"]["base"]
+  rate = found.file.base.optim.dense_lr * 2 ** (sum(best.values()) / len(best))
+  assert overlay.optim.dense_lr / rate == pytest.approx(expected[0], rel=0.05)
+  assert overlay.scaling.horizon == pytest.approx(expected[1], abs=0.02)
+  assert (f"corrected_{axis}" in evidence) == (power != 0)
+  assert evidence[f"swept_{axis}"] == 4.0 and evidence["extrapolation_depth"] == 8.0
+  assert evidence["joint_exponent"] == [exponent["low"], exponent["high"]]
+
+
+def test_a_base_that_the_rule_is_not_for(write, lab, launches):
+  """Tied embeddings, whose head would need a factor."""
+  path = write()
+  with (path.parent / "base.toml").open("a") as file:
+    file.write("[model]\ntie_embeddings = true\n")
+  with pytest.raises(ConfigError, match="has no form for tied embeddings"):
+    sweep.run(path, console())
+  assert not launches.ids
+
+
+def test_every_run_of_the_sweep_diverges(write):
+  """At both scales, whatever the rate: no optimum, said so, and every run is kept."""
+  found, table = planned(write, lambda group, scale, x, seed: np.nan, a=SIX)
+  judged = found.judge(table)
+  assert judged.verdict == "inconclusive" and "Every run at base diverged" in judged.reason
+  assert judged.numbers["budget"]["diverged"] == len(judged.numbers["points"]) == len(table.results)
+
+
+def test_the_overlay_of_a_relative_path_is_read_from_anywhere(write, lab, launches, monkeypatch):
+  monkeypatch.chdir(write().parent)
+  sweep.run(Path("sweep.toml"), console())
+  written = Root(lab.root).report(lab.records.find("rates").id) / "transfer.toml"
+  monkeypatch.chdir("/")
+  assert configs.load(written, env={}).model.dim == 32
 
 
 def test_seconds_that_are_spent_end_the_sweep(write):
