@@ -138,14 +138,15 @@ def _sweep(found: Findings) -> str:
   return section(
     "Sweep",
     _figure("sweep", sweep.figure(e)),
-    table(sweep.HEAD, _escaped(sweep.group_rows(e)), left=2),
+    table(sweep.HEAD[:-1], _escaped(row[:-1] for row in sweep.group_rows(e)), left=2),
+    definitions([(row[0], row[-1]) for row in sweep.group_rows(e) if row[-1]]),
     _figure("shifts", sweep.shifts(e)),
     facts(sweep.budget_pairs(e)),
     table(sweep.HEALTH_HEAD, _escaped(sweep.health_rows(e)), left=1),
-    note="A color a scale, a parabola a seed, its optimum a diamond; off, embed_only: controls "
-    "at the largest scale. Shift: of the optimum from base to the largest scale; regret: of the "
-    "base's optimum there; both with 95 % intervals over seeds, the limit dashed. The last table "
-    "has what else may differ between scales, mean over the joint points.",
+    note="A color a scale, a parabola a seed, its optimum a diamond, later seeds faint; off and "
+    "embed_only are controls at the largest scale. Shift: of the optimum from base to the largest "
+    "scale; regret: of the base's optimum there; both with 95 % intervals over seeds, the limit "
+    "dashed. The last table has what else may differ between scales, mean over the joint points.",
   ) + section(
     "Coordinate check",
     _figure("coords", sweep.coords_figure(e)),

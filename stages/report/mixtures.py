@@ -91,6 +91,7 @@ def figure(experiment: Experiment) -> go.Figure:
     else:
       x, y = ([m[name] for m in swarm] for name in (a, b))
       marker = marks | {"color": values, "colorscale": LOSSES, "showscale": column == 1}
+      marker["colorbar"] = {"title": "objective", "thickness": 10, "outlinewidth": 0}
     drawn.add_trace(go.Scatter(x=x, y=y, marker=marker, **style), row=1, col=column)
     drawn.update_xaxes(title_text=a, col=column)
     drawn.update_yaxes(title_text=f"{b}, bits per byte" if len(pairs) == 1 else b, col=column)

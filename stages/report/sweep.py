@@ -115,9 +115,11 @@ def figure(experiment: Experiment) -> go.Figure:
   scales = list(dict.fromkeys(line.scale for line in found))
   colors = {scale: COLORS[i % len(COLORS)] for i, scale in enumerate(scales)}
   shown: set[str] = set()
+  first_seed = found[0].seed if found else 0
   for line in found:
     place = {"row": 1, "col": names.index(line.group) + 1}
     common = {"legendgroup": line.scale, "name": line.scale, "hovertext": f"seed {line.seed}"}
+    common["opacity"] = 1.0 if line.seed == first_seed else 0.3
     for trace in _traces(line, colors[line.scale]):
       first = line.scale not in shown and trace.mode == "markers"
       shown |= {line.scale} if first else set()

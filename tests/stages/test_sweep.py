@@ -1,6 +1,7 @@
 """A sweep from its file to transfer.toml: grids, extension, repeats, records, what it refuses."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from stages.judge.intervals import Interval
 from stages.judge.table import Result, Table
 from stages.proxy import coords, plan, recommend, sweep
 from stages.proxy.file import load_sweep
+from stages.report import sweep as report
 from stages.study import Outcome
 from stages.workbench import Workbench
 
@@ -230,6 +232,36 @@ def test_a_scale_whose_runs_all_diverge(write):
   assert judged.numbers["groups"][0]["state"] == "no interior optimum"
   assert "Every run at width2 diverged" in judged.reason
   assert judged.verdict == "inconclusive" and judged.numbers["budget"]["diverged"] > 0
+
+
+def concluded(judged):
+  """As a record has it: through JSON."""
+  return SimpleNamespace(conclusion=json.loads(json.dumps({**judged.numbers, "reason": ""})))
+
+
+def test_what_is_drawn_is_what_was_judged(write, checks):
+  """Points as measured, the parabola through them, its optimum where it was planted."""
+  at = {("joint", "base"): 0.0, ("joint", "width2"): -0.4, ("off", "width2"): -1.5}
+
+  def loss(group, scale, x, seed):
+    return 2 + seed + 0.05 * (x - at[group, scale]) ** 2 if x > -3.5 else np.nan
+
+  found, table = planned(write, loss, a=SIX, b=REACH)
+  lines = report.lines(concluded(found.judge(table)))
+  assert {(line.group, line.scale) for line in lines} == at.keys()
+  for line in lines:
+    x, level = line.optimum
+    assert x == pytest.approx(at[line.group, line.scale], abs=1e-6)
+    assert level == pytest.approx(2 + line.seed)
+    assert dict(line.points) == {
+      r.point["log2_rate"]: r.values["val/loss"]
+      for r in table.results
+      if (r.point["group"], r.point["scale"], r.seed) == (line.group, line.scale, line.seed)
+      and not r.diverged
+    }
+    middle, height = line.parabola[len(line.parabola) // 2]
+    assert height == pytest.approx(loss(line.group, line.scale, middle, line.seed))
+  assert [line.diverged for line in lines if line.group == "off" and not line.seed] == [()]
 
 
 def over(axis, *factors):
