@@ -153,8 +153,12 @@ class Group:
 NOTHING = Interval(0, math.nan, math.nan, -math.inf, math.inf)
 
 
-def judge_group(name: str, scales: Sequence[Scale], limits: Limits) -> Group:
-  """The state of a group from its scales, base first and largest last; `holm` decides over all."""
+def judge_group(name: str, scales: Sequence[Scale], limits: Limits, placed: bool = True) -> Group:
+  """The state of a group from its scales, base first and largest last; `holm` decides over all.
+
+  placed: whether its optima must be placed to a quarter of an octave. A control's need not: that it
+  moved by octaves shows in its shift over seeds, if its losses are more than noise.
+  """
   fits = {scale.name: fit(scale.seeds) for scale in scales}
   ends = (fits[scales[0].name], fits[scales[-1].name])
   freedom = sum(f.freedom for f in fits.values())
@@ -167,14 +171,14 @@ def judge_group(name: str, scales: Sequence[Scale], limits: Limits) -> Group:
   exponent = _exponent(scales, fits)
   found = (optima, levels, curvature, noise, shift, regret, exponent)
   group = Group(name, "", "", *found, diverged=diverged)
-  state, reason = _missing(scales, fits, noise, freedom)
+  state, reason = _missing(scales, fits, noise, freedom, placed)
   if state:
     return _said(group, state, reason)
   return _tested(group, limits)
 
 
 def _missing(
-  scales: Sequence[Scale], fits: Mapping[str, Fit], noise: float, freedom: int
+  scales: Sequence[Scale], fits: Mapping[str, Fit], noise: float, freedom: int, placed: bool
 ) -> tuple[str, str]:
   """Why there are no optima to compare, if so."""
   for scale in (scales[0], scales[-1]):
@@ -189,6 +193,8 @@ def _missing(
       return "not identified", f"{found}, noise is {number(noise)}."
     if not f.interior:
       return "no interior optimum", f"The best rate at {scale.name} is the last of its grid."
+    if not placed:
+      continue
     low = f.curvature - student_t(CURVED, freedom) * noise * math.sqrt(f.design)
     if not low > 0 or noise > BLUR * f.curvature:
       found = f"curvature {number(f.curvature)} at {scale.name} with noise {number(noise)}"
@@ -274,6 +280,7 @@ def with_control(group: Group, control: Group, limits: Limits) -> Group:
     return group
   low, high = control.shift.low, control.shift.high
   moved = low >= limits.min_control_shift or high <= -limits.min_control_shift
+  moved &= control.regret.low > 0
   seen = control.state in ("", "transfers", "drifts", "undecided")
   if moved and seen:
     return group
@@ -308,7 +315,7 @@ def judge(
   controls: "off" and "embed_only", of the joint rate at base and largest scale.
   """
   decided = holm([judge_group(name, scales, limits) for name, scales in groups.items()], limits)
-  without = tuple(judge_group(name, scales, limits) for name, scales in controls.items())
+  without = tuple(judge_group(name, scales, limits, False) for name, scales in controls.items())
   for control in without:
     decided = [with_control(g, control, limits) for g in decided]
   states = [g.state for g in decided]

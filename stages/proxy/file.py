@@ -86,7 +86,7 @@ class VerdictKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class CoordsKeys:
-  widths: tuple[int, ...] = (1, 2, 4)
+  widths: tuple[int, ...] = (2, 4, 8)  # below dim 64 slopes are off their limit
   depths: tuple[int, ...] = (1, 2, 4)
   seeds: int = ranged(5, gt=1)
   steps: int = ranged(12, gt=0)

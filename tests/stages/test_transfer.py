@@ -54,6 +54,28 @@ def test_without_a_control_that_moves_it_cannot_tell():
   assert "transfers" not in found and found["cannot tell"] >= 100
 
 
+def credited(control, curvature, noise, seeds=3):
+  """Of 200 sweeps whose joint optimum stays, how many credit the rule."""
+  rng = np.random.default_rng(11)
+  xs = np.arange(-4, 5)
+  count = 0
+  for _ in range(200):
+    base, large = (Scale(name, 1, grid(rng, 0, 0.03, 2e-3, xs)) for name in ("base", "large"))
+    off = Scale("large", 8, grid(rng, control, curvature, noise, xs, seeds=seeds))
+    count += judge({"joint": [base, large]}, {"off": [base, off]}, LIMITS).groups[0].state == (
+      "transfers"
+    )
+  return count
+
+
+def test_a_control_credits_the_rule_only_where_it_moved():
+  """Its optimum need not be placed to a quarter octave; flat or unmoved ones are no control."""
+  assert credited(-2.5, curvature=0.02, noise=0.018) >= 100
+  assert credited(0.0, curvature=0.02, noise=0.018) <= 10
+  assert credited(-0.9, curvature=0.02, noise=0.018) <= 10
+  assert credited(0.0, curvature=0.0, noise=0.018) <= 10
+
+
 def test_one_control_that_stays_is_enough():
   """What the embedding's factor alone does is no gain of the rule."""
   rng = np.random.default_rng(0)
