@@ -13,6 +13,7 @@ from nmoe.config.sections import diff, kind
 from stages.report.findings import LEGS, Arm, Findings
 
 HEALTH = ("load_max_over_mean", "load_p05", "load_p95", "dead", "entropy", "bias_range")
+FEW = 8  # arms of which all is shown; a sweep has fifty
 OWN_COMMAND = {"ablate": "ablate", "research": "research run"}  # of stages that a TOML repeats
 
 
@@ -68,13 +69,17 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
   runs = found.runs
   lines = runs[0].diff.count("\n")
   names = sorted({name for run in runs for name in run.environment})
+  arms = found.arms if len(found.arms) <= FEW else ()
+  fingerprints = [
+    (f"fingerprint, {a.name}", _distinct(r.fingerprint for r in a.runs)) for a in arms
+  ]
   return [
     ("commit", _distinct((run.commit or "not a git checkout") for run in runs)),
     ("changes on top", f"{lines} lines of diff" if runs[0].diff else "none"),
     ("code version", _distinct(run.code_version for run in runs)),
     ("target", _distinct(run.target for run in runs)),
     ("data digest", _distinct(run.data_digest for run in runs)),
-    *((f"fingerprint, {a.name}", _distinct(r.fingerprint for r in a.runs)) for a in found.arms),
+    *fingerprints,
     ("host", _distinct(run.host for run in runs)),
     *((name, _distinct(str(run.environment.get(name, "—")) for run in runs)) for name in names),
   ]

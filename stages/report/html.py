@@ -47,7 +47,7 @@ def render(found: Findings, folder: Path) -> str:
   swept = sweep.is_sweep(found.experiment)
   many = swept or mixtures.is_swarm(found.experiment)  # arms: a panel or a column each is none
   sections = (
-    _head(found),
+    _head(found, many),
     _sweep(found) if swept else _mixtures(found) if many else _results(found),
     *(() if many else (_curves(found), _routing(found), _flight(found), _cost(found))),
     _configuration(found),
@@ -63,7 +63,7 @@ def _plotly() -> str:
   return (resources.files("stages.report") / name).read_text(encoding="utf-8")
 
 
-def _head(found: Findings) -> str:
+def _head(found: Findings, many: bool) -> str:
   e = found.experiment
   kind = {"ablate": "Paired ablation", "research": "Architecture research"}.get(e.stage, e.stage)
   seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) != 1 else ''}"
@@ -73,7 +73,7 @@ def _head(found: Findings) -> str:
     f'<div class="verdict"><span class="badge {escape(found.verdict)}">'
     f"{escape(found.verdict.capitalize())}</span><p>{escape(found.reason)}</p></div>"
     f"{''.join(f'<p class=note>{escape(line)}</p>' for line in found.timing)}"
-    f"{_claims(found)}{_facts(found)}"
+    f"{_claims(found)}{'' if many else _facts(found)}"
   )
 
 
@@ -235,8 +235,11 @@ def _cost(found: Findings) -> str:
 
 def _configuration(found: Findings) -> str:
   changes = _changes(found.arms) if len(found.arms) == 2 else ""
-  texts = [folded(f"Resolved configuration of {a.name}", a.runs[0].toml) for a in found.arms]
-  return section("Configuration", changes, *texts)
+  shown = found.arms if len(found.arms) <= details.FEW else found.arms[:1]
+  texts = [folded(f"Resolved configuration of {a.name}", a.runs[0].toml) for a in shown]
+  more = len(found.arms) - len(shown)
+  note = f"Those of {more} more arms lie beside this page, each as NAME.toml." if more else ""
+  return section("Configuration", changes, *texts, note=note)
 
 
 def _changes(arms: Sequence[Arm]) -> str:

@@ -17,6 +17,7 @@ from stages.report.figures import COLORS, finish
 HEAD = ("group", "state", "shift, octaves", "regret, nats", "exponent", "noise, nats", "why")
 SEGMENTS = 41  # points of a parabola that is drawn
 STATES = {"transfers": "#0b7a5c", "drifts": "#a32626", "undecided": "#c2571a"}
+PLACED = ("", "transfers", "drifts", "undecided", "cannot tell")  # others may lie anywhere
 SLOPES = ((0.0, "#2a5fa8"), (0.5, "#f7f8fa"), (1.0, "#b3432b"))
 HEALTH_HEAD = ("scale", "warm-up steps", "load, max / mean", "dead experts", "clipped share")
 BUDGET = {
@@ -180,7 +181,10 @@ def shifts(experiment: Experiment) -> go.Figure:
   for edge in (-c["limits"]["max_shift"], c["limits"]["max_shift"]):
     drawn.add_vline(x=edge, line={"color": "#c2571a", "width": 1.5, "dash": "dash"})
   drawn.add_vline(x=0, line={"color": "#1c2127", "width": 1})
-  drawn.update_xaxes(title_text="shift of the optimum from base to the largest scale, octaves")
+  known = [abs(g["shift"][key]) for g in found for key in ("low", "high") if g["state"] in PLACED]
+  reach = 1.2 * max([2 * c["limits"]["max_shift"], *filter(math.isfinite, known)])
+  title = "shift of the optimum from base to the largest scale, octaves"
+  drawn.update_xaxes(title_text=title, range=[-reach, reach])
   drawn.update_yaxes(autorange="reversed", showgrid=False)
   return finish(drawn, 130 + 34 * len(found))
 
