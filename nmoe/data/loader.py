@@ -108,10 +108,16 @@ class Loader:
     The global batch is samples step · batch_size + i, i < batch_size; rank r has the r-th of
     `ranks` equal runs of i, b = batch_size / ranks.
     """
+    return self.batch_from(step * batch_size, batch_size, rank, ranks)
+
+  def batch_from(
+    self, first: int, batch_size: int, rank: int = 0, ranks: int = 1
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """`batch`, of the global batch that begins at sample `first`."""
     if batch_size % ranks:
       raise ConfigError(f"batch of {batch_size} samples is not divisible by {ranks} ranks")
     local = batch_size // ranks
-    first = step * batch_size + rank * local
+    first += rank * local
     rows = self.samples(np.arange(first, first + local, dtype=np.uint64))
     return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
@@ -141,7 +147,8 @@ def _interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Prefetcher:
   """The batches of steps `start` .. `stop` - 1, made ahead by a thread and moved to `device`.
 
-  Yields tokens and targets, int64 [b, seq_len]. What the loader raises is raised by `next`.
+  seen: samples of the steps before `start`; None: as many as of steps like these. Yields tokens and
+  targets, int64 [b, seq_len]. What the loader raises is raised by `next`.
   """
 
   def __init__(
@@ -151,13 +158,17 @@ class Prefetcher:
     *,
     start: int,
     stop: int,
+    seen: int | None = None,
     rank: int = 0,
     ranks: int = 1,
     device: torch.device | str = "cpu",
   ):
-    self._make = lambda step: _tensors(loader.batch(step, batch_size, rank, ranks), self._device)
     self._device = torch.device(device)
-    self._steps = iter(range(start, stop))
+    self._make = lambda first: _tensors(
+      loader.batch_from(first, batch_size, rank, ranks), self._device
+    )
+    first = start * batch_size if seen is None else seen
+    self._firsts = iter(range(first, first + (stop - start) * batch_size, batch_size))
     self._pool = ThreadPoolExecutor(1, "prefetch")
     self._pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
     self._waited = 0.0
@@ -170,9 +181,9 @@ class Prefetcher:
     return waited
 
   def _submit(self) -> None:
-    step = next(self._steps, None)
-    if step is not None:
-      self._pending.append(self._pool.submit(self._make, step))
+    first = next(self._firsts, None)
+    if first is not None:
+      self._pending.append(self._pool.submit(self._make, first))
 
   def __iter__(self) -> Prefetcher:
     return self

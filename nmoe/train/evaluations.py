@@ -34,16 +34,16 @@ class Evaluations:
       suite = suite_of(config.eval.suite, config.eval.limit)
       self.downstream = Downstream(suite, root.evals, config, data.tokenizer)
 
-  def due(self, step: int) -> bool:
-    """Whether anything is measured after this step."""
-    return self._due(step, self.config.train.eval_every) or self._suite_due(step)
+  def due(self, step: int, last: int) -> bool:
+    """Whether anything is measured after this step; after the last one all is."""
+    return due(step, self.config.train.eval_every, last) or self._suite_due(step, last)
 
-  def values(self, step: int, model: Model) -> dict[str, float]:
+  def values(self, step: int, last: int, model: Model) -> dict[str, float]:
     """By tag, all that is due after this step; every rank calls it. A suite's items are written."""
     values = {}
-    if self._due(step, self.config.train.eval_every):
+    if due(step, self.config.train.eval_every, last):
       values |= evaluate(model, self.validation, self.config.train.micro_batch, self.parallel)
-    if self._suite_due(step):
+    if self._suite_due(step, last):
       outcome = self.downstream.run(model, self.parallel)
       values |= logged(outcome)
       if self.parallel.rank == 0:
@@ -51,12 +51,13 @@ class Evaluations:
         write_items(self.root.eval_items(self.run_id, step, suite), outcome.items)
     return values
 
-  def _suite_due(self, step: int) -> bool:
-    return self.downstream is not None and self._due(step, self.config.eval.every)
+  def _suite_due(self, step: int, last: int) -> bool:
+    return self.downstream is not None and due(step, self.config.eval.every, last)
 
-  def _due(self, step: int, every: int) -> bool:
-    """The last step always is."""
-    return step == self.config.steps or (every > 0 and step % every == 0)
+
+def due(step: int, every: int, last: int) -> bool:
+  """Whether what is done at every so many steps, and after the last, is due; every 0: never."""
+  return step == last or (every > 0 and step % every == 0)
 
 
 def logged(outcome: Outcome) -> dict[str, float]:

@@ -46,14 +46,14 @@ from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from nmoe.train.clock import Clock
-from nmoe.train.evaluations import Evaluations
+from nmoe.train.evaluations import Evaluations, due
 from nmoe.train.guard import Guard
 from nmoe.train.optim import Optimizer
 from nmoe.train.passes import Passes
 from nmoe.train.profiler import Profiler
 from nmoe.train.progress import FAILED_FOR_GOOD, INTERRUPTED, Progress
 from nmoe.train.saving import resume, save, save_aside
-from nmoe.train.schedule import lr_factor
+from nmoe.train.schedule import end_of, lr_factor
 from nmoe.train.session import Session, TrainState
 from nmoe.train.startup import StartUp, parser
 from nmoe.train.watch import StepValues, Watch
@@ -95,7 +95,8 @@ def parts_of(session: Session, state: TrainState) -> Parts:
     loader,
     c.sequences,
     start=state.step,
-    stop=c.steps,
+    stop=end_of(state.step, state.tokens, c.schedule).step,
+    seen=state.tokens // c.data.seq_len,
     rank=ranks.rank,
     ranks=ranks.ranks,
     device=device,
@@ -110,10 +111,11 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   """Run the remaining steps, the last of which evaluates. Returns the results, or None if told to
   stop.
   """
-  c, ranks, total, begun = session.config, session.parallel, session.config.steps, state.step
+  c, ranks, begun = session.config, session.parallel, state.step
   batches, passes, guard, watch, clock = parts
+  end = end_of(state.step, state.tokens, c.schedule)
   save_aside(session, state)
-  while state.step < total and not ranks.any(session.stop):
+  while state.step < end.step and not ranks.any(session.stop):
     no_longer_than(c.launch.hang_s)
     session.checkpoints.check()
     clock.start("load")
@@ -125,31 +127,33 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     norms = state.optimizer.grad_norms(ranks.sum)
     scale = guard.factor(state.step, loss, norms["all"])
     clock.start("step")
-    factor = lr_factor(state.step * c.schedule.batch_tokens, c.schedule)
+    factor = lr_factor(state.tokens, c.schedule, end.tokens)
     state.optimizer.step(factor, scale)
     ranks.gather_weights(state.model)
     update_router_bias(state.model, counts, c.moe.bias_update_rate)
-    state.step += 1
+    state.step, state.tokens = state.step + 1, state.tokens + c.schedule.batch_tokens
     clock.start("log")
-    watch.add(state.step, passes.flight.stop())
+    watch.add(state, passes.flight.stop())
     watch.add_experts(state.step, passes.routing.stop())
-    if state.step % c.train.log_every == 0 or state.step == total:
+    if due(state.step, c.train.log_every, end.step):
       last = targets.chunk(c.micro_batches)[-1]
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
-    if session.evaluations.due(state.step):
+    if session.evaluations.due(state.step, end.step):
       clock.start("eval")
-      watch.add(state.step, session.evaluations.values(state.step, state.model))
-    if due(state.step, c.train.checkpoint_every) or state.step == total:
+      watch.add(state, session.evaluations.values(state.step, end.step, state.model))
+    if due(state.step, c.train.checkpoint_every, end.step):
       clock.start("checkpoint")
       save(session, state, watch)
     if state.step == begun + 1:
       save_aside(session, state)
     session.profiler.step()
-  if state.step < total:
+  if state.step < end.step:
     save(session, state, watch)
     return None
+  if begun == end.step and ranks.any(not watch.evaluated(begun)):
+    watch.add(state, session.evaluations.values(begun, begun, state.model))
   session.checkpoints.wait()
-  return watch.results(state.step) | {"unigram_bpb": unigram_bpb(session.data)}
+  return watch.results(state) | {"unigram_bpb": unigram_bpb(session.data)}
 
 
 def no_longer_than(seconds: float) -> None:
@@ -157,10 +161,6 @@ def no_longer_than(seconds: float) -> None:
   `seconds`: a hang in a kernel, a collective or Python ends the run, and a launcher may restart it.
   """
   faulthandler.dump_traceback_later(seconds, exit=True, file=2)
-
-
-def due(step: int, every: int) -> bool:
-  return every > 0 and step % every == 0
 
 
 def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:

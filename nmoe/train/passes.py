@@ -70,5 +70,4 @@ class Passes:
 
   def _finishing(self) -> bool:
     """Whether the step belongs to the recipe's forward-bf16 finish (precision.finish_tokens)."""
-    tokens = self.state.step * self.config.schedule.batch_tokens
-    return 0 < self.config.precision.finish_tokens <= tokens
+    return 0 < self.config.precision.finish_tokens <= self.state.tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, kind
@@ -27,9 +28,9 @@ def save(session: Session, state: TrainState, watch: Watch) -> None:
     session.metrics.flush()
     return
   writer.copy(state.tensors())
-  watch.add(state.step, {"checkpoint/stall_s": time.perf_counter() - begun})
+  watch.add(state, {"checkpoint/stall_s": time.perf_counter() - begun})
   session.metrics.flush()
-  writer.start(state.step, session.meta)
+  writer.start(state.step, meta(session, state))
 
 
 def save_aside(session: Session, state: TrainState) -> None:
@@ -40,8 +41,19 @@ def save_aside(session: Session, state: TrainState) -> None:
     ranks = session.parallel
     session.checkpoints.wait()
     checkpoint.save(
-      session.first, state.step, state.tensors(), ranks.first_expert, session.meta, ranks.saving
+      session.first,
+      state.step,
+      state.tensors(),
+      ranks.first_expert,
+      meta(session, state),
+      ranks.saving,
     )
+
+
+def meta(session: Session, state: TrainState) -> dict[str, Any]:
+  """What the manifest of a checkpoint says beside the step."""
+  samples = state.tokens // session.config.data.seq_len
+  return session.meta | {"tokens": state.tokens, "samples": samples}
 
 
 def resume(session: Session, state: TrainState) -> None:
@@ -62,8 +74,17 @@ def resume(session: Session, state: TrainState) -> None:
     )
   check_identity(configs.loads(written["config"]), session.config, folder)
   checkpoint.load(folder, steps[-1], state.tensors(), session.parallel.first_expert)
-  state.step = steps[-1]
+  state.step, state.tokens = steps[-1], tokens_of(written)
   session.startup.rewound = session.metrics.rewind(state.step)
+
+
+def tokens_of(manifest: dict[str, Any]) -> int:
+  """The tokens that a checkpoint had been trained on.
+
+  Before they stood in it, all steps of a run were of one batch_tokens.
+  """
+  batch = configs.loads(manifest["config"]).schedule.batch_tokens
+  return manifest.get("tokens", manifest["step"] * batch)
 
 
 def check_identity(written: Config, wanted: Config, folder: Path) -> None:

@@ -7,24 +7,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nmoe.config.sections import Config, ScheduleConfig
 
 
-def lr_factor(tokens: int, config: ScheduleConfig) -> float:
+class End(NamedTuple):
+  """The last step of a run, and the tokens that it has trained on by then."""
+
+  step: int
+  tokens: int
+
+
+def end_of(step: int, tokens: int, config: ScheduleConfig) -> End:
+  """Where a run ends that has trained on `tokens` tokens in `step` steps, of whatever batches.
+
+  Whole batches are trained: total_tokens, or less by a part of one. A run behind its end is at it.
+  """
+  left = max(0, config.total_tokens - tokens) // config.batch_tokens
+  return End(step + left, tokens + left * config.batch_tokens)
+
+
+def lr_factor(tokens: int, config: ScheduleConfig, end: int | None = None) -> float:
   """The factor on the peak learning rate of the step that starts after `tokens` tokens.
 
   A step stands at the middle of its own tokens, t = tokens + batch_tokens / 2, so that neither the
   first nor the last step has a rate of zero, and linear phases of whole batches sum to their area.
   t / warmup_tokens while t < warmup_tokens; 1 up to total_tokens - decay_tokens; then, with x the
   share of decay_tokens behind t, final_ratio + (1 - final_ratio) · g(x): g is 1 - x ("linear")
-  or 1 - sqrt(x) ("sqrt"). Beyond its end a schedule with a decay stays at final_ratio. The end is
-  that of the last whole batch in total_tokens: tokens short of a batch are not trained.
+  or 1 - sqrt(x) ("sqrt"). Beyond its end a schedule with a decay stays at final_ratio. `end` are the
+  tokens of the last step (`end_of`); None: those of the last whole batch in total_tokens, since
+  tokens short of a batch are not trained.
   """
   t = tokens + config.batch_tokens / 2
   if t < config.warmup_tokens:
     return t / config.warmup_tokens
-  start = config.trained_tokens - config.decay_tokens
+  start = (config.trained_tokens if end is None else end) - config.decay_tokens
   if config.decay_tokens == 0 or t <= start:
     return 1.0
   x = min(1.0, (t - start) / config.decay_tokens)

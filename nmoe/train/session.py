@@ -24,13 +24,16 @@ from nmoe.train.startup import StartUp
 
 @dataclass
 class TrainState:
-  """All that a checkpoint saves. The data position is the step: the loader is a pure function of
-  it.
+  """All that a checkpoint saves. tokens: trained on in `step` steps, of whatever batches.
+
+  They are the data position: sample tokens / seq_len comes next, and the loader is a pure function
+  of its number. The schedule counts them too.
   """
 
   model: Model
   optimizer: Optimizer
   step: int = 0
+  tokens: int = 0
 
   def tensors(self) -> dict[str, Tensor]:
     return {**self.model.state_dict(), **self.optimizer.state_dict()}

@@ -19,6 +19,7 @@ from nmoe.train.clock import Clock
 from nmoe.train.graph import Graph
 from nmoe.train.guard import Guard
 from nmoe.train.progress import Entry
+from nmoe.train.schedule import end_of
 from nmoe.train.session import Session, TrainState
 
 
@@ -80,41 +81,51 @@ class Watch:
     values |= self._speed(state.step - self.logged_step, phases)
     self.logged_step = state.step
     values |= self.session.startup.first_step()
-    self.add(state.step, values)
-    self._progress(state.step, values)
+    self.add(state, values)
+    self._progress(state, values)
 
-  def add(self, step: int, values: dict[str, float]) -> None:
-    self.session.metrics.add(step, step * self.config.schedule.batch_tokens, values)
+  def add(self, state: TrainState, values: dict[str, float]) -> None:
+    self.session.metrics.add(state.step, state.tokens, values)
 
   def add_experts(self, step: int, values: Mapping[str, np.ndarray]) -> None:
     """Log name -> [MoE layers, E] of a step."""
     for name, value_LE in values.items():
       self.session.metrics.add_experts(step, name, value_LE)
 
-  def results(self, step: int) -> dict[str, Any]:
+  def evaluated(self, step: int) -> bool:
+    """Whether the held-out loss after this step is in the metrics."""
+    steps, *_ = self.session.metrics.read().get("val/loss", ([],))
+    return step in steps
+
+  def results(self, state: TrainState) -> dict[str, Any]:
     """The run's outcome from what all its attempts logged: what arms are compared by.
 
-    Losses and loads are the last ones, speeds the median; wall_s is the time spent in the loop.
+    Losses and loads are the last ones, speeds the median; wall_s is the time spent in the loop. A
+    run that logged no step has no training loss, speed or peak of memory.
     """
     logged = {tag: values for tag, (_, _, values) in self.session.metrics.read().items()}
     last = {tag: float(values[-1]) for tag, values in logged.items()}
-    losses = {k: last[k] for k in ("val/loss", "val/bpb", "train/loss", "train/bpb")}
+    losses = {k: last[k] for k in ("val/loss", "val/bpb", "train/loss", "train/bpb") if k in last}
     rates = ("train/tokens_per_s", "train/mfu")
     speeds = {k: float(np.median(logged[k])) for k in rates if k in logged}
     loads = [v for k, v in last.items() if k.endswith("/load_max_over_mean")]
     seconds = sum(float(v.sum()) for k, v in logged.items() if k.startswith("time/"))
     suites = {tag: x for tag, x in last.items() if tag.startswith(("eval/", "val/bpb/"))}
+    steps = {}
+    if "grad_norm/all" in logged:
+      clipped = logged["grad_norm/all"] > self.config.optim.clip_norm
+      steps["memory/peak_bytes"] = float(logged["memory/peak_bytes"].max())
+      steps["optim/clipped"] = float(clipped.mean())
     return {
       **losses,
       **suites,
       **speeds,
-      "memory/peak_bytes": float(logged["memory/peak_bytes"].max()),
-      "optim/clipped": float((logged["grad_norm/all"] > self.config.optim.clip_norm).mean()),
+      **steps,
       "load/max_over_mean": max(loads, default=math.nan),
       "load/dead": sum(v for k, v in last.items() if k.endswith("/dead")),
       "device": self.target.name,
-      "steps": step,
-      "tokens": step * self.config.schedule.batch_tokens,
+      "steps": state.step,
+      "tokens": state.tokens,
       "wall_s": seconds + sum(self.clock.read().values()),
     }
 
@@ -135,10 +146,11 @@ class Watch:
       return torch.cuda.max_memory_allocated() + idle + heap
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-  def _progress(self, step: int, values: dict[str, float]) -> None:
+  def _progress(self, state: TrainState, values: dict[str, float]) -> None:
     rate = values["train/tokens_per_s"]
-    left_s = (self.config.steps - step) * self.config.schedule.batch_tokens / rate
-    entry = Entry(step, self.config.steps, values["train/loss"], rate, left_s)
+    end = end_of(state.step, state.tokens, self.config.schedule)
+    left_s = (end.tokens - state.tokens) / rate
+    entry = Entry(state.step, end.step, values["train/loss"], rate, left_s)
     if not self.session.progress.log(entry, tell=self.session.parallel.rank == 0):
       self.session.stop = True
 

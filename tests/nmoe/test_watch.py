@@ -102,7 +102,7 @@ def test_what_is_logged_and_told(lab, guard):
   reader, writer = os.pipe()
   session = lab.session(lab.record(), progress=Progress(writer))
   state = train.build(session.config, session.target, session.parallel)
-  state.step = 3
+  state.step, state.tokens = 3, 3 * 512
   watch = Watch(session, 1, Clock(session.target.device), guard)
   norms = {"all": torch.tensor(0.5), "dense": torch.tensor(0.25)}
   loss_T, target_BS = torch.tensor([2.0, 4.0, 7.0]), torch.tensor([[101, 102, 256]])
@@ -125,7 +125,7 @@ def test_what_is_logged_and_told(lab, guard):
   }
   assert not session.stop
   os.close(reader)
-  state.step = 4
+  state.step, state.tokens = 4, 4 * 512
   watch.log(state, values)
   assert session.stop
   os.close(writer)

@@ -108,7 +108,7 @@ def test_rerun_sees_a_difference(lab, launches, monkeypatch):
   """A machine that computes something else."""
   call(lab, seeds=1)
   run = launches.ids[0]
-  monkeypatch.setattr(train, "lr_factor", lambda tokens, schedule: 0.123)
+  monkeypatch.setattr(train, "lr_factor", lambda *_: 0.123)
   assert "12 logged losses, not identical" in " ".join(again(lab, run).split())
   assert newest(lab).verdict == "refuted"
 
