@@ -96,11 +96,23 @@ def ablate(baseline: File, variant: File, seeds: Seeds = None) -> None:
 
 
 @research_app.command("run")
-def research_run(config: File, seeds: Seeds = None) -> None:
+def research_run(
+  config: File,
+  seeds: Seeds = None,
+  checkpoints: Annotated[
+    list[str] | None,
+    typer.Option(
+      "--from",
+      metavar="RUN[@STEP]",
+      help="Go on from that run's checkpoint, the newest or of STEP: the same model and data under "
+      "another schedule, such as a decay. Once for every seed; nothing of RUN changes.",
+    ),
+  ] = None,
+) -> None:
   """Train one configuration and report on its hypothesis."""
   from stages import research
 
-  research.run(config, seeds, _console())
+  research.run(config, seeds, _console(), checkpoints or ())
 
 
 @proxy_app.command("coords")

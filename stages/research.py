@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import numpy as np
 from rich.console import Console
 
 from nmoe.config import file as configs
-from nmoe.errors import RunError
+from nmoe.errors import ConfigError, RunError
 from nmoe.records.metrics import read
 from nmoe.records.reader import Hypothesis, Reader, Run
 from nmoe.records.root import Root
+from stages.branches import branched
 from stages.judge import single
 from stages.judge.table import Judgement
 from stages.launch.display import Display
@@ -21,22 +23,27 @@ from stages.study import Study, carry_out
 from stages.workbench import Arm, Workbench, hypothesis_of, seeds_of
 
 
-def run(path: Path, seeds: int | None, console: Console) -> Path:
+def run(path: Path, seeds: int | None, console: Console, checkpoints: Sequence[str] = ()) -> Path:
   """Train the configuration over its seeds, judge its hypothesis, write the report; returns its
   path.
 
   The hypothesis of a single arm is about the metric's change from the unigram baseline: `direction`
   and `min_effect` are read against it when the metric is val/bpb, otherwise the outcome is only
-  described.
+  described. checkpoints: RUN or RUN@STEP, with which the runs begin, one a seed; (): none.
   """
   config = configs.load(path)
+  if checkpoints and seeds:
+    raise ConfigError("--from has the seeds of its runs: leave --seeds out, name more runs instead")
   if seeds:
     config = configs.changed(config, {"experiment.seeds": seeds})
   asked = hypothesis_of(config)
   judge, seeds_asked = partial(single.judge, asked), seeds_of(config)
   with Workbench.open(config.run.root, console) as bench:
-    arms = (bench.arm(path.stem, config),)
-    study = Study(config.experiment.name, "research", (asked,), arms, seeds_asked, judge)
+    arm = bench.arm(path.stem, config)
+    if checkpoints:
+      arm = branched(arm, checkpoints, bench)
+      seeds_asked = sorted(arm.branches)
+    study = Study(config.experiment.name, "research", (asked,), (arm,), seeds_asked, judge)
     return carry_out(study, bench).report
 
 
@@ -61,7 +68,8 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
 
 def _repeated(bench: Workbench, old: Run) -> Path:
   config = configs.loads(old.toml, f"run {old.id}")
-  arm = Arm(old.arm, config, Root(bench.root).data / old.data_digest)
+  branches = {old.seed: old.branch} if old.branch else {}
+  arm = Arm(old.arm, config, Root(bench.root).data / old.data_digest, branches=branches)
   first = bench.experiments.find(old.experiment_id)
   claim = Hypothesis(f"Run {old.id} repeats exactly.", first.headline.metric, "none", 0.0)
   asked = ("research", f"rerun-{first.name}", (claim,), (arm,), (old.seed,))

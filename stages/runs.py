@@ -182,13 +182,14 @@ class Work:
     """What is written of a run before its first step."""
     return {
       "toml": configs.to_toml(config),
-      "fingerprint": fingerprint(config, arm.data.name),
+      "fingerprint": arm.fingerprint(config.train.seed),
       "data_digest": arm.data.name,
       "code_version": self.bench.code_version,
       "commit": self.bench.commit,
       "diff": self.bench.patch,
       "environment": environment(),
       "target": config.target.arch,
+      "branch": arm.branches.get(config.train.seed),
     }
 
   def hand_over(self, run: Run, config: Config) -> None:

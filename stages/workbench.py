@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.files import resolved
 from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import provenance
-from nmoe.records.reader import ArmRecord, Hypothesis
+from nmoe.records.reader import ArmRecord, Branch, Hypothesis
 from nmoe.records.root import Root
 from stages.admission import admit, admit_with_data
 from stages.judge.table import Point
@@ -27,16 +28,23 @@ REPO = Path(__file__).resolve().parent.parent
 class Arm:
   """One configuration of an experiment with its prepared data.
 
-  point: its place on the axes of a sweep, such as {"width": 128, "lr": 0.003}.
+  point: its place on the axes of a sweep, such as {"width": 128, "lr": 0.003}. branches: by seed,
+  the checkpoints of other runs with which its runs begin; {}: all begin with their first step.
   """
 
   name: str
   config: Config
   data: Path
   point: Point = field(default_factory=dict)
+  branches: Mapping[int, Branch] = field(default_factory=dict)
 
   def at_seed(self, seed: int) -> Config:
     return configs.changed(self.config, {"train.seed": seed})
+
+  def fingerprint(self, seed: int) -> str:
+    """Of what its run at a seed computes, with its data and the checkpoint that it begins with."""
+    branch = str(self.branches[seed]) if seed in self.branches else ""
+    return fingerprint(self.at_seed(seed), self.data.name, branch)
 
 
 @dataclass
@@ -84,7 +92,8 @@ class Workbench:
 
   def plan(self, arm: Arm) -> ArmRecord:
     """An arm as the records plan it: what it computes, whatever its seed, with which code."""
-    computation = fingerprint(arm.at_seed(0), arm.data.name)
+    begins = ", ".join(str(branch) for _, branch in sorted(arm.branches.items()))
+    computation = fingerprint(arm.at_seed(0), arm.data.name, begins)
     return ArmRecord(arm.name, arm.point, f"{computation}-{self.code_version}")
 
 

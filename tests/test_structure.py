@@ -20,8 +20,8 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "errors tables files records config machine data distributed model evals train bench"
   ).split(),
   "stages": (
-    "text judge launch report viz watch admission workbench runs comparable study show research "
-    "ablate proxy evals export imports proofs prod demo cli"
+    "text judge launch report viz watch admission workbench branches runs comparable study show "
+    "research ablate proxy evals export imports proofs prod demo cli"
   ).split(),
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15

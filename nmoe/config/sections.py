@@ -371,8 +371,12 @@ def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
   return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
-def fingerprint(config: Config, data_digest: str = "") -> str:
-  """16 hex digits over the identity and schedule fields and the digest of the prepared data."""
+def fingerprint(config: Config, data_digest: str = "", branch: str = "") -> str:
+  """16 hex digits over the identity and schedule fields and the digest of the prepared data.
+
+  branch: the checkpoint of another run with which it begins; "": it begins with its first step.
+  """
   hashed = {key: value for key, value in leaves(config).items() if kind(key) != "free"}
-  text = json.dumps([hashed, data_digest], sort_keys=True, default=list)
+  parts = [hashed, data_digest, branch] if branch else [hashed, data_digest]
+  text = json.dumps(parts, sort_keys=True, default=list)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

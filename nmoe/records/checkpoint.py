@@ -18,7 +18,6 @@ One file: what is written and what is read back must be changed together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -49,11 +48,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from nmoe.errors import CheckpointError, CommError
 from nmoe.files import existing, sha256
+from nmoe.records.manifests import FORMAT, digest, manifest, steps
 from nmoe.records.root import Root
 
-FORMAT = 2
 STREAMED = "__0_0.distcp"  # as DCP calls the first file of rank 0
-_NAME = re.compile(r"step_(\d{8})")
 STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weights are the rest
   "moments": ("exp_avg", "exp_avg_sq", "momentum"),
   "masters": ("master",),
@@ -132,14 +130,6 @@ class Part(Tensor):
 
 def directory(root: Path, run_id: str) -> Path:
   return Root(root).checkpoints(run_id)
-
-
-def steps(folder: Path) -> list[int]:
-  """The finished checkpoints of a run, ascending."""
-  if not folder.is_dir():
-    return []
-  folders = (p for p in folder.iterdir() if p.is_dir())
-  return sorted(int(m[1]) for p in folders if (m := _NAME.fullmatch(p.name)))
 
 
 def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tensor]:
@@ -420,27 +410,6 @@ def kind(name: str) -> str:
   return next((what for what, names in STATE.items() if last in names), "weights")
 
 
-def manifest(path: Path) -> dict[str, Any]:
-  """The manifest of a finished checkpoint."""
-  file, remedy = path / "manifest.json", f"delete {path} to resume from an earlier step"
-  try:
-    found = json.loads(file.read_text())
-  except (OSError, ValueError) as error:
-    raise CheckpointError(f"{file} cannot be read ({error}); {remedy}") from error
-  if not isinstance(found, dict) or found.get("format") != FORMAT:
-    format = found.get("format") if isinstance(found, dict) else None
-    raise CheckpointError(f"{file} has format {format}, this version reads {FORMAT}; {remedy}")
-  stated = found.pop("sha256", None)
-  if stated != (digest := _digest(found)):
-    raise CheckpointError(f"{file} hashes to {digest}, it states {stated}; {remedy}")
-  place = _NAME.fullmatch(path.name)
-  if place is not None and int(place[1]) != found["step"]:
-    raise CheckpointError(
-      f"{path} holds step {found['step']}: rename it to step_{found['step']:08d}, or {remedy}"
-    )
-  return found
-
-
 def verify(path: Path) -> None:
   """Compare every file with the manifest's size and sha256; CheckpointError names the first that
   differs.
@@ -450,8 +419,8 @@ def verify(path: Path) -> None:
     if not file.is_file():
       raise CheckpointError(f"{file} is missing; delete {path} to resume from an earlier step")
     size = file.stat().st_size
-    if size != want["size"] or (digest := sha256(file)) != want["sha256"]:
-      found = f"size {size}" if size != want["size"] else f"sha256 {digest[:12]}"
+    if size != want["size"] or (hashed := sha256(file)) != want["sha256"]:
+      found = f"size {size}" if size != want["size"] else f"sha256 {hashed[:12]}"
       raise CheckpointError(
         f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 "
         f"{want['sha256'][:12]}; "
@@ -500,14 +469,9 @@ def _seal(path: Path, meta: dict[str, Any]) -> None:
     files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
     _sync(file)
   sealed = {**meta, "files": files}
-  (path / "manifest.json").write_text(json.dumps({**sealed, "sha256": _digest(sealed)}, indent=1))
+  (path / "manifest.json").write_text(json.dumps({**sealed, "sha256": digest(sealed)}, indent=1))
   _sync(path / "manifest.json")
   _sync(path)
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-  text = json.dumps(manifest, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

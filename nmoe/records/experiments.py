@@ -31,6 +31,7 @@ from nmoe.records.owner import TIME_FORMAT, lives
 from nmoe.records.reader import (
   RUN_SQL,
   ArmRecord,
+  Branch,
   Evaluation,
   Experiment,
   Hypothesis,
@@ -44,7 +45,7 @@ STATUSES = ("planned", "running", "completed", "failed", "interrupted")
 PATIENCE_S = 300.0  # what a run came to is not lost to somebody who reads the database
 UNFIT = ("?", "\\")  # of a path, that DuckDB reads as something else
 MAX_SLUG = 60  # characters of a name that an id keeps
-RELATIONS = ("supports", "refutes", "refines", "repeats")
+RELATIONS = ("supports", "refutes", "refines", "repeats", "continues")
 
 
 class Experiments(Reader):
@@ -292,6 +293,7 @@ class Experiments(Reader):
     code_version: str,
     environment: dict[str, Any],
     target: str,
+    branch: Branch | None = None,
   ) -> Run:
     """Record a new run, owned by this process, status "running".
 
@@ -299,7 +301,7 @@ class Experiments(Reader):
     """
     record = (toml, fingerprint, data_digest, commit, diff, code_version, environment, target)
     with self._writing() as db:
-      run_id = self._insert_run(db, experiment_id, arm, seed, record)
+      run_id = self._insert_run(db, experiment_id, arm, seed, record, branch)
     return self.run(run_id)
 
   def find_or_start(
@@ -317,6 +319,7 @@ class Experiments(Reader):
     code_version: str,
     environment: dict[str, Any],
     target: str,
+    branch: Branch | None = None,
   ) -> Run:
     """The newest finished run of the same computation that is usable, else the newest that can go
     on, else a new one as of `start_run`; a member of the experiment either way.
@@ -329,15 +332,21 @@ class Experiments(Reader):
       finished = [run for run in same if run.finished]
       run_id = next((run.id for run in (*finished, *same)), None)
       if run_id is None:
-        run_id = self._insert_run(db, experiment_id, arm, seed, record)
+        run_id = self._insert_run(db, experiment_id, arm, seed, record, branch)
       else:
         self._join(db, experiment_id, run_id, arm)
     return next(run for run in self.runs(experiment_id) if (run.id, run.arm) == (run_id, arm))
 
   def _insert_run(
-    self, db: sqlite3.Connection, experiment_id: str, arm: str, seed: int, record: tuple
+    self,
+    db: sqlite3.Connection,
+    experiment_id: str,
+    arm: str,
+    seed: int,
+    record: tuple,
+    branch: Branch | None,
   ) -> str:
-    """A new run, its lock, its membership."""
+    """A new run, its lock, its membership, where it begins."""
     *written, environment, target = record
     now = _now()
     owner = (json.dumps(environment), target, socket.gethostname(), os.getpid(), now, now)
@@ -349,11 +358,25 @@ class Experiments(Reader):
         (run_id, seed, *written, *owner),
       )
       self._join(db, experiment_id, run_id, arm)
+      if branch is not None:
+        self._insert_branch(db, experiment_id, run_id, branch)
     except BaseException:
       lock.close()
       raise
     self._locks[run_id] = lock
     return run_id
+
+  def _insert_branch(
+    self, db: sqlite3.Connection, experiment_id: str, run_id: str, branch: Branch
+  ) -> None:
+    changed = json.dumps(dict(branch.changed))
+    row = (run_id, branch.trunk, branch.step, branch.tokens, branch.sha256, changed)
+    db.execute("INSERT INTO branches VALUES (?,?,?,?,?,?)", row)
+    note = f"run {run_id} goes on from {branch}: {branch.changes}"
+    trunk = self.run(branch.trunk).experiment_id
+    db.execute(
+      "INSERT INTO links VALUES (?,?,?,?,?)", (experiment_id, trunk, "continues", note, _now())
+    )
 
   def _join(self, db: sqlite3.Connection, experiment_id: str, run_id: str, arm: str) -> None:
     self._insert_arms(db, experiment_id, [ArmRecord(arm, {}, "")])

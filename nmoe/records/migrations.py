@@ -147,6 +147,21 @@ def attempts_and_events(db: sqlite3.Connection) -> None:
     _fixed(db, "events", change)
 
 
+def branches(db: sqlite3.Connection) -> None:
+  """Schema 5: a run may begin with a checkpoint that another run wrote, its trunk.
+
+  `sha256` is of the checkpoint's manifest; `changed` has the schedule keys that differ from those
+  under which it was written: [then, now] by key (JSON).
+  """
+  db.execute(
+    """CREATE TABLE branches (
+    run_id TEXT PRIMARY KEY REFERENCES runs(id), trunk TEXT NOT NULL REFERENCES runs(id),
+    step INTEGER NOT NULL, tokens INTEGER NOT NULL, sha256 TEXT NOT NULL, changed TEXT NOT NULL)"""
+  )
+  for change in ("UPDATE", "DELETE"):
+    _fixed(db, "branches", change)
+
+
 def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
   """Refuse a kind of change of a table from now on."""
   db.execute(
@@ -161,6 +176,7 @@ MIGRATIONS: tuple[Step, ...] = (
   several_hypotheses_and_arms,
   evaluations,
   attempts_and_events,
+  branches,
 )
 
 

@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,10 @@ RUN_SQL = """
   SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
     r.diff, r.code_version, r.environment, r.target, r.status, r.results, r.error, r.host, r.pid,
     r.created, r.updated,
-    (SELECT o.experiment_id FROM members o WHERE o.run_id = r.id ORDER BY o.rowid LIMIT 1) AS origin
+    (SELECT o.experiment_id FROM members o WHERE o.run_id = r.id ORDER BY o.rowid LIMIT 1)
+      AS origin,
+    (SELECT json_object('trunk', b.trunk, 'step', b.step, 'tokens', b.tokens, 'sha256', b.sha256,
+      'changed', json(b.changed)) FROM branches b WHERE b.run_id = r.id) AS branch
   FROM runs r JOIN members m ON m.run_id = r.id """
 
 
@@ -82,11 +85,35 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Branch:
+  """The checkpoint with which a run begins, written by another run.
+
+  sha256   of its manifest
+  changed  schedule keys that differ from those under which it was written: (then, now)
+  """
+
+  trunk: str  # the other run's id
+  step: int
+  tokens: int
+  sha256: str
+  changed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+  def __str__(self) -> str:
+    return f"{self.trunk}@{self.step}"
+
+  @property
+  def changes(self) -> str:
+    """What is another from there on, for people."""
+    told = (f"{key} {then!r} → {now!r}" for key, (then, now) in self.changed.items())
+    return ", ".join(told) or "no key of the schedule changed"
+
+
+@dataclass(frozen=True)
 class Run:
   """One training run as a member of one experiment (`experiment_id`, `arm`).
 
   `host` and `pid` are its last owner; "" in `commit` means that it ran outside a git checkout.
-  `origin` is the experiment that it was started for.
+  `origin` is the experiment that it was started for. `branch`: None for a run from its first step.
   """
 
   id: str
@@ -109,6 +136,7 @@ class Run:
   created: str
   updated: str
   origin: str = ""
+  branch: Branch | None = None
 
   @property
   def finished(self) -> bool:
@@ -357,4 +385,8 @@ def decoded(text: str) -> Any:
 
 
 def decoded_run(row: sqlite3.Row) -> Run:
-  return Run(**{**dict(row), **{key: decoded(row[key]) for key in ("environment", "results")}})
+  found = dict(row)
+  found |= {key: decoded(found[key]) for key in ("environment", "results")}
+  if found.get("branch") is not None:
+    found["branch"] = Branch(**decoded(found["branch"]))
+  return Run(**found)

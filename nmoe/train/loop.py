@@ -1,8 +1,9 @@
 """The step loop: load → forward → loss → backward → clip → step → log → checkpoint.
 
 `python -m nmoe.train.loop --root ROOT --run RUN_ID` executes one recorded run, from its last
-checkpoint if it has one. Stage runners start it as a child process and learn its outcome from the
-experiment database; at every log rank 0 tells its progress (nmoe.train.progress).
+checkpoint if it has one, else from that of its branch. Stage runners start it as a child process
+and learn its outcome from the experiment database; at every log rank 0 tells its progress
+(nmoe.train.progress).
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def execute(
   startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks, Root(root))
-  resume(session, state)
+  resume(session, state, run.branch)
   if experiments is not None and options.attempt:
     experiments.started(run.id, options.attempt, state.step, socket.gethostname())
   startup.end("model")

@@ -11,6 +11,8 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, kind
 from nmoe.errors import CheckpointError
 from nmoe.records import checkpoint
+from nmoe.records.reader import Branch
+from nmoe.train.schedule import tokens_of
 from nmoe.train.session import Session, TrainState
 from nmoe.train.watch import Watch
 
@@ -56,35 +58,38 @@ def meta(session: Session, state: TrainState) -> dict[str, Any]:
   return session.meta | {"tokens": state.tokens, "samples": samples}
 
 
-def resume(session: Session, state: TrainState) -> None:
-  """Load the newest checkpoint, if any, and forget the metrics logged after it.
+def resume(session: Session, state: TrainState, branch: Branch | None = None) -> None:
+  """Load the newest checkpoint, and forget the metrics logged after it. A run that has none begins
+  with the one of its branch, if it has one, which is read only.
 
-  Raises CheckpointError if it is of another identity.
+  Raises CheckpointError if it is of another identity, or is not the branch's any more.
   """
   folder = session.checkpoints.folder
   steps = checkpoint.steps(folder)
-  if not steps:
-    session.metrics.rewind(0)
-    return
-  written = checkpoint.manifest(folder / f"step_{steps[-1]:08d}")
-  if written["run"] != session.meta["run"]:
-    raise CheckpointError(
-      f"{folder}/step_{steps[-1]:08d} is of run {written['run']}, this is {session.meta['run']}; "
-      "move it away"
-    )
-  check_identity(configs.loads(written["config"]), session.config, folder)
-  checkpoint.load(folder, steps[-1], state.tensors(), session.parallel.first_expert)
-  state.step, state.tokens = steps[-1], tokens_of(written)
+  if steps:
+    _load(session, state, folder, steps[-1], session.meta["run"])
+  elif branch is not None:
+    written = _load(session, state, folder.parent / branch.trunk, branch.step, branch.trunk)
+    if checkpoint.digest(written) != branch.sha256:
+      raise CheckpointError(
+        f"{folder.parent / branch.trunk} has another checkpoint of step {branch.step} than when "
+        "this run was recorded; start a new run from it"
+      )
   session.startup.rewound = session.metrics.rewind(state.step)
 
 
-def tokens_of(manifest: dict[str, Any]) -> int:
-  """The tokens that a checkpoint had been trained on.
-
-  Before they stood in it, all steps of a run were of one batch_tokens.
-  """
-  batch = configs.loads(manifest["config"]).schedule.batch_tokens
-  return manifest.get("tokens", manifest["step"] * batch)
+def _load(
+  session: Session, state: TrainState, folder: Path, step: int, run_id: str
+) -> dict[str, Any]:
+  """The state of a checkpoint, in place; its manifest."""
+  path = folder / f"step_{step:08d}"
+  written = checkpoint.manifest(path)
+  if written["run"] != run_id:
+    raise CheckpointError(f"{path} is of run {written['run']}, this is {run_id}; move it away")
+  check_identity(configs.loads(written["config"]), session.config, folder)
+  checkpoint.load(folder, step, state.tensors(), session.parallel.first_expert)
+  state.step, state.tokens = step, tokens_of(written)
+  return written
 
 
 def check_identity(written: Config, wanted: Config, folder: Path) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from nmoe.config import file as configs
 from nmoe.config.sections import Config, ScheduleConfig
 
 
@@ -28,6 +29,15 @@ def end_of(step: int, tokens: int, config: ScheduleConfig) -> End:
   return End(step + left, tokens + left * config.batch_tokens)
 
 
+def tokens_of(manifest: dict[str, Any]) -> int:
+  """The tokens that a checkpoint was trained on.
+
+  Before they stood in its manifest, all steps of a run were of one batch_tokens.
+  """
+  batch = configs.loads(manifest["config"]).schedule.batch_tokens
+  return manifest.get("tokens", manifest["step"] * batch)
+
+
 def lr_factor(tokens: int, config: ScheduleConfig, end: int | None = None) -> float:
   """The factor on the peak learning rate of the step that starts after `tokens` tokens.
 
@@ -35,8 +45,8 @@ def lr_factor(tokens: int, config: ScheduleConfig, end: int | None = None) -> fl
   first nor the last step has a rate of zero, and linear phases of whole batches sum to their area.
   t / warmup_tokens while t < warmup_tokens; 1 up to total_tokens - decay_tokens; then, with x the
   share of decay_tokens behind t, final_ratio + (1 - final_ratio) · g(x): g is 1 - x ("linear")
-  or 1 - sqrt(x) ("sqrt"). Beyond its end a schedule with a decay stays at final_ratio. `end` are the
-  tokens of the last step (`end_of`); None: those of the last whole batch in total_tokens, since
+  or 1 - sqrt(x) ("sqrt"). Beyond its end a schedule with a decay stays at final_ratio. `end`: the
+  tokens after the last step (`end_of`); None: those of the last whole batch in total_tokens, since
   tokens short of a batch are not trained.
   """
   t = tokens + config.batch_tokens / 2

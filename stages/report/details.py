@@ -102,8 +102,9 @@ def commands(found: Findings, folder: Path) -> str:
   repeats = any((link.from_id, link.relation) == (e.id, "repeats") for link in found.links)
   if e.stage in OWN_COMMAND and not repeats:  # what checks add stands in no configuration
     files = [shlex.quote(str(folder / file_name(arm))) for arm in found.arms]
-    seeds = f"--seeds {max(len(arm.runs) for arm in found.arms)}"
-    lines.append(" \\\n  ".join([f"nmoe {OWN_COMMAND[e.stage]}", *files, seeds]))
+    trunks = [f"--from {run.branch}" for run in found.runs if run.branch]
+    seeds = trunks or [f"--seeds {max(len(arm.runs) for arm in found.arms)}"]
+    lines.append(" \\\n  ".join([f"nmoe {OWN_COMMAND[e.stage]}", *files, *seeds]))
   root = shlex.quote(str(folder.parent.parent))
   lines.append(f"# one run of it:\nnmoe rerun {first.id} --root {root}")
   return "\n".join(lines)

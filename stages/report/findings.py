@@ -65,6 +65,7 @@ class Arm:
       if run.status == "completed" and tag in logged:
         total += float(logged[tag][2].sum())
         steps += max(int(series[0][-1]) for series in logged.values())
+        steps -= run.branch.step if run.branch else 0
     return total / steps if steps else 0.0
 
   def flight(self, kind: str) -> dict[tuple[int, str, str], float]:

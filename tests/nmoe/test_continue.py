@@ -64,7 +64,9 @@ def changed(lab: Lab, run: str, values: dict) -> None:
 def samples(lab: Lab, first: int, number: int) -> torch.Tensor:
   """Their inputs, by the loader itself."""
   loader = Loader(open_data(lab.data), seq_len=64, seed=0)
-  return torch.stack([torch.from_numpy(loader.sample(n)[:-1]) for n in range(first, first + number)])
+  return torch.stack(
+    [torch.from_numpy(loader.sample(n)[:-1]) for n in range(first, first + number)]
+  )
 
 
 BATCHES = {  # batch_tokens, total_tokens, micro_batch: the last step
@@ -157,4 +159,6 @@ def test_a_checkpoint_of_before_tokens_stood_in_it(lab, fed, monkeypatch):
     run = stopped(lab, fed)
   changed(lab, run, {"schedule.batch_tokens": 1_024, "schedule.total_tokens": 10_240})
   assert lab.attempt(run) == 0
-  assert Metrics(lab.root, run).read()["lr/dense"][1].tolist()[-5:] == list(range(6144, 10241, 1024))
+  assert Metrics(lab.root, run).read()["lr/dense"][1].tolist()[-5:] == list(
+    range(6144, 10241, 1024)
+  )
