@@ -5,7 +5,8 @@ import torch
 from labs import Lab
 
 from nmoe.config import file as configs
-from nmoe.data.loader import Loader, Prefetcher, open_data
+from nmoe.data.loader import Loader, Prefetcher
+from nmoe.data.prepared import open_data
 from nmoe.records import checkpoint, metrics
 from nmoe.records.metrics import Metrics
 from nmoe.train import loop as train
