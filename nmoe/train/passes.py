@@ -31,7 +31,6 @@ class Passes:
       state.model,
       loader,
       c.train.routing_every if ranks.rank == 0 else 0,
-      sequences=c.sequences,
       local=c.sequences // ranks.ranks,
     )
     self.graph = Graph(state.model, self._all) if self.config.train.cuda_graph else None
@@ -42,7 +41,8 @@ class Passes:
     """
     self.state.model.set_forward_bf16(self._finishing())
     self.flight.start(self.state.step + 1)
-    self.routing.start(self.state.step + 1)
+    seen = self.state.tokens // self.config.data.seq_len
+    self.routing.start(self.state.step + 1, seen)
     if self.graph is not None:
       self.clock.start("graph")
     return self.ranks.run(partial(self.graph or self._all, tokens, targets), self._forget)

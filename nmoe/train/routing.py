@@ -25,20 +25,21 @@ from nmoe.model.decoder import Model
 class RoutingRecorder:
   """Measures the steps that are multiples of `every`; 0: none.
 
-  loader, sequences, micro_batch: whose samples rank 0 gets, the first `local` of each batch.
+  loader: whose samples rank 0 gets, the first `local` of each batch.
   """
 
-  def __init__(self, model: Model, loader: Loader, every: int, *, sequences: int, local: int):
+  def __init__(self, model: Model, loader: Loader, every: int, *, local: int):
     self.routers, self.loader, self.every = model.routers, loader, every
-    self.sequences, self.local = sequences, local
+    self.local = local
     self.sources = [source.name for source in loader.data.sources]
     self.hooks: list[torch.utils.hooks.RemovableHandle] = []
     self.forget()
 
-  def start(self, step: int) -> None:
-    """Before the first forward pass of `step`, counted from 1."""
+  def start(self, step: int, first: int) -> None:
+    """Before the first forward pass of `step`, counted from 1, whose batch begins at sample
+    `first`.
+    """
     if self.every and step % self.every == 0:
-      first = (step - 1) * self.sequences
       ids = np.arange(first, first + self.local, dtype=np.uint64)
       self.source_B = torch.from_numpy(self.loader.locate(ids)[0].astype(np.int64))
       self.hooks = [

@@ -10,6 +10,7 @@ from nmoe.data.prepared import open_data
 from nmoe.records import checkpoint, metrics
 from nmoe.records.metrics import Metrics
 from nmoe.train import loop as train
+from nmoe.train.routing import RoutingRecorder
 
 TRUNK = {
   "schedule__total_tokens": 10_240,
@@ -123,6 +124,16 @@ def test_the_forward_bf16_finish_begins_at_its_token(lab, fed, monkeypatch):
   monkeypatch.setattr(train.Model, "set_forward_bf16", lambda self, on: told.append(on))
   assert lab.attempt(run) == 0
   assert told == [False] * 3 + [True] * 2
+
+
+@pytest.mark.faults
+def test_what_is_seen_of_sources_is_of_the_samples_trained(lab, fed, monkeypatch):
+  run = stopped(lab, fed)
+  changed(lab, run, {"schedule.batch_tokens": 1_024, "schedule.total_tokens": 10_240})
+  told = []
+  monkeypatch.setattr(RoutingRecorder, "start", lambda self, *place: told.append(place))
+  assert lab.attempt(run) == 0
+  assert told == [(step, 80 + 16 * (step - 11)) for step in range(11, 16)]
 
 
 @pytest.mark.faults

@@ -49,11 +49,11 @@ def test_counts_by_source_and_gates_are_those_of_a_count_by_hand(lab):
   data = open_data(lab.data)
   loader = Loader(data, seq_len=64, seed=0)
   state = build(lab.config, lab.session("x").target, Parallel())
-  recorder = RoutingRecorder(state.model, loader, 4, sequences=16, local=16)
+  recorder = RoutingRecorder(state.model, loader, 4, local=16)
   tokens = [torch.from_numpy(x) for x in loader.batch(7, 16)]
   seen = []
   (router,) = state.model.routers
-  recorder.start(8)
+  recorder.start(8, 16 * (8 - 1))
   handle = router.register_forward_hook(lambda _, args, routing: seen.append(routing))
   for x, y in zip(tokens[0].chunk(2), tokens[1].chunk(2), strict=True):
     state.model(x, y)
@@ -72,7 +72,7 @@ def test_counts_by_source_and_gates_are_those_of_a_count_by_hand(lab):
   np.testing.assert_array_equal(np.stack([found[name][0] for name in names]), count)
   np.testing.assert_allclose(found["gate"][0], gate / gate.mean(), rtol=1e-5)
   assert not router._forward_hooks and recorder.stop() == {}
-  recorder.start(9)
+  recorder.start(9, 16 * (9 - 1))
   assert not router._forward_hooks, "step 9 is not sampled"
 
 
