@@ -31,6 +31,10 @@ class RecordError(NmoeError):
   """The experiment or metrics database cannot be read or written."""
 
 
+class OtherCodeError(RecordError):
+  """A process has imported other code, or finds other libraries, than the run's record says."""
+
+
 class RunError(NmoeError):
   """A run stopped: a non-finite loss, two processes on one run, or a failed child process."""
 

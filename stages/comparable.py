@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nmoe.data.heldout import differences, heldout_set
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.measures import MEASURES
-from nmoe.records.reader import Hypothesis, Run
+from nmoe.records.reader import Hypothesis, Reader, Run, places
 from stages.workbench import Arm
 
 
@@ -34,9 +34,19 @@ def _held_out(arm: Arm) -> dict[str, str]:
   return heldout_set(arm.data, arm.config.data.seq_len, arm.config.data.val_tokens)
 
 
-def check_one_machine(hypotheses: Sequence[Hypothesis], runs: Sequence[Run]) -> None:
-  """RunError if a metric depends on the device and runs were on several, or on several versions."""
+def check_one_machine(
+  hypotheses: Sequence[Hypothesis], runs: Sequence[Run], records: Reader
+) -> None:
+  """RunError if a metric depends on the device and runs were on several, or on several versions,
+  also one run that was continued on another.
+  """
   metrics = [h.metric for h in hypotheses if MEASURES[h.metric].device_dependent]
+  moved = [run.id for run in runs if metrics and len(places(records.starts(run.id))) > 1]
+  if moved:
+    raise RunError(
+      f"{metrics[0]} depends on the machine, but {', '.join(moved)} began on one and was continued "
+      "on another, or with other versions, no verdict; run again: other runs take their place"
+    )
   machines = {machine(run): run for run in runs if run.status == "completed"}
   if metrics and len(machines) > 1:
     told = "; ".join(f"run {run.id}: {' '.join(name)}" for name, run in machines.items())

@@ -24,6 +24,7 @@ from rich.console import Console
 from nmoe.errors import NmoeError
 from nmoe.evals.sources import prepare
 from nmoe.records.attempts import History
+from nmoe.records.provenance import REPO
 from nmoe.train.progress import Heartbeat
 from stages import ablate
 from stages.prod import launching
@@ -243,9 +244,9 @@ def beside(root: Path) -> Iterator[None]:
   `{root}.log`. A later call goes on where it was stopped.
   """
   root.parent.mkdir(parents=True, exist_ok=True)
-  command = [sys.executable, "-m", "stages.demo", str(root)]
+  command = [sys.executable, "-m", "stages.demo", str(root.resolve())]
   with root.with_suffix(".log").open("a") as log:
-    maker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    maker = subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
   try:
     yield
   finally:

@@ -19,6 +19,7 @@ from nmoe.errors import CheckpointError, ConfigError, RecordError
 from nmoe.model.export import Source, compare_tensors, unfinished, write_folder, write_json
 from nmoe.model.hf_config import model_type_of
 from nmoe.records import checkpoint
+from nmoe.records.provenance import REPO
 from nmoe.records.reader import Reader
 from nmoe.records.root import Root
 
@@ -102,8 +103,15 @@ def check_logits(
     return {"level": "tensors", "why": why}
   say(f"comparing {layers} layers with transformers")
   command = [sys.executable, "-m", "nmoe.model.agreement", "--layers", str(layers)]
-  command += ["--folder", str(folder), "--checkpoint", str(source.path), "--dtype", source.dtype]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  command += [
+    "--folder",
+    str(folder.resolve()),
+    "--checkpoint",
+    str(source.path.resolve()),
+    "--dtype",
+    source.dtype,
+  ]
+  done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
   if done.returncode:
     raise CheckpointError(f"the check of {folder} failed:\n{done.stderr.strip()[-2000:]}")
   found = json.loads(done.stdout.splitlines()[-1])

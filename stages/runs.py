@@ -15,8 +15,8 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import RunError
 from nmoe.records.measures import MEASURES
-from nmoe.records.provenance import environment
-from nmoe.records.reader import Experiment, Hypothesis, Run
+from nmoe.records.provenance import differences, environment
+from nmoe.records.reader import Experiment, Hypothesis, Run, places
 from nmoe.records.root import Root
 from nmoe.train.progress import FAILED_FOR_GOOD, Entry
 from stages.judge.table import Judgement
@@ -138,7 +138,9 @@ class Work:
       return None
     else:
       self.hand_over(run, config)
-      display.say(f"{label(arm, seed)}: {run.status} before as run {run.id}, continued")
+      changes = _changes(run)
+      note = f" ({'; '.join(changes)})" if changes else ""
+      display.say(f"{label(arm, seed)}: {run.status} before as run {run.id}, continued{note}")
     return run
 
   def _say_what_was_left(self, run: Run, name: str, display: Display) -> None:
@@ -152,9 +154,16 @@ class Work:
       )
 
   def _usable(self, run: Run) -> bool:
-    """Whether a run of the same computation also measured this machine, where that matters."""
-    here = (socket.gethostname(), environment())
-    return not self.measures_the_machine or (run.host, run.environment) == here
+    """Whether a run of the same computation also measured this machine alone, where that matters,
+    and can go on: one that never began does so with the versions of its record only.
+    """
+    starts, now = self.bench.experiments.starts(run.id), environment()
+    begun = starts or Root(self.bench.root).checkpoint_steps(run.id)
+    if not run.finished and not begun and differences(run.environment, now):
+      return False
+    here = (socket.gethostname(), now)
+    alone = len(places(starts)) <= 1 and (run.host, run.environment) == here
+    return alone or not self.measures_the_machine
 
   def repeat(
     self,
@@ -286,10 +295,14 @@ def label(arm: Arm, seed: int) -> str:
 
 def _since(run: Run) -> str:
   """From when a run is, and what of its versions and host is another one now."""
+  return f" ({'; '.join([f'of {run.updated[:10]}', *_changes(run)])})"
+
+
+def _changes(run: Run) -> list[str]:
+  """Versions and host that are others now than a run was recorded with."""
   now = environment() | {"host": socket.gethostname()}
   then = run.environment | {"host": run.host}
-  changed = [f"{k} {then.get(k, '—')}, now {now[k]}" for k in now if then.get(k) != now[k]]
-  return f" ({'; '.join([f'of {run.updated[:10]}', *changed])})"
+  return [f"{k} {then.get(k, '—')}, now {now[k]}" for k in now if then.get(k) != now[k]]
 
 
 class SideBySide:

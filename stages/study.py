@@ -84,7 +84,7 @@ def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:
     work.plan(tuple(arms.values()))
     runs += work.run_all(pairs)
     work.check(runs)
-    check_one_machine(study.hypotheses, runs)
+    check_one_machine(study.hypotheses, runs, work.bench.experiments)
     new = runs[len(results) :]
     results += [_result(arm, run) for (arm, _), run in zip(pairs, new, strict=True)]
     pairs = study.further(Table(tuple(results))) if study.further else ()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from labs import Launches, open_lab
 
+from nmoe.train import loop as train
 from stages import workbench
 from stages.launch import local as launch
 from stages.launch import pool
@@ -56,4 +57,5 @@ def launches(lab, monkeypatch):
   monkeypatch.setattr(launch.Launcher, "start", lambda self, *args: made.start(self, *args))
   monkeypatch.setattr(pool.Slot, "begin", lambda self, *args: made.start(self.launcher, *args))
   monkeypatch.setattr(workbench, "provenance", lambda repo: ("0123456789abcdef", "", "code"))
+  monkeypatch.setattr(train, "check_versions", lambda *_: None)
   return made

@@ -22,6 +22,8 @@ from kernels.arch import environment
 from kernels.errors import KernelError
 from kernels.shapes import Shapes
 
+CODE = Path(__file__).resolve().parents[2]  # a child imports from here, not where it is started
+
 
 def build(
   shapes: Sequence[Shapes],
@@ -44,9 +46,9 @@ def build(
     if inspect:
       child |= {"CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": folder}
       command += ["--workers", "1"]
-    command += ["--stamps", *(str(stamp(one, arch, cache_root)) for one in shapes)]
+    command += ["--stamps", *(str(stamp(one, arch, cache_root).resolve()) for one in shapes)]
     command += ["--records", str(out)]
-    done = subprocess.run(command, env=child, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CODE, env=child, capture_output=True, text=True)
     if done.returncode:
       tail = "\n".join(done.stderr.splitlines()[-15:])
       raise KernelError(f"building the kernels for {arch} failed (exit {done.returncode}):\n{tail}")
@@ -73,10 +75,16 @@ def start(
     return None
   else:
     command, child = _child([shapes], arch, cache_root, env)
-    command += ["--stamps", str(done)]
+    command += ["--stamps", str(done.resolve())]
     with log.open("a") as out:  # the child inherits the lock, which its end releases
       return subprocess.Popen(
-        command, env=child, stdout=out, stderr=out, pass_fds=(lock,), start_new_session=True
+        command,
+        cwd=CODE,
+        env=child,
+        stdout=out,
+        stderr=out,
+        pass_fds=(lock,),
+        start_new_session=True,
       )
   finally:
     os.close(lock)
@@ -99,4 +107,5 @@ def _child(
   """The command and the environment of a process that compiles; it sees no GPU."""
   given = json.dumps([asdict(one) for one in shapes])
   command = [sys.executable, "-m", "kernels.tools.compiler", given]
-  return command, {**env, **environment(arch, cache_root), "CUDA_VISIBLE_DEVICES": ""}
+  cache = Path(cache_root).resolve()
+  return command, {**env, **environment(arch, cache), "CUDA_VISIBLE_DEVICES": ""}

@@ -12,6 +12,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import NmoeError
 from nmoe.records.experiments import Experiments
+from nmoe.records.provenance import check_code
 from nmoe.records.reader import Reader
 
 Measure = Callable[[argparse.Namespace, Config], dict[str, Any]]
@@ -25,6 +26,7 @@ def recorded(options: argparse.Namespace, measure: Measure) -> int:
     if options.rank > 0:
       with closing(Reader(options.root)) as reader:
         run = reader.run(options.run)
+      check_code(run.id, run.code_version)
       measure(options, configs.loads(run.toml, f"run {run.id}", env={}))
     else:
       _first(options, measure)
@@ -39,6 +41,7 @@ def _first(options: argparse.Namespace, measure: Measure) -> None:
   with closing(Experiments(options.root)) as records:
     run = records.claim(options.run)
     try:
+      check_code(run.id, run.code_version)
       found = measure(options, configs.loads(run.toml, f"run {run.id}", env={}))
     except BaseException as error:
       name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "

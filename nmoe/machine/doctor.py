@@ -24,6 +24,7 @@ from nmoe import files
 from nmoe.config.parameters import num_parameters
 from nmoe.config.sections import Config
 from nmoe.machine.versions import installed, pip_line, python_clauses, requirements, satisfies
+from nmoe.records.provenance import REPO
 
 OURS = ("kernels", "nmoe", "stages")
 TORCH_RUNS = ">=2.11"  # other than the pinned torch, these run too
@@ -199,6 +200,6 @@ def _sqlite_excludes(path: Path) -> bool:
 
 def _run(command: list[str]) -> str:
   done = subprocess.run(
-    command, capture_output=True, text=True, check=True, timeout=PROBE_TIMEOUT_S
+    command, cwd=REPO, capture_output=True, text=True, check=True, timeout=PROBE_TIMEOUT_S
   )
   return done.stdout

@@ -37,6 +37,7 @@ from nmoe.records.reader import (
   Hypothesis,
   Reader,
   Run,
+  Start,
   decoded_run,
 )
 from nmoe.records.root import Root
@@ -440,6 +441,12 @@ class Experiments(Reader):
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
     self._update("runs", run_id, {"status": "running", "error": "", **owner})
     return self.run(run_id)
+
+  def add_start(self, run_id: str, start: Start) -> None:
+    """Record that this process executes a run from a step on."""
+    row = (run_id, start.step, start.host, start.device, json.dumps(start.environment), _now())
+    with self._writing() as db:
+      db.execute("INSERT INTO starts VALUES (?,?,?,?,?,?)", row)
 
   def release(self, run_id: str) -> None:
     """Give up a run of this process, if it is one, so that a child can claim it: "interrupted"."""

@@ -162,6 +162,18 @@ def branches(db: sqlite3.Connection) -> None:
     _fixed(db, "branches", change)
 
 
+def starts(db: sqlite3.Connection) -> None:
+  """Schema 6: where and with what a run began, and was continued; `environment` is JSON."""
+  db.execute(
+    """CREATE TABLE starts (
+    run_id TEXT NOT NULL REFERENCES runs(id), step INTEGER NOT NULL, host TEXT NOT NULL,
+    device TEXT NOT NULL, environment TEXT NOT NULL, created TEXT NOT NULL)"""
+  )
+  db.execute("CREATE INDEX starts_of_run ON starts (run_id)")
+  for change in ("UPDATE", "DELETE"):
+    _fixed(db, "starts", change)
+
+
 def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
   """Refuse a kind of change of a table from now on."""
   db.execute(
@@ -177,6 +189,7 @@ MIGRATIONS: tuple[Step, ...] = (
   evaluations,
   attempts_and_events,
   branches,
+  starts,
 )
 
 

@@ -6,8 +6,14 @@ import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+from nmoe.errors import OtherCodeError
+
+REPO = Path(__file__).resolve().parents[2]  # the checkout, or what it is installed as
 
 PACKAGES = (
   "torch",
@@ -33,13 +39,57 @@ def provenance(repo: str | Path) -> tuple[str, str, str]:
   names and bytes of the .py files of nmoe/ and kernels/, which decide what a run computes.
   """
   repo = Path(repo)
+  commit = _git(repo, "rev-parse", "HEAD").strip()
+  diff = _changes(repo) if commit else ""
+  return commit, diff, code_version(repo)
+
+
+def code_version(repo: Path = REPO) -> str:
+  """12 hex digits over names and bytes of a checkout's .py files that decide what a run does."""
   code = hashlib.sha256()
   for path in sorted(p for package in ("nmoe", "kernels") for p in (repo / package).rglob("*.py")):
     code.update(f"{path.relative_to(repo).as_posix()}\0{path.stat().st_size}\0".encode())
     code.update(path.read_bytes())
-  commit = _git(repo, "rev-parse", "HEAD").strip()
-  diff = _changes(repo) if commit else ""
-  return commit, diff, code.hexdigest()[:12]
+  return code.hexdigest()[:12]
+
+
+@cache
+def imported() -> tuple[str, dict[str, str]]:
+  """(code_version, environment) of this process: as they were at the first call, which belongs
+  before the import of what they cover.
+  """
+  return code_version(), environment()
+
+
+def check_code(run_id: str, recorded: str) -> None:
+  """OtherCodeError unless this process has imported the code that a run's record states.
+
+  It has, if the files were that code before the imports and still are after them.
+  """
+  before, now = imported()[0], code_version()
+  for version in (before, now):
+    if version != recorded:
+      raise OtherCodeError(
+        f"run {run_id} is recorded with code {recorded}, but this process imported {version} from "
+        f"{REPO}: files of nmoe/ or kernels/ were changed meanwhile; restore them and run again to "
+        "go on, or run again under the new code, which makes a new run"
+      )
+
+
+def differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+  """Versions of a record that were found to be others, for people."""
+  pairs = ((name, value, found.get(name, "none")) for name, value in recorded.items())
+  return [f"{name} {value}, here {here}" for name, value, here in pairs if value != here]
+
+
+def check_versions(run_id: str, recorded: Mapping[str, str]) -> None:
+  """OtherCodeError unless this process found the versions that a run's record states."""
+  changed = differences(recorded, imported()[1])
+  if changed:
+    raise OtherCodeError(
+      f"run {run_id} is recorded with {'; '.join(changed)}: packages were changed after it was "
+      "recorded; restore them, or run again for a new run"
+    )
 
 
 def _changes(repo: Path) -> str:

@@ -181,6 +181,32 @@ class Evaluation:
   created: str = ""
 
 
+@dataclass(frozen=True)
+class Start:
+  """A process that began to execute a run, at a step."""
+
+  step: int
+  host: str
+  device: str
+  environment: dict[str, str]
+  created: str = ""
+
+  def changes(self, before: Start) -> str:
+    """What is another than at a start before, for people; "" if nothing."""
+    pairs = {"host": (before.host, self.host), "device": (before.device, self.device)}
+    for name in before.environment | self.environment:
+      pairs[name] = (before.environment.get(name, "none"), self.environment.get(name, "none"))
+    return ", ".join(f"{k} {then} → {now}" for k, (then, now) in pairs.items() if then != now)
+
+
+def places(starts: Sequence[Start]) -> set[tuple[str, ...]]:
+  """The different hosts, devices and versions of a run's starts."""
+  return {
+    (s.host, s.device, *(f"{name} {value}" for name, value in sorted(s.environment.items())))
+    for s in starts
+  }
+
+
 class Reader:
   """The records of one root, opened read-only: it creates, changes and locks nothing.
 
@@ -270,6 +296,12 @@ class Reader:
     """The links from and to an experiment, oldest first."""
     sql = "SELECT * FROM links WHERE from_id = ? OR to_id = ? ORDER BY rowid"
     return [Link(**row) for row in self._read(sql, experiment_id, experiment_id)]
+
+  def starts(self, run_id: str) -> list[Start]:
+    """Of a run, oldest first; [] if it was made before they were recorded."""
+    sql = "SELECT step, host, device, environment, created FROM starts WHERE run_id = ? "
+    rows = self._read(sql + "ORDER BY rowid", run_id)
+    return [Start(**{**dict(row), "environment": decoded(row["environment"])}) for row in rows]
 
   def evaluations(self, run_id: str) -> list[Evaluation]:
     """What `nmoe eval` measured of a run, oldest first."""

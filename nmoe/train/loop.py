@@ -37,6 +37,7 @@ from nmoe.errors import (
   DataError,
   DivergedError,
   NmoeError,
+  OtherCodeError,
   TargetError,
 )
 from nmoe.machine.target import Target, select
@@ -44,7 +45,8 @@ from nmoe.model.decoder import Model, update_router_bias
 from nmoe.records import checkpoint
 from nmoe.records.attempts import Attempts, History
 from nmoe.records.metrics import Metrics
-from nmoe.records.reader import Run
+from nmoe.records.provenance import check_code, check_versions, imported
+from nmoe.records.reader import Run, Start
 from nmoe.records.root import Root
 from nmoe.train.clock import Clock
 from nmoe.train.evaluations import Evaluations, due
@@ -61,7 +63,8 @@ from nmoe.train.watch import StepValues, Watch
 
 Opened = Callable[..., PreparedData]  # nmoe.data.prepared.open_data, or one that remembers
 
-FINAL = (DivergedError, ConfigError, TargetError, DataError)  # another try would end alike
+# Another try would end alike.
+FINAL = (DivergedError, ConfigError, TargetError, DataError, OtherCodeError)
 NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
   "model.init",
   "model.init_std",
@@ -214,6 +217,7 @@ def execute(
   rank, local_ranks = options.rank, options.local_ranks
   local_rank = rank if options.local_rank is None else options.local_rank
   target = select(config, local_rank, local_ranks)
+  check_code(run.id, run.code_version)  # again: the target's kernels were imported
   startup.end("kernels")
   ranks = parallel.init(config, target, rank, options.rendezvous, local_ranks)
   data = opened(Root(root).data / run.data_digest, verify=options.rank == 0)
@@ -242,6 +246,8 @@ def execute(
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
   state = build(config, target, ranks, Root(root))
   resume(session, state, run.branch)
+  if experiments is not None:
+    began(experiments, run, state, target)
   if experiments is not None and options.attempt:
     experiments.started(run.id, options.attempt, state.step, socket.gethostname())
   startup.end("model")
@@ -263,6 +269,16 @@ def execute(
   return 0
 
 
+def began(records: Attempts, run: Run, state: TrainState, target: Target) -> None:
+  """Record where the run is executed from here on; say what is another than before."""
+  now = Start(state.step, socket.gethostname(), target.name, imported()[1])
+  for before in records.starts(run.id)[-1:]:
+    changes = now.changes(before)
+    if changes:
+      sys.stderr.write(f"continued at step {state.step} with {changes}\n")
+  records.add_start(run.id, now)
+
+
 def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
   """Execute the run and, on rank 0, own its record meanwhile: whatever fails is written there.
 
@@ -272,11 +288,15 @@ def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
   if options.rank > 0:
     with closing(History(options.root)) as reader:
       run = reader.run(options.run)
+    check_code(run.id, run.code_version)
     return execute(options, run, None, opened)
   with closing(Attempts(options.root)) as records:
     run = records.claim(options.run)
     records.wait_longer()
     try:
+      check_code(run.id, run.code_version)
+      if not records.starts(run.id) and not Root(options.root).checkpoint_steps(run.id):
+        check_versions(run.id, run.environment)
       return execute(options, run, records, opened)
     except KeyboardInterrupt:
       records.update_run(run.id, status="interrupted", error="rank 0 got SIGINT")

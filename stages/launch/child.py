@@ -17,6 +17,8 @@ import runpy
 import signal
 import sys
 
+from nmoe.records import provenance
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 RECORDED = (0, 75, 76)  # completed, told to stop, failed for good: nmoe.train.loop
 
@@ -48,6 +50,7 @@ def main() -> None:
   parser.add_argument("arguments", nargs=argparse.REMAINDER)
   options = parser.parse_args()
   die_with(options.parent, signal.SIGKILL if options.agent else signal.SIGTERM)
+  provenance.imported()  # what follows is imported from these files
   more = place() if options.agent else []
   sys.argv = [options.module, *options.arguments, *more]
   try:

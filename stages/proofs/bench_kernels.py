@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kernels.arch import ARCHS, environment
 from nmoe.errors import ConfigError, RunError
+from nmoe.records.provenance import REPO
 from nmoe.records.root import Root
 from stages.launch.local import parent_environment
 
@@ -37,9 +38,9 @@ def measure(
   if arch not in ARCHS:
     raise ConfigError(f"{arch!r} has no kernels to measure; pass --arch {' or '.join(ARCHS)}")
   command = [sys.executable, "-m", "kernels.tools.bench", "--repeats", str(repeats), *names]
-  env = parent_environment() | environment(arch, Root(root).kernel_cache)
+  env = parent_environment() | environment(arch, Root(root.resolve()).kernel_cache)
   with console.status(f"measuring {', '.join(names) or 'all kernels'}"):
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=False)
   if done.returncode:
     raise RunError(f"{' '.join(command[1:])} failed: {done.stderr[-2000:].strip()}")
   where, *rows = map(json.loads, done.stdout.splitlines())

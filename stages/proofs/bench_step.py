@@ -20,6 +20,7 @@ from nmoe.config import plan
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.records.metrics import Series, read
+from nmoe.records.provenance import REPO
 from nmoe.records.reader import Run
 from nmoe.train.progress import Entry
 from nmoe.train.startup import PHASES as STARTUP
@@ -153,9 +154,10 @@ def phases_ms(series: Mapping[str, Series]) -> dict[str, list[float]]:
 
 def loader_rate(config: Config, data: Path) -> float:
   """Tokens per second of the loader alone, in a process of its own: this one never needs torch."""
-  given = (str(data), str(config.data.seq_len), str(config.train.seed))
+  given = (str(data.resolve()), str(config.data.seq_len), str(config.train.seed))
   command = [sys.executable, "-m", "nmoe.bench.loader", *given]
-  return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+  done = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
+  return float(done.stdout)
 
 
 def _show(b: StepBench, console: Console) -> None:

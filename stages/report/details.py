@@ -81,6 +81,7 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
     ("data digest", _distinct(run.data_digest for run in runs)),
     *fingerprints,
     ("host", _distinct(run.host for run in runs)),
+    *([("continued", "; ".join(found.moves))] if found.moves else []),
     *((name, _distinct(str(run.environment.get(name, "—")) for run in runs)) for name in names),
   ]
 

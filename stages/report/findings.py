@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,7 @@ class Findings:
   links: tuple[Link, ...]
   rows: tuple[Row, ...]
   seeds: tuple[int, ...]  # that both arms of a pair have
+  moves: tuple[str, ...] = ()  # runs that were continued elsewhere, or with other versions
 
   @property
   def runs(self) -> list[Run]:
@@ -206,10 +208,17 @@ def gather(root: Path, name: str) -> Findings:
     runs = tuple(by_seed[seed] for seed in sorted(by_seed))
     arms.append(Arm(arm, runs, tuple(metrics.read(root, run.id) for run in runs)))
   links = tuple(records.links(experiment.id))
+  moves = tuple(move for arm in arms for run in arm.runs for move in _moves(records, run))
   records.close()
   seeds = tuple(sorted(set.intersection(*map(set, newest.values())))) if newest else ()
   rows = tuple(row for key in RESULTS if (row := _row(key, arms, seeds)))
-  return Findings(experiment, tuple(arms), links, rows, seeds)
+  return Findings(experiment, tuple(arms), links, rows, seeds, moves)
+
+
+def _moves(records: Reader, run: Run) -> list[str]:
+  found = pairwise(records.starts(run.id))
+  told = ((now.step, now.changes(before)) for before, now in found)
+  return [f"{run.id} at step {step} with {changes}" for step, changes in told if changes]
 
 
 def _row(key: str, arms: Sequence[Arm], seeds: Sequence[int]) -> Row | None:
