@@ -141,7 +141,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
   matrices: Literal["adamw", "muon"] = identity("adamw")  # of attention and dense matrices
-  experts: Literal["adamw", "muon"] = identity("adamw")
+  experts: Literal["adamw", "muon"] = identity("adamw")  # Muon skips those without a token
   dense_lr: float = schedule(ge=0)
   router_lr: float = schedule(ge=0)
   expert_lr: float = schedule(ge=0)

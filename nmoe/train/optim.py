@@ -41,6 +41,7 @@ class Slot:
   """Rows of one parameter with what a step needs of them. fp32 rows are their own master."""
 
   name: str
+  group: str  # of GROUPS
   param: nn.Parameter
   rows: slice  # those that this rank owns
   data: Tensor  # the rows without autograd
@@ -120,7 +121,7 @@ class Optimizer:
     dtype = torch.bfloat16 if self.config.moments == "bf16" else torch.float32
     names = ("momentum",) if blocks else ("exp_avg", "exp_avg_sq")
     moments = {n: torch.zeros_like(data, dtype=dtype) for n in names}
-    slot = Slot(name, param, rows, data, data.float(), moments, copies)
+    slot = Slot(name, group, param, rows, data, data.float(), moments, copies)
     self.slots[group].append(slot)
     self._batch(group, slot, blocks).slots.append(slot)
 
@@ -206,7 +207,13 @@ class Optimizer:
     )
 
   def _muon(self, batch: Batch, lr_factor: float, grad_scale: Tensor) -> None:
-    """W -= lr · (0.2 · sqrt(max(A, B)) · O + decay · W), O of each block [A, B] (2502.16982)."""
+    """W -= lr · (0.2 · sqrt(max(A, B)) · O + decay · W), O of each block [A, B] (2502.16982).
+
+    An expert that got no token in the step, whose gradient is zero, is left alone: no update, no
+    decay, and its momentum stays, as for a parameter that has no gradient in torch's optimizers. O
+    does not shrink with a fading momentum: it would move the expert on, in a stale direction, by
+    nearly its own norm. (AdamW's step fades by itself, and stays as torch's is.)
+    """
     lr = torch.where(grad_scale.isnan(), 0.0, batch.lr * lr_factor)
     updates = torch.stack([self._direction(slot, grad_scale) for slot in batch.slots])
     for block, scale in zip(batch.blocks, batch.scales, strict=True):
@@ -216,7 +223,8 @@ class Optimizer:
       size = UPDATE_RMS * math.sqrt(max(matrices.shape[-2:])) * scale
       part.copy_(orthogonal.view_as(part)).mul_(size)
     for slot, update in zip(batch.slots, updates, strict=True):
-      slot.master.mul_(1 - lr * batch.weight_decay).sub_(update.mul_(lr))
+      rate = lr if slot.group != "expert" else torch.where(_got_tokens(slot.grad), lr, 0.0)
+      slot.master.mul_(1 - rate * batch.weight_decay).sub_(update.mul_(rate))
       if slot.data is not slot.master:
         slot.data.copy_(slot.master)
 
@@ -226,6 +234,8 @@ class Optimizer:
     old = momentum.float()
     grad = torch.where(grad_scale.isnan(), old, slot.grad.float() * grad_scale)
     average = old.lerp(grad, 1 - mu)
+    if slot.group == "expert":
+      average = torch.where(_got_tokens(slot.grad), average, old)
     momentum.copy_(average)
     return grad.lerp(average, mu)
 
@@ -264,6 +274,11 @@ class Optimizer:
           f"{list(tensor.shape)}; load a checkpoint of the same [model] and [moe]"
         )
       tensor.copy_(state[key])
+
+
+def _got_tokens(grad: Tensor) -> Tensor:
+  """bool [E, 1, 1]: the experts whose gradient [E, A, B] is not zero throughout."""
+  return torch.linalg.vector_norm(grad, torch.inf, dim=(-2, -1), keepdim=True) != 0
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

@@ -124,8 +124,8 @@ class Plain(nn.Module):
 def torch_newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
   coefficients = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
   return torch.stack(
-    [_muon._zeropower_via_newtonschulz(x, coefficients, steps, _muon.EPS) for x in g]
-  )
+    [_muon._zeropower_via_newtonschulz(x, coefficients, steps, _muon.EPS) for x in g.flatten(0, -3)]
+  ).view_as(g)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
@@ -196,6 +196,79 @@ def test_muon_batches_same_shaped_matrices():
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+IDLE = [  # experts without a token, step by step
+  (),
+  (1,),
+  (1, 2),
+  (1,),
+  (0, 1, 2, 3),
+  (),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_muon_leaves_an_expert_without_a_token_alone(micro_batch):
+  """Each expert is as torch's Muon makes it that takes only the steps in which it got tokens: its
+  momentum stays, and no decay.
+  """
+  c = config(
+    **{"optim.experts": "muon", "train.micro_batch": micro_batch, "optim.expert_weight_decay": 0.2}
+  )
+  model, _ = build(c)
+  ops = SimpleNamespace(newton_schulz=torch_newton_schulz, adamw=reference.adamw)
+  optimizer = Optimizer(model, c, ops)
+  names = [n for n, _ in model.named_parameters() if n.endswith("experts.w2")]
+  params = dict(model.named_parameters())
+  oracle, theirs = {}, {}
+  for name in names:
+    for e in range(4):
+      oracle[name, e] = params[name][e].detach().clone().requires_grad_()
+      theirs[name, e] = torch.optim.Muon(
+        [oracle[name, e]],
+        lr=c.optim.expert_lr,
+        weight_decay=0.2,
+        momentum=c.optim.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+      )
+  for seed, idle in enumerate(IDLE):
+    fill_grads(model, seed)
+    before = snapshot(model, optimizer)
+    for name in params:
+      if ".experts." in name:
+        params[name].grad[list(idle)] = 0
+    for name, e in oracle:
+      if e not in idle:
+        oracle[name, e].grad = params[name].grad[e].clone()
+        theirs[name, e].step()
+    optimizer.step(1.0, ONE)
+    after = snapshot(model, optimizer)
+    for key, x in after.items():
+      if ".experts." in key:
+        for e in range(4):
+          assert torch.equal(x[e], before[key][e]) == (e in idle), (seed, key, e)
+  for name, e in oracle:
+    torch.testing.assert_close(params[name][e], oracle[name, e], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.faults
+def test_an_expert_without_a_token_changes_no_bit_of_the_others():
+  c = config(**{"optim.experts": "muon"})
+  states = []
+  for idle in (True, False):
+    model, optimizer = build(c)
+    for seed in range(3):
+      fill_grads(model, seed)
+      for name, p in model.named_parameters():
+        if idle and ".experts." in name and seed:
+          p.grad[1] = 0
+      optimizer.step(0.5, torch.tensor(0.25))
+    states.append(snapshot(model, optimizer))
+  for key, x in states[0].items():
+    kept = [0, 2, 3] if ".experts." in key else slice(None)
+    assert torch.equal(x[kept], states[1][key][kept]) if x.ndim else x == states[1][key], key
+
+
 def test_every_parameter_is_in_its_group():
   c = config(**{"optim.matrices": "muon", "optim.experts": "muon"})
   model, optimizer = build(c)
@@ -221,7 +294,8 @@ def test_decay_takes_the_base_rate_and_spares_norms(kind):
   for p in model.parameters():
     p.grad = torch.zeros_like(p)
   optimizer.step(0.5, ONE)
-  shrink = {"dense": 1 - 0.5e-2 * 0.1, "router": 1.0, "expert": 1 - 1.5e-2 * 0.3}
+  idle = kind == "muon"  # an expert that got no token
+  shrink = {"dense": 1 - 0.5e-2 * 0.1, "router": 1.0, "expert": 1.0 if idle else 1 - 1.5e-2 * 0.3}
   for name, p in model.named_parameters():
     factor = shrink[parameter_group(name)] if p.ndim > 1 else 1.0
     if factor == 1.0:
