@@ -199,7 +199,7 @@ class ScheduleConfig:
 class TrainConfig:
   seed: int = identity(0, ge=0)
   micro_batch: int = schedule(gt=0)  # sequences of one forward pass on one rank
-  loss_chunk: int = free(4096, gt=0)  # tokens whose logits live at a time
+  loss_chunk: int = schedule(4096, gt=0)  # tokens whose logits live at a time; sums round by it
   recompute: tuple[Literal["norm", "qkv", "swiglu"], ...] = free(())  # in place of keeping it
   cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
   log_every: int = free(10, gt=0)
