@@ -349,7 +349,7 @@ def _moments_of_step(config: Config) -> Iterator[_Moment]:
     f"{head:,} · 4 head gradient, {loss.dx:,} dx, {chunk} · {m.vocab_size} · {width} logits",
   )
   scores = (m.num_layers - m.num_dense_layers) * tokens * config.moe.num_experts * 4
-  scores *= config.moe.balance_alpha > 0  # their gradient, as long as a layer still wants it
+  scores *= config.moe.has_balance_loss  # their gradient, as long as a layer still wants it
   yield _Moment(
     "balance loss, backward",
     sum(layers) + ends,
@@ -401,7 +401,7 @@ def _kept_terms(config: Config, layer: int) -> dict[str, float]:
   }
   if layer < m.num_dense_layers:
     return terms | {"SwiGLU inputs": mlp * m.dense_dim}
-  terms["routing"] = costs.route(e.num_experts, e.top_k, e.score, e.balance_alpha > 0)
+  terms["routing"] = costs.route(e.num_experts, e.top_k, e.score, e.has_balance_loss)
   terms["SwiGLU inputs"] = (e.top_k + e.num_shared) * mlp * e.expert_dim
   if config.expert_ranks > 1:
     spare = max(config.rdep.capacity, 1) - 1

@@ -112,7 +112,13 @@ class MoeConfig:
   route_scale: float = identity(1.0, gt=0)
   bias_update_rate: float = identity(0.001, ge=0, le=100)  # 0: no aux-loss-free balancing
   balance_alpha: float = identity(0.0001, ge=0)  # weight of the sequence-wise balance loss
+  global_balance_alpha: float = identity(0.0, ge=0)  # of the global-batch balance loss; 0: none
   forced_balance: bool = identity(False)  # benchmark switch: expert = (t·K + k) mod E
+
+  @property
+  def has_balance_loss(self) -> bool:
+    """Whether the scores of all layers are kept for one of the balance losses."""
+    return self.balance_alpha > 0 or self.global_balance_alpha > 0
 
 
 @dataclass(frozen=True, kw_only=True)

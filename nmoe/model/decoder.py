@@ -33,13 +33,13 @@ from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.model.init import NormalInit
 from nmoe.model.recompute import Source, source
-from nmoe.model.router import Router, balance_loss, update_bias
+from nmoe.model.router import Router, balance_loss, global_balance_loss, update_bias
 
 
 class ModelOutput(NamedTuple):
   loss_sum: Tensor  # fp32 0-d: Σ of the token losses, in nats
   loss_T: Tensor  # fp32 [B·S], no gradient; 0 where the target is -1
-  balance_loss: Tensor  # fp32 0-d: alpha · Σ over layers of the sequences' mean
+  balance_loss: Tensor  # fp32 0-d: Σ over layers of the weighted balance losses
   count_LE: Tensor  # int32 [MoE layers, E]: tokens that this rank's batch sends to each expert
 
 
@@ -268,6 +268,8 @@ class Model(nn.Module):
     self.layers = nn.ModuleList(Block(config, i, ops, rdep) for i in range(m.num_layers))
     self.quantized = _quantized(self.layers)
     self.on_final: Callable[[int], None] | None = None  # of backward: blocks i, i+1, … are done
+    # From this batch's count_LE to that of the whole step, for the global-batch balance loss.
+    self.step_counts: Callable[[Tensor], Tensor] = lambda count_LE: count_LE
     self.norm = Norm(m.dim, m.norm_eps, dtype, ops)
     if not m.tie_embeddings:
       self.head = nn.Module()
@@ -307,7 +309,7 @@ class Model(nn.Module):
       with x.unsaved():
         branch, routing = block.mlp_or_moe(x_BSD)
       if routing is not None:
-        scores += [routing.score_TE] if self.config.moe.balance_alpha else []
+        scores += [routing.score_TE] if self.config.moe.has_balance_loss else []
         counts.append(routing.count_E)
     return self.norm.add(branch, residual)[0], scores, counts
 
@@ -317,12 +319,22 @@ class Model(nn.Module):
     loss_sum, loss_T = self.ops.linear_cross_entropy(
       x_BSD.flatten(0, 1), self.head_weight, target_BS.flatten(), self.config.train.loss_chunk
     )
-    e, balance = self.config.moe, loss_sum.new_zeros(())
+    empty_LE = torch.empty(0, self.config.moe.num_experts, dtype=torch.int32, device=loss_T.device)
+    count_LE = torch.stack(counts) if counts else empty_LE
+    balance = loss_sum.new_zeros(())
     if scores:  # of all layers at once: many small operations, which are the host's time
-      losses_L = balance_loss(torch.stack(scores), tokens_BS.shape[0], e.top_k)
-      balance = e.balance_alpha * losses_L.sum()
-    empty_LE = torch.empty(0, e.num_experts, dtype=torch.int32, device=loss_T.device)
-    return ModelOutput(loss_sum, loss_T, balance, torch.stack(counts) if counts else empty_LE)
+      balance = self._balance(torch.stack(scores), count_LE, tokens_BS.shape[0])
+    return ModelOutput(loss_sum, loss_T, balance, count_LE)
+
+  def _balance(self, score_LTE: Tensor, count_LE: Tensor, num_sequences: int) -> Tensor:
+    """The weighted balance losses of all layers; the global one where there is a step."""
+    e, total = self.config.moe, score_LTE.new_zeros(())
+    if e.balance_alpha:
+      total = e.balance_alpha * balance_loss(score_LTE, num_sequences, e.top_k).sum()
+    if e.global_balance_alpha and torch.is_grad_enabled():
+      losses_L = global_balance_loss(score_LTE, self.step_counts(count_LE))
+      total = total + e.global_balance_alpha * losses_L.sum()
+    return total
 
   def logits(self, tokens_BS: Tensor) -> Tensor:
     """The next-token logits [B, S, V] in the parameters' dtype, for short texts and tests."""

@@ -1,7 +1,7 @@
 """The router's parameters, its balance loss and its bias (arXiv 2412.19437 section 2.1.2).
 
 The arithmetic of scores, groups and gates is `ops.route`; what is here belongs to the model: the
-fp32 weight, the fp32 selection bias, and the two ways of keeping experts evenly loaded.
+fp32 weight, the fp32 selection bias, and the ways of keeping experts evenly loaded.
 """
 
 from __future__ import annotations
@@ -87,6 +87,20 @@ def balance_loss(score_LTE: Tensor, num_sequences: int, top_k: int) -> Tensor:
   share_LTE = score_LTE / score_LTE.sum(2, keepdim=True)
   share_LBE = share_LTE.unflatten(1, (num_sequences, -1)).mean(2)
   return (load_LBE * share_LBE).sum(2).mean(1)
+
+
+def global_balance_loss(score_LTE: Tensor, count_LE: Tensor) -> Tensor:
+  """The global-batch balance losses (arXiv 2501.11873 section 3) of L layers before their weight:
+  fp32 [L], 1 when even.
+
+  E · Σ_i f_i P_i: f_i is expert i's share of what the router chose in the whole optimizer step, on
+  all ranks, as count_LE [L, E] counts it; it has no gradient. P_i is i's mean share of the scores
+  [L, T, E] of some of the step's tokens. Averaged over equal parts of the step it is the loss of
+  the whole step, since f_i is the same in all.
+  """
+  share_LTE = score_LTE / score_LTE.sum(2, keepdim=True)
+  load_LE = count_LE.double() * count_LE.shape[1] / count_LE.double().sum(1, keepdim=True)
+  return (load_LE.to(share_LTE.dtype) * share_LTE.mean(1)).sum(1)
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
   "model.embed_std",
   "moe.bias_update_rate",
   "moe.balance_alpha",
+  "moe.global_balance_alpha",
   "moe.forced_balance",
 )
 

@@ -25,6 +25,7 @@ class Passes:
   def __init__(self, session: Session, state: TrainState, clock: Clock, loader: Loader):
     self.config, self.ranks, self.device = session.config, session.parallel, session.target.device
     self.state, self.clock = state, clock
+    self.counted_LE: Tensor | None = None  # of the step, where its micro-batches are counted before
     self.flight = FlightRecorder(state.model, self.config.train.flight_every)
     c, ranks = self.config, self.ranks
     self.routing = RoutingRecorder(
@@ -40,12 +41,36 @@ class Passes:
     micro-batch. tokens, targets: int64 [sequences of this rank's batch, S].
     """
     self.state.model.set_forward_bf16(self._finishing())
+    self._count_step(tokens)
     self.flight.start(self.state.step + 1)
     seen = self.state.tokens // self.config.data.seq_len
     self.routing.start(self.state.step + 1, seen)
     if self.graph is not None:
       self.clock.start("graph")
     return self.ranks.run(partial(self.graph or self._all, tokens, targets), self._forget)
+
+  def _count_step(self, tokens: Tensor) -> None:
+    """Tell the model how the step's tokens are counted over experts, if a loss asks for it.
+
+    Of one micro-batch a rank it has them, and sums them over the ranks. Of several it needs them
+    before the first one's backward pass: all go forward once more, which costs a third of a step.
+    """
+    c, model, ranks, micros = self.config, self.state.model, self.ranks, self.config.micro_batches
+    if not c.moe.global_balance_alpha:
+      return
+    if micros == 1:
+      model.step_counts = lambda count_LE: ranks.sum(count_LE.long())
+      return
+    self.clock.start("forward")
+    total_LE = 0
+    with torch.no_grad():
+      for micro, x in enumerate(tokens.chunk(micros)):
+        model.set_draw(self.state.step, micro, ranks.rank)
+        total_LE = total_LE + torch.stack(model.hidden(x)[2]).long()
+    if self.counted_LE is None:  # stays where it is, for a graph
+      self.counted_LE = torch.empty_like(total_LE)
+    self.counted_LE.copy_(ranks.sum(total_LE))
+    model.step_counts = lambda _: self.counted_LE
 
   def _all(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c, model, ranks, micros = self.config, self.state.model, self.ranks, self.config.micro_batches
