@@ -60,8 +60,6 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   need = f"exceeds num_layers {m.num_layers}"
   yield "model.num_dense_layers", m.num_dense_layers > m.num_layers, need
   yield "model.qk_rope_dim", m.qk_rope_dim % 2 != 0, "must be even: RoPE turns pairs"
-  need = f"is less than yarn.beta_slow {c.yarn.beta_slow}: fast dimensions turn more often"
-  yield "yarn.beta_fast", c.yarn.beta_fast < c.yarn.beta_slow, need
   yield "moe.top_k", e.top_k > e.num_experts, f"exceeds num_experts {e.num_experts}"
   need = f"must divide num_experts {e.num_experts}"
   yield "moe.num_groups", e.num_experts % e.num_groups != 0, need

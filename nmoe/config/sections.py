@@ -96,7 +96,7 @@ class YarnConfig:
   original_seq_len: int = identity(4096, gt=0)
   beta_fast: float = identity(32.0, gt=0)
   beta_slow: float = identity(1.0, gt=0)
-  mscale_all_dim: float = identity(1.0, ge=0)
+  mscale_all_dim: float = identity(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

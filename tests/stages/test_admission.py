@@ -74,11 +74,6 @@ REFUSED = {
     "beta_slow = 0.0 must be positive",
     lambda _: "[yarn]\nfactor = 4.0\nbeta_slow = 0.0\n",
   ),
-  "yarn, turned round": (
-    ConfigError,
-    "beta_fast = 0.5 is less than yarn.beta_slow",
-    lambda _: "[yarn]\nfactor = 4.0\nbeta_fast = 0.5\n",
-  ),
   "yarn, a base of one": (
     ConfigError,
     "rope_theta = 1.0 must exceed 1",
