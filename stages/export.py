@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from rich.console import Console
 from nmoe.config.plan import parameters
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, ConfigError, RecordError
+from nmoe.files import sha256
 from nmoe.model.export import Source, compare_tensors, unfinished, write_folder, write_json
 from nmoe.model.hf_config import model_type_of
 from nmoe.records import checkpoint
+from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import REPO
-from nmoe.records.reader import Reader
+from nmoe.records.reader import Export, Reader
 from nmoe.records.root import Root
 
 Level = Literal["full", "layers", "tensors"]
@@ -58,6 +61,7 @@ def run(
     (folder / "README.md").write_text(card(source, facts, check), encoding="utf-8")
     hashes = {"files": writer.files, "tensors": writer.sha256}
     write_json(folder / "nmoe.json", {**facts, "check": check, "sha256": hashes})
+  recorded(out, facts, check, root)
   for line in check_lines(check):
     console.print(line, soft_wrap=True, highlight=False)
   size = sum(file.stat().st_size for file in out.iterdir()) / 1e9
@@ -202,6 +206,15 @@ def facts_of(path: Path, source: Source, root: Path) -> dict[str, Any]:
   facts |= {"data": run.data_digest, "seed": run.seed, "commit": run.commit}
   facts |= {"experiment": experiment.id, "statement": experiment.headline.statement}
   return facts | {"verdict": experiment.verdict, "val/bpb": run.results.get("val/bpb")}
+
+
+def recorded(out: Path, facts: dict[str, Any], check: dict[str, Any], root: Path) -> None:
+  """Tell the records of the run, where the root has it."""
+  if "experiment" not in facts:
+    return
+  digest = sha256(out / "nmoe.json")
+  with closing(Experiments(root)) as records:
+    records.add_export(Export(facts["run"], facts["step"], str(out.resolve()), digest, check))
 
 
 def card(source: Source, facts: dict[str, Any], check: dict[str, Any]) -> str:

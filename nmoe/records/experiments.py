@@ -34,6 +34,7 @@ from nmoe.records.reader import (
   Branch,
   Evaluation,
   Experiment,
+  Export,
   Hypothesis,
   Reader,
   Run,
@@ -279,6 +280,12 @@ class Experiments(Reader):
     row = (run_id, e.step, e.suite, e.items, e.arithmetic, json.dumps(e.results), e.seconds, _now())
     with self._writing() as db:
       db.execute("INSERT INTO evaluations VALUES (?,?,?,?,?,?,?,?)", row)
+
+  def add_export(self, e: Export) -> None:
+    """Record that a run's checkpoint was exported."""
+    row = (e.run_id, e.step, e.path, e.digest, json.dumps(e.check), _now())
+    with self._writing() as db:
+      db.execute("INSERT INTO exports VALUES (?,?,?,?,?,?)", row)
 
   def start_run(
     self,

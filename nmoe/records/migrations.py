@@ -174,6 +174,19 @@ def starts(db: sqlite3.Connection) -> None:
     _fixed(db, "starts", change)
 
 
+def exports(db: sqlite3.Connection) -> None:
+  """Schema 7: the folders that checkpoints were exported to.
+
+  `digest` is the sha256 of the folder's nmoe.json; `check` says what was compared (JSON).
+  """
+  db.execute(
+    """CREATE TABLE exports (
+    run_id TEXT NOT NULL REFERENCES runs(id), step INTEGER NOT NULL, path TEXT NOT NULL,
+    digest TEXT NOT NULL, "check" TEXT NOT NULL, created TEXT NOT NULL)"""
+  )
+  db.execute("CREATE INDEX exports_of_run ON exports (run_id)")
+
+
 def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
   """Refuse a kind of change of a table from now on."""
   db.execute(
@@ -190,6 +203,7 @@ MIGRATIONS: tuple[Step, ...] = (
   attempts_and_events,
   branches,
   starts,
+  exports,
 )
 
 

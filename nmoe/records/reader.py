@@ -207,6 +207,23 @@ def places(starts: Sequence[Start]) -> set[tuple[str, ...]]:
   }
 
 
+@dataclass(frozen=True)
+class Export:
+  """A folder that a run's checkpoint was written to.
+
+  path    where it was written; it may have been moved since
+  digest  sha256 of its nmoe.json, which has that of every file and tensor
+  check   what was compared with transformers, and how far apart it was
+  """
+
+  run_id: str
+  step: int
+  path: str
+  digest: str
+  check: dict[str, Any]
+  created: str = ""
+
+
 class Reader:
   """The records of one root, opened read-only: it creates, changes and locks nothing.
 
@@ -308,6 +325,11 @@ class Reader:
     columns = "step, suite, items, arithmetic, results, seconds, created"
     rows = self._read(f"SELECT {columns} FROM evaluations WHERE run_id = ? ORDER BY rowid", run_id)
     return [Evaluation(**{**dict(row), "results": json.loads(row["results"])}) for row in rows]
+
+  def exports(self, run_id: str) -> list[Export]:
+    """The folders that a run was exported to, oldest first."""
+    rows = self._read("SELECT * FROM exports WHERE run_id = ? ORDER BY rowid", run_id)
+    return [Export(**{**dict(row), "check": json.loads(row["check"])}) for row in rows]
 
   def runs(self, experiment_id: str) -> list[Run]:
     """The members of an experiment, in the order in which they joined it."""

@@ -46,6 +46,11 @@ class Root:
     """What a suite measured at a step, an item a row (Parquet)."""
     return self.path / "evals" / "runs" / run_id / f"step_{step:08d}_{suite}.parquet"
 
+  def evaluated(self, run_id: str) -> dict[str, Path]:
+    """Suite -> its items at the newest step at which the run has them."""
+    files = sorted((self.path / "evals" / "runs" / run_id).glob("step_????????_*.parquet"))
+    return {file.stem[14:]: file for file in files}
+
   @property
   def kernel_cache(self) -> Path:
     """One folder an architecture, as kernels.tools.build fills it."""

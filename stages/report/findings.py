@@ -17,7 +17,7 @@ import numpy as np
 from nmoe.records import metrics
 from nmoe.records.measures import MEASURES, Measure
 from nmoe.records.metrics import Series
-from nmoe.records.reader import Experiment, Hypothesis, Link, Reader, Run
+from nmoe.records.reader import Experiment, Export, Hypothesis, Link, Reader, Run
 from stages.judge.paired import Paired, compare
 from stages.judge.single import Single, describe
 from stages.report.curves import time_to_loss
@@ -149,6 +149,7 @@ class Findings:
   rows: tuple[Row, ...]
   seeds: tuple[int, ...]  # that both arms of a pair have
   moves: tuple[str, ...] = ()  # runs that were continued elsewhere, or with other versions
+  exports: tuple[Export, ...] = ()
 
   @property
   def runs(self) -> list[Run]:
@@ -209,10 +210,11 @@ def gather(root: Path, name: str) -> Findings:
     arms.append(Arm(arm, runs, tuple(metrics.read(root, run.id) for run in runs)))
   links = tuple(records.links(experiment.id))
   moves = tuple(move for arm in arms for run in arm.runs for move in _moves(records, run))
+  exports = tuple(x for arm in arms for run in arm.runs for x in records.exports(run.id))
   records.close()
   seeds = tuple(sorted(set.intersection(*map(set, newest.values())))) if newest else ()
   rows = tuple(row for key in RESULTS if (row := _row(key, arms, seeds)))
-  return Findings(experiment, tuple(arms), links, rows, seeds, moves)
+  return Findings(experiment, tuple(arms), links, rows, seeds, moves, exports)
 
 
 def _moves(records: Reader, run: Run) -> list[str]:

@@ -15,10 +15,12 @@ from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
 from stages.judge.paired import Paired
 from stages.report import details, figures, mixtures, sweep
+from stages.report.evaluations import NOTE, answers
 from stages.report.findings import RESULTS, Arm, Cell, Findings, gather
 from stages.report.page import definitions, facts, folded, page, section, table
 
 SPEED = "train/tokens_per_s"
+PANELS = (("bpb", "answers' bits per byte"), ("acc", "accuracy"))
 
 
 def write_report(root: Path, experiment: str) -> Path:
@@ -49,12 +51,23 @@ def render(found: Findings, folder: Path) -> str:
   sections = (
     _head(found, many),
     _sweep(found) if swept else _mixtures(found) if many else _results(found),
-    *(() if many else (_curves(found), _routing(found), _flight(found), _cost(found))),
+    *(() if many else _measured(found, folder.parent.parent)),
     _configuration(found),
     _runs(found),
     _provenance(found, folder),
   )
   return page(f"{found.experiment.id}: {found.verdict}", sections, _plotly())
+
+
+def _measured(found: Findings, root: Path) -> tuple[str, ...]:
+  """What an experiment of few arms has a panel for."""
+  return (
+    _curves(found),
+    _evaluations(found, root),
+    _routing(found),
+    _flight(found),
+    _cost(found),
+  )
 
 
 def _plotly() -> str:
@@ -197,6 +210,22 @@ def _curves(found: Findings) -> str:
   )
 
 
+def _evaluations(found: Findings, root: Path) -> str:
+  """Downstream tasks: curves of what runs measured on their way, and a table a suite."""
+  try:
+    suites = answers(root, found.arms)
+  except RecordError as error:
+    return section("Evaluations", f'<p class="note">{escape(str(error))}</p>')
+  parts = []
+  for suite in suites:
+    panels = [(f"eval/{suite.suite}/{m}", f"{suite.suite}, {label}") for m, label in PANELS]
+    parts.append(_figure(f"evaluations-{suite.suite}", figures.curves(found.arms, panels)))
+    rows = [[row.task, *row.cells()] for row in suite.rows]
+    parts.append(table(suite.head(found.arms), _escaped(rows), left=2))
+    parts.append(f"<p class=note>{escape(suite.suite)}: {suite.seeds} seeds.</p>")
+  return section("Evaluations", *parts, note=f"Mean over documents and seeds; {NOTE}.")
+
+
 def _routing(found: Findings) -> str:
   head = ("arm", "layer", "max / mean", "5th pct.", "95th pct.", "dead", "entropy", "bias range")
   rows = details.load_rows(found)
@@ -266,6 +295,7 @@ def _runs(found: Findings) -> str:
     for run in found.runs
   ]
   notes = [(run.id, run.error) for run in found.runs if run.error]
+  notes += [(f"{x.run_id} step {x.step}", f"exported to {x.path}") for x in found.exports]
   notes += [(f"{link.from_id} {link.relation} {link.to_id}", link.note) for link in found.links]
   return section("Runs", table(head, rows, left=4), definitions(notes) if notes else "")
 

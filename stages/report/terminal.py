@@ -8,8 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from nmoe.errors import RecordError
 from nmoe.records.reader import Experiment
 from stages.report import mixtures, sweep
+from stages.report.evaluations import NOTE, answers
 from stages.report.findings import Findings, gather
 from stages.text import plain
 
@@ -36,7 +38,23 @@ def terminal_summary(root: Path, experiment: str) -> Group:
     grid.add_row(
       row.label, *map(plain, cells), style="bold" if row.key == found.claim.metric else ""
     )
-  return Group(grid, *verdict)
+  return Group(grid, *_answers(root, found), *verdict)
+
+
+def _answers(root: Path, found: Findings) -> list[Table | Text]:
+  """Of every suite, task by task; grey where two arms cannot be told apart."""
+  shown: list[Table | Text] = []
+  try:
+    suites = answers(root, found.arms)
+  except RecordError as error:
+    return [plain(f"evaluations: {error}", "yellow")]
+  for suite in suites:
+    grid = Table(*suite.head(found.arms), box=None)
+    for row in suite.rows:
+      same = row.difference is not None and not row.difference.told_apart
+      grid.add_row(plain(row.task), *row.cells(), style="dim" if same else "")
+    shown += [grid, plain(f"{suite.suite}: {suite.seeds} seeds; {NOTE}")]
+  return shown
 
 
 def _verdict(found: Findings) -> list[Text]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from nmoe.model.export import Source, compare_tensors, unfinished, write_folder
 from nmoe.model.names import from_hf, stack_experts
 from nmoe.model.safetensors import Folder, ShardWriter
 from nmoe.records import checkpoint
+from nmoe.records.reader import Reader
 from stages import export
 
 
@@ -56,6 +59,10 @@ def test_a_trained_run_is_exported_checked_and_loaded(lab, tmp_path):
   assert pads == (256, 256, 256)
   told = json.loads((out / "nmoe.json").read_text())
   assert told["run"] == run and told["step"] == 12 and told["check"]["logit_max_abs"] < 1e-4
+  with closing(Reader(lab.root)) as reader:
+    (kept,) = reader.exports(run)
+  assert (kept.step, kept.path, kept.check) == (12, str(out), told["check"])
+  assert kept.digest == hashlib.sha256((out / "nmoe.json").read_bytes()).hexdigest()
   card = (out / "README.md").read_text()
   assert "It learns." in card and "lm_eval" in card and "transformers only" in card
 

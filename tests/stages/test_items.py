@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from labs import write_variant
 from rich.console import Console
 
 from nmoe.errors import RecordError
-from nmoe.evals.measure import Items
+from nmoe.evals.measure import Items, per_document, read_items, write_items
 from nmoe.evals.sources import prepare
+from nmoe.records.root import Root
 from stages import ablate
 from stages.judge.intervals import student_t, two_sided_p
 from stages.judge.items import clustered_error, holm, task_differences
+from stages.report.evaluations import answers
+from stages.report.findings import Arm, gather
 
 
 def items(nats, size=10):
@@ -83,8 +87,45 @@ def test_an_ablation_shows_its_tasks(lab, launches, tmp_path):
   base = write_variant(lab.file, "base", f'[eval]\nsuite = "{tmp_path}/mine.toml"\n')
   variant = write_variant(base, "wide", "[optim]\ndense_lr = 1e-3\n")
   console = Console(record=True, width=160)
-  ablate.run(base, variant, 2, console)
+  report = ablate.run(base, variant, 2, console)
   said = console.export_text()
   rows = [line.split()[:2] for line in said.splitlines() if line.strip().startswith("pairs")]
   assert rows == [["pairs", "bpb"], ["pairs", "acc"]]
   assert "mine: 2 seeds; ± is a standard error clustered by document and by seed" in said
+  page = report.read_text()
+  assert "<h2>Evaluations</h2>" in page and 'id="evaluations-mine"' in page
+  found = gather(lab.root, report.parent.name)
+  (suite,) = answers(lab.root, found.arms)
+  assert (suite.suite, suite.seeds) == ("mine", 2)
+  read = [
+    [per_document(read_items(Root(lab.root).evaluated(r.id)["mine"])["pairs"]) for r in arm.runs]
+    for arm in found.arms
+  ]
+  for row in suite.rows:
+    by_hand = np.array([[one[row.measure] for one in of_arm] for of_arm in read])  # arm, seed, item
+    assert row.documents == 10
+    assert [mean for mean, _ in row.arms] == pytest.approx(by_hand.mean(axis=(1, 2)))
+    assert row.difference.mean == pytest.approx((by_hand[1] - by_hand[0]).mean())
+    for cell in [row.task, *row.cells()]:
+      assert f">{cell}</td>" in page
+  logged = [run.results["eval/mine/bpb"] for run in found.arms[0].runs if run.results]
+  assert suite.rows[0].arms[0][0] == pytest.approx(np.mean(logged))
+
+
+def test_runs_that_were_asked_other_items_are_said_to_be(lab, tmp_path):
+  """And what is missing in one arm is left out."""
+  runs = [lab.record(**{"train__seed": seed}) for seed in (0, 1)]
+  for run, size in zip(runs, (10, 9), strict=True):
+    path = Root(lab.root).eval_items(run, 12, "mine")
+    write_items(path, {"a": items([1.0, 2.0, 3.0], size=size)})
+    write_items(path.with_name("step_00000003_mine.parquet"), {"a": items([9.0])})
+    lab.records.update_run(run, status="completed", results={})
+  alone = gather(lab.root, lab.experiment.id).arms
+  (suite,) = answers(lab.root, alone)
+  assert suite.seeds == 2 and suite.rows[0].difference is None  # the newest step: 3 documents
+  assert suite.rows[0].documents == 3
+  pair = [Arm(str(i), (alone[0].runs[i],), (alone[0].logged[i],)) for i in range(2)]
+  assert answers(lab.root, pair) == ()  # of two seeds
+  same = [Arm(a.name, (replace(a.runs[0], seed=0),), a.logged) for a in pair]
+  with pytest.raises(RecordError, match="task a: the two arms were asked other items"):
+    answers(lab.root, same)
