@@ -133,6 +133,7 @@ def _ours(config: Config, source: Source) -> Model:
 def _theirs(folder: Path, config: Config, whole: Config) -> PreTrainedModel:
   """transformers' model of the folder, with its first layers, in fp32."""
   options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+  options["experts_implementation"] = "eager"  # its grouped product wants strides of 16 bytes
   with tempfile.TemporaryDirectory() as made:
     for file in folder.resolve().iterdir():
       (Path(made) / file.name).symlink_to(file)

@@ -433,17 +433,25 @@ def rope_tables(m: ModelConfig, yarn: YarnConfig, seq_len: int) -> tuple[Tensor,
   j = torch.arange(half, dtype=torch.float64)
   frequency = m.rope_theta ** (-j / half)
   if yarn.factor > 1:
-
-    def dim_of(rotations: float) -> float:
-      wavelength = yarn.original_seq_len / (2 * math.pi * rotations)
-      return half * math.log(wavelength) / math.log(m.rope_theta)
-
-    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
-    high = min(math.ceil(dim_of(yarn.beta_slow)), m.qk_rope_dim - 1)
+    low, high = yarn_range(m, yarn)
     ramp = ((j - low) / max(high - low, 1e-3)).clamp(0, 1)
     frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
   angle = torch.arange(seq_len, dtype=torch.float64)[:, None] * frequency
   return angle.cos().float(), angle.sin().float()
+
+
+def yarn_range(m: ModelConfig, yarn: YarnConfig) -> tuple[int, int]:
+  """Dimensions below the first turn as they did, from the second on they are slowed by the factor.
+
+  The second is less than the first where all turn less than beta_slow times.
+  """
+
+  def dim_of(rotations: float) -> float:
+    wavelength = yarn.original_seq_len / (2 * math.pi * rotations)
+    return m.qk_rope_dim // 2 * math.log(wavelength) / math.log(m.rope_theta)
+
+  low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+  return low, min(math.ceil(dim_of(yarn.beta_slow)), m.qk_rope_dim - 1)
 
 
 class Rows(NamedTuple):

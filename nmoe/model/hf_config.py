@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
+from nmoe.model.decoder import yarn_range
 
 TRANSFORMERS = "5.24.0"  # what the files are written for and were tested with
 LATENT_EPS = 1e-6  # of the latent norms of both classes
@@ -113,6 +114,7 @@ def _refusals(config: Config) -> list[tuple[str, bool]]:
   softmax = routed and e.score == "softmax"
   size = e.num_experts // e.num_groups if _limited(config) else e.num_experts
   rate = e.bias_update_rate
+  low, high = yarn_range(m, y) if y.factor > 1 else (0, 0)
   return [
     ("moe.num_shared = 0: each has at least one shared expert", routed and e.num_shared == 0),
     ("moe.forced_balance = true: it is a benchmark's routing", routed and e.forced_balance),
@@ -132,13 +134,19 @@ def _refusals(config: Config) -> list[tuple[str, bool]]:
       softmax and m.dim % m.num_heads != 0,
     ),
     (
+      f'moe.score = "softmax" with an odd one of model.qk_nope_dim = {m.qk_nope_dim} and '
+      f"kv_lora_rank = {m.kv_lora_rank}: their class takes what follows as complex pairs",
+      softmax and (m.qk_nope_dim % 2 == 1 or m.kv_lora_rank % 2 == 1),
+    ),
+    (
       f"moe.num_groups = {e.num_groups} of num_experts = {e.num_experts}: "
       "groups are chosen by their best two experts, these have one",
       routed and not softmax and size < 2,
     ),
     (
-      f"yarn.beta_fast = {y.beta_fast} below yarn.beta_slow = {y.beta_slow}",
-      y.factor > 1 and y.beta_fast < y.beta_slow,
+      f"yarn.original_seq_len = {y.original_seq_len}: in it no dimension turns yarn.beta_slow = "
+      f"{y.beta_slow} times; theirs turn the ramp of frequencies round",
+      low > high,
     ),
   ]
 
