@@ -20,6 +20,7 @@ from nmoe.config.file import changed
 from nmoe.data.tokenizer import get
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import ConfigError, DataError
+from nmoe.evals import scoring
 from nmoe.evals.downstream import Downstream
 from nmoe.evals.measure import items_of, per_document, read_items, summary, write_items
 from nmoe.evals.requests import Document, digest, read_manifest, read_task, rows_of
@@ -98,6 +99,18 @@ def test_the_same_bits_in_any_order_and_number_of_items(tmp_path, config, model)
   assert len(part.nats) == 60 and np.array_equal(part.nats, a.nats[:60])
   assert few.digest != downstream(tmp_path / "a", config).digest
   assert first.is_dir()
+
+
+def test_another_width_moves_a_choice_by_rounding_alone(tmp_path, config, model, monkeypatch):
+  """The widths that rows are padded to are no part of what is measured: 1e-4 nats at most."""
+  prepared(tmp_path, lines(count=20, longest=12))
+  narrow = downstream(tmp_path, config)
+  found = narrow.run(model, Parallel()).items["pets"].nats
+  monkeypatch.setattr(scoring, "NARROWEST", 256)
+  wide = downstream(tmp_path, config)
+  assert {b.tokens.shape[1] for b in narrow._batches} == {128}
+  assert {b.tokens.shape[1] for b in wide._batches} == {256}
+  assert np.abs(wide.run(model, Parallel()).items["pets"].nats - found).max() < 1e-4
 
 
 class Rank:
