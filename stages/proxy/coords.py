@@ -32,7 +32,7 @@ from nmoe.model.decoder import Experts, Linear, Mlp, Model
 from nmoe.model.router import Router
 from nmoe.train.optim import Optimizer
 from stages.judge.intervals import Interval, interval_of, number
-from stages.proxy.file import AXES, SweepFile, load_sweep, with_rule
+from stages.proxy.file import AXES, GROUPS, SweepFile, load_sweep, with_rule
 from stages.text import plain
 from stages.workbench import Workbench
 
@@ -155,7 +155,7 @@ def _config(file: SweepFile, axis: str, factor: int, optimizer: str) -> Config:
       "optim.experts": optimizer,
       "optim.eps": 1e-12,
       "moe.balance_alpha": 0.0,
-      **{f"optim.{group}_lr": c.lr for group in ("dense", "router", "expert", "embed")},
+      **dict.fromkeys((f"optim.{group}" for group in GROUPS), c.lr or base.optim.dense_lr),
     },
   )
   return with_rule(configs.changed(base, _times(base, axis, factor)), base)

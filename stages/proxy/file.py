@@ -90,7 +90,7 @@ class CoordsKeys:
   depths: tuple[int, ...] = (1, 2, 4)
   seeds: int = ranged(5, gt=1)
   steps: int = ranged(12, gt=0)
-  lr: float = ranged(2.0**-6, gt=0)
+  lr: float = ranged(0.0, ge=0)  # 0: the base's dense_lr
   sequences: int = ranged(4, gt=0)  # of 32 tokens
   limit: float = ranged(0.25, gt=0)  # on the slope of a change
 
