@@ -125,7 +125,7 @@ class Work:
     """
     records, config = self.bench.experiments, arm.at_seed(seed)
     run = records.find_or_start(
-      self.experiment.id, arm.name, seed, usable=self._usable, **self._record(arm, config)
+      self.experiment.id, arm.name, seed, usable=self.usable, **self._record(arm, config)
     )
     if run.finished:
       outcome = "completed" if run.status == "completed" else "diverged"
@@ -153,7 +153,7 @@ class Work:
         f"{run.code_version}: it starts anew as run {run.id}"
       )
 
-  def _usable(self, run: Run) -> bool:
+  def usable(self, run: Run) -> bool:
     """Whether a run of the same computation also measured this machine alone, where that matters,
     and can go on: one that never began does so with the versions of its record only.
     """

@@ -58,7 +58,7 @@ class Line:
     self.last, self._came, first = str(entry), time.monotonic(), self.entry is None
     self.entry = entry
     note = self.last.split("  ", 1)[1]
-    self.display.bars.update(self._task, completed=entry.step, note=note)
+    self.display.bars.update(self._task, completed=entry.step, total=entry.total, note=note)
     if first or entry.step == entry.total:
       self._print(self.last)
     else:

@@ -88,8 +88,8 @@ def _carried_out(work: Work, run: Run, config: Config) -> int:
       end = _execute(root, run, config, line)
       line.end(f"{end.outcome}{f': {end.why}' if end.why else ''}")
     if end.status == DONE and end.outcome == "completed":
-      reason = f"{config.steps} steps, {_restarts(root, run.id)}."
       done = bench.experiments.run(run.id)
+      reason = f"{done.results['steps']} steps, {_restarts(root, run.id)}."
       work.conclude(Judgement("completed", reason), [done], summary=True)
     elif end.status == DONE:
       bench.experiments.set_status(work.experiment.id, "interrupted")
@@ -104,7 +104,7 @@ def _run(work: Work, arm: Arm, console: Console) -> Run:
   if done is not None and done.status == "completed":
     return done
   run = bench.experiments.find_unfinished(*key)
-  if run is None:
+  if run is None or not work.usable(run):
     return work.start(arm, config.train.seed)
   if run.status != "running":
     work.hand_over(run, config)

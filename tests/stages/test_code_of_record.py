@@ -14,11 +14,12 @@ from nmoe.config.sections import fingerprint
 from nmoe.errors import OtherCodeError, RunError
 from nmoe.records import provenance
 from nmoe.records.reader import Hypothesis, Start
-from stages import research, runs
+from stages import research, runs, workbench
 from stages.comparable import check_one_machine
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
 from stages.launch.pool import Slot
+from stages.prod import launching
 from stages.proofs.bench_step import loader_rate
 from stages.report.findings import gather
 
@@ -159,6 +160,17 @@ def test_one_that_never_began_is_not_taken_up_with_other_versions(lab, launches,
   research.run(lab.file, None, Console(file=out, width=300))
   assert [run.id for run in lab.records.runs(lab.records.list()[0].id)][-1] == last
   assert f"interrupted before as run {last}, continued (torch " in out.getvalue()
+
+
+def test_a_launch_that_never_began_is_not_taken_up_with_other_versions(lab, launches, monkeypatch):
+  console = Console(file=io.StringIO())
+  with workbench.Workbench.open(str(lab.root), console) as bench:
+    arm = bench.arm("production", lab.config)
+    work = runs.taken_up(bench, "prod", "n", [workbench.hypothesis_of(lab.config)], [arm], [0])
+    first = launching._run(work, arm, console)
+    assert launching._run(work, arm, console).id == first.id
+    monkeypatch.setattr(runs, "environment", lambda: first.environment | {"torch": "9.9"})
+    assert launching._run(work, arm, console).id != first.id
 
 
 def test_ranks_import_the_code_of_their_record_wherever_they_start(lab, clone, monkeypatch):

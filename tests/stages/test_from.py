@@ -13,7 +13,9 @@ from nmoe.errors import CheckpointError, ConfigError, RecordError, RunError
 from nmoe.records import manifests
 from nmoe.records.root import Root
 from nmoe.train import loop as train
+from nmoe.train.progress import Entry
 from stages import cli, research, runs
+from stages.launch.display import Display
 from stages.report.details import commands
 from stages.report.findings import gather
 
@@ -186,6 +188,14 @@ def test_a_branch_is_repeated_as_a_branch(lab, launches, trunk):
   again = newest(lab)
   assert again.id != run.id and str(again.branch) == f"{trunk.id}@12"
   assert "8 logged losses, bit-identical" in out.getvalue()
+
+
+def test_a_bar_ends_where_the_run_does():
+  """Not at total_tokens / batch_tokens steps, if earlier batches were others."""
+  with Display(Console(file=io.StringIO())) as display:
+    display.line("x", 12, "starting").follow(Entry(13, 25, 5.0, 1.0, 60.0))
+    (task,) = display.bars.tasks
+    assert (task.completed, task.total) == (13, 25)
 
 
 def test_help_says_it():
