@@ -128,6 +128,7 @@ def test_another_error_comes_first_and_waits(tmp_path, gate):
   assert "checkpoint step 1 was not written" in caught.value.__notes__[0]
 
 
+@pytest.mark.faults
 def test_lost_ranks_are_not_waited_for(tmp_path, gate):
   with pytest.raises(CommError), Writer(tmp_path, 2) as writer:
     save(writer, 1)

@@ -280,6 +280,7 @@ def contents(root):
   return [(p, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in files]
 
 
+@pytest.mark.faults
 def test_a_reader_changes_nothing_and_sees_a_dead_run_as_interrupted(tmp_path):
   db = Experiments(tmp_path)
   experiment = db.create("muon", **HYPOTHESIS)
@@ -306,6 +307,7 @@ def test_a_reader_changes_nothing_and_sees_a_dead_run_as_interrupted(tmp_path):
   assert row == ("running",)  # as the dead owner left it: marking it is a writer's work
 
 
+@pytest.mark.faults
 def test_a_reader_of_a_root_without_records_creates_nothing(tmp_path):
   for root in (tmp_path / "no such folder", tmp_path):
     with pytest.raises(RecordError, match="holds no records.*--root or NMOE_ROOT"):

@@ -95,6 +95,7 @@ def drawn(draw):
   )
 
 
+@pytest.mark.faults
 @settings(max_examples=200, deadline=None)
 @given(config=drawn())
 def test_a_model_is_refused_or_has_equal_logits(config, tmp_path_factory):

@@ -56,6 +56,7 @@ def best(call, times: int = 3) -> float:
   return min(seconds(call) for _ in range(times))
 
 
+@pytest.mark.faults
 def test_listing(large):
   """From the shell, the interpreter's start included."""
   command = [sys.executable, "-m", "stages.cli", "experiments", "list", "--root", str(large)]
@@ -71,6 +72,7 @@ def test_showing_one(large):
   assert took <= 0.5
 
 
+@pytest.mark.faults
 def test_what_a_command_asks_of_the_records(large):
   """Each of a stage's questions takes an index, not a walk through all that there is."""
   db = Experiments(large)
