@@ -1,0 +1,231 @@
+"""`nmoe prod plan`: what a production run takes, before anything starts. Does not import torch.
+
+The interval between checkpoints is Young's first-order optimum (1974): W = sqrt(2 · stall · MTTF),
+at least twice the time a write takes. Hosts fail 6.5 times in 1,000 days each (arXiv 2410.21680).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nmoe.config import file as configs
+from nmoe.config import plan as plans
+from nmoe.config.sections import Config, diff, kind
+from nmoe.errors import NmoeError
+from nmoe.records import metrics
+from nmoe.records.provenance import provenance
+from nmoe.records.reader import Reader, Run
+from nmoe.records.root import Root
+from stages.prod.evidence import CHECKS, Evidence, evidence
+from stages.text import plain
+from stages.workbench import REPO
+
+HOST_FAILURES = 6.5e-3 / 86400  # of a host, each second
+MFU = 0.3  # assumed where nothing was measured
+STALL_S = 5.0  # likewise, of a checkpoint
+RESTART_S = 180.0  # from a failure to training again, assumed
+OUTSIDE = ("train.seed", "experiment.")  # identity keys that no speed depends on
+
+
+@dataclass(frozen=True)
+class Figure:
+  """A number, with where it comes from."""
+
+  value: float
+  source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+  """What a run takes. `rate` is None, and what follows from it NaN, if nothing is known of it.
+
+  rate in tokens/s, stall and interval in seconds, sizes in bytes.
+  """
+
+  config: Config
+  rate: Figure | None
+  stall: Figure
+  mttf_s: float
+  interval_s: float
+  checkpoint_bytes: int
+  evidence: list[Evidence]
+
+  @property
+  def step_s(self) -> float:
+    return self.config.schedule.batch_tokens / self.rate.value if self.rate else math.nan
+
+  @property
+  def train_s(self) -> float:
+    """Without any fault."""
+    return self.step_s * self.config.steps
+
+  @property
+  def interval_steps(self) -> int:
+    """Of train.checkpoint_every; 0: not known."""
+    if self.rate is None:
+      return 0
+    return min(self.config.steps, max(1, round(self.interval_s / self.step_s)))
+
+  def share(self, interval_s: float) -> float:
+    """Of the time that trains: 1 - stall / W - (W / 2 + restart) / MTTF."""
+    return 1 - self.stall.value / interval_s - (interval_s / 2 + RESTART_S) / self.mttf_s
+
+  @property
+  def storage_rate(self) -> float:
+    """Bytes/s that let a write end in half an interval."""
+    return 2 * self.checkpoint_bytes / self.interval_s
+
+  @property
+  def storage_bytes(self) -> int:
+    """Of the checkpoints that lie there at once: those kept, and one that is being written."""
+    return self.checkpoint_bytes * (self.config.train.keep_checkpoints + 1)
+
+
+def plan(config: Config, path: Path, rate: float = 0.0) -> Plan:
+  """rate: tokens/s to reckon with; 0: those of a run of this model on as many ranks, newest bench
+  first, else of MFU of the data sheets' peak.
+  """
+  found, runs = _records(config, path)
+  measured = _measured(config, runs)
+  stall = _stall(config, measured[1] if measured else None)
+  mttf_s = 1 / (HOST_FAILURES * config.nodes)
+  interval_s = math.sqrt(2 * stall.value * mttf_s)
+  speed = Figure(rate, "given") if rate else measured[0] if measured else _assumed(config)
+  size = plans.checkpoint_bytes(config)
+  return Plan(config, speed, stall, mttf_s, interval_s, size, found)
+
+
+def _records(config: Config, path: Path) -> tuple[list[Evidence], list[Run]]:
+  """The evidence, and the runs of the root: those of benches first, each kind newest first."""
+  root = Root(Path(config.run.root).resolve())
+  if not root.experiments_db.exists():
+    lack = f"{root.path} has no records yet"
+    return [Evidence(name, "", lack) for name in (*config.prod.evidence, *CHECKS)], []
+  records = Reader(root.path)
+  try:
+    experiments = sorted(records.list(), key=lambda one: one.stage != "bench")
+    runs = [run for one in experiments for run in reversed(records.runs(one.id))]
+    return evidence(config, path, records, provenance(REPO)[2]), runs
+  finally:
+    records.close()
+
+
+def _measured(config: Config, runs: list[Run]) -> tuple[Figure, Run] | None:
+  """The speed of the first run of this model, batch and number of ranks that has one."""
+  for run in runs:
+    rate = run.results.get("train/tokens_per_s")
+    if rate and _alike(config, run):
+      device = run.results.get("device", run.target)
+      return Figure(rate, f"measured in run {run.id} on {device}"), run
+  return None
+
+
+def _alike(config: Config, run: Run) -> bool:
+  try:
+    other = configs.loads(run.toml, f"run {run.id}", env={})
+  except NmoeError:
+    return False  # of a configuration that this version does not know
+  apart = diff(config, other)
+  shape = ("launch.ranks", "launch.threads", "schedule.batch_tokens", "train.micro_batch")
+  return not any(
+    key in shape or (kind(key) == "identity" and not key.startswith(OUTSIDE)) for key in apart
+  )
+
+
+def _assumed(config: Config) -> Figure | None:
+  peak = plans.peak_flops(config)
+  if peak is None:
+    return None
+  flops = plans.plan(config).flops_per_token
+  rate = MFU * peak * config.launch.ranks / flops
+  return Figure(rate, f"assumed: {MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s a GPU, nothing measured")
+
+
+def _stall(config: Config, run: Run | None) -> Figure:
+  """Seconds that a checkpoint stops the steps."""
+  if run is not None:
+    found = metrics.read(Path(config.run.root), run.id, ["checkpoint/stall_s"])
+    if "checkpoint/stall_s" in found:
+      seconds = float(np.median(found["checkpoint/stall_s"][2]))
+      return Figure(seconds, f"measured in run {run.id}")
+  return Figure(STALL_S, "assumed, no checkpoint measured")
+
+
+def advice(config: Config, path: Path) -> str:
+  """The line for train.checkpoint_every that the plan comes to."""
+  found = plan(config, path)
+  if found.interval_steps:
+    told = f"train.checkpoint_every = {found.interval_steps}, {_minutes(found.interval_s)}"
+    return f"set {told} by Young's formula (`nmoe prod plan {path}`)"
+  return f"`nmoe prod plan {path}` says which interval"
+
+
+def show(path: Path, console: Console, rate: float = 0.0) -> Plan:
+  """Print the plan of a configuration. Starts and writes nothing."""
+  config = configs.load(path)
+  found = plan(config, path, rate)
+  table = Table(title=plain(f"{path}: {config.steps:,} steps"), title_justify="left")
+  for column in ("what", "value", "from"):
+    table.add_column(column)
+  for row in (*_time(found, path), *_saving(found)):
+    table.add_row(*map(plain, row))
+  console.print(table)
+  for one in found.evidence:
+    text = f"evidence {one.what}: " + (f"missing: {one.lack}" if one.lack else one.experiment)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+  return found
+
+
+def _time(p: Plan, path: Path) -> list[tuple[str, str, str]]:
+  c = p.config
+  on = f"{c.launch.ranks} ranks on {c.nodes} hosts, engine {c.launch.engine}"
+  if p.rate is None:
+    remedy = f"`nmoe bench step {path}` measures it; or give --tokens-per-s"
+    return [("machines", on, "launch.*"), ("tokens/s", "not known", remedy)]
+  hours, share = p.train_s / 3600, p.share(p.interval_s)
+  work = f"{c.schedule.trained_tokens:,} tokens, {p.step_s:.3g} s a step"
+  hosts = f"a host fails every {1 / HOST_FAILURES / 86400:,.0f} days"
+  return [
+    ("machines", on, "launch.*"),
+    ("tokens/s", f"{p.rate.value:,.0f}", p.rate.source),
+    ("days", f"{hours / 24 / share:,.2f}", work),
+    ("device hours", f"{hours * c.launch.ranks / share:,.1f}", f"{share:.2%} of the time trains"),
+    ("failures", f"{p.train_s / p.mttf_s:.2g}", f"one in {p.mttf_s / 3600:,.0f} h: {hosts}"),
+  ]
+
+
+def _saving(p: Plan) -> list[tuple[str, str, str]]:
+  every = p.config.train.checkpoint_every
+  rows = [
+    ("checkpoint stall", f"{p.stall.value:.3g} s", p.stall.source),
+    ("interval", _interval(p, p.interval_s, p.interval_steps), "sqrt(2 · stall · MTTF)"),
+  ]
+  if every and p.rate is not None:
+    own = every * p.step_s
+    source = f"train.checkpoint_every: {p.share(own):.2%} of the time trains"
+    rows.append(("interval now", _interval(p, own, every), source))
+  keep = p.config.train.keep_checkpoints
+  return [
+    *rows,
+    ("a checkpoint", _gb(p.checkpoint_bytes), "weights, masters, moments"),
+    ("storage rate", f"{_gb(p.storage_rate)}/s", "a write ends in half an interval"),
+    ("storage", _gb(p.storage_bytes), f"{keep} kept, one being written"),
+  ]
+
+
+def _interval(p: Plan, seconds: float, steps: int) -> str:
+  return f"{_minutes(seconds)}, {steps:,} steps" if steps else _minutes(seconds)
+
+
+def _minutes(seconds: float) -> str:
+  return f"{seconds / 60:.3g} min"
+
+
+def _gb(num_bytes: float) -> str:
+  return f"{num_bytes / 1e9:.3g} GB"
