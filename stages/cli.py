@@ -413,6 +413,17 @@ def check_resume(
   check.resume(config, steps, _console(), () if ranks is None else _numbers(ranks))
 
 
+@prod_app.command("plan")
+def prod_plan(
+  config: File,
+  tokens_per_s: Annotated[float, typer.Option(help="To reckon with; 0: as measured.")] = 0.0,
+) -> None:
+  """Days, device hours, interval of checkpoints, storage, evidence; starts nothing."""
+  from stages.prod import plan
+
+  plan.show(config, _console(), tokens_per_s)
+
+
 @prod_app.command("launch")
 def prod_launch(
   config: File,
@@ -477,6 +488,14 @@ def prod_status(
 
   health = launching.status(run, resolved(root), _console())
   raise typer.Exit(health if check else 0)
+
+
+@prod_app.command("amend")
+def prod_amend(run: str, file: File, root: Root = ROOT) -> None:
+  """Change a run's schedule from some tokens on: [[amend]] at_tokens, key, value, reason."""
+  from stages.prod import amend
+
+  amend.amend(run, file, root.resolve(), _console())
 
 
 @prod_app.command("stop")

@@ -143,9 +143,9 @@ class Lab:
     self.records.release(run.id)
     return run.id
 
-  def attempt(self, run_id: str, first: Path | None = None) -> int:
+  def attempt(self, run_id: str, first: Path | None = None, number: int = 0) -> int:
     """Execute a recorded run in this process as a child of the launcher would."""
-    return train.attempt(options(self.root, run_id, first))
+    return train.attempt(options(self.root, run_id, first, number))
 
   def session(self, run_id: str, **more: Any) -> Session:
     """What the loop gets of a run on one rank, with fields replaced."""
@@ -207,8 +207,10 @@ def open_lab(folder: Path) -> Iterator[Lab]:
   torch.use_deterministic_algorithms(deterministic)
 
 
-def options(root: Path, run_id: str, first: Path | None = None) -> argparse.Namespace:
-  more = [] if first is None else ["--first", str(first)]
+def options(
+  root: Path, run_id: str, first: Path | None = None, attempt: int = 0
+) -> argparse.Namespace:
+  more = ["--attempt", str(attempt)] if first is None else ["--first", str(first)]
   return train.options(["--root", str(root), "--run", run_id, *more])
 
 

@@ -142,6 +142,7 @@ class DataConfig:
   # the first sample that begins there, or after, they hold in place of the weights before
   fraction: float = identity(1.0, gt=0, le=1)  # of each source's training tokens, from the first:
   # a small run repeats its text as often as a large one of the same mixture
+  holes: tuple[tuple[int, ...], ...] = schedule(())  # samples left out: first, how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +209,7 @@ class TrainConfig:
   loss_chunk: int = schedule(4096, gt=0)  # tokens whose logits live at a time; sums round by it
   recompute: tuple[Literal["norm", "qkv", "swiglu"], ...] = free(())  # in place of keeping it
   cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
+  skip_steps: tuple[int, ...] = schedule(())  # that change nothing (nmoe.train.badsteps)
   log_every: int = free(10, gt=0)
   flight_every: int = free(0, ge=0)  # steps between measurements of nmoe.train.flight; 0: none
   routing_every: int = free(0, ge=0)  # steps between measurements of nmoe.train.routing; 0: none
@@ -247,6 +249,12 @@ class ProdConfig:
   max_attempts: int = free(50, gt=0)
   no_progress: int = free(3, gt=0)  # attempts in a row without a newer checkpoint end the run
   stale_s: float = free(120.0, gt=0)  # a heartbeat older than this is a stall
+  permanent_tokens: int = free(0, ge=0)  # a checkpoint is kept every so many; 0: none but of decay
+  bad_step: Literal["stop", "skip", "rewind"] = free("stop")  # about a step that is bad twice
+  spike_sigma: float = free(0.0, ge=0)  # a loss so far above the last ones is bad; 0: none is
+  spike_window: int = free(128, gt=1)  # the last ones
+  max_bad_steps: int = free(3, ge=0)  # that are skipped or rewound, before the run stops
+  notify: str = free("")  # a shell command that gets every event as JSON on its standard input
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nmoe.data.holes import Holes, skipped
 from nmoe.data.mixture import Phase
 from nmoe.data.permutation import key, mix, permute
 from nmoe.data.prepared import CYCLE, PreparedData, allot, drawn, heldout_windows, shares
@@ -39,7 +40,8 @@ class Loader:
   """The training samples of a run; it has no state, so to resume is to ask for the next n.
 
   data: prepared data; seq_len: input tokens a sample; seed: of the order; weights: see `shares`,
-  or phases of them, the first from token 0; fraction: of each source's tokens, the first ones.
+  or phases of them, the first from token 0; fraction: of each source's tokens, the first ones;
+  holes: samples that are left out (nmoe.data.holes).
   Raises DataError when a source with a positive share is shorter than one window.
   """
 
@@ -51,7 +53,9 @@ class Loader:
     seed: int,
     weights: Mapping[str, float] | Sequence[Phase] | None = None,
     fraction: float = 1.0,
+    holes: Holes = (),
   ):
+    self.holes = holes
     self.data, self.seq_len, self.seed = data, seq_len, seed
     of = weights if isinstance(weights, Sequence) else (Phase(0, weights),)
     self.shares_P, counts, self._streams = drawn(data, of, fraction, seq_len)
@@ -75,7 +79,7 @@ class Loader:
 
   def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where samples lie: (source index, epoch, first token in the source's stream) of each id."""
-    ids = np.asarray(ids, dtype=np.uint64)
+    ids = skipped(ids, self.holes)
     phase_of = np.searchsorted(self._first_P, ids, side="right") - 1
     cycle, slot = np.divmod(ids - self._first_P[phase_of], np.uint64(CYCLE))
     source = self._pattern_P[phase_of, slot]

@@ -87,13 +87,17 @@ class Shared:
     self.buckets = buckets(owned, row) if self.members > 1 else []
     self.block = [min(_block(p.name) for p in pieces) for pieces in self.buckets]
 
-  def reduce_bucket(self, number: int, grads: Mapping[str, Tensor]) -> None:
+  def reduce_bucket(
+    self, number: int, grads: Mapping[str, Tensor], total: Tensor | None = None
+  ) -> None:
     """Sum the owned rows of a bucket's gradients over the members, in fp32, rounded once. Other
-    rows keep what they are.
+    rows keep what they are. total: to it this rank's own part is added.
     """
     pieces = self.buckets[number]
     bucket_NC = self._bucket(pieces, grads, torch.float32)
     _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
+    if total is not None:
+      total += bucket_NC.sum()
     dist.reduce_scatter_tensor(bucket_NC[self.member], bucket_NC.view(-1), group=self.group)
     mine = [p for p in pieces if p.owner == self.member]
     _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
@@ -144,6 +148,8 @@ class Parallel:
   side: torch.cuda.Stream | None = None  # on which final gradients travel; None on the cpu
   reduced: set[tuple[int, int]] = field(default_factory=set)  # (part, bucket) so far in this step
 
+  own: Tensor | None = None  # fp32 0-d: the sum of this rank's own gradients; None: nobody asks
+
   @property
   def owned(self) -> dict[str, Span] | None:
     """The rows of each parameter that this rank updates; None, with one rank: all."""
@@ -164,6 +170,17 @@ class Parallel:
     told = torch.tensor(int(flag))
     dist.all_reduce(told, dist.ReduceOp.MAX, self.control)
     return bool(told)
+
+  def gather(self, values: Sequence[float]) -> list[list[float]]:
+    """On rank 0 the values of each rank, which give equally many; [] on others, and of one rank
+    alone.
+    """
+    if self.ranks == 1:
+      return []
+    mine = torch.tensor(values, dtype=torch.float64)
+    told = [torch.empty_like(mine) for _ in range(self.ranks)] if self.rank == 0 else None
+    dist.gather(mine, told, group=self.control)
+    return [] if told is None else [row.tolist() for row in told]
 
   def run(self, passes: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
     """passes(), the forward and backward passes of a step; see `Rdep.run`."""
@@ -212,7 +229,10 @@ class Parallel:
   def _reduce(self, which: list[tuple[int, int]], params: Mapping[str, nn.Parameter]) -> None:
     for i, number in which:
       part = self.shared[i]
-      part.reduce_bucket(number, {p.name: params[p.name].grad for p in part.buckets[number]})
+      if self.own is not None and not self.reduced:
+        self.own.zero_()
+      grads = {p.name: params[p.name].grad for p in part.buckets[number]}
+      part.reduce_bucket(number, grads, self.own)
       self.reduced.add((i, number))
 
   @contextmanager

@@ -10,15 +10,28 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nmoe.records.experiments import Experiments
-from nmoe.records.reader import Reader
+from nmoe.records.reader import Amendment, Reader, Run
 
-KINDS = ("launch", "restart", "stop", "override", "diverged", "refused", "crashed", "preempted")
-OUTCOMES = ("completed", "stopped", "preempted", "crashed", "diverged", "refused", "no progress")
+KINDS = (
+  *("submit", "launch", "restart", "stop", "override", "diverged", "refused", "crashed"),
+  *("preempted", "no progress", "straggler", "hardware", "permanent", "bad step", "skip"),
+  *("rewind", "amend", "amended"),
+)
+OUTCOMES = (
+  "completed",
+  "stopped",
+  "preempted",
+  "crashed",
+  "diverged",
+  "refused",
+  "no progress",
+  "amended",
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,16 @@ class History(Reader):
     rows = self._read("SELECT * FROM events WHERE run_id = ? ORDER BY rowid", run_id)
     return [Event(**{**dict(row), "detail": json.loads(row["detail"])}) for row in rows]
 
+  def run(self, run_id: str) -> Run:
+    """A run with its amendments."""
+    return replace(super().run(run_id), amendments=tuple(self.amendments(run_id)))
+
+  def amendments(self, run_id: str) -> list[Amendment]:
+    """Of a run, in the order in which they take effect."""
+    columns = "at_tokens, key, value, reason, who, time"
+    sql = f"SELECT {columns} FROM amendments WHERE run_id = ? ORDER BY at_tokens, rowid"
+    return [Amendment(**dict(row)) for row in self._read(sql, run_id)]
+
   def artifacts(self, run_id: str) -> dict[str, str]:
     """Path -> SHA-256 of what was generated for a run."""
     rows = self._read("SELECT path, sha256 FROM artifacts WHERE run_id = ? ORDER BY rowid", run_id)
@@ -99,10 +122,19 @@ class Attempts(Experiments, History):
         (time.time(), outcome, exit_status, step, run_id, number),
       )
 
-  def started(self, run_id: str, attempt: int, step: int, host: str) -> None:
+  def started(
+    self,
+    run_id: str,
+    attempt: int,
+    step: int,
+    host: str,
+    detail: Mapping[str, Any] | None = None,
+  ) -> None:
     """Record that ranks train from `step` on: a launch, or a restart within the attempt."""
-    before = any(event.attempt == attempt for event in self.events(run_id))
-    self.event(run_id, attempt, "restart" if before else "launch", step=step, host=host)
+    starts = ("launch", "restart")
+    before = any(e.attempt == attempt and e.kind in starts for e in self.events(run_id))
+    kind = "restart" if before else "launch"
+    self.event(run_id, attempt, kind, step=step, host=host, detail=detail)
 
   def event(
     self,
@@ -120,6 +152,15 @@ class Attempts(Experiments, History):
     row = (run_id, attempt, time.time(), step, kind, rank, host, json.dumps(dict(detail or {})))
     with self._writing() as db:
       db.execute("INSERT INTO events VALUES (?,?,?,?,?,?,?,?)", row)
+
+  def amend(self, run_id: str, amendments: Sequence[Amendment], attempt: int) -> None:
+    """Record amendments, all or none; each is an event too."""
+    with self._writing() as db:
+      for one in amendments:
+        row = (one.at_tokens, one.key, one.value, one.reason, one.who, one.time)
+        db.execute("INSERT INTO amendments VALUES (?,?,?,?,?,?,?)", (run_id, *row))
+    for one in amendments:
+      self.event(run_id, attempt, "amend", detail=asdict(one))
 
   def artifact(self, run_id: str, path: Path) -> None:
     """Record a generated file by its hash."""

@@ -430,11 +430,26 @@ def verify(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-  """Delete all but the newest `keep` checkpoints and any unfinished one."""
-  for step in steps(folder)[:-keep]:
-    shutil.rmtree(folder / f"step_{step:08d}")
+  """Delete all but the newest `keep` checkpoints and any unfinished one. Permanent ones stay.
+
+  Before any is deleted the newest is verified: CheckpointError, and all stay, if it is corrupt.
+  """
+  paths = [folder / f"step_{step:08d}" for step in steps(folder)]
+  old = [path for path in paths[:-keep] if not _is_permanent(path)]
+  if old:
+    verify(paths[-1])
+  for path in old:
+    shutil.rmtree(path)
   for partial in folder.glob("step_*.partial"):
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_permanent(path: Path) -> bool:
+  """Whether it was written to be kept for good. One that cannot be read is not."""
+  try:
+    return bool(manifest(path).get("permanent"))
+  except CheckpointError:
+    return False
 
 
 def _by_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:

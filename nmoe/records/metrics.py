@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -28,6 +29,16 @@ from nmoe.errors import RecordError
 from nmoe.records.root import Root
 
 Series = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Timed(NamedTuple):
+  """The rows of a tag in step order: int64, int64, float64, and seconds since 1970."""
+
+  step: np.ndarray
+  tokens: np.ndarray
+  value: np.ndarray
+  time: np.ndarray
+
 
 Row = tuple[int, int, str, float, float]  # step, tokens, tag, value, time
 Load = tuple[int, str, np.ndarray]  # step, name (COUNT: of loads), value_LE
@@ -53,7 +64,7 @@ _APPEND = (
 )
 _DELETE_AGAIN = """DELETE FROM metrics WHERE step >= ?
   AND (step, tag, time) IN (SELECT step, tag, time FROM batch)"""
-_READ = """SELECT step, tokens, tag, value FROM (SELECT * FROM metrics UNION ALL
+_READ = """SELECT step, tokens, tag, value, time FROM (SELECT * FROM metrics UNION ALL
   SELECT step, tokens, tag, coalesce(value, 'NaN'::DOUBLE), time FROM batch
   WHERE (step, tag, time) NOT IN (SELECT step, tag, time FROM metrics WHERE step >= ?))"""
 _APPEND_EXPERTS = (
@@ -163,7 +174,7 @@ class Metrics:
   def read(self) -> dict[str, Series]:
     """Flush, and everything logged so far, also before the run was interrupted."""
     self.flush(insist=True)
-    return _series(self.path, None)
+    return {tag: rows[:3] for tag, rows in _series(self.path, None).items()}
 
 
 def read(
@@ -173,10 +184,17 @@ def read(
 
   `tags` None: all. Tags that were never logged are absent; a run that flushed nothing gives {}.
   """
+  return {tag: rows[:3] for tag, rows in timed(root, run_id, tags, rank).items()}
+
+
+def timed(
+  root: str | Path, run_id: str, tags: Iterable[str] | None = None, rank: int = 0
+) -> dict[str, Timed]:
+  """The same with the time at which each row was logged."""
   return _series(_path(root, run_id, rank), tags)
 
 
-def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
+def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Timed]:
   early, _ = _kept(path.with_suffix(".rows"))  # before the file: a flush unlinks them last
   if not path.exists():
     return {}
@@ -191,9 +209,9 @@ def _series(path: Path, tags: Iterable[str] | None) -> dict[str, Series]:
     ).fetchnumpy()
   tag = found["tag"]
   starts = [0, *(np.flatnonzero(tag[1:] != tag[:-1]) + 1), len(tag)]
-  columns = [np.ma.getdata(found[name]) for name in ("step", "tokens", "value")]
+  columns = [np.ma.getdata(found[name]) for name in Timed._fields]
   return {
-    str(tag[i]): tuple(column[i:j] for column in columns)
+    str(tag[i]): Timed(*(column[i:j] for column in columns))
     for i, j in zip(starts[:-1], starts[1:], strict=True)
     if i < j
   }

@@ -187,6 +187,18 @@ def exports(db: sqlite3.Connection) -> None:
   db.execute("CREATE INDEX exports_of_run ON exports (run_id)")
 
 
+def amendments(db: sqlite3.Connection) -> None:
+  """Schema 8: a production run's schedule may be changed from some tokens on; `value` is JSON."""
+  db.execute(
+    """CREATE TABLE amendments (
+    run_id TEXT NOT NULL REFERENCES runs(id), at_tokens INTEGER NOT NULL, key TEXT NOT NULL,
+    value TEXT NOT NULL, reason TEXT NOT NULL, who TEXT NOT NULL, time REAL NOT NULL)"""
+  )
+  db.execute("CREATE INDEX amendments_of_run ON amendments (run_id)")
+  for change in ("UPDATE", "DELETE"):
+    _fixed(db, "amendments", change)
+
+
 def _fixed(db: sqlite3.Connection, table: str, change: str) -> None:
   """Refuse a kind of change of a table from now on."""
   db.execute(
@@ -204,6 +216,7 @@ MIGRATIONS: tuple[Step, ...] = (
   branches,
   starts,
   exports,
+  amendments,
 )
 
 

@@ -109,6 +109,20 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Amendment:
+  """A change of a production run's schedule: a key's value (JSON) from `at_tokens` on, and who
+  decided it why and when (seconds since 1970).
+  """
+
+  at_tokens: int
+  key: str
+  value: str
+  reason: str
+  who: str
+  time: float
+
+
+@dataclass(frozen=True)
 class Run:
   """One training run as a member of one experiment (`experiment_id`, `arm`).
 
@@ -137,6 +151,7 @@ class Run:
   updated: str
   origin: str = ""
   branch: Branch | None = None
+  amendments: tuple[Amendment, ...] = ()  # by tokens; of a run that nmoe.records.attempts read
 
   @property
   def finished(self) -> bool:

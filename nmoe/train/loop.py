@@ -4,6 +4,8 @@
 checkpoint if it has one, else from that of its branch. Stage runners start it as a child process
 and learn its outcome from the experiment database; at every log rank 0 tells its progress
 (nmoe.train.progress).
+
+One file: how a run begins, its step, and what its end means to those who started it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,6 +26,7 @@ import torch
 
 from nmoe.config import file as configs
 from nmoe.config import plan
+from nmoe.config.amend import amended, following
 from nmoe.config.sections import Config, diff
 from nmoe.data import prepared
 from nmoe.data.loader import Loader, Prefetcher, unigram_bpb
@@ -38,16 +42,20 @@ from nmoe.errors import (
   DivergedError,
   NmoeError,
   OtherCodeError,
+  RunError,
   TargetError,
 )
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model, update_router_bias
-from nmoe.records import checkpoint
+from nmoe.records import checkpoint, postmortem
 from nmoe.records.attempts import Attempts, History
+from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.metrics import Metrics
 from nmoe.records.provenance import check_code, check_versions, imported
 from nmoe.records.reader import Run, Start
 from nmoe.records.root import Root
+from nmoe.train import badsteps
+from nmoe.train.badsteps import BadStepError
 from nmoe.train.clock import Clock
 from nmoe.train.evaluations import Evaluations, due
 from nmoe.train.guard import Guard
@@ -56,10 +64,11 @@ from nmoe.train.passes import Passes
 from nmoe.train.profiler import Profiler
 from nmoe.train.progress import FAILED_FOR_GOOD, INTERRUPTED, Progress
 from nmoe.train.saving import resume, save, save_aside
-from nmoe.train.schedule import end_of, lr_factor
-from nmoe.train.session import Session, TrainState
+from nmoe.train.schedule import end_of, lr_factor, tokens_of
+from nmoe.train.session import Session, TrainState, nothing
 from nmoe.train.startup import StartUp, parser
 from nmoe.train.watch import StepValues, Watch
+from nmoe.train.watchdog import Watchdog
 
 Opened = Callable[..., PreparedData]  # nmoe.data.prepared.open_data, or one that remembers
 
@@ -95,6 +104,7 @@ def parts_of(session: Session, state: TrainState) -> Parts:
     seed=c.train.seed,
     weights=phases(names, c.data.weights, c.data.weights_from),
     fraction=c.data.fraction,
+    holes=c.data.holes,
   )
   batches = Prefetcher(
     loader,
@@ -106,7 +116,7 @@ def parts_of(session: Session, state: TrainState) -> Parts:
     ranks=ranks.ranks,
     device=device,
   )
-  clock, guard = Clock(device), Guard(c.optim.clip_norm, device)
+  clock, guard = Clock(device), session.guard or Guard(c.optim.clip_norm, device)
   passes = Passes(session, state, clock, loader)
   watch = Watch(session, state.step, clock, guard, passes.graph)
   return Parts(batches, passes, guard, watch, clock)
@@ -120,8 +130,8 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   batches, passes, guard, watch, clock = parts
   end = end_of(state.step, state.tokens, c.schedule)
   save_aside(session, state)
-  while state.step < end.step and not ranks.any(session.stop):
-    no_longer_than(c.launch.hang_s)
+  while state.step < end.step and not ranks.any(session.leaves(state.tokens)):
+    session.watchdog.enter("stepping")
     session.checkpoints.check()
     clock.start("load")
     tokens, targets = next(batches)
@@ -130,12 +140,15 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     ranks.reduce_gradients(state.model)
     loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
     norms = state.optimizer.grad_norms(ranks.sum)
-    scale = guard.factor(state.step, loss, norms["all"])
+    skip = state.step + 1 in c.train.skip_steps
+    scale = guard.factor(state.step, loss, norms["all"], ranks.own, skip)
     clock.start("step")
     factor = lr_factor(state.tokens, c.schedule, end.tokens)
     state.optimizer.step(factor, scale)
-    ranks.gather_weights(state.model)
-    update_router_bias(state.model, counts, c.moe.bias_update_rate)
+    if ranks.ranks > 1:
+      clock.start("gather")
+      ranks.gather_weights(state.model)
+    update_router_bias(state.model, counts, 0.0 if skip else c.moe.bias_update_rate)
     state.step, state.tokens = state.step + 1, state.tokens + c.schedule.batch_tokens
     clock.start("log")
     watch.add(state, passes.flight.stop())
@@ -145,27 +158,25 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
     if session.evaluations.due(state.step, end.step):
       clock.start("eval")
+      session.watchdog.enter("evaluating")
       watch.add(state, session.evaluations.values(state.step, end.step, state.model))
-    if due(state.step, c.train.checkpoint_every, end.step):
+    kept = session.kept(state.tokens)
+    if due(state.step, c.train.checkpoint_every, end.step) or kept:
       clock.start("checkpoint")
-      save(session, state, watch)
+      session.watchdog.enter("saving")
+      save(session, state, watch, kept)
     if state.step == begun + 1:
       save_aside(session, state)
     session.profiler.step()
+  session.watchdog.enter("stopping")
   if state.step < end.step:
-    save(session, state, watch)
+    why = "before an amendment" if session.amends(state.tokens) else ""
+    save(session, state, watch, why)
     return None
   if begun == end.step and ranks.any(not watch.evaluated(begun)):
     watch.add(state, session.evaluations.values(begun, begun, state.model))
   session.checkpoints.wait()
   return watch.results(state) | {"unigram_bpb": unigram_bpb(session.data)}
-
-
-def no_longer_than(seconds: float) -> None:
-  """End this process, with the stacks of its threads in its log, unless this is called again within
-  `seconds`: a hang in a kernel, a collective or Python ends the run, and a launcher may restart it.
-  """
-  faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
 
 def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:
@@ -213,8 +224,11 @@ def execute(
   """
   startup = StartUp(options.since)
   startup.end("imports")
-  root, config = options.root, configs.loads(run.toml, f"run {run.id}")
-  no_longer_than(config.launch.hang_s)
+  root, declared = options.root, configs.loads(run.toml, f"run {run.id}")
+  tokens = trained(Root(root), run)
+  config = amended(declared, run.amendments, tokens)
+  watchdog = watched_over(options, config)
+  progress, recorded = watchdog.progress, experiments is not None and options.attempt > 0
   rank, local_ranks = options.rank, options.local_ranks
   local_rank = rank if options.local_rank is None else options.local_rank
   target = select(config, local_rank, local_ranks)
@@ -223,7 +237,7 @@ def execute(
   ranks = parallel.init(config, target, rank, options.rendezvous, local_ranks)
   data = opened(Root(root).data / run.data_digest, verify=options.rank == 0)
   prepared.check(config, data)
-  meta = {"run": run.id, "fingerprint": run.fingerprint, "config": run.toml}
+  meta = {"run": run.id, "fingerprint": run.fingerprint, "config": configs.to_toml(config)}
   session = Session(
     config=config,
     target=target,
@@ -240,21 +254,32 @@ def execute(
     meta=meta,
     profiler=Profiler(options.trace, config.steps),
     startup=startup,
-    progress=Progress(options.progress, options.heartbeat, options.attempt),
+    progress=progress,
+    watchdog=watchdog,
+    until=following(run.amendments, tokens),
+    event=partial(experiments.event, run.id, options.attempt) if recorded else nothing,
     first=options.first,
   )
   startup.end("ranks_and_data")
   signal.signal(signal.SIGTERM, lambda *_: setattr(session, "stop", True))
+  watchdog.enter("loading")
   state = build(config, target, ranks, Root(root))
+  if options.attempt:
+    look_closely(session, state)
   resume(session, state, run.branch)
+  if amended(declared, run.amendments, state.tokens) != config:
+    raise RunError(f"step {state.step} is of an earlier schedule than the checkpoint after it")
   if experiments is not None:
     began(experiments, run, state, target)
-  if experiments is not None and options.attempt:
-    experiments.started(run.id, options.attempt, state.step, socket.gethostname())
   startup.end("model")
+  if recorded:
+    detail = of_start(options, startup, progress.before)
+    experiments.started(run.id, options.attempt, state.step, socket.gethostname(), detail)
+    session.replay = badsteps.pending(experiments.events(run.id))
+    session.judge = partial(badsteps.decide, experiments, root, run, options.attempt)
   try:
     with session.checkpoints, ranks.explained():
-      results = train(session, state, parts_of(session, state))
+      results = watched(session, state)
   finally:
     faulthandler.cancel_dump_traceback_later()
     session.metrics.flush()
@@ -264,7 +289,8 @@ def execute(
   if results is None:
     experiments.update_run(run.id, status="interrupted")
     if options.attempt:
-      experiments.event(run.id, options.attempt, "stop", step=state.step)
+      kind = "amended" if session.amends(state.tokens) else "stop"
+      experiments.event(run.id, options.attempt, kind, step=state.step)
     return INTERRUPTED
   experiments.update_run(run.id, status="completed", results=results)
   return 0
@@ -278,6 +304,69 @@ def began(records: Attempts, run: Run, state: TrainState, target: Target) -> Non
     if changes:
       sys.stderr.write(f"continued at step {state.step} with {changes}\n")
   records.add_start(run.id, now)
+
+
+def watched_over(options: argparse.Namespace, config: Config) -> Watchdog:
+  """The deadlines of this rank and, on rank 0, its heartbeat. It is starting."""
+  heartbeat = options.heartbeat if options.rank == 0 else None
+  progress = Progress(options.progress, heartbeat, options.attempt)
+  watchdog = Watchdog(progress, config.launch.hang_s, config.train.log_every)
+  watchdog.enter("starting")
+  if options.attempt:
+    sys.stderr.write(f"rank {options.rank} of {config.launch.ranks} on {socket.gethostname()}\n")
+  return watchdog
+
+
+def trained(root: Root, run: Run) -> int:
+  """The tokens of the checkpoint that the run goes on from, as far as its manifest can be read."""
+  folder = root.checkpoints(run.id)
+  for step in reversed(root.checkpoint_steps(run.id)):
+    try:
+      return tokens_of(checkpoint.manifest(folder / f"step_{step:08d}"))
+    except CheckpointError:
+      continue  # resume says what is wrong with it
+  return run.branch.tokens if run.branch is not None else 0
+
+
+def look_closely(session: Session, state: TrainState) -> None:
+  """Make the guard of a production run: against spikes, and with each rank's own gradients."""
+  c, device, ranks = session.config, session.target.device, session.parallel
+  session.guard = Guard(c.optim.clip_norm, device, c.prod.spike_sigma, c.prod.spike_window)
+  state.more = session.guard.tensors()
+  ranks.own = torch.zeros((), device=device) if ranks.ranks > 1 else None
+
+
+def watched(session: Session, state: TrainState) -> dict[str, Any] | None:
+  """`train`; in a production run a step that is bad is a BadStepError, with what it came to on all
+  ranks.
+  """
+  try:
+    return train(session, state, parts_of(session, state))
+  except DivergedError as error:
+    guard = session.guard
+    if guard is None:
+      raise
+    values = guard.kept.tolist()
+    told = session.parallel.gather(values) or [values]
+    bad = BadStepError(str(error), int(guard.bad_step) + 1, told)
+    if session.parallel.any(session.judge(bad)):
+      raise
+    raise bad from error
+
+
+def of_start(
+  options: argparse.Namespace, startup: StartUp, before: Heartbeat | None
+) -> dict[str, Any]:
+  """What the event of a start tells: how long it took, and the last sign of the ranks before; if
+  they were of the same attempt, why they ended.
+  """
+  detail: dict[str, Any] = {"startup": startup.seconds}
+  if before is None:
+    return detail
+  detail |= {"reached": before.entry.step, "reached_at": before.time}
+  if before.attempt == options.attempt:
+    detail |= postmortem.written(options.root, options.run, options.attempt, before=1)
+  return detail
 
 
 def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
@@ -306,9 +395,8 @@ def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
       results = {"diverged": 1} if isinstance(error, DivergedError) else {}
       name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
       records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
-      if options.attempt and isinstance(error, FINAL):
-        kind = "diverged" if isinstance(error, DivergedError) else "refused"
-        records.event(run.id, options.attempt, kind, detail={"error": str(error)})
+      if options.attempt and isinstance(error, FINAL) and not isinstance(error, DivergedError):
+        records.event(run.id, options.attempt, "refused", detail={"error": str(error)})
       raise
 
 

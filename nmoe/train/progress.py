@@ -11,11 +11,10 @@ import os
 import socket
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nmoe import files
+from nmoe.records.heartbeat import Entry, Heartbeat
 
 # exit statuses of a rank
 INTERRUPTED = 75  # it was told to stop and can be resumed (EX_TEMPFAIL)
@@ -23,54 +22,20 @@ FAILED_FOR_GOOD = 76  # another try would end alike, as long as the cause stands
 LINE_S = 20.0  # a log gets a line at least this often, as long as steps are logged
 
 
-class Entry(NamedTuple):
-  """A logged step: training loss in nats, the rate since the last one, the time to the end."""
-
-  step: int
-  total: int
-  loss: float
-  tokens_per_s: float
-  left_s: float
-
-  def __str__(self) -> str:
-    left = timedelta(seconds=round(self.left_s))
-    rate = f"{self.tokens_per_s:,.0f} tokens/s"
-    return f"step {self.step}/{self.total}  loss {self.loss:.4f}  {rate}  {left} left"
-
-
-class Heartbeat(NamedTuple):
-  """What the file of a production run says: the newest entry, when and by whom it was written."""
-
-  entry: Entry
-  time: float  # seconds since 1970
-  host: str
-  pid: int
-  attempt: int
-
-  @classmethod
-  def read(cls, path: Path) -> Heartbeat | None:
-    """None if no step was logged yet."""
-    try:
-      found = json.loads(path.read_text())
-    except FileNotFoundError:
-      return None
-    return cls(Entry(**found.pop("entry")), **found)
-
-  def write(self, path: Path) -> None:
-    """A reader finds this one or the one before, never a part."""
-    files.replace(path, json.dumps(self._asdict() | {"entry": self.entry._asdict()}))
-
-
 class Progress:
   """Messages through the descriptor `fd`, of a pipe; None: nobody listens.
 
   A full pipe loses messages: a launcher that was stopped (Ctrl-Z) stops no rank. heartbeat: a file
-  for the newest entry of a production run's `attempt`; a file named "stop" beside it is a request.
+  for the newest entry and the state of a production run's `attempt`; a file named "stop" beside it
+  is a request. before: what the file said when this process began.
   """
 
   def __init__(self, fd: int | None = None, heartbeat: Path | None = None, attempt: int = 0):
     self.fd, self.heartbeat, self.attempt = fd, heartbeat, attempt
     self._line = -LINE_S
+    self.before = None if heartbeat is None else Heartbeat.read(heartbeat)
+    self._entry = Entry(0, 0, 0.0, 0.0, 0.0) if self.before is None else self.before.entry
+    self._state = ""
     if fd is not None:
       os.set_blocking(fd, False)
 
@@ -87,11 +52,23 @@ class Progress:
     if not tell:
       return True
     if self.heartbeat is not None:
-      beat = Heartbeat(entry, time.time(), socket.gethostname(), os.getpid(), self.attempt)
-      beat.write(self.heartbeat)
+      self._entry = entry
+      self._beat()
       if self.heartbeat.with_name("stop").exists():
         return False
     return self.tell(entry._asdict())
+
+  def enter(self, state: str) -> None:
+    """The run is in one of nmoe.records.heartbeat.STATES from now on."""
+    if state != self._state:
+      self._state = state
+      self._beat()
+
+  def _beat(self) -> None:
+    if self.heartbeat is not None:
+      self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
+      said = (time.time(), socket.gethostname(), os.getpid(), self.attempt)
+      Heartbeat(self._entry, *said, self._state).write(self.heartbeat)
 
   def tell(self, message: dict[str, Any]) -> bool:
     """Send a message of less than 4 KiB, which a pipe takes whole or not; False: launcher gone."""

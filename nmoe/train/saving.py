@@ -17,8 +17,9 @@ from nmoe.train.session import Session, TrainState
 from nmoe.train.watch import Watch
 
 
-def save(session: Session, state: TrainState, watch: Watch) -> None:
-  """Begin a checkpoint of the state, after every step so far is known to be finite.
+def save(session: Session, state: TrainState, watch: Watch, permanent: str = "") -> None:
+  """Begin a checkpoint of the state, after every step so far is known to be finite. permanent: why
+  it is kept for good, "" if it is not.
 
   The loop waits for the write before, if it is still under way, and for the copy; this stall is
   logged. The metrics are on disk before the checkpoint is.
@@ -32,7 +33,10 @@ def save(session: Session, state: TrainState, watch: Watch) -> None:
   writer.copy(state.tensors())
   watch.add(state, {"checkpoint/stall_s": time.perf_counter() - begun})
   session.metrics.flush()
-  writer.start(state.step, meta(session, state))
+  more = {"permanent": permanent} if permanent else {}
+  writer.start(state.step, meta(session, state) | more)
+  if permanent:
+    session.event("permanent", step=state.step, detail={"why": permanent})
 
 
 def save_aside(session: Session, state: TrainState) -> None:

@@ -21,6 +21,7 @@ from nmoe.train.guard import Guard
 from nmoe.train.progress import Entry
 from nmoe.train.schedule import end_of
 from nmoe.train.session import Session, TrainState
+from nmoe.train.stragglers import LOCAL, PHASES, Stragglers, tags
 
 
 class StepValues(NamedTuple):
@@ -47,6 +48,7 @@ class Watch:
     self.token_bytes_V = token_bytes_V.to(session.target.device)
     self.flops_per_token = plan.plan(session.config).flops_per_token
     self.logged_step = start
+    self.stragglers = Stragglers(session.config.launch.ranks)
 
   def log(self, state: TrainState, of: StepValues) -> None:
     """Add one row of every tag, after the step of which these are the values.
@@ -59,6 +61,7 @@ class Watch:
       [self.guard.bad_step.float(), of.loss, nats, bytes_T.sum(), *of.norms.values()]
     ).tolist()
     self.guard.check(int(scalars[0]))
+    self._replayed(state.step)
     o = self.config.optim
     values = {
       "train/loss": scalars[1],
@@ -78,11 +81,34 @@ class Watch:
     values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
+    values |= self._of_all_ranks(state.step, phases)
     values |= self._speed(state.step - self.logged_step, phases)
     self.logged_step = state.step
     values |= self.session.startup.first_step()
     self.add(state, values)
     self._progress(state, values)
+
+  def _replayed(self, step: int) -> None:
+    """A step that was bad, computed again, was good: the hardware was at fault the first time."""
+    replay = self.session.replay
+    if replay is not None and step >= replay.step:
+      detail = {"why": "computed again the step is good", "ranks": replay.ranks}
+      self.session.event("hardware", step=replay.step, rank=replay.rank, detail=detail)
+      self.session.replay = None
+
+  def _of_all_ranks(self, step: int, phases: dict[str, float]) -> dict[str, float]:
+    """The phase times of every rank, on rank 0; who becomes a straggler is an event. On a CPU other
+    work decides who is slow.
+    """
+    times = self.session.parallel.gather([phases.get(name, 0.0) for name in PHASES])
+    if not times:
+      return {}
+    seconds = [row[LOCAL] / (step - self.logged_step) for row in times]
+    for rank in self.stragglers.add(seconds):
+      if self.target.device.type == "cuda":
+        detail = {"step_s": seconds[rank], "best_s": self.stragglers.best[rank]}
+        self.session.event("straggler", step=step, rank=rank, detail=detail)
+    return tags(times)
 
   def add(self, state: TrainState, values: dict[str, float]) -> None:
     self.session.metrics.add(state.step, state.tokens, values)
@@ -132,6 +158,7 @@ class Watch:
   def _speed(self, steps: int, phases: dict[str, float]) -> dict[str, float]:
     """Of the steps themselves: evaluations and checkpoints are not in it."""
     seconds = sum(s for name, s in phases.items() if name not in ("eval", "checkpoint"))
+    self.session.watchdog.measured(seconds / steps)
     rate = steps * self.config.schedule.batch_tokens / seconds
     speed = {"train/tokens_per_s": rate, "train/flops_per_token": self.flops_per_token}
     peak = self.target.peak_flops * self.config.launch.ranks

@@ -21,6 +21,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.records.attempts import History
 from nmoe.records.root import Root
+from stages.launch import notify
 
 SAVE_S = 900  # ranks that are told to leave may take this long to save
 START_S = 1800  # hosts may come this late to the rendezvous
@@ -73,8 +74,10 @@ def main() -> int:
   reader = History(options.root)
   config = configs.loads(reader.run(options.run).toml, f"run {options.run}", env={})
   reader.close()
+  told = config.prod.notify if options.node == 0 else ""
   try:
-    elastic_launch(settings(config, options), sys.executable)(*command(options))
+    with notify.telling(options.root, options.run, told):
+      elastic_launch(settings(config, options), sys.executable)(*command(options))
   except ChildFailedError as error:
     for rank, failure in error.failures.items():
       sys.stderr.write(f"rank {rank}: exit status {failure.exitcode}, {failure.message}\n")

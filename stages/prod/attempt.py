@@ -10,20 +10,26 @@ from pathlib import Path
 
 from nmoe.config import file as configs
 from nmoe.errors import RecordError
+from nmoe.records import postmortem
 from nmoe.records.attempts import Attempt, Attempts, History
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
+from stages.launch import notify
 
 DONE, AGAIN, NEVER = 0, 75, 76  # exit statuses: over; to be queued again; never to be queued again
 STATUS = {
   "completed": DONE,
   "stopped": DONE,
   "preempted": AGAIN,
+  "amended": AGAIN,
   "crashed": AGAIN,
   "diverged": NEVER,
   "refused": NEVER,
   "no progress": NEVER,
 }
+
+
+TOLD = ("crashed", "no progress", "preempted")  # outcomes that are events of their own
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,17 @@ def settle(root: Path, run_id: str, number: int) -> End:
   """What became of an attempt whose processes have ended, as the records say it; recorded."""
   records = Attempts(root)
   try:
-    end = judged(root, records, records.run(run_id), number)
+    run = records.run(run_id)
+    end = judged(root, records, run, number)
     step = newest_step(root, run_id)
     records.end(run_id, number, outcome=end.outcome, exit_status=end.status, step=step)
-    if end.outcome in ("crashed", "preempted"):
-      records.event(run_id, number, end.outcome, step=step, detail={"why": end.why})
+    if end.outcome in TOLD:
+      detail = {"why": end.why}
+      if end.outcome != "preempted":
+        detail |= {"dead": postmortem.written(root, run_id, number)}
+      records.event(run_id, number, end.outcome, step=step, detail=detail)
     Root(root).stop_request(run_id).unlink(missing_ok=True)
+    notify.deliver(root, run_id, configs.loads(run.toml, f"run {run_id}", env={}).prod.notify)
     return end
   finally:
     records.close()
@@ -91,9 +102,11 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
   final = next((event for event in events if event.kind in ("diverged", "refused")), None)
   if final is not None:
     return End(final.kind, final.detail["error"])
-  if events and events[-1].kind == "stop":
-    asked = Root(root).stop_request(run.id).exists()
-    return End("stopped" if asked else "preempted", "it was told to leave, and saved")
+  if events and events[-1].kind in ("stop", "amended"):
+    asked = Root(root).stop_request(run.id)
+    if events[-1].kind == "amended" or (asked.exists() and "amend" in asked.read_text()):
+      return End("amended", "it saved, and goes on under the amendment")
+    return End("stopped" if asked.exists() else "preempted", "it was told to leave, and saved")
   config = configs.loads(run.toml, f"run {run.id}", env={})
   attempts = records.attempts(run.id)
   why = run.error or "a rank died without a word: see the logs"

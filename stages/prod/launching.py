@@ -12,7 +12,8 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -22,15 +23,17 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
+from nmoe.records.goodput import Production, production
+from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
-from nmoe.train.progress import Heartbeat
 from stages.judge.table import Judgement
 from stages.launch import local
 from stages.launch.display import Display, Line
 from stages.prod import hosts
 from stages.prod.attempt import DONE, End, begin, newest_step, settle
 from stages.prod.evidence import Evidence, evidence
+from stages.prod.plan import advice
 from stages.runs import Work, taken_up, under_way
 from stages.workbench import Arm, Workbench, hypothesis_of
 
@@ -49,7 +52,7 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
   if config.train.checkpoint_every == 0:
     raise ConfigError(
       f"{path}: train.checkpoint_every = 0 in a production run: a crash would lose all of it; "
-      "set it to a number of steps that takes minutes"
+      + advice(config, path)
     )
   with Workbench.open(config.run.root, console) as bench:
     found = evidence(config, path, bench.experiments, bench.code_version)
@@ -75,6 +78,8 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
         console.print(generated.read_text(), markup=False, highlight=False, soft_wrap=True)
       else:
         hosts.submit(config, generated, console)
+        with closing(Attempts(bench.root)) as records:
+          records.event(run.id, 0, "submit")
       return DONE
     return DONE if dry_run else _carried_out(work, run, config)
 
@@ -107,10 +112,18 @@ def _run(work: Work, arm: Arm, console: Console) -> Run:
   if run is None or not work.usable(run):
     return work.start(arm, config.train.seed)
   if run.status != "running":
-    work.hand_over(run, config)
+    work.hand_over(run, decided(run, config))
   step = newest_step(bench.root, run.id)
   console.print(f"run {run.id} goes on from step {step}", markup=False)
   return run
+
+
+def decided(run: Run, config: Config) -> Config:
+  """The configuration with what the run itself left out of it (nmoe.train.badsteps)."""
+  own = configs.loads(run.toml, f"run {run.id}", env={})
+  return configs.changed(
+    config, {"train.skip_steps": own.train.skip_steps, "data.holes": own.data.holes}
+  )
 
 
 def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:
@@ -162,9 +175,9 @@ def _execute(root: Path, run: Run, config: Config, line: Line) -> End:
     number = begin(root, run.id, "local")
     told = _attempt(root, run, config, number, line)
     end = settle(root, run.id, number)
-    if end.outcome != "crashed" or told:
+    if end.outcome not in ("crashed", "amended") or told:
       return end
-    line.display.say(f"production: attempt {number} crashed: {end.why}")
+    line.display.say(f"production: attempt {number} {end.outcome}: {end.why}")
 
 
 def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> bool:
@@ -196,7 +209,8 @@ def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> b
 
 def _follow(root: Path, run_id: str, number: int, line: Line) -> None:
   beat = Heartbeat.read(Root(root).heartbeat(run_id))
-  if beat is not None and beat.attempt == number and beat.entry != line.entry:
+  logged = beat is not None and beat.attempt == number and beat.entry.tokens_per_s > 0
+  if logged and beat.entry != line.entry:
     line.follow(beat.entry)
   else:
     line.idle()
@@ -225,19 +239,16 @@ def stop(run_id: str, root: Path, console: Console) -> None:
 
 def status(run_id: str | None, root: Path, console: Console) -> int:
   """Print what a production run is doing, by default the newest; HEALTHY, UNKNOWN or SICK."""
-  records = History(root)
-  try:
+  with closing(History(root)) as records:
     run = records.run(run_id) if run_id else _newest(records)
-    attempts, events = records.attempts(run.id), records.events(run.id)
-  finally:
-    records.close()
+  found = production(root, run.id)
+  attempts, events, beat = found.attempts, found.events, found.heartbeat
   config = configs.loads(run.toml, f"run {run.id}", env={})
-  beat = Heartbeat.read(Root(root).heartbeat(run.id))
-  told = "no step logged yet"
+  told = "no sign of life yet"
   age = float("inf")
   if beat is not None:
     age = time.time() - beat.time
-    told = f"{beat.entry}, {age:.0f} s ago on {beat.host}"
+    told = f"{beat.entry}; {beat.state}, {age:.0f} s ago on {beat.host}"
   console.print(f"run {run.id}: {run.status}; {told}", markup=False, highlight=False)
   table = Table()
   for column in ("attempt", "engine", "hosts", "from step", "to step", "outcome"):
@@ -246,11 +257,20 @@ def status(run_id: str | None, root: Path, console: Console) -> int:
     steps = str(a.first_step), str(a.last_step) if a.ended else ""
     table.add_row(str(a.number), a.engine, str(len(a.nodes)), *steps, a.outcome or "under way")
   console.print(table)
+  _show_goodput(found, console)
   for event in events[-10:]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
     text = f"{when} attempt {event.attempt} step {event.step}: {event.kind} {event.detail or ''}"
     console.print(text, markup=False, highlight=False)
   return health(run, age, config.prod.stale_s)
+
+
+def _show_goodput(found: Production, console: Console) -> None:
+  parts = ", ".join(f"{name} {s:,.1f} s" for name, s in found.seconds.items() if s)
+  text = f"goodput {found.goodput:.1%}, ETTR {found.ettr:.1%} of {found.wall_s:,.1f} s: {parts}"
+  if found.left_s is not None:
+    text += f"; {timedelta(seconds=round(found.left_s))} left at this pace"
+  console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def health(run: Run, age_s: float, stale_s: float) -> int:

@@ -33,7 +33,7 @@ from stages.runs import carrying
 from stages.text import plain
 from stages.workbench import Workbench
 
-COMPUTE = ("forward", "backward", "graph", "clip", "step")
+COMPUTE = ("forward", "backward", "graph", "clip", "step", "gather")
 STATEMENT = "What a training step costs."
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
 

@@ -15,7 +15,18 @@ from stages.report.findings import LEGS, Arm
 
 COLORS = ("#8a929c", "#1f5fbf", "#c2571a", "#0b7a5c", "#7a4fb5", "#b3366b")
 LOAD_SCALE = ((0.0, "#f4f6f9"), (0.25, "#c5d7ee"), (0.6, "#4f86c9"), (1.0, "#12305e"))
-PHASES = ("load", "forward", "backward", "graph", "clip", "step", "log", "eval", "checkpoint")
+PHASES = (
+  "load",
+  "forward",
+  "backward",
+  "graph",
+  "clip",
+  "step",
+  "gather",
+  "log",
+  "eval",
+  "checkpoint",
+)
 PHASE_COLORS = (
   "#c9ced6",
   "#7fa8dc",

@@ -198,7 +198,8 @@ def test_divergence_is_final(tmp_path):
   production = Production(tmp_path, "[optim]\ndense_lr = 1e30\nexpert_lr = 1e30\n")
   code, out = production.end()
   assert code == 76 and "diverged: step" in out
-  assert [event.kind for event in production.events()] == ["launch", "diverged"]
+  kinds = [event.kind for event in production.events()]
+  assert kinds == ["launch", "bad step", "restart", "bad step", "diverged"]
 
 
 def test_preemption(tmp_path, undisturbed):

@@ -330,7 +330,7 @@ def test_a_run_that_is_not_finite_is_never_saved(lab, monkeypatch):
   assert checkpoint.steps(lab.checkpoints(run)) == []
 
 
-def blind_factor(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+def blind_factor(self, step: int, loss: Tensor, *more: object) -> Tensor:
   if step == 2:
     self.bad_step = torch.tensor(step)
   return torch.ones(())

@@ -185,7 +185,7 @@ def test_a_heartbeat_is_whole_and_a_request_is_seen(tmp_path):
 
 HANG = """
 import sys, threading, time
-from nmoe.train.loop import no_longer_than
+from nmoe.train.watchdog import no_longer_than
 for _ in range(3):
   no_longer_than(1.0)
   time.sleep(0.6)

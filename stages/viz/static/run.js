@@ -6,8 +6,8 @@ import { at, color, measure, seconds, short, when } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
-const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "log", "eval", "checkpoint"];
-const PHASE_COLORS = ["#b4bbc4", "#56b4e9", "#0072b2", "#1b9e9e", "#e69f00", "#6a6fb5", "#8d6e63",
+const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"];
+const PHASE_COLORS = ["#b4bbc4", "#56b4e9", "#0072b2", "#1b9e9e", "#e69f00", "#6a6fb5", "#a6761d", "#8d6e63",
   "#009e73", "#cc79a7"];
 
 // The groups of a run's panels: title and tags, drawn on one axis each.

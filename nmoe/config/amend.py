@@ -1,0 +1,71 @@
+"""Amendments: what a production run's configuration becomes after so many tokens.
+
+The configuration of a step is a pure function of the run's TOML, its amendments and the tokens
+before the step. An amendment holds from the first step that begins at `at_tokens` or after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from nmoe.config.file import changed
+from nmoe.config.sections import Config, kind, leaves
+from nmoe.errors import ConfigError
+from nmoe.records.reader import Amendment
+
+WEIGHTS = "data.weights"  # an amendment of it adds a row to data.weights_from
+KEYS = (  # of which the loop asks by tokens
+  *("optim.dense_lr", "optim.router_lr", "optim.expert_lr", "optim.embed_lr", "optim.clip_norm"),
+  *("optim.dense_weight_decay", "optim.router_weight_decay", "optim.expert_weight_decay"),
+  *(
+    "schedule.batch_tokens",
+    "schedule.total_tokens",
+    "schedule.decay_tokens",
+    "schedule.decay",
+    "schedule.final_ratio",
+  ),
+  *("precision.finish_tokens", WEIGHTS),
+)
+
+
+def amended(config: Config, amendments: Sequence[Amendment], tokens: int) -> Config:
+  """The configuration of the step after `tokens` tokens."""
+  for one in amendments:
+    if one.at_tokens <= tokens:
+      config = changed(config, values_of(config, one))
+  return config
+
+
+def values_of(config: Config, one: Amendment) -> dict[str, Any]:
+  """The keys that an amendment changes, with what they become."""
+  value = json.loads(one.value)
+  if one.key != WEIGHTS:
+    return {one.key: value}
+  rows = [row for row in config.data.weights_from if row[0] != one.at_tokens]
+  return {"data.weights_from": sorted([*map(list, rows), [float(one.at_tokens), *value]])}
+
+
+def following(amendments: Sequence[Amendment], tokens: int) -> int:
+  """The tokens of the next amendment after `tokens`; 0: there is none."""
+  return min((one.at_tokens for one in amendments if one.at_tokens > tokens), default=0)
+
+
+def check(config: Config, one: Amendment, tokens: int, name: str) -> None:
+  """ConfigError if a run of `tokens` tokens cannot take the amendment. name: its file."""
+  where = f"{name}: amendment of {one.key} at {one.at_tokens} tokens"
+  if one.key not in KEYS:
+    if one.key not in leaves(config):
+      raise ConfigError(f"{where}: there is no such key; those that can be amended: {_known()}")
+    why = {"identity": "makes another model or run: start a new one"}
+    why |= {"free": "is read at a launch: change the file and launch again"}
+    told = why.get(kind(one.key), "is not read by tokens")
+    raise ConfigError(f"{where}: the key {told}; those that can be amended: {_known()}")
+  if one.at_tokens <= tokens:
+    raise ConfigError(f"{where}: the run is at {tokens} tokens; what is trained is not amended")
+  changed(config, values_of(config, one))
+
+
+def _known() -> str:
+  return ", ".join(KEYS)

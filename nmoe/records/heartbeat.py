@@ -1,0 +1,58 @@
+"""The file by which a production run says that it lives: `{root}/runs/RUN/heartbeat.json`.
+
+Rank 0 rewrites it at each log and each change of state.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from nmoe import files
+
+STATES = ("starting", "loading", "stepping", "saving", "evaluating", "stopping")
+
+
+class Entry(NamedTuple):
+  """A logged step: training loss in nats, the rate since the last one, the time to the end. A rate
+  of 0 means that no step was logged yet.
+  """
+
+  step: int
+  total: int
+  loss: float
+  tokens_per_s: float
+  left_s: float
+
+  def __str__(self) -> str:
+    if self.tokens_per_s == 0:
+      return "no step logged yet"
+    left = timedelta(seconds=round(self.left_s))
+    rate = f"{self.tokens_per_s:,.0f} tokens/s"
+    return f"step {self.step}/{self.total}  loss {self.loss:.4f}  {rate}  {left} left"
+
+
+class Heartbeat(NamedTuple):
+  """What the file says: the newest logged step, when and by whom it was written, one of STATES."""
+
+  entry: Entry
+  time: float  # seconds since 1970
+  host: str
+  pid: int
+  attempt: int
+  state: str = "stepping"
+
+  @classmethod
+  def read(cls, path: Path) -> Heartbeat | None:
+    """None if no rank has started yet."""
+    try:
+      found = json.loads(path.read_text())
+    except FileNotFoundError:
+      return None
+    return cls(Entry(**found.pop("entry")), **found)
+
+  def write(self, path: Path) -> None:
+    """A reader finds this one or the one before, never a part."""
+    files.replace(path, json.dumps(self._asdict() | {"entry": self.entry._asdict()}))

@@ -1,0 +1,83 @@
+"""`nmoe prod amend RUN FILE`: change a run's schedule from some tokens on, audited.
+
+[[amend]]
+at_tokens = 50_000_000_000
+key = "optim.expert_lr"
+value = 1e-4
+reason = "the loss of code rose after 45 B tokens"
+
+A live run saves and leaves at its next log, and is launched again by its engine; it does so once
+more at `at_tokens`. There is no other way into the loop.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nmoe.config import amend as rules
+from nmoe.config import file as configs
+from nmoe.errors import ConfigError
+from nmoe.records.attempts import Attempts
+from nmoe.records.goodput import production
+from nmoe.records.reader import Amendment
+from nmoe.records.root import Root
+from nmoe.tables import parsed
+
+FIELDS = {"at_tokens": int, "key": str, "reason": str}
+
+
+def amend(run_id: str, path: Path, root: Path, console: Console) -> None:
+  """Record a file's amendments, all or none, and ask a live run to take them up."""
+  found = production(root, run_id)
+  config = configs.loads(found.run.toml, f"run {run_id}", env={})
+  amendments = read(path)
+  reached = found.tokens
+  if found.heartbeat is not None:
+    reached += max(0, found.heartbeat.entry.step - found.step) * config.schedule.batch_tokens
+  margin = 2 * config.train.log_every * config.schedule.batch_tokens
+  tokens = reached + (margin if found.run.status == "running" else 0)
+  for one in amendments:
+    rules.check(config, one, tokens, str(path))
+  with closing(Attempts(root)) as records:
+    records.amend(run_id, amendments, found.attempts[-1].number if found.attempts else 0)
+  for one in amendments:
+    console.print(
+      f"run {run_id}: {one.key} = {one.value} from {one.at_tokens} tokens on ({one.reason})",
+      markup=False,
+    )
+  if found.run.status == "running":
+    request = Root(root).stop_request(run_id)
+    request.parent.mkdir(parents=True, exist_ok=True)
+    request.write_text(json.dumps({"amend": len(amendments), "host": socket.gethostname()}))
+
+
+def read(path: Path) -> list[Amendment]:
+  """The amendments of a file. ConfigError names what is wrong with one."""
+  try:
+    table = parsed(path.read_text(encoding="utf-8-sig"), str(path))
+  except OSError as error:
+    raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+  found = table.get("amend")
+  if table.keys() != {"amend"} or not isinstance(found, list):
+    raise ConfigError(f"{path}: holds {sorted(table)}; it must hold tables [[amend]] and no other")
+  who, now = f"{getpass.getuser()}@{socket.gethostname()}", time.time()
+  return [_one(each, f"{path}: amend {n}", who, now) for n, each in enumerate(found, start=1)]
+
+
+def _one(table: dict[str, Any], where: str, who: str, now: float) -> Amendment:
+  wanted = {*FIELDS, "value"}
+  if table.keys() != wanted:
+    raise ConfigError(f"{where}: has {sorted(table)}; it must have {sorted(wanted)}")
+  for name, form in FIELDS.items():
+    if type(table[name]) is not form or not table[name]:
+      raise ConfigError(f"{where}: {name} = {table[name]!r} must be a {form.__name__}, not empty")
+  value = json.dumps(table["value"])
+  return Amendment(table["at_tokens"], table["key"], value, table["reason"], who, now)

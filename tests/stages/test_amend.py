@@ -1,0 +1,167 @@
+"""Amendments: refused or audited; the end is that of a run whose schedule was so from the start."""
+
+import io
+import json
+import shutil
+from contextlib import closing
+
+import pytest
+from labs import same_bits
+from rich.console import Console
+
+from nmoe.config import file as configs
+from nmoe.config.amend import amended, following
+from nmoe.config.file import changed
+from nmoe.errors import ConfigError, RecordError
+from nmoe.records import checkpoint
+from nmoe.records.attempts import Attempts
+from nmoe.records.manifests import digest
+from nmoe.records.reader import Amendment
+from nmoe.train import loop
+from stages.prod.amend import amend
+from stages.prod.attempt import begin, settle
+
+RATES = ("dense", "router", "expert")
+AT = 5 * 512  # tokens: step 6 is the first under the amendment
+
+
+def write(folder, *entries: str):
+  path = folder / "amend.toml"
+  path.write_text("".join(f"[[amend]]\n{entry}\n" for entry in entries))
+  return path
+
+
+def halved(folder, at: int = AT):
+  """All learning rates, from 1e-2 to half of it."""
+  of = 'at_tokens = {}\nkey = "optim.{}_lr"\nvalue = 0.005\nreason = "it is restless"'
+  return write(folder, *(of.format(at, rate) for rate in RATES))
+
+
+def told(run: str, path, lab) -> str:
+  out = io.StringIO()
+  amend(run, path, lab.root, Console(file=out, width=200))
+  return out.getvalue()
+
+
+def test_an_amended_run_ends_as_one_whose_schedule_was_so(lab, tmp_path, monkeypatch):
+  """The oracle halves the factor of the rates in the loop itself, which is exact; one more run is
+  interrupted between amendment and its tokens, and resumed on both sides.
+  """
+  factor = loop.lr_factor
+
+  def other(tokens, *more):
+    return factor(tokens, *more) * (0.5 if tokens >= AT else 1.0)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(loop, "lr_factor", other)
+    wanted = lab.record()
+    assert lab.attempt(wanted) == 0
+  run = lab.record()
+  assert "optim.expert_lr = 0.005 from 2560 tokens on (it is restless)" in told(
+    run, halved(tmp_path), lab
+  )
+  outcomes = []
+  for number in (1, 2):
+    assert begin(lab.root, run, "local") == number
+    outcomes.append(lab.attempt(run, number=number))
+    outcomes.append(settle(lab.root, run, number).outcome)
+  assert outcomes == [loop.INTERRUPTED, "amended", 0, "completed"]
+  assert same_bits(lab.state(run), lab.state(wanted))
+  never = lab.record()
+  assert lab.attempt(never) == 0 and not same_bits(lab.state(run), lab.state(never))
+  before = checkpoint.manifest(lab.checkpoints(run) / "step_00000005")
+  assert before["permanent"] == "before an amendment" and "expert_lr = 0.01" in before["config"]
+  assert (
+    "expert_lr = 0.005" in checkpoint.manifest(lab.checkpoints(run) / "step_00000012")["config"]
+  )
+
+
+def test_an_amended_batch(lab, tmp_path):
+  """Twice as large from 5 steps on; against a stopped run whose record is rewritten by hand."""
+  at = f'at_tokens = {AT}\nreason = "x"\nkey = "schedule.batch_tokens"\nvalue = 1024'
+  run, other = lab.record(), lab.record()
+  told(run, write(tmp_path, at), lab)
+  for number in (1, 2):
+    begin(lab.root, run, "local")
+    lab.attempt(run, number=number)
+    settle(lab.root, run, number)
+  folder = lab.checkpoints(other)
+  shutil.copytree(lab.checkpoints(run) / "step_00000005", folder / "step_00000005")
+  path = folder / "step_00000005" / "manifest.json"
+  written = json.loads(path.read_text()) | {"run": other}
+  del written["sha256"]
+  path.write_text(json.dumps(written | {"sha256": digest(written)}))
+  larger = changed(lab.config, {"schedule.batch_tokens": 1024})
+  lab.records.update_run(other, toml=configs.to_toml(larger))
+  assert lab.attempt(other) == 0
+  assert lab.run(run).results["tokens"] == AT + 3 * 1024
+  assert same_bits(lab.state(run, 8), lab.state(other, 8))
+
+
+def test_amendments_are_audited(lab, tmp_path):
+  run = lab.record()
+  told(run, halved(tmp_path), lab)
+  with closing(Attempts(lab.root)) as records:
+    found = records.run(run).amendments
+    assert [one.key for one in found] == [f"optim.{rate}_lr" for rate in RATES]
+    assert found[0].at_tokens == AT and json.loads(found[0].value) == 0.005
+    assert "@" in found[0].who and found[0].reason == "it is restless"
+    assert [event.kind for event in records.events(run)] == ["amend"] * 3
+    with pytest.raises(RecordError, match="never rewritten"), records._writing() as db:
+      db.execute("DELETE FROM amendments")
+
+
+@pytest.mark.parametrize(
+  ("entry", "message"),
+  [
+    ('key = "model.dim"\nvalue = 64', "model.dim at 2560 tokens: the key makes another model"),
+    ('key = "train.log_every"\nvalue = 2', "is read at a launch"),
+    ('key = "launch.ranks"\nvalue = 2', "is not read by tokens"),
+    ('key = "optim.lr"\nvalue = 2', "there is no such key"),
+    ('key = "optim.dense_lr"\nvalue = -1.0', "optim.dense_lr = -1.0"),
+  ],
+)
+def test_what_is_refused(lab, tmp_path, entry, message):
+  """With the key and the reason; nothing of the file is recorded."""
+  run, good = lab.record(), f'at_tokens = {AT}\nreason = "x"\n'
+  path = write(tmp_path, good + 'key = "optim.clip_norm"\nvalue = 2.0', good + entry)
+  with pytest.raises(ConfigError, match=message):
+    told(run, path, lab)
+  with closing(Attempts(lab.root)) as records:
+    assert not records.amendments(run)
+
+
+def test_what_is_trained_is_not_amended(lab, tmp_path):
+  run = lab.record()
+  assert lab.attempt(run) == 0
+  with pytest.raises(
+    ConfigError, match="the run is at 6144 tokens; what is trained is not amended"
+  ):
+    told(run, halved(tmp_path), lab)
+
+
+@pytest.mark.parametrize(
+  "text", ["at_tokens = 1", "[amend]\nx = 1", "[[amend]]\nat_tokens = 9\nkey = 'a'\nvalue = 1"]
+)
+def test_a_file_that_says_something_else(lab, tmp_path, text):
+  path = tmp_path / "amend.toml"
+  path.write_text(text)
+  with pytest.raises(ConfigError, match=r"amend.toml.* must have|must hold tables"):
+    told(lab.record(), path, lab)
+
+
+def test_a_configuration_is_a_function_of_tokens(lab):
+  def one(at: int, key: str, value: str) -> Amendment:
+    return Amendment(at, key, value, "r", "w", 0.0)
+
+  given = (
+    one(1000, "optim.clip_norm", "2.0"),
+    one(2000, "data.weights", "[3.0]"),
+    one(3000, "optim.clip_norm", "3.0"),
+  )
+  found = [amended(lab.config, given, tokens) for tokens in (999, 1000, 2000, 9000)]
+  assert [c.optim.clip_norm for c in found] == [1.0, 2.0, 2.0, 3.0]
+  assert [c.data.weights_from for c in found] == [(), (), ((2000.0, 3.0),), ((2000.0, 3.0),)]
+  assert [following(given, tokens) for tokens in (0, 1000, 2999, 3000)] == [1000, 2000, 3000, 0]
+  twice = amended(found[-1], given, 9000)
+  assert twice == found[-1] and twice != changed(lab.config, {})

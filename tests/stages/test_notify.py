@@ -1,0 +1,47 @@
+"""The command that is told of events: each once, in order, also after a restart."""
+
+import json
+import time
+
+from nmoe.records.attempts import Attempts
+from stages.launch import notify
+
+
+def test_each_event_is_told_once(lab, tmp_path):
+  run, told = lab.record(), tmp_path / "told"
+  command = f"cat >> {told}; echo >> {told}"
+  records = Attempts(lab.root)
+  records.event(run, 1, "launch", step=3, detail={"x": 1})
+  assert notify.deliver(lab.root, run, command) == 1
+  records.event(run, 1, "crashed", rank=1, host="a")
+  assert notify.deliver(lab.root, run, "") == 0
+  assert notify.deliver(lab.root, run, command) == 1
+  assert notify.deliver(lab.root, run, command) == 0
+  first, second = (json.loads(line) for line in told.read_text().splitlines())
+  assert (first["kind"], first["step"], first["detail"]) == ("launch", 3, {"x": 1})
+  assert (second["kind"], second["rank"], second["host"]) == ("crashed", 1, "a")
+  records.close()
+
+
+def test_a_command_that_fails_is_said_and_not_called_again(lab, capsys):
+  run = lab.record()
+  records = Attempts(lab.root)
+  records.event(run, 1, "launch")
+  records.close()
+  assert notify.deliver(lab.root, run, "echo no mail >&2; exit 3") == 1
+  assert "ended with 3: no mail" in capsys.readouterr().err
+  assert notify.deliver(lab.root, run, "exit 3") == 0
+
+
+def test_events_are_told_while_a_host_runs(lab, tmp_path, monkeypatch):
+  monkeypatch.setattr(notify, "EVERY_S", 0.05)
+  run, told = lab.record(), tmp_path / "told"
+  records = Attempts(lab.root)
+  with notify.telling(lab.root, run, f"cat > {told}"):
+    records.event(run, 1, "stop", step=4)
+    deadline = time.monotonic() + 30
+    while not (told.exists() and told.read_text()):
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+  assert json.loads(told.read_text())["kind"] == "stop"
+  records.close()
