@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_faults import Production
+from test_faults import Production, ranks_of
 
 from nmoe.records import metrics
 from nmoe.records.goodput import production
@@ -37,6 +37,8 @@ def test_the_buckets_of_a_run_with_five_faults(tmp_path):
   run.wait_for(200)
   run.process.kill()
   run.process.wait()
+  while ranks_of(run.run_id()):  # they end with it
+    time.sleep(0.1)
   run.process = run.start()
   assert run.end()[0] == 0
   wall = time.time() - begun
