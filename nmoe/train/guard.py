@@ -24,6 +24,7 @@ class Guard:
     self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     self.kept = torch.zeros(3, dtype=torch.float64, device=device)
     self.losses = torch.zeros(window, device=device)
+    self.places = torch.arange(window, device=device)
     self.count = torch.zeros((), dtype=torch.int64, device=device)
 
   def tensors(self) -> dict[str, Tensor]:
@@ -47,8 +48,8 @@ class Guard:
     values = torch.stack([x.double() for x in (loss, norm, norm if own is None else own)])
     self.kept = torch.where(first, values, self.kept)
     if self.sigma:
-      place = self.count % self.window
-      self.losses[place] = torch.where(good, loss, self.losses[place])
+      here = self.places == self.count % self.window  # indexing would wait for the device
+      self.losses.copy_(torch.where(here & good, loss, self.losses))
       self.count += good
     if not self.bad_step.is_cuda:
       self.check(int(self.bad_step))

@@ -15,7 +15,7 @@ from nmoe.records.goodput import production
 
 pytestmark = [pytest.mark.faults, pytest.mark.kills]
 REPO = Path(__file__).parents[2]
-COMPUTE = ("load", "forward", "backward", "clip", "step", "log")
+COMPUTE = ("load", "forward", "backward", "clip", "step", "gather", "log")
 
 
 def test_the_buckets_of_a_run_with_five_faults(tmp_path):
