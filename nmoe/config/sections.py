@@ -250,9 +250,9 @@ class ProdConfig:
   no_progress: int = free(3, gt=0)  # attempts in a row without a newer checkpoint end the run
   stale_s: float = free(120.0, gt=0)  # a heartbeat older than this is a stall
   permanent_tokens: int = free(0, ge=0)  # a checkpoint is kept every so many; 0: none but of decay
-  bad_step: Literal["stop", "skip", "rewind"] = free("stop")  # about a step that is bad twice
-  spike_sigma: float = free(0.0, ge=0)  # a loss so far above the last ones is bad; 0: none is
-  spike_window: int = free(128, gt=1)  # the last ones
+  bad_step: Literal["stop", "skip", "rewind"] = schedule("stop")  # about a step that is bad twice
+  spike_sigma: float = schedule(0.0, ge=0)  # a loss so far above the last ones is bad; 0: none is
+  spike_window: int = schedule(128, gt=1)  # the last ones
   max_bad_steps: int = free(3, ge=0)  # that are skipped or rewound, before the run stops
   notify: str = free("")  # a shell command that gets every event as JSON on its standard input
 
