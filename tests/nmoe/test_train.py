@@ -24,6 +24,7 @@ from nmoe.model.decoder import Model
 from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
+from nmoe.records.metrics import COUNT
 from nmoe.train import loop as train
 from nmoe.train import watch
 from nmoe.train.guard import Guard
@@ -473,7 +474,7 @@ def test_only_the_first_rank_hashes_the_data(lab, monkeypatch, rank):
 def test_the_loads_of_every_expert_are_logged_and_are_those_of_the_health_tags(lab, tmp_path):
   run = lab.record()
   assert lab.attempt(run) == 0
-  steps, counts = Live(lab.root, tmp_path / "cache").file(run).loads(0, 1000)
+  steps, counts = Live(lab.root, tmp_path / "cache").file(run).experts(0, COUNT, 1000)
   logged = dict(lab.logged(run)["moe/0/load_max_over_mean"])
   assert steps.tolist() == list(logged)
   c = lab.config
