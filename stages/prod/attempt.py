@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nmoe.config import file as configs
-from nmoe.errors import RecordError
-from nmoe.records import postmortem
+from nmoe.errors import CheckpointError, RecordError
+from nmoe.records import manifests, postmortem
 from nmoe.records.attempts import Attempt, Attempts, History
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
@@ -75,10 +76,27 @@ def settle(root: Path, run_id: str, number: int) -> End:
         detail |= {"dead": postmortem.written(root, run_id, number)}
       records.event(run_id, number, end.outcome, step=step, detail=detail)
     Root(root).stop_request(run_id).unlink(missing_ok=True)
+    for path in permanent(root, run_id):
+      records.artifact(run_id, path)
     notify.deliver(root, run_id, configs.loads(run.toml, f"run {run_id}", env={}).prod.notify)
     return end
   finally:
     records.close()
+
+
+def permanent(root: Path, run_id: str) -> list[Path]:
+  """The manifests of the checkpoints that are kept for good."""
+  folder = Root(root).checkpoints(run_id)
+  paths = [folder / f"step_{step:08d}" for step in manifests.steps(folder)]
+  return [path / "manifest.json" for path in paths if _read(path).get("permanent")]
+
+
+def _read(path: Path) -> dict[str, Any]:
+  """A manifest; {} if it cannot be read: the ranks say so."""
+  try:
+    return manifests.manifest(path)
+  except CheckpointError:
+    return {}
 
 
 def status_of(root: Path, run_id: str, number: int, timeout_s: float = 120.0) -> int:

@@ -1,5 +1,6 @@
 """Amendments: refused or audited; the end is that of a run whose schedule was so from the start."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -70,6 +71,10 @@ def test_an_amended_run_ends_as_one_whose_schedule_was_so(lab, tmp_path, monkeyp
   never = lab.record()
   assert lab.attempt(never) == 0 and not same_bits(lab.state(run), lab.state(never))
   before = checkpoint.manifest(lab.checkpoints(run) / "step_00000005")
+  path = lab.checkpoints(run) / "step_00000005" / "manifest.json"
+  with closing(Attempts(lab.root)) as records:
+    kept = records.artifacts(run)
+  assert kept[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
   assert before["permanent"] == "before an amendment" and "expert_lr = 0.01" in before["config"]
   assert (
     "expert_lr = 0.005" in checkpoint.manifest(lab.checkpoints(run) / "step_00000012")["config"]
