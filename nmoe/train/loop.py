@@ -278,8 +278,7 @@ def execute(
     session.replay = badsteps.pending(experiments.events(run.id))
     session.judge = partial(badsteps.decide, experiments, root, run, options.attempt)
   try:
-    with session.checkpoints, ranks.explained():
-      results = watched(session, state)
+    results = watched(session, state)
   finally:
     faulthandler.cancel_dump_traceback_later()
     session.metrics.flush()
@@ -338,18 +337,20 @@ def look_closely(session: Session, state: TrainState) -> None:
 
 def watched(session: Session, state: TrainState) -> dict[str, Any] | None:
   """`train`; in a production run a step that is bad is a BadStepError, with what it came to on all
-  ranks.
+  ranks, which leave together: an open group may abort the interpreter's end.
   """
+  guard, ranks = session.guard, session.parallel
   try:
-    return train(session, state, parts_of(session, state))
+    with session.checkpoints, ranks.explained():
+      return train(session, state, parts_of(session, state))
   except DivergedError as error:
-    guard = session.guard
     if guard is None:
       raise
     values = guard.kept.tolist()
-    told = session.parallel.gather(values) or [values]
-    bad = BadStepError(str(error), int(guard.bad_step) + 1, told)
-    if session.parallel.any(session.judge(bad)):
+    bad = BadStepError(str(error), int(guard.bad_step) + 1, ranks.gather(values) or [values])
+    final = ranks.any(session.judge(bad))
+    ranks.close()
+    if final:
       raise
     raise bad from error
 

@@ -101,7 +101,7 @@ class Production:
     records = History(self.root)
     found = records.events(self.run_id())
     records.close()
-    return [event for event in found if event.kind != "override"]
+    return [event for event in found if event.kind not in ("override", "permanent")]
 
   def state(self):
     folder = Root(self.root).checkpoints(self.run_id())
