@@ -22,6 +22,7 @@ LAST = 20  # lines of a log that are kept
 ME = re.compile(r"^rank (\d+) of (\d+) on (\S+)$", re.MULTILINE)
 FRAME = re.compile(r'^  File "(.+)", line (\d+),? in (\S+)$', re.MULTILINE)
 EXIT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+INNER = 3  # frames that say what a rank is at: further out all are in the same loop
 WAITING = ("torch/distributed/", "nmoe/distributed/")  # who is there waits for others
 
 
@@ -38,7 +39,7 @@ class LastWords:
 
   @property
   def waits(self) -> bool:
-    return any(place in frame for place in WAITING for frame in self.stack)
+    return any(place in frame for place in WAITING for frame in self.stack[:INNER])
 
 
 @dataclass(frozen=True)

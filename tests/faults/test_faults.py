@@ -167,6 +167,8 @@ def test_a_rank_that_hangs(tmp_path, undisturbed):
   logs = Root(production.root).logs(production.run_id()).rglob("stderr.log")
   hung = [log.read_text() for log in logs if "Timeout (0:00:08)!" in log.read_text()]
   assert any("sitecustomize.py" in text for text in hung)  # the line that sleeps
+  detail = production.events()[-1].detail
+  assert detail["suspect"] == 1 and "sitecustomize.py" in detail["why"]
   check_equal(production, undisturbed)
 
 
