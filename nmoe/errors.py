@@ -23,6 +23,14 @@ class CheckpointError(NmoeError):
   """A checkpoint cannot be written, or what is read is missing, corrupt or of another run."""
 
 
+class CorruptError(CheckpointError):
+  """A file of a checkpoint is missing or is not what its manifest says; an older may be whole."""
+
+
+class DiskFullError(CheckpointError):
+  """A checkpoint found no space: what was saved before is whole, and space can be freed."""
+
+
 class CommError(NmoeError):
   """Ranks failed to communicate: a peer is missing, late or dead."""
 
@@ -37,6 +45,10 @@ class OtherCodeError(RecordError):
 
 class RunError(NmoeError):
   """A run stopped: a non-finite loss, two processes on one run, or a failed child process."""
+
+
+class FencedError(RunError):
+  """A newer attempt of the run has begun: this one may write nothing any more."""
 
 
 class DivergedError(RunError):

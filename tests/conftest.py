@@ -1,13 +1,14 @@
 """For all tests: hypothesis without a deadline, since cores are shared; the browser, if any; a lab.
 
-Tests marked `browser` need Chromium or Chrome, `harness` lm-eval; without it they are deselected
-and counted.
+Tests marked `browser` need Chromium or Chrome, `harness` lm-eval, `netns` and `slurm` what
+clusters.NEEDS says; without it they are deselected and counted.
 """
 
 import importlib.util
 import shutil
 
 import pytest
+from clusters import lacking
 from hypothesis import settings
 from labs import Launches, open_lab
 
@@ -21,18 +22,25 @@ settings.load_profile("nmoe")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HARNESS = importlib.util.find_spec("lm_eval")
+CLUSTERS = {name: lacking(name) for name in ("netns", "slurm", "kubernetes")}
+collect_ignore = ["stages/test_jobset.py"] if CLUSTERS["kubernetes"] else []
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def pytest_report_header():
   browser = BROWSER or f"none of {', '.join(BROWSERS)}; its tests are deselected"
   harness = "there" if HARNESS else "not installed; its tests are deselected"
-  return [f"browser: {browser}", f"lm-eval: {harness}"]
+  clusters = [f"{name}: {told(lack)}" for name, lack in CLUSTERS.items()]
+  return [f"browser: {browser}", f"lm-eval: {harness}", *clusters]
+
+
+def told(lack):
+  return f"lacks {lack}; its tests are deselected" if lack else "there"
 
 
 def pytest_collection_modifyitems(config, items):
-  lacking = {"browser": BROWSER is None, "harness": HARNESS is None}
-  out = [i for i in items if any(lacking[m.name] for m in i.iter_markers() if m.name in lacking)]
+  missing = {"browser": BROWSER is None, "harness": HARNESS is None} | CLUSTERS
+  out = [i for i in items if any(missing[m.name] for m in i.iter_markers() if m.name in missing)]
   if out:
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]

@@ -22,6 +22,7 @@ from nmoe.bench.layer import Bench, Inputs
 from nmoe.bench.recorded import recorded
 from nmoe.config.sections import Config
 from nmoe.distributed import parallel
+from nmoe.distributed.meeting import Meeting
 from nmoe.machine.target import select
 from nmoe.train.startup import parser
 
@@ -143,9 +144,9 @@ def _bytes_out(bench: Bench, sets: list[Inputs]) -> float:
   return bench.most([rows * sets[0].x_TD.shape[1] * sets[0].x_TD.itemsize])[0]
 
 
-def execute(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+def execute(options: argparse.Namespace, config: Config, meeting: Meeting) -> dict[str, Any]:
   target = select(config, options.rank)
-  ranks = parallel.init(config, target, options.rank, options.rendezvous)
+  ranks = parallel.init(config, target, meeting)
   measured = measure(Bench(config, target, ranks), options.repeats)
   ranks.close()
   return measured

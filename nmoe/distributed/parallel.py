@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nmoe.config.parameters import Span, owned_rows, parameter_shapes
 from nmoe.config.sections import Config
-from nmoe.distributed import hosts
+from nmoe.distributed.meeting import Meeting
 from nmoe.distributed.rdep import Passes, Rdep
 from nmoe.errors import CommError, ConfigError
 from nmoe.machine.target import Target
@@ -292,20 +292,15 @@ def collectives(rank: int, ranks: int) -> Iterator[None]:
 
 
 def init(
-  config: Config,
-  target: Target,
-  rank: int,
-  rendezvous: str | None,
-  local_ranks: int | None = None,
+  config: Config, target: Target, meeting: Meeting, local_ranks: int | None = None
 ) -> Parallel:
-  """Join the run's other ranks and open all communicators. rendezvous: where they meet, a URL of
-  torch.distributed such as "file:///tmp/new" or "env://".
+  """Join the run's other ranks, who have met, and open all communicators.
 
   Gradients and weights travel over NCCL on GPUs, over gloo on the cpu and where ranks share a GPU
-  (NCCL refuses that). The hosts are compared; each has local_ranks ranks, None: there is one host.
+  (NCCL refuses that). A host has local_ranks ranks, None: there is one host.
   RDEP's heap is allocated here. Raises CommError, TargetError.
   """
-  ranks = config.launch.ranks
+  rank, ranks = meeting.rank, config.launch.ranks
   if ranks == 1:
     return Parallel()
   local_ranks = local_ranks or ranks
@@ -317,9 +312,10 @@ def init(
     )
   timeout = timedelta(seconds=config.rdep.deadline_s)
   with collectives(rank, ranks):
+    meeting.store.set_timeout(timeout)
     dist.init_process_group(
       "nccl" if alone else "gloo",
-      init_method=rendezvous,
+      store=dist.PrefixStore("groups", meeting.store),
       rank=rank,
       world_size=ranks,
       timeout=timeout,
@@ -327,7 +323,6 @@ def init(
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
     saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
-    hosts.compare(hosts.facts(target, local_ranks), control)
     expert_ranks, replicas = expert_groups(config, control, timeout)
   rdep = Rdep(config, target.ops, expert_ranks, target.symmetric)
   parts = shared(config, rank, replicas)

@@ -10,27 +10,23 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nmoe.errors import FencedError
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Amendment, Reader, Run
 
 KINDS = (
   *("submit", "launch", "restart", "stop", "override", "diverged", "refused", "crashed"),
   *("preempted", "no progress", "straggler", "hardware", "permanent", "bad step", "skip"),
-  *("rewind", "amend", "amended"),
+  *("rewind", "amend", "amended", "corrupt", "disk full"),
 )
 OUTCOMES = (
-  "completed",
-  "stopped",
-  "preempted",
-  "crashed",
-  "diverged",
-  "refused",
-  "no progress",
-  "amended",
+  *("completed", "stopped", "preempted", "crashed", "diverged", "refused", "no progress"),
+  *("superseded", "disk full", "amended"),
 )
 
 
@@ -96,6 +92,22 @@ class History(Reader):
     """Path -> SHA-256 of what was generated for a run."""
     rows = self._read("SELECT path, sha256 FROM artifacts WHERE run_id = ? ORDER BY rowid", run_id)
     return {row["path"]: row["sha256"] for row in rows}
+
+
+def check_newest(root: Path, run_id: str, attempt: int) -> None:
+  """The fencing token: FencedError if a newer attempt of the run than `attempt` has begun.
+
+  0 is a run without attempts, which nothing fences.
+  """
+  if attempt == 0:
+    return
+  with closing(History(root)) as records:
+    newest = records.attempts(run_id)[-1]
+  if newest.number > attempt:
+    raise FencedError(
+      f"attempt {attempt} of run {run_id} writes no more: attempt {newest.number} has begun on "
+      f"{', '.join(newest.nodes)}"
+    )
 
 
 class Attempts(Experiments, History):

@@ -11,13 +11,15 @@ of ranks that divides the experts reads it. What several ranks hold is stored on
 in parts (`Part`) each stores its own. A directory without the final name is unfinished and is
 never read. `.metadata` is a pickle by DCP: it is read first with the classes it needs and no other,
 and may name tensors only. A run saves through `Writer`: its steps wait for a copy to host memory
-only.
+only. Each rank hashes the files that it writes while it writes them; of n ranks that load, rank r
+verifies the files i with i mod n = r, and all hear what all found.
 
 One file: what is written and what is read back must be changed together.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -29,7 +31,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,48 +48,32 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from nmoe.errors import CheckpointError, CommError
+from nmoe.errors import CheckpointError, CommError, CorruptError, DiskFullError, NmoeError
 from nmoe.files import existing, sha256
+from nmoe.records.hashing import HashingWriter
 from nmoe.records.manifests import FORMAT, digest, manifest, steps
 from nmoe.records.root import Root
+from nmoe.records.unpickling import read_metadata
 
 STREAMED = "__0_0.distcp"  # as DCP calls the first file of rank 0
+T = TypeVar("T")
 STATE = {  # what a checkpoint holds, by the last part of a tensor's name; weights are the rest
   "moments": ("exp_avg", "exp_avg_sq", "momentum"),
   "masters": ("master",),
   "router biases": ("bias",),
   "optimizer steps": ("steps",),
 }
-_METADATA_NAMES = {
-  ("pathlib", "PosixPath"),  # of checkpoints that have one
-  ("torch", "Size"),
-  ("torch.serialization", "_get_layout"),
-  ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-  *(
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-      "ChunkStorageMetadata",
-      "Metadata",
-      "MetadataIndex",
-      "StorageMeta",
-      "TensorProperties",
-      "TensorStorageMetadata",
-      "_MEM_FORMAT_ENCODING",
-    )
-  ),
-}
-_BROKEN_PICKLE = (  # what pickle's documentation says that a damaged one may raise
-  OSError,
-  pickle.UnpicklingError,
-  AttributeError,
-  EOFError,
-  ImportError,
-  IndexError,
-  KeyError,
-  TypeError,
-  ValueError,
-)
 _EXPERT = re.compile(r"(.*\.experts)\.(w13|w2)(\..*)?")
+
+
+@dataclass(frozen=True)
+class Fence:
+  """What may forbid an attempt to write: `check` raises an NmoeError. `attempt` names its partial
+  checkpoints, so that no other attempt touches them; 0: a run without attempts.
+  """
+
+  attempt: int = 0
+  check: Callable[[], None] = lambda: None
 
 
 class Part(Tensor):
@@ -148,13 +134,6 @@ def split_experts(state: dict[str, Tensor], first_expert: int) -> dict[str, Tens
   return named
 
 
-class _DcpWriter(dcp.FileSystemWriter):
-  """DCP's writer, less the path that it pickles: Python 3.13 names the class of one otherwise."""
-
-  def storage_meta(self) -> StorageMeta:
-    return StorageMeta(save_id=self.save_id)
-
-
 def save(
   folder: Path,
   step: int,
@@ -162,13 +141,17 @@ def save(
   first_expert: int,
   meta: dict[str, Any],
   group: dist.ProcessGroup | None = None,
+  fence: Fence | None = None,
 ) -> Path:
   """Write state as checkpoint `step`; every rank calls it. Returns the finished directory.
 
   group: the ranks, by gloo; None is the default group, if there is one. Raises CheckpointError on
-  every rank, leaving earlier checkpoints untouched and no half of this one.
+  every rank, leaving earlier checkpoints untouched and no half of this one. fence: rank 0 asks it
+  before it takes the final name; its NmoeError is raised on every rank.
   """
   final, beside = folder / f"step_{step:08d}", folder / f"step_{step:08d}.partial"
+  if fence is not None and fence.attempt:
+    beside = beside.with_name(f"{beside.name}-{fence.attempt}")
   named, single = split_experts(state, first_expert), not dist.is_initialized()
 
   def begin() -> None:
@@ -176,22 +159,31 @@ def save(
     beside.mkdir(parents=True)
 
   def finish() -> None:
-    _seal(beside, {"format": FORMAT, "step": step, **meta})
+    _seal(beside, {"format": FORMAT, "step": step, **meta}, written)
+    if fence is not None:
+      fence.check()
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
     _sync(folder)
 
   try:
-    _by_rank_0(begin, group)
+    by_rank_0(begin, group)
     with _alone():
-      storage = _DcpWriter(beside, per_thread_copy_ahead=0)  # no CUDA from the thread
+      storage = HashingWriter(beside)
       dcp.save(named, storage_writer=storage, process_group=group, no_dist=single)
-    _by_rank_0(finish, group)
+    written = {
+      name: file for part in _gathered(storage.files.written, group) for name, file in part.items()
+    }
+    by_rank_0(finish, group)
+  except NmoeError:
+    _clear(beside)
+    raise
   except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-    if single or dist.get_rank() == 0:
-      shutil.rmtree(beside, ignore_errors=True)
+    _clear(beside)
     free = shutil.disk_usage(existing(folder)).free
-    raise CheckpointError(
+    below = _below(error)
+    full = isinstance(below, OSError) and below.errno in (errno.ENOSPC, errno.EDQUOT)
+    raise (DiskFullError if full else CheckpointError)(
       f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} "
       "GiB free); "
       "earlier checkpoints are intact: free space, then run again to continue"
@@ -204,13 +196,19 @@ class Writer:
 
   Every rank has one and calls it alike. group: all ranks, a gloo group that nothing else uses. The
   host memory of one more state stays allocated. As a context it ends the write under way, and
-  raises its failure unless another error is on its way.
+  raises its failure unless another error is on its way. fence: what may forbid a checkpoint.
   """
 
   def __init__(
-    self, folder: Path, keep: int, first_expert: int = 0, group: dist.ProcessGroup | None = None
+    self,
+    folder: Path,
+    keep: int,
+    first_expert: int = 0,
+    group: dist.ProcessGroup | None = None,
+    fence: Fence | None = None,
   ):
     self.folder, self.keep, self.first_expert, self.group = folder, keep, first_expert, group
+    self.fence = fence or Fence()
     self._host: dict[str, Tensor] = {}
     self._thread = ThreadPoolExecutor(1, "checkpoint")
     self._write: Future | None = None
@@ -231,10 +229,13 @@ class Writer:
     """Begin to write what was copied as checkpoint `step`."""
     self._write = self._thread.submit(self._save, step, meta)
 
-  def check(self) -> None:
-    """Raise the CheckpointError of a write that has failed meanwhile; does not wait."""
-    if self._write is not None and self._write.done():
-      self.wait()
+  @property
+  def failed(self) -> bool:
+    """Whether a write has failed on this rank meanwhile: `wait`, which all ranks must come to
+    alike, raises its error.
+    """
+    write = self._write
+    return write is not None and write.done() and write.exception() is not None
 
   def wait(self) -> None:
     """Return when the last write is a finished checkpoint. Raises its CheckpointError."""
@@ -254,21 +255,38 @@ class Writer:
       error.add_note(str(failed))
 
   def _save(self, step: int, meta: dict[str, Any]) -> None:
-    save(self.folder, step, self._host, self.first_expert, meta, self.group)
+    save(self.folder, step, self._host, self.first_expert, meta, self.group, self.fence)
     if not dist.is_initialized() or dist.get_rank() == 0:
-      prune(self.folder, self.keep)
+      prune(self.folder, self.keep, self.fence.attempt)
 
 
-def load(folder: Path, step: int, state: dict[str, Tensor], first_expert: int) -> None:
-  """Fill the tensors of `state` in place from checkpoint `step`, after verifying every file's
-  hash.
+def load(
+  folder: Path,
+  step: int,
+  state: dict[str, Tensor],
+  first_expert: int,
+  group: dist.ProcessGroup | None = None,
+) -> None:
+  """Fill the tensors of `state` in place from checkpoint `step`, after `verify_together`.
+  Collective; group as in `save`.
   """
-  path = folder / f"step_{step:08d}"
-  verify(path)
+  verify_together(folder / f"step_{step:08d}", group)
+  fill(folder, step, state, first_expert, group)
+
+
+def fill(
+  folder: Path,
+  step: int,
+  state: dict[str, Tensor],
+  first_expert: int,
+  group: dist.ProcessGroup | None = None,
+) -> None:
+  """`load` of a checkpoint that is verified. CheckpointError if it holds another state."""
+  path, single = folder / f"step_{step:08d}", not dist.is_initialized()
   try:
     with _alone():
       dcp.load(
-        split_experts(state, first_expert), checkpoint_id=path, no_dist=not dist.is_initialized()
+        split_experts(state, first_expert), checkpoint_id=path, process_group=group, no_dist=single
       )
   except (OSError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
     raise CheckpointError(f"{path} does not hold this run's state: {_cause(error)}") from error
@@ -332,7 +350,7 @@ class Stored:
 
   @classmethod
   def open(cls, path: Path) -> Stored:
-    return cls(path, _metadata(path))
+    return cls(path, read_metadata(path))
 
   @property
   def names(self) -> Mapping[str, TensorStorageMetadata]:
@@ -380,57 +398,50 @@ class _Opened(dcp.FileSystemReader):
     return self.metadata
 
 
-class _Metadata(pickle.Unpickler):
-  """Reads what DCP describes tensors with; anything else in the pickle is refused."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    dtypes = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-    if dtypes or (module, name) in _METADATA_NAMES:
-      return super().find_class(module, name)
-    raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
-
-
-def _metadata(path: Path) -> Metadata:
-  """DCP's .metadata of a checkpoint, without running code that a pickle may hold."""
-  try:
-    with (path / ".metadata").open("rb") as file:
-      found = _Metadata(file).load()
-    if not isinstance(found, Metadata):
-      raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
-  except _BROKEN_PICKLE as error:
-    raise CheckpointError(
-      f"{path}/.metadata cannot be read ({error}); delete {path} to resume from an earlier step"
-    ) from error
-  return found
-
-
 def kind(name: str) -> str:
   """What a tensor of a checkpoint is: a key of STATE, or "weights"."""
   last = name.rpartition(".")[2]
   return next((what for what, names in STATE.items() if last in names), "weights")
 
 
-def verify(path: Path) -> None:
-  """Compare every file with the manifest's size and sha256; CheckpointError names the first that
-  differs.
+def verify_together(path: Path, group: dist.ProcessGroup | None = None) -> None:
+  """`verify`, each rank its share of the files; what one finds is a CorruptError on all."""
+  if not dist.is_initialized():
+    verify(path)
+    return
+  found = ""
+  try:
+    verify(path, dist.get_rank(), dist.get_world_size())
+  except CheckpointError as error:
+    found = str(error)
+  wrong = [one for one in _gathered(found, group) if one]
+  if wrong:
+    raise CorruptError(wrong[0])
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+  """Compare the files i ≡ part mod parts with the manifest's size and sha256; CorruptError names
+  the first that differs.
   """
-  for name, want in manifest(path)["files"].items():
+  files = sorted(manifest(path)["files"].items())
+  for name, want in files[part::parts]:
     file = path / name
     if not file.is_file():
-      raise CheckpointError(f"{file} is missing; delete {path} to resume from an earlier step")
+      raise CorruptError(f"{file} is missing; delete {path} to resume from an earlier step")
     size = file.stat().st_size
     if size != want["size"] or (hashed := sha256(file)) != want["sha256"]:
       found = f"size {size}" if size != want["size"] else f"sha256 {hashed[:12]}"
-      raise CheckpointError(
+      raise CorruptError(
         f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 "
         f"{want['sha256'][:12]}; "
         f"delete {path} to resume from an earlier step"
       )
-  _metadata(path)
+  read_metadata(path)
 
 
-def prune(folder: Path, keep: int) -> None:
-  """Delete all but the newest `keep` checkpoints and any unfinished one. Permanent ones stay.
+def prune(folder: Path, keep: int, attempt: int = 0) -> None:
+  """Delete all but the newest `keep` checkpoints, and what `attempt` and those before it left
+  unfinished: a newer one's is not theirs. Permanent ones stay.
 
   Before any is deleted the newest is verified: CheckpointError, and all stay, if it is corrupt.
   """
@@ -440,8 +451,9 @@ def prune(folder: Path, keep: int) -> None:
     verify(paths[-1])
   for path in old:
     shutil.rmtree(path)
-  for partial in folder.glob("step_*.partial"):
-    shutil.rmtree(partial, ignore_errors=True)
+  for partial in folder.glob("step_*.partial*"):
+    if int(partial.name.partition(".partial")[2].removeprefix("-") or 0) <= attempt:
+      shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_permanent(path: Path) -> bool:
@@ -452,14 +464,40 @@ def _is_permanent(path: Path) -> bool:
     return False
 
 
-def _by_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-  """Do it on rank 0; all ranks go on after it, or raise its OSError."""
+def set_aside(path: Path, group: dist.ProcessGroup | None = None) -> None:
+  """Rename a checkpoint that is corrupt to PATH.corrupt, for people to look at. Collective."""
+
+  def rename() -> None:
+    corrupt = path.with_name(f"{path.name}.corrupt")
+    shutil.rmtree(corrupt, ignore_errors=True)
+    path.rename(corrupt)
+    _sync(path.parent)
+
+  by_rank_0(rename, group)
+
+
+def _clear(partial: Path) -> None:
+  if not dist.is_initialized() or dist.get_rank() == 0:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _gathered(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+  """Every rank's, by rank."""
+  if not dist.is_initialized():
+    return [mine]
+  told = [mine] * dist.get_world_size()
+  dist.all_gather_object(told, mine, group)
+  return told
+
+
+def by_rank_0(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+  """Do it on rank 0; all ranks go on after it, or raise its OSError or NmoeError."""
   failed = None
   single = not dist.is_initialized()
   if single or dist.get_rank() == 0:
     try:
       action()
-    except OSError as error:
+    except (OSError, NmoeError) as error:
       failed = error
   if not single:
     told = [failed]
@@ -477,12 +515,18 @@ def _alone() -> Iterator[None]:
     yield
 
 
-def _seal(path: Path, meta: dict[str, Any]) -> None:
-  """Write the manifest and flush everything to the disk."""
-  files = {}
+def _seal(
+  path: Path, meta: dict[str, Any], written: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+  """Write the manifest and flush everything to the disk. written: what is known of the files; the
+  others are read.
+  """
+  files, known = {}, written or {}
   for file in sorted(p for p in path.iterdir() if p.name != "manifest.json"):
-    files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    _sync(file)
+    files[file.name] = known.get(file.name)
+    if files[file.name] is None:
+      files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+      _sync(file)
   sealed = {**meta, "files": files}
   (path / "manifest.json").write_text(json.dumps({**sealed, "sha256": digest(sealed)}, indent=1))
   _sync(path / "manifest.json")
@@ -497,13 +541,17 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def _cause(error: BaseException) -> str:
+def _below(error: BaseException) -> BaseException:
   """The rank's own error below DCP's, or the OSError that torch's writer turned into another."""
   if isinstance(error, dcp.api.CheckpointException):
     error = next(iter(error.failures.values()))[0]
   below = error
   while below is not None and not isinstance(below, OSError):
     below = below.__context__
-  below = below or error
+  return below or error
+
+
+def _cause(error: BaseException) -> str:
+  below = _below(error)
   lines = str(below).strip().splitlines()
   return f"{type(below).__name__}: {lines[-1] if lines else ''}"

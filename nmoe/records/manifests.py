@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, CorruptError
 
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
@@ -33,13 +33,13 @@ def manifest(path: Path) -> dict[str, Any]:
   try:
     found = json.loads(file.read_text())
   except (OSError, ValueError) as error:
-    raise CheckpointError(f"{file} cannot be read ({error}); {remedy}") from error
+    raise CorruptError(f"{file} cannot be read ({error}); {remedy}") from error
   if not isinstance(found, dict) or found.get("format") != FORMAT:
     format = found.get("format") if isinstance(found, dict) else None
     raise CheckpointError(f"{file} has format {format}, this version reads {FORMAT}; {remedy}")
   stated = found.pop("sha256", None)
   if stated != (hashed := digest(found)):
-    raise CheckpointError(f"{file} hashes to {hashed}, it states {stated}; {remedy}")
+    raise CorruptError(f"{file} hashes to {hashed}, it states {stated}; {remedy}")
   place = _NAME.fullmatch(path.name)
   if place is not None and int(place[1]) != found["step"]:
     raise CheckpointError(

@@ -20,6 +20,7 @@ from nmoe.config.sections import Config
 from nmoe.data import tokenizer
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.distributed import parallel
+from nmoe.distributed.meeting import Meeting, shared_run
 from nmoe.errors import NmoeError
 from nmoe.evals.downstream import Downstream
 from nmoe.evals.measure import write_items
@@ -27,7 +28,7 @@ from nmoe.evals.suites import suite_of
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint
-from nmoe.records.reader import Reader
+from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
 from nmoe.train.startup import parser
 
@@ -46,13 +47,13 @@ WIDTH = 128
 
 def evaluate(options: argparse.Namespace) -> None:
   """Load, score, write. Raises NmoeError."""
-  with closing(Reader(options.root)) as reader:
-    run = reader.run(options.run)
+  meeting = Meeting.of(options)
+  run = shared_run(meeting, lambda: _run(options.root, options.run))
   config, root = configs.loads(run.toml, f"run {run.id}"), Root(options.root)
   target = select(config, options.rank)
   text = tokenizer.get(config.data.tokenizer)
   downstream = Downstream(suite_of(options.suite, options.limit), root.evals, config, text)
-  ranks = parallel.init(config, target, options.rank, options.rendezvous)
+  ranks = parallel.init(config, target, meeting)
   model = load_model(config, target, ranks, root.checkpoints(run.id), options.step)
   outcome = downstream.run(model, ranks)
   shown = samples(model, text, config)
@@ -71,6 +72,11 @@ def evaluate(options: argparse.Namespace) -> None:
   ranks.close()
 
 
+def _run(root: Path, run_id: str) -> Run:
+  with closing(Reader(root)) as reader:
+    return reader.run(run_id)
+
+
 def load_model(
   config: Config, target: Target, ranks: parallel.Parallel, folder: Path, step: int
 ) -> Model:
@@ -79,7 +85,7 @@ def load_model(
     model = Model(config, target.ops, ranks.rdep)
   model.to_empty(device=target.device)
   model.init_weights(config.train.seed)
-  checkpoint.load(folder, step, model.state_dict(), ranks.first_expert)
+  checkpoint.load(folder, step, model.state_dict(), ranks.first_expert, ranks.saving)
   return model
 
 

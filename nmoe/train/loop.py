@@ -16,8 +16,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -33,22 +33,26 @@ from nmoe.data.loader import Loader, Prefetcher, unigram_bpb
 from nmoe.data.mixture import phases
 from nmoe.data.prepared import PreparedData, open_data
 from nmoe.distributed import parallel
+from nmoe.distributed.hosts import select_alike
+from nmoe.distributed.meeting import Meeting, shared_run
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import (
   CheckpointError,
   CommError,
   ConfigError,
   DataError,
+  DiskFullError,
   DivergedError,
+  FencedError,
   NmoeError,
   OtherCodeError,
   RunError,
   TargetError,
 )
-from nmoe.machine.target import Target, select
+from nmoe.machine.target import Target
 from nmoe.model.decoder import Model, update_router_bias
-from nmoe.records import checkpoint, postmortem
-from nmoe.records.attempts import Attempts, History
+from nmoe.records import attempts, checkpoint, postmortem
+from nmoe.records.attempts import Attempts
 from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.metrics import Metrics
 from nmoe.records.provenance import check_code, check_versions, imported
@@ -73,7 +77,7 @@ from nmoe.train.watchdog import Watchdog
 Opened = Callable[..., PreparedData]  # nmoe.data.prepared.open_data, or one that remembers
 
 # Another try would end alike.
-FINAL = (DivergedError, ConfigError, TargetError, DataError, OtherCodeError)
+FINAL = (DivergedError, ConfigError, TargetError, DataError, OtherCodeError, FencedError)
 NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
   "model.init",
   "model.init_std",
@@ -130,9 +134,10 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   batches, passes, guard, watch, clock = parts
   end = end_of(state.step, state.tokens, c.schedule)
   save_aside(session, state)
-  while state.step < end.step and not ranks.any(session.leaves(state.tokens)):
+  while state.step < end.step and not ranks.any(
+    session.checkpoints.failed or session.leaves(state.tokens)
+  ):
     session.watchdog.enter("stepping")
-    session.checkpoints.check()
     clock.start("load")
     tokens, targets = next(batches)
     loss, counts, loss_T = passes(tokens, targets)
@@ -217,10 +222,14 @@ def load_imported(model: Model, config: Config, ranks: Parallel, root: Root) -> 
 
 
 def execute(
-  options: argparse.Namespace, run: Run, experiments: Attempts | None, opened: Opened
+  options: argparse.Namespace,
+  run: Run,
+  experiments: Attempts | None,
+  opened: Opened,
+  meeting: Meeting,
 ) -> int:
   """Train one recorded run to its end on this rank; returns the exit status. Rank 0 holds the
-  records. opened: how its data are opened.
+  records. opened: how its data are opened. meeting: of its ranks.
   """
   startup = StartUp(options.since)
   startup.end("imports")
@@ -229,12 +238,11 @@ def execute(
   config = amended(declared, run.amendments, tokens)
   watchdog = watched_over(options, config)
   progress, recorded = watchdog.progress, experiments is not None and options.attempt > 0
-  rank, local_ranks = options.rank, options.local_ranks
-  local_rank = rank if options.local_rank is None else options.local_rank
-  target = select(config, local_rank, local_ranks)
+  target = select_alike(config, meeting, options.local_rank, options.local_ranks)
   check_code(run.id, run.code_version)  # again: the target's kernels were imported
   startup.end("kernels")
-  ranks = parallel.init(config, target, rank, options.rendezvous, local_ranks)
+  ranks = parallel.init(config, target, meeting, options.local_ranks)
+  newest = partial(attempts.check_newest, root, run.id, options.attempt)
   data = opened(Root(root).data / run.data_digest, verify=options.rank == 0)
   prepared.check(config, data)
   meta = {"run": run.id, "fingerprint": run.fingerprint, "config": configs.to_toml(config)}
@@ -249,6 +257,7 @@ def execute(
       config.train.keep_checkpoints,
       ranks.first_expert,
       ranks.saving,
+      checkpoint.Fence(options.attempt, newest),
     ),
     evaluations=Evaluations(config, ranks, data, Root(root), run.id),
     meta=meta,
@@ -266,7 +275,8 @@ def execute(
   state = build(config, target, ranks, Root(root))
   if options.attempt:
     look_closely(session, state)
-  resume(session, state, run.branch)
+  for name, error in resume(session, state, run.branch).items():
+    session.event("corrupt", step=state.step, detail={"checkpoint": name, "error": error})
   if amended(declared, run.amendments, state.tokens) != config:
     raise RunError(f"step {state.step} is of an earlier schedule than the checkpoint after it")
   if experiments is not None:
@@ -278,21 +288,26 @@ def execute(
     session.replay = badsteps.pending(experiments.events(run.id))
     session.judge = partial(badsteps.decide, experiments, root, run, options.attempt)
   try:
-    results = watched(session, state)
+    with flushed(session.metrics):
+      results = watched(session, state)
   finally:
     faulthandler.cancel_dump_traceback_later()
-    session.metrics.flush()
   ranks.close()
-  if experiments is None:
-    return 0 if results is not None else INTERRUPTED
-  if results is None:
-    experiments.update_run(run.id, status="interrupted")
-    if options.attempt:
-      kind = "amended" if session.amends(state.tokens) else "stop"
-      experiments.event(run.id, options.attempt, kind, step=state.step)
-    return INTERRUPTED
-  experiments.update_run(run.id, status="completed", results=results)
-  return 0
+  if experiments is not None:
+    newest()
+    conclude(experiments, run, session, state, results)
+  return 0 if results is not None else INTERRUPTED
+
+
+def conclude(
+  records: Attempts, run: Run, session: Session, state: TrainState, results: dict[str, Any] | None
+) -> None:
+  """Record that the run is completed, or that it was told to leave."""
+  if results is not None:
+    records.update_run(run.id, status="completed", results=results)
+    return
+  records.update_run(run.id, status="interrupted")
+  session.event("amended" if session.amends(state.tokens) else "stop", step=state.step)
 
 
 def began(records: Attempts, run: Run, state: TrainState, target: Target) -> None:
@@ -370,35 +385,63 @@ def of_start(
   return detail
 
 
+@contextmanager
+def flushed(metrics: Metrics) -> Iterator[None]:
+  """However the block ends, what was logged is on the disk then: but for an attempt that a newer
+  one has replaced, which writes nothing.
+  """
+  try:
+    yield
+  except FencedError:
+    raise
+  except BaseException:
+    metrics.flush()
+    raise
+  metrics.flush()
+
+
 def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
   """Execute the run and, on rank 0, own its record meanwhile: whatever fails is written there.
 
   opened: how its data are opened; None: anew.
   """
-  opened = opened or open_data
+  opened, meeting = opened or open_data, Meeting.of(options)
   if options.rank > 0:
-    with closing(History(options.root)) as reader:
-      run = reader.run(options.run)
+    run = shared_run(meeting)
     check_code(run.id, run.code_version)
-    return execute(options, run, None, opened)
+    return execute(options, run, None, opened, meeting)
   with closing(Attempts(options.root)) as records:
-    run = records.claim(options.run)
+
+    def claimed() -> Run:
+      attempts.check_newest(options.root, options.run, options.attempt)
+      return records.claim(options.run)
+
+    run = shared_run(meeting, claimed)
     records.wait_longer()
     try:
       check_code(run.id, run.code_version)
       if not records.starts(run.id) and not Root(options.root).checkpoint_steps(run.id):
         check_versions(run.id, run.environment)
-      return execute(options, run, records, opened)
+      return execute(options, run, records, opened, meeting)
     except KeyboardInterrupt:
       records.update_run(run.id, status="interrupted", error="rank 0 got SIGINT")
       raise
     except BaseException as error:
-      results = {"diverged": 1} if isinstance(error, DivergedError) else {}
-      name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
-      records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
-      if options.attempt and isinstance(error, FINAL) and not isinstance(error, DivergedError):
-        records.event(run.id, options.attempt, "refused", detail={"error": str(error)})
+      _record(records, run, options.attempt, error)
       raise
+
+
+def _record(records: Attempts, run: Run, attempt: int, error: BaseException) -> None:
+  """How the run failed. A newer attempt's run is not touched."""
+  if not isinstance(error, FencedError):
+    results = {"diverged": 1} if isinstance(error, DivergedError) else {}
+    name = "" if isinstance(error, NmoeError) else f"{type(error).__name__}: "
+    records.update_run(run.id, status="failed", results=results, error=f"{name}{error}")
+  if isinstance(error, DivergedError):
+    return  # nmoe.train.badsteps has told it
+  if attempt and isinstance(error, (*FINAL, DiskFullError)):
+    kind = "disk full" if isinstance(error, DiskFullError) else "refused"
+    records.event(run.id, attempt, kind, detail={"error": str(error)})
 
 
 def options(arguments: Sequence[str] | None = None, since: float = 0.0) -> argparse.Namespace:
@@ -415,6 +458,8 @@ def options(arguments: Sequence[str] | None = None, since: float = 0.0) -> argpa
 def told(error: NmoeError) -> int:
   """Say what ended a run in its log; the exit status that says whether it can go on."""
   sys.stderr.write(f"error: {error}\n")
+  if isinstance(error, DiskFullError):
+    return INTERRUPTED
   return FAILED_FOR_GOOD if isinstance(error, FINAL) else 1
 
 

@@ -53,7 +53,8 @@ class Progress:
       return True
     if self.heartbeat is not None:
       self._entry = entry
-      self._beat()
+      if not self._beat():
+        return False
       if self.heartbeat.with_name("stop").exists():
         return False
     return self.tell(entry._asdict())
@@ -64,11 +65,17 @@ class Progress:
       self._state = state
       self._beat()
 
-  def _beat(self) -> None:
-    if self.heartbeat is not None:
-      self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
-      said = (time.time(), socket.gethostname(), os.getpid(), self.attempt)
-      Heartbeat(self._entry, *said, self._state).write(self.heartbeat)
+  def _beat(self) -> bool:
+    """Write the file; False, and nothing, if it is a newer attempt's, which replaced this one."""
+    if self.heartbeat is None:
+      return True
+    last = Heartbeat.read(self.heartbeat)
+    if last is not None and last.attempt > self.attempt:
+      return False
+    self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
+    said = (time.time(), socket.gethostname(), os.getpid(), self.attempt)
+    Heartbeat(self._entry, *said, self._state).write(self.heartbeat)
+    return True
 
   def tell(self, message: dict[str, Any]) -> bool:
     """Send a message of less than 4 KiB, which a pipe takes whole or not; False: launcher gone."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, kind
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, CorruptError
 from nmoe.records import checkpoint
 from nmoe.records.reader import Branch
 from nmoe.train.schedule import tokens_of
@@ -27,6 +27,7 @@ def save(session: Session, state: TrainState, watch: Watch, permanent: str = "")
   watch.guard.check(int(watch.guard.bad_step))
   begun, writer = time.perf_counter(), session.checkpoints
   writer.wait()
+  checkpoint.by_rank_0(writer.fence.check, session.parallel.saving)
   if writer.keep == 0 or state.step in checkpoint.steps(writer.folder):
     session.metrics.flush()
     return
@@ -62,36 +63,50 @@ def meta(session: Session, state: TrainState) -> dict[str, Any]:
   return session.meta | {"tokens": state.tokens, "samples": samples}
 
 
-def resume(session: Session, state: TrainState, branch: Branch | None = None) -> None:
+def resume(session: Session, state: TrainState, branch: Branch | None = None) -> dict[str, str]:
   """Load the newest checkpoint, and forget the metrics logged after it. A run that has none begins
   with the one of its branch, if it has one, which is read only.
 
-  Raises CheckpointError if it is of another identity, or is not the branch's any more.
+  An attempt of a production run sets corrupt ones aside and takes the newest that is whole; returns
+  what was wrong with each. Raises CheckpointError if a checkpoint is of another identity, or is not
+  the branch's any more, and for a corrupt one of a run without attempts.
   """
-  folder = session.checkpoints.folder
-  steps = checkpoint.steps(folder)
-  if steps:
-    _load(session, state, folder, steps[-1], session.meta["run"])
-  elif branch is not None:
-    written = _load(session, state, folder.parent / branch.trunk, branch.step, branch.trunk)
-    if checkpoint.digest(written) != branch.sha256:
-      raise CheckpointError(
-        f"{folder.parent / branch.trunk} has another checkpoint of step {branch.step} than when "
-        "this run was recorded; start a new run from it"
-      )
+  writer, corrupt = session.checkpoints, {}
+  folder = writer.folder
+  while steps := checkpoint.steps(folder):
+    try:
+      _load(session, state, folder, steps[-1], session.meta["run"])
+      break
+    except CorruptError as error:
+      if writer.fence.attempt == 0:
+        raise
+      path = folder / f"step_{steps[-1]:08d}"
+      sys.stderr.write(f"set aside: {error}\n")
+      checkpoint.set_aside(path, session.parallel.saving)
+      corrupt[path.name] = str(error)
+  else:
+    if branch is not None:
+      written = _load(session, state, folder.parent / branch.trunk, branch.step, branch.trunk)
+      if checkpoint.digest(written) != branch.sha256:
+        raise CheckpointError(
+          f"{folder.parent / branch.trunk} has another checkpoint of step {branch.step} than when "
+          "this run was recorded; start a new run from it"
+        )
   session.startup.rewound = session.metrics.rewind(state.step)
+  return corrupt
 
 
 def _load(
   session: Session, state: TrainState, folder: Path, step: int, run_id: str
 ) -> dict[str, Any]:
   """The state of a checkpoint, in place; its manifest."""
-  path = folder / f"step_{step:08d}"
+  path, group = folder / f"step_{step:08d}", session.parallel.saving
+  checkpoint.verify_together(path, group)
   written = checkpoint.manifest(path)
   if written["run"] != run_id:
     raise CheckpointError(f"{path} is of run {written['run']}, this is {run_id}; move it away")
   check_identity(configs.loads(written["config"]), session.config, folder)
-  checkpoint.load(folder, step, state.tensors(), session.parallel.first_expert)
+  checkpoint.fill(folder, step, state.tensors(), session.parallel.first_expert, group)
   state.step, state.tokens = step, tokens_of(written)
   return written
 

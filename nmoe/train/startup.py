@@ -16,6 +16,7 @@ def parser(module: str) -> argparse.ArgumentParser:
   p.add_argument("--root", type=Path, required=True)
   p.add_argument("--run", required=True, help="a recorded run of the root")
   p.add_argument("--rank", type=int, default=0)
+  p.add_argument("--ranks", type=int, default=1, help="of the run")
   p.add_argument("--local-rank", type=int, help="among the ranks of this host; default: --rank")
   p.add_argument("--local-ranks", type=int, help="on this host; default: all of the run")
   p.add_argument("--rendezvous", help="where the ranks meet: a URL, as torch.distributed's")

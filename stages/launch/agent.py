@@ -3,7 +3,8 @@
 `python -m stages.launch.agent --root ROOT --run RUN_ID --attempt N --nodes N --node K --head H:P`,
 one process a host. Ranks that fail are restarted from the newest checkpoint, on all hosts at once,
 `prod.max_restarts` times. SIGTERM makes them save and leave. What became of the run stands in the
-records: this exits with 0 unless the ranks could not be kept up.
+records: this exits with 0 unless the ranks could not be kept up. Attempt 0 is a preflight, which is
+not tried twice.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nmoe.records.attempts import History
 from nmoe.records.root import Root
 from stages.launch import notify
 
+TRAIN, PREFLIGHT = "nmoe.train.loop", "nmoe.bench.preflight"
 SAVE_S = 900  # ranks that are told to leave may take this long to save
 START_S = 1800  # hosts may come this late to the rendezvous
 
@@ -43,7 +45,7 @@ def settings(config: Config, options: argparse.Namespace) -> LaunchConfig:
     rdzv_backend="c10d",
     rdzv_endpoint=options.head,
     rdzv_configs={"is_host": options.node == 0, "timeout": START_S},
-    max_restarts=config.prod.max_restarts,
+    max_restarts=config.prod.max_restarts if options.attempt else 0,
     monitor_interval=0.5,
     local_addr=options.address,
     logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
@@ -53,11 +55,12 @@ def settings(config: Config, options: argparse.Namespace) -> LaunchConfig:
 
 def command(options: argparse.Namespace) -> list[str]:
   """Of a rank, after the interpreter; its place among the others comes from the environment."""
-  run = Root(options.root).heartbeat(options.run)
+  module = TRAIN if options.attempt else PREFLIGHT
+  more = ["--heartbeat", str(Root(options.root).heartbeat(options.run))] if options.attempt else []
   return [
     *("-P", "-m", "stages.launch.child", "--parent", str(os.getpid()), "--agent"),
-    *("nmoe.train.loop", "--root", str(options.root), "--run", options.run),
-    *("--attempt", str(options.attempt), "--heartbeat", str(run)),
+    *(module, "--root", str(options.root), "--run", options.run),
+    *("--attempt", str(options.attempt), *more),
   ]
 
 

@@ -38,8 +38,8 @@ def die_with(parent: int, number: int) -> None:
 def place() -> list[str]:
   """Where this rank is among the others, as torch's agent says it."""
   env = os.environ
-  found = ["--rank", env["RANK"], "--local-rank", env["LOCAL_RANK"], "--rendezvous", "env://"]
-  return [*found, "--local-ranks", env["LOCAL_WORLD_SIZE"]]
+  found = ["--rank", env["RANK"], "--ranks", env["WORLD_SIZE"], "--rendezvous", "env://"]
+  return [*found, "--local-rank", env["LOCAL_RANK"], "--local-ranks", env["LOCAL_WORLD_SIZE"]]
 
 
 def main() -> None:

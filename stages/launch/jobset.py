@@ -21,8 +21,13 @@ DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
 ATTEMPT = "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"
 
 
-def document(config: Config, run_id: str, root: Path, first: int) -> dict[str, Any]:
-  """The JobSet of a run whose next attempt is number `first`. ConfigError without a digest."""
+def document(
+  config: Config, run_id: str, root: Path, first: int, preflight: bool = False
+) -> dict[str, Any]:
+  """The JobSet of a run whose next attempt is number `first`. ConfigError without a digest.
+
+  preflight: see stages.prod.hosts.generate; nothing restarts it.
+  """
   if not DIGEST.fullmatch(config.jobset.image):
     raise ConfigError(
       f'jobset.image = "{config.jobset.image}" must name an image by its digest '
@@ -43,7 +48,7 @@ def document(config: Config, run_id: str, root: Path, first: int) -> dict[str, A
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
       ]
     },
-    "template": {"spec": _pod(config, run_id, root, first, name)},
+    "template": {"spec": _pod(config, run_id, root, first, name, preflight)},
   }
   return {
     "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -52,7 +57,7 @@ def document(config: Config, run_id: str, root: Path, first: int) -> dict[str, A
     "spec": {
       "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
       "failurePolicy": {
-        "maxRestarts": config.prod.max_attempts,
+        "maxRestarts": 0 if preflight else config.prod.max_attempts,
         "restartStrategy": "BlockingRecreate",
         "rules": [
           {
@@ -73,7 +78,9 @@ def document(config: Config, run_id: str, root: Path, first: int) -> dict[str, A
   }
 
 
-def _pod(config: Config, run_id: str, root: Path, first: int, name: str) -> dict[str, Any]:
+def _pod(
+  config: Config, run_id: str, root: Path, first: int, name: str, preflight: bool
+) -> dict[str, Any]:
   head = f"{name}-node-0-0.{name}:{config.launch.port}"
   place = f"{run_id} --root {root}"
   script = (
@@ -83,6 +90,8 @@ def _pod(config: Config, run_id: str, root: Path, first: int, name: str) -> dict
     f"nmoe prod node {place} --attempt $A --head {head} --node $JOB_COMPLETION_INDEX; "
     f"nmoe prod end {place} --attempt $A --node $JOB_COMPLETION_INDEX"
   )
+  if preflight:
+    script = f"nmoe prod node {place} --attempt 0 --head {head} --node $JOB_COMPLETION_INDEX"
   container: dict[str, Any] = {
     "name": "node",
     "image": config.jobset.image,
@@ -106,16 +115,27 @@ def _pod(config: Config, run_id: str, root: Path, first: int, name: str) -> dict
   }
 
 
-def text(config: Config, run_id: str, root: Path, first: int) -> str:
-  return json.dumps(document(config, run_id, root, first), indent=2) + "\n"
+def text(config: Config, run_id: str, root: Path, first: int, preflight: bool = False) -> str:
+  return json.dumps(document(config, run_id, root, first, preflight), indent=2) + "\n"
 
 
 def create(path: Path) -> None:
   """Hand a document to kubectl. RunError with what it said, such as that the run is there."""
-  command = ["kubectl", "create", "-f", str(path)]
+  _kubectl("create", path)
+
+
+def over(path: Path) -> bool:
+  """Whether the JobSet of a document has completed or failed: its controller says so."""
+  return bool(_kubectl("get", path, "-o", "jsonpath={.status.terminalState}"))
+
+
+def _kubectl(verb: str, path: Path, *more: str) -> str:
+  """What it prints. RunError with what it complains of."""
+  command = ["kubectl", verb, "-f", str(path), *more]
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=CREATE_S)
   except FileNotFoundError as error:
     raise RunError(f"{path}: no kubectl here; run it where the cluster can be reached") from error
   if done.returncode:
     raise RunError(f"kubectl refused {path}: {done.stderr.strip()}")
+  return done.stdout.strip()

@@ -41,7 +41,7 @@ REPO = Path(__file__).resolve().parents[2]
 class Job:
   """A recorded run, to be executed by `config.launch.ranks` processes.
 
-  module   what they run; it takes --root, --run, --rank, --rendezvous and --progress
+  module   what they run; it takes --root, --run, --rank, --ranks, --rendezvous and --progress
   trace    a folder for a profile of rank 0 (nmoe.train.profiler)
   first    a folder into which the ranks save their state before and after their first step
   kill_at  SIGKILL every rank once it told of that step or a later one (a test of resuming)
@@ -189,7 +189,8 @@ class Launcher:
       handle.cleanup.callback(terminate, compile_beside(self.root, job.config, logs))
       for rank in range(job.config.launch.ranks):
         place = ["--root", str(self.root), "--run", job.run, "--rank", str(rank)]
-        place += ["--rendezvous", f"file://{folder}/rendezvous", "--progress", str(write)]
+        place += ["--ranks", str(job.config.launch.ranks), "--progress", str(write)]
+        place += ["--rendezvous", f"file://{folder}/rendezvous"]
         command = child_command(job.module, [*place, *job.arguments(rank)])
         env = child_environment(self.root, job.config, devices)
         handle.ranks.append(spawn(command, env, logs / f"rank_{rank}.txt", (write,)))

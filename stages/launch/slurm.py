@@ -21,8 +21,12 @@ MARGIN_S = 60  # Slurm sends a signal up to this much late
 SUBMIT_S = 60
 
 
-def script(config: Config, run_id: str, root: Path, python: str = sys.executable) -> str:
-  """The batch script of a run; python: the interpreter on the nodes."""
+def script(
+  config: Config, run_id: str, root: Path, python: str = sys.executable, preflight: bool = False
+) -> str:
+  """The batch script of a run; python: the interpreter on the nodes. preflight: see
+  stages.prod.hosts.generate.
+  """
   told = "\n".join(f"#SBATCH --{option}" for option in options(config, run_id, root))
   nmoe = f"{shlex.quote(python)} -P -m stages.cli prod"
   place = f"{run_id} --root {shlex.quote(str(root))}"
@@ -30,15 +34,19 @@ def script(config: Config, run_id: str, root: Path, python: str = sys.executable
     config.slurm.container
   )
   node = f'{nmoe} node {place} --attempt $ATTEMPT --head $HEAD --node "$SLURM_NODEID"'
-  return f"""#!/bin/bash
+  first = f"""#!/bin/bash
 {told}
 export PYTHONPATH={shlex.quote(str(REPO))}
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 ADDRESS=$(scontrol show node -o "$FIRST" | sed 's/.*NodeAddr=\\([^ ]*\\).*/\\1/')
 export HEAD=$ADDRESS:{config.launch.port}
-JOB="--engine slurm --job $SLURM_JOB_ID --hosts $SLURM_JOB_NODELIST"
+"""
+  run = f"srun --kill-on-bad-exit=1 --label {container}bash -c {shlex.quote(node)}"
+  if preflight:
+    return f"{first}export ATTEMPT=0\n{run}\n"
+  return f"""{first}JOB="--engine slurm --job $SLURM_JOB_ID --hosts $SLURM_JOB_NODELIST"
 export ATTEMPT=$({nmoe} begin {place} $JOB)
-srun --kill-on-bad-exit=1 --label {container}bash -c {shlex.quote(node)}
+{run}
 {nmoe} end {place} --attempt "$ATTEMPT"
 STATUS=$?
 if [ $STATUS -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
@@ -66,6 +74,18 @@ def options(config: Config, run_id: str, root: Path) -> list[str]:
   limit = f"{-(-s.time_limit_s // 60)}" if s.time_limit_s else ""
   asked = {"partition": s.partition, "account": s.account, "time": limit}
   return found + [f"{name}={value}" for name, value in asked.items() if value]
+
+
+def queued(run_id: str) -> str:
+  """The ids of a run's jobs in Slurm's queue, "" if it has none. RunError without Slurm."""
+  command = ["squeue", "--noheader", f"--name=nmoe-{run_id}", "--format=%i"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SUBMIT_S)
+  except FileNotFoundError as error:
+    raise RunError("no squeue here; launch on a host of the cluster") from error
+  if done.returncode:
+    raise RunError(f"squeue failed: {done.stderr.strip()}; is Slurm's controller up?")
+  return " ".join(done.stdout.split())
 
 
 def submit(path: Path) -> str:

@@ -18,6 +18,7 @@ from nmoe.records.root import Root
 from stages.launch import notify
 
 DONE, AGAIN, NEVER = 0, 75, 76  # exit statuses: over; to be queued again; never to be queued again
+FINAL = ("diverged", "refused", "disk full")  # events that say how their attempt ended
 STATUS = {
   "completed": DONE,
   "stopped": DONE,
@@ -27,6 +28,8 @@ STATUS = {
   "diverged": NEVER,
   "refused": NEVER,
   "no progress": NEVER,
+  "superseded": NEVER,
+  "disk full": AGAIN,
 }
 
 
@@ -75,7 +78,8 @@ def settle(root: Path, run_id: str, number: int) -> End:
       if end.outcome != "preempted":
         detail |= {"dead": postmortem.written(root, run_id, number)}
       records.event(run_id, number, end.outcome, step=step, detail=detail)
-    Root(root).stop_request(run_id).unlink(missing_ok=True)
+    if end.outcome != "superseded":
+      Root(root).stop_request(run_id).unlink(missing_ok=True)
     for path in permanent(root, run_id):
       records.artifact(run_id, path)
     notify.deliver(root, run_id, configs.loads(run.toml, f"run {run_id}", env={}).prod.notify)
@@ -113,11 +117,14 @@ def status_of(root: Path, run_id: str, number: int, timeout_s: float = 120.0) ->
 
 
 def judged(root: Path, records: History, run: Run, number: int) -> End:
-  """The end of attempt `number`, the newest one of the run."""
+  """The end of attempt `number` of a run."""
+  attempts = records.attempts(run.id)
+  if attempts[-1].number > number:
+    return End("superseded", f"attempt {attempts[-1].number} has begun meanwhile")
   if run.status == "completed":
     return End("completed", "")
   events = [event for event in records.events(run.id) if event.attempt == number]
-  final = next((event for event in events if event.kind in ("diverged", "refused")), None)
+  final = next((event for event in events if event.kind in FINAL), None)
   if final is not None:
     return End(final.kind, final.detail["error"])
   if events and events[-1].kind in ("stop", "amended"):
@@ -126,7 +133,6 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
       return End("amended", "it saved, and goes on under the amendment")
     return End("stopped" if asked.exists() else "preempted", "it was told to leave, and saved")
   config = configs.loads(run.toml, f"run {run.id}", env={})
-  attempts = records.attempts(run.id)
   why = run.error or "a rank died without a word: see the logs"
   if stuck(attempts, newest_step(root, run.id), config.prod.no_progress):
     n = config.prod.no_progress

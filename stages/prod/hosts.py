@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
+from nmoe.errors import RunError
 from nmoe.records.attempts import Attempts, History
 from nmoe.records.root import Root
 from stages.launch import jobset, local, slurm
 
 
-def generate(config: Config, run_id: str, root: Path) -> Path:
-  """Write what the run's engine takes into the run's folder, and its hash into the records."""
+def generate(config: Config, run_id: str, root: Path, preflight: bool = False) -> Path:
+  """Write what the run's engine takes into the run's folder, and its hash into the records.
+
+  preflight: its ranks say whether their hosts are fit, and that is all.
+  """
   folder = Root(root).prod(run_id)
   folder.mkdir(parents=True, exist_ok=True)
   Root(root).logs(run_id).mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
   records = Attempts(root)
   try:
     if config.launch.engine == "slurm":
-      path, text = folder / "job.sbatch", slurm.script(config, run_id, root)
+      path, text = folder / "job.sbatch", slurm.script(config, run_id, root, preflight=preflight)
     else:
       first = len(records.attempts(run_id)) + 1
-      path, text = folder / "jobset.json", jobset.text(config, run_id, root, first)
+      path, text = folder / "jobset.json", jobset.text(config, run_id, root, first, preflight)
     path.write_text(text)
     records.artifact(run_id, path)
   finally:
@@ -35,13 +41,15 @@ def generate(config: Config, run_id: str, root: Path) -> Path:
   return path
 
 
-def submit(config: Config, path: Path, console: Console) -> None:
-  """Hand what was generated to the engine's own client."""
+def submit(config: Config, path: Path, console: Console) -> Callable[[], bool]:
+  """Hand what was generated to the engine's own client; what says whether the job is gone."""
   if config.launch.engine == "slurm":
-    console.print(f"job {slurm.submit(path)}: {path}", markup=False, soft_wrap=True)
-  else:
-    jobset.create(path)
-    console.print(f"created: {path}", markup=False, soft_wrap=True)
+    job = slurm.submit(path)
+    console.print(f"job {job}: {path}", markup=False, soft_wrap=True)
+    return lambda: not slurm.queued(path.parent.name)
+  jobset.create(path)
+  console.print(f"created: {path}", markup=False, soft_wrap=True)
+  return lambda: jobset.over(path)
 
 
 def node(run_id: str, root: Path, attempt: int, head: str, number: int) -> None:
@@ -52,12 +60,32 @@ def node(run_id: str, root: Path, attempt: int, head: str, number: int) -> None:
   place = ["--root", str(root), "--run", run_id, "--attempt", str(attempt)]
   place += ["--nodes", str(config.nodes), "--node", str(number), "--head", head]
   command = [sys.executable, "-P", "-m", "stages.launch.agent", *place]
-  os.execve(sys.executable, [*command, *_address(config)], environment(config, root))
+  if number == 0:
+    compile_first(config, root, Root(root).logs(run_id))
+  os.execve(sys.executable, [*command, "--address", address(head)], environment(config, root))
 
 
-def _address(config: Config) -> Sequence[str]:
-  """By which the others reach this host: torch finds it where there are several."""
-  return ["--address", "127.0.0.1"] if config.nodes == 1 else []
+def address(head: str) -> str:
+  """By which the others reach this host: its own end of the way to the head, HOST:PORT."""
+  if not head:
+    return "127.0.0.1"
+  host, _, port = head.rpartition(":")
+  with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as way:
+    try:
+      way.connect((host, int(port)))  # sends nothing
+    except OSError as error:
+      raise RunError(
+        f"{head}: the first host cannot be reached ({error}); see the network"
+      ) from error
+    return way.getsockname()[0]
+
+
+def compile_first(config: Config, root: Path, logs: Path) -> None:
+  """Fill the kernel cache once for all hosts: the head's agent, without which no rank starts on any
+  host, comes after it. A failure stops nothing: ranks compile what they lack.
+  """
+  for compiler in local.compile_beside(root, config, logs):
+    compiler.wait()
 
 
 def environment(config: Config, root: Path) -> dict[str, str]:

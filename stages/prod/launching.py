@@ -6,7 +6,6 @@ torch's agent, follows the run's heartbeat, and begins the next attempt when one
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from nmoe import files
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError, RunError
@@ -28,7 +28,7 @@ from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from stages.judge.table import Judgement
-from stages.launch import local
+from stages.launch import local, slurm
 from stages.launch.display import Display, Line
 from stages.prod import hosts
 from stages.prod.attempt import DONE, End, begin, newest_step, settle
@@ -73,6 +73,8 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
       return DONE
     _rest_on(work, run, found, without_evidence)
     if config.launch.engine != "local":
+      if config.launch.engine == "slurm" and not dry_run and (job := slurm.queued(run.id)):
+        raise launched(bench.root, run.id, f"Slurm's job {job}")
       generated = hosts.generate(config, run.id, bench.root)
       if dry_run:
         console.print(generated.read_text(), markup=False, highlight=False, soft_wrap=True)
@@ -87,7 +89,7 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
 def _carried_out(work: Work, run: Run, config: Config) -> int:
   """The exit status of a run's attempts; the experiment concludes when it completed."""
   bench, root = work.bench, work.bench.root
-  with _alone(root, run.id), under_way(work):
+  with _alone(root, run.id, config.prod.stale_s), under_way(work):
     with Display(bench.console) as display:
       line = display.line("production", config.steps, f"starting {run.id}")
       end = _execute(root, run, config, line)
@@ -147,26 +149,44 @@ def _show_evidence(found: list[Evidence], console: Console) -> None:
 
 
 @contextmanager
-def _alone(root: Path, run_id: str) -> Iterator[None]:
-  """Hold the launch of a run; RunError naming who does, if another process has it."""
+def _alone(root: Path, run_id: str, stale_s: float) -> Iterator[None]:
+  """Hold the launch of a run; RunError naming who does, if another process has it, or if another
+  host's heartbeat is younger than stale_s.
+  """
   folder = Root(root).prod(run_id)
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / "launch.lock").open("a+") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      lock.seek(0)
-      who, beat = lock.read() or "another process", Heartbeat.read(Root(root).heartbeat(run_id))
-      told = "no heartbeat yet"
-      if beat is not None:
-        told = f"attempt {beat.attempt}, heartbeat {time.time() - beat.time:.0f} s ago"
-      raise RunError(
-        f"run {run_id} is launched already by {who} ({told}); `nmoe prod stop {run_id}` ends it"
-      ) from None
+    free = files.lock(lock)
+    lock.seek(0)
+    who = lock.read() or "another process"
+    if not free:
+      raise launched(root, run_id, who)
+    beat = Heartbeat.read(Root(root).heartbeat(run_id))
+    elsewhere = beat is not None and beat.host != socket.gethostname()
+    if elsewhere and open_attempt(root, run_id) and time.time() - beat.time < stale_s:
+      raise launched(root, run_id, who)  # on a filesystem whose locks hold for one host only
     lock.truncate(0)
     lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
     lock.flush()
     yield
+
+
+def launched(root: Path, run_id: str, who: str) -> RunError:
+  """The error of a second launch."""
+  beat, told = Heartbeat.read(Root(root).heartbeat(run_id)), "no heartbeat yet"
+  if beat is not None:
+    age = f"heartbeat {time.time() - beat.time:.0f} s ago by {beat.host}, pid {beat.pid}"
+    told = f"attempt {beat.attempt}, {age}"
+  return RunError(
+    f"run {run_id} is launched already by {who} ({told}); `nmoe prod stop {run_id}` ends it"
+  )
+
+
+def open_attempt(root: Path, run_id: str) -> bool:
+  """Whether the newest attempt of a run has not ended, as far as the records know."""
+  with closing(History(root)) as records:
+    attempts = records.attempts(run_id)
+  return bool(attempts) and not attempts[-1].outcome
 
 
 def _execute(root: Path, run: Run, config: Config, line: Line) -> End:

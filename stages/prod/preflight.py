@@ -1,10 +1,12 @@
-"""`nmoe prod check`: the ranks of a configuration are started, and say whether they are fit."""
+"""`nmoe prod check`: the ranks of a configuration are started by its engine, on its hosts, and say
+whether they are fit.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,15 +18,21 @@ from rich.table import Table
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.file import changed
+from nmoe.config.sections import Config
 from nmoe.errors import RunError
+from nmoe.records.reader import Run
+from nmoe.records.root import Root
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
+from stages.prod import hosts
 from stages.runs import carrying
 from stages.text import plain
 from stages.workbench import Arm, Workbench, hypothesis_of
 
 NO_DATA = Path("")
+PREFLIGHT = "nmoe.bench.preflight"
+POLL_S = 2.0  # a scheduler is asked this often
 SLOW = 0.9  # of the median rate: slower is a straggler
 STATE_BYTES = 16  # of a parameter in a checkpoint, at most: weight, two moments, fp32 copy
 
@@ -59,7 +67,12 @@ def check(path: Path, console: Console) -> list[Finding]:
     asked = (config.experiment.name, [hypothesis_of(config)], [arm], [seed])
     with carrying(bench, "check", *asked) as work, Display(console) as display:
       run = work.start(arm, seed)
-      done = work.execute(Job(run.id, config, "nmoe.bench.preflight"), display)
+      if config.launch.engine == "local":
+        done = work.execute(Job(run.id, config, PREFLIGHT), display)
+      else:
+        line = display.line("preflight", 1, f"queued {run.id}")
+        done = elsewhere(config, run.id, bench, line.idle)
+        line.end(done.status)
       work.check([done])
       needed = STATE_BYTES * plan.parameters(config).total * (config.train.keep_checkpoints + 1)
       findings = list(judged(done.results["ranks"], needed))
@@ -72,6 +85,25 @@ def check(path: Path, console: Console) -> list[Finding]:
   if faults:
     raise RunError(f"{path}: {'; '.join(f'{one.what}: {one.fault}' for one in faults)}")
   return findings
+
+
+def elsewhere(config: Config, run_id: str, bench: Workbench, idle: Callable[[], None]) -> Run:
+  """The run of a preflight that the engine's own job executes, once it has an outcome.
+
+  RunError if the job is gone without one.
+  """
+  path = hosts.generate(config, run_id, bench.root, preflight=True)
+  gone = hosts.submit(config, path, bench.console)
+  while True:
+    over = gone()
+    found = bench.experiments.run(run_id)
+    if found.status in ("completed", "failed"):
+      return found
+    if over:
+      logs = Root(bench.root).logs(run_id)
+      raise RunError(f"run {run_id}: the job ended without an outcome; see {logs}")
+    idle()
+    time.sleep(POLL_S)
 
 
 def judged(ranks: Sequence[Mapping[str, Any]], needed: float) -> Iterator[Finding]:
@@ -89,6 +121,10 @@ def judged(ranks: Sequence[Mapping[str, Any]], needed: float) -> Iterator[Findin
     "put run.root on a filesystem where they do (Lustre: mount with -o flock)"
   )
   yield Finding("a lock keeps others out", "", fault if open_ else "")
+  if len(ranks) > 1:
+    slowest = min(one["sum_gb_s"] for one in ranks)
+    yield Finding("sums of gradients, GB/s", f"{slowest:.3g}")
+  yield Finding("all write at once, GB/s", f"{sum(one['write_gb_s'] for one in ranks):.3g}")
   free = min(one["free_bytes"] for one in ranks)
   fault = f"checkpoints take {needed / 1e9:.1f} GB; free space or move run.root"
   yield Finding("free space, GB", f"{free / 1e9:.1f}", fault if free < needed else "")

@@ -1,27 +1,75 @@
-"""On the path of the ranks of production tests: SIGUSR1 makes one hang, FAULT=crash fails its step,
-FAULT=flip: FILE makes a gradient of rank 1 NaN, once, in step 41; FAULT=nan: every loss of step 41.
+"""On the path of the processes of a production test. SIGUSR1 makes a rank hang. FAULT names others:
+
+crash        no step can be taken
+no sqlite    only rank 0 may open a database
+no locks     file locks keep nobody out, as on a filesystem whose locks hold for one host
+slow PATH    a checkpoint takes 40 s while PATH exists
+says K=V     this host's ranks say V of K when hosts are compared
+no target    this host's ranks find no target
+nan          the loss of step 41 is not finite
+flip FILE    a gradient of rank 1 is not finite in step 41, once: as long as FILE is not there
 """
 
+import fcntl
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
+FAULT, _, MORE = os.environ.get("FAULT", "").partition(": ")
+COMMAND = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+OF_RANK = b"nmoe.train.loop" in COMMAND or b"nmoe.bench.preflight" in COMMAND
+
 signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))
 
-if os.environ.get("FAULT") == "crash":
+
+def fail(*_, **__):
+  raise RuntimeError("planted: no step can be taken")
+
+
+def open_nothing(*_, **__):
+  raise RuntimeError("planted: only rank 0 opens a database")
+
+
+def slowly(seal):
+  def sealed(path, meta, written):
+    time.sleep(40 if Path(MORE).exists() else 0)
+    seal(path, meta, written)
+
+  return sealed
+
+
+def saying(facts):
+  key, _, value = MORE.partition("=")
+  return lambda *of: facts(*of) | {key: value}
+
+
+if FAULT == "no locks":
+  fcntl.flock = lambda *_: None
+if FAULT == "no sqlite" and os.environ.get("RANK", "0") != "0":
+  sqlite3.connect = open_nothing
+if FAULT == "crash" and OF_RANK:
   from nmoe.train import schedule
 
-  def crash(*_):
-    raise RuntimeError("planted: no step can be taken")
+  schedule.lr_factor = fail
+if FAULT == "slow" and OF_RANK:
+  from nmoe.records import checkpoint
 
-  schedule.lr_factor = crash
+  checkpoint._seal = slowly(checkpoint._seal)
+if FAULT == "says" and OF_RANK:
+  from nmoe.distributed import hosts
 
-FAULT, _, MORE = os.environ.get("FAULT", "").partition(": ")
-OF_RANK = "nmoe.train.loop" in Path("/proc/self/cmdline").read_text()
-STEP = 41
+  hosts.facts = saying(hosts.facts)
+if FAULT == "no target" and OF_RANK:
+  from nmoe.distributed import hosts
+  from nmoe.errors import TargetError
 
-if FAULT in ("flip", "nan") and OF_RANK:
+  def refuse(*_):
+    raise TargetError("planted: no target here")
+
+  hosts.select = refuse
+if FAULT in ("nan", "flip") and OF_RANK:
   from nmoe.distributed.parallel import Shared
   from nmoe.train.passes import Passes
 
@@ -30,10 +78,10 @@ if FAULT in ("flip", "nan") and OF_RANK:
   def planted(self, tokens, targets):
     at["step"] = self.state.step + 1
     loss, *more = passes(self, tokens, targets)
-    return loss * (float("nan") if FAULT == "nan" and at["step"] == STEP else 1), *more
+    return loss * (float("nan") if FAULT == "nan" and at["step"] == 41 else 1), *more
 
   def flipped(self, number, grads, *total):
-    if os.environ["RANK"] == "1" and at["step"] == STEP and not Path(MORE).exists():
+    if os.environ["RANK"] == "1" and at["step"] == 41 and not Path(MORE).exists():
       Path(MORE).touch()
       next(iter(grads.values())).view(-1)[0] = float("nan")
     reduce_bucket(self, number, grads, *total)

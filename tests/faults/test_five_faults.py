@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_faults import Production, ranks_of
+from productions import Production, ranks_of
 
 from nmoe.records import metrics
 from nmoe.records.goodput import production

@@ -2,7 +2,7 @@
 
 import pytest
 from labs import same_bits
-from test_faults import STEPS, Production
+from productions import STEPS, Production
 
 from nmoe.config import file as configs
 from nmoe.records import checkpoint

@@ -1,5 +1,6 @@
 """Checkpoints: what is stored, what is verified, and that nothing half written is ever believed."""
 
+import errno
 import json
 import os
 import pickle
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from labs import same_bits
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, CorruptError, DiskFullError, FencedError
 from nmoe.records import checkpoint
 from nmoe.records.checkpoint import Part
 from nmoe.records.root import Root
@@ -350,3 +352,102 @@ def test_an_edited_manifest(saved, key, value):
   (path / "manifest.json").write_text(json.dumps(edited))
   with pytest.raises(CheckpointError, match=r"manifest\.json.*hashes to"):
     checkpoint.load(saved, 20, empty(a_state()), 0)
+
+
+# --- several ranks, several attempts ---
+
+
+class Reads:
+  """Counts the files that `checkpoint` reads to hash them."""
+
+  def __init__(self):
+    self.names, sha256 = [], checkpoint.sha256
+
+    def counted(path):
+      self.names.append(path.name)
+      return sha256(path)
+
+    checkpoint.sha256 = counted
+
+
+def save_and_load(group, folder: str) -> tuple[list[str], list[str], list[str]]:
+  """The files that this rank read to hash them, while saving and loading; all that there are."""
+  state, reads = a_state(group.rank()), Reads()
+  named = {f"{name}.{group.rank()}": x for name, x in state.items() if "experts" not in name}
+  checkpoint.save(Path(folder), 1, named, 0, META)
+  saving, reads.names = reads.names, []
+  back = empty(named)
+  checkpoint.load(Path(folder), 1, back, 0)
+  assert same_bits(back, named)
+  path = Path(folder) / "step_00000001"
+  return saving, reads.names, sorted(checkpoint.manifest(path)["files"])
+
+
+def test_each_rank_hashes_what_it_writes_and_verifies_its_share(tmp_path):
+  (saving_0, loading_0, files), (saving_1, loading_1, _) = ranks.run(
+    save_and_load, 2, str(tmp_path)
+  )
+  assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+  assert (saving_0, saving_1) == ([".metadata"], [])  # DCP renames it
+  assert (loading_0, loading_1) == ([".metadata", "__1_0.distcp"], ["__0_0.distcp"])
+  checkpoint.verify(tmp_path / "step_00000001")  # what was hashed on its way is what lies there
+
+
+def find_damage(group, folder: str) -> str:
+  checkpoint.save(Path(folder), 1, a_state(), 0, META)
+  file = Path(folder) / "step_00000001" / "__0_0.distcp"
+  if group.rank() == 0:
+    flip(file)
+  dist.barrier()
+  with pytest.raises(CorruptError) as caught:
+    checkpoint.load(Path(folder), 1, empty(a_state()), 0)
+  return str(caught.value)
+
+
+def test_what_one_rank_finds_damaged_all_hear(tmp_path):
+  said = ranks.run(find_damage, 2, str(tmp_path))
+  assert said[0] == said[1] and "__0_0.distcp is corrupt" in said[0]
+
+
+def be_fenced(group, folder: str) -> str:
+  def check():
+    raise FencedError("attempt 1 writes no more")
+
+  with pytest.raises(FencedError) as caught:
+    checkpoint.save(Path(folder), 1, a_state(), 0, META, fence=checkpoint.Fence(1, check))
+  return str(caught.value)
+
+
+def test_a_fenced_attempt_finishes_no_checkpoint(tmp_path):
+  """Rank 0 asks; all ranks leave with its error, and what a newer attempt writes stays."""
+  newer = tmp_path / "step_00000001.partial-2"
+  newer.mkdir()
+  assert ranks.run(be_fenced, 2, str(tmp_path)) == ["attempt 1 writes no more"] * 2
+  assert list(tmp_path.iterdir()) == [newer]
+
+
+def test_an_attempt_clears_what_earlier_ones_left(saved):
+  for name in ("30.partial", "30.partial-1", "30.partial-2", "30.partial-3"):
+    (saved / f"step_000000{name}").mkdir()
+  checkpoint.prune(saved, 2, attempt=2)
+  assert [p.name for p in saved.glob("*.partial*")] == ["step_00000030.partial-3"]
+
+
+def test_a_disk_that_is_full_is_told_from_other_failures(saved, monkeypatch):
+  for number in (errno.ENOSPC, errno.EDQUOT):
+    with monkeypatch.context() as patch:
+      patch.setattr(Path, "write_text", Raiser(OSError(number, "full")))
+      with pytest.raises(DiskFullError):
+        checkpoint.save(saved, 30, a_state(30), 0, META)
+  monkeypatch.setattr(Path, "write_text", Raiser(OSError(errno.EIO, "broken")))
+  with pytest.raises(CheckpointError) as caught:
+    checkpoint.save(saved, 30, a_state(30), 0, META)
+  assert not isinstance(caught.value, DiskFullError)
+
+
+class Raiser:
+  def __init__(self, error: OSError):
+    self.error = error
+
+  def __call__(self, *_):
+    raise self.error

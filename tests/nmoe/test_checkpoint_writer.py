@@ -13,7 +13,7 @@ import torch
 from labs import STEPS, same_bits
 from torch import Tensor
 
-from nmoe.errors import CheckpointError, CommError, DataError
+from nmoe.errors import CheckpointError, CommError, DataError, DiskFullError
 from nmoe.records import checkpoint, metrics
 from nmoe.records.checkpoint import Writer
 from nmoe.train import loop as train
@@ -40,12 +40,12 @@ class Gate:
     self.opened, self.reached, self.error = threading.Event(), threading.Event(), None
     seal = checkpoint._seal
 
-    def held(path, meta):
+    def held(path, meta, written):
       self.reached.set()
       assert self.opened.wait(60)
       if self.error is not None:
         raise self.error
-      seal(path, meta)
+      seal(path, meta, written)
 
     monkeypatch.setattr(checkpoint, "_seal", held)
 
@@ -90,7 +90,7 @@ def test_steps_go_on_while_it_is_written(tmp_path, gate):
   with Writer(tmp_path, 2) as writer:
     save(writer, 1)
     assert gate.reached.wait(60)
-    writer.check()
+    assert not writer.failed
     assert checkpoint.steps(tmp_path) == []
     gate.opened.set()
     writer.wait()
@@ -98,15 +98,17 @@ def test_steps_go_on_while_it_is_written(tmp_path, gate):
     writer.wait()
 
 
-def test_a_failed_write_is_raised_once_by_check(tmp_path, gate):
+def test_a_failed_write_is_told_and_raised_once(tmp_path, gate):
   gate.error = FULL
   with Writer(tmp_path, 2) as writer:
     save(writer, 1)
-    writer.check()
+    assert not writer.failed
     gate.opened.set()
-    with pytest.raises(CheckpointError, match="step 1 was not written .*No space left on device"):
-      while True:
-        writer.check()
+    while not writer.failed:
+      time.sleep(0.01)
+    with pytest.raises(DiskFullError, match="step 1 was not written .*No space left on device"):
+      writer.wait()
+    assert not writer.failed
     gate.error = None
     save(writer, 2)
   assert checkpoint.steps(tmp_path) == [2]
@@ -161,9 +163,9 @@ def killed_while_writing(group, folder: str) -> str:
       checkpoint._seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     save(writer, 2)
     try:
-      while True:
-        writer.check()
+      while not writer.failed:
         time.sleep(0.01)
+      writer.wait()
     except CheckpointError as error:
       return str(error)
 
@@ -207,10 +209,10 @@ class Failing:
     self.steps: list[int] = []
     seal, start, failing = checkpoint._seal, Writer.start, self
 
-    def spoiled(path, meta):
+    def spoiled(path, meta, written):
       if meta["step"] == step:
         raise FULL
-      seal(path, meta)
+      seal(path, meta, written)
 
     def noted(writer, at, meta):
       failing.steps.append(at)
@@ -250,11 +252,11 @@ def test_a_run_that_stops_ends_its_write(lab, monkeypatch):
   """SIGTERM while a checkpoint is written: this one, and that of the last step, are finished."""
   seal = checkpoint._seal
 
-  def slow(path, meta):
+  def slow(path, meta, written):
     if meta["step"] == 3:
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(0.3)
-    seal(path, meta)
+    seal(path, meta, written)
 
   monkeypatch.setattr(checkpoint, "_seal", slow)
   run = lab.record()

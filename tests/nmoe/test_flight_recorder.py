@@ -14,6 +14,7 @@ from nmoe.data.prepare import prepare
 from nmoe.data.prepared import open_data
 from nmoe.data.tokenizer import get
 from nmoe.distributed import parallel
+from nmoe.distributed.meeting import Meeting
 from nmoe.machine.target import select
 from nmoe.model.decoder import Model
 from nmoe.records import metrics
@@ -196,7 +197,7 @@ def trained(folder, config, name, stop=-1):
   """(the loss of every step, all tags) of a run in this process, from its checkpoint if any."""
   root, data = folder
   target = select(config)
-  ranks = parallel.init(config, target, 0, None)
+  ranks = parallel.init(config, target, Meeting())
   checkpoints = Writer(root / "checkpoints" / name, config.train.keep_checkpoints)
   meta = {"run": name, "config": to_toml(config)}
   steps, writer = Steps(stop), Metrics(root, name)

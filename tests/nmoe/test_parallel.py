@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,9 @@ import kernels.reference as ops
 from kernels.reference import symmetric
 from nmoe.config.file import changed
 from nmoe.config.parameters import owned_rows, parameter_shapes
-from nmoe.config.sections import Config
+from nmoe.config.sections import Config, LaunchConfig
 from nmoe.distributed import parallel
+from nmoe.distributed.meeting import Meeting
 from nmoe.distributed.parallel import Parallel, Shared
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
@@ -279,7 +281,7 @@ def join(group, meet: str, expert_ranks: int) -> tuple[int, int, int, bool]:
   dist.destroy_process_group()
   config = settings(2, 2.0, expert_ranks)
   threads = len(os.listdir("/proc/self/task"))
-  together = parallel.init(config, select(config, rank), rank, meet)
+  together = parallel.init(config, select(config, rank), Meeting(meet, rank, 2))
   assert together.rdep.first == together.first_expert
   sizes = [dist.get_world_size(part.group) for part in together.shared]
   assert sizes[:2] == [2, 2] and together.shared[2].members == 2 // config.expert_ranks
@@ -302,4 +304,38 @@ def test_init_refuses_what_the_target_cannot() -> None:
   with pytest.raises(ConfigError, match="set it to true"):
     select(apart)
   alone = settings(1, 2.0)
-  assert parallel.init(alone, select(alone), 0, None) == Parallel()
+  assert parallel.init(alone, select(alone), Meeting()) == Parallel()
+
+
+class Chosen(Exception):
+  """Carries the backend that `init` asks for."""
+
+
+@pytest.mark.parametrize(
+  ("local_ranks", "gpus", "backend"),
+  [(8, 8, "nccl"), (None, 16, "nccl"), (None, 8, "gloo"), (16, 1, "gloo")],
+)
+def test_the_backend_follows_the_ranks_of_a_host(monkeypatch, local_ranks, gpus, backend) -> None:
+  """16 ranks on two hosts of eight GPUs speak NCCL, though no host has 16."""
+
+  def choose(name, **_):
+    raise Chosen(name)
+
+  monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+  monkeypatch.setattr(parallel.dist, "init_process_group", choose)
+  with pytest.raises(Chosen, match=f"^{backend}$"):
+    parallel.init(*on_gpus(), local_ranks)
+
+
+def test_hosts_with_too_few_gpus_do_not_fall_to_gloo(monkeypatch) -> None:
+  monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+  with pytest.raises(ConfigError, match="8 ranks on a host with 4 GPUs, 16 in all"):
+    parallel.init(*on_gpus(), 8)
+
+
+def on_gpus():
+  """(configuration of 16 ranks, a GPU's target, a meeting whose store nobody serves)."""
+  config = replace(settings(2, 2.0), launch=LaunchConfig(ranks=16))
+  meeting = Meeting()
+  meeting.store = dist.HashStore()
+  return config, replace(select(settings(1, 2.0)), device=torch.device("cuda", 0)), meeting

@@ -19,7 +19,9 @@ from nmoe.config import file as configs
 from nmoe.data.loader import Loader, Prefetcher
 from nmoe.data.mixture import phases
 from nmoe.data.prepared import open_data
+from nmoe.distributed.meeting import Meeting
 from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
+from nmoe.machine.target import select
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint, metrics
 from nmoe.records.experiments import Experiments
@@ -452,22 +454,22 @@ def test_arms_share_initial_weights_and_batches(lab, feed):
 
 def machine(lab: Lab, **values):
   config = configs.changed(lab.config, values)
-  return config, train.select(config), train.Parallel()
+  return config, select(config), train.Parallel()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_first_rank_hashes_the_data(lab, monkeypatch, rank):
+def test_only_the_first_rank_hashes_the_data(lab, rank):
   asked = []
 
   def opened(folder, verify):
     asked.append(verify)
     raise DataError("seen")
 
-  monkeypatch.setattr(train, "open_data", opened)
-  told = options(lab.root, lab.record())
+  run = lab.record()
+  told = options(lab.root, run)
   told.rank = rank
   with pytest.raises(DataError, match="seen"):
-    train.attempt(told)
+    train.execute(told, lab.run(run), None, opened, Meeting())
   assert asked == [rank == 0]
 
 

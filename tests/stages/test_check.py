@@ -66,14 +66,14 @@ def test_a_bit_that_changes_at_the_restart_is_seen(lab, tmp_path, monkeypatch):
   run_id = lab.record()
   assert lab.attempt(run_id) == 0
   shutil.rmtree(lab.checkpoints(run_id) / "step_00000012")
-  load = checkpoint.load
+  fill = checkpoint.fill
 
   def restart(name: str, spoil) -> dict[str, tuple[int, str]]:
-    def spoilt(folder, step, state, first_expert):
-      load(folder, step, state, first_expert)
+    def spoilt(folder, step, state, first_expert, group):
+      fill(folder, step, state, first_expert, group)
       spoil(state)
 
-    monkeypatch.setattr(checkpoint, "load", spoilt)
+    monkeypatch.setattr(checkpoint, "fill", spoilt)
     lab.records.update_run(run_id, status="interrupted")
     shutil.rmtree(lab.checkpoints(run_id) / "step_00000012", ignore_errors=True)
     lab.attempt(run_id, first=tmp_path / name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import socket
 import subprocess
 import sys
 import time
@@ -16,13 +17,13 @@ from nmoe.config import file as configs
 from nmoe.config.file import changed
 from nmoe.config.sections import fingerprint
 from nmoe.distributed.hosts import differences
-from nmoe.errors import ConfigError, RecordError, RunError
-from nmoe.records.attempts import Attempt, Attempts, History
+from nmoe.errors import ConfigError, FencedError, RecordError, RunError
+from nmoe.records.attempts import Attempt, Attempts, History, check_newest
 from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat, Progress
 from stages.launch import jobset, slurm
-from stages.prod import launching, preflight
+from stages.prod import hosts, launching, preflight
 from stages.prod.attempt import begin, settle, stuck
 from stages.prod.evidence import evidence
 
@@ -149,6 +150,72 @@ def test_attempts_count_and_end(lab, records):
     begin(lab.root, run, "local")
 
 
+def test_a_newer_attempt_fences_an_older_one(lab, records):
+  """The older may write nothing, and its end is never to be queued again."""
+  run = lab.record()
+  first = begin(lab.root, run, "local", nodes=["a"])
+  check_newest(lab.root, run, first)
+  second = begin(lab.root, run, "local", nodes=["b"])
+  check_newest(lab.root, run, second)
+  check_newest(lab.root, run, 0)  # a run without attempts
+  with pytest.raises(FencedError, match="attempt 1 .* writes no more: attempt 2 has begun on b"):
+    check_newest(lab.root, run, first)
+  Root(lab.root).prod(run).mkdir(parents=True)
+  Root(lab.root).stop_request(run).touch()
+  end = settle(lab.root, run, first)
+  assert (end.outcome, end.status) == ("superseded", 76)
+  assert Root(lab.root).stop_request(run).exists()  # it was meant for the newer one
+
+
+def test_a_full_disk_is_queued_again(lab, records):
+  run = lab.record()
+  number = begin(lab.root, run, "local")
+  records.event(run, number, "disk full", detail={"error": "No space left"})
+  end = settle(lab.root, run, number)
+  assert (end.outcome, end.status, end.why) == ("disk full", 75, "No space left")
+
+
+def test_another_host_s_fresh_heartbeat_keeps_a_launch_out(lab):
+  """Even where its lock does not: locks of some filesystems hold for one host only."""
+  run = lab.record()
+  folder = Root(lab.root).prod(run)
+  folder.mkdir(parents=True)
+  entry = Entry(1, 9, 2.0, 3.0, 4.0)
+  number = begin(lab.root, run, "local", nodes=["elsewhere"])
+  for age, ours, refused in ((1.0, False, True), (60.0, False, False), (1.0, True, False)):
+    name = socket.gethostname() if ours else "elsewhere"
+    Heartbeat(entry, time.time() - age, name, 7, number).write(Root(lab.root).heartbeat(run))
+    if refused:
+      with pytest.raises(RunError, match=r"attempt 1, heartbeat 1 s ago by elsewhere, pid 7"):
+        with launching._alone(lab.root, run, 30.0):
+          pass
+    else:
+      with launching._alone(lab.root, run, 30.0):
+        pass
+
+
+def test_a_host_is_reached_by_its_end_of_the_way_to_the_head():
+  assert hosts.address("") == hosts.address("127.0.0.1:29400") == "127.0.0.1"
+  with pytest.raises(RunError, match="the first host cannot be reached"):
+    hosts.address("no-such-host.invalid:29400")
+
+
+def test_the_head_compiles_before_its_agent_starts(lab, monkeypatch, tmp_path):
+  """The others need no stamp to wait for: no rank starts anywhere before the head's agent is up."""
+  done, order = tmp_path / "compiled", []
+
+  def compile_beside(*_):
+    order.append("begun")
+    return [subprocess.Popen(["sh", "-c", f"sleep 0.3; touch {done}"])]
+
+  monkeypatch.setattr(hosts.local, "compile_beside", compile_beside)
+  monkeypatch.setattr(hosts.os, "execve", lambda *_: order.append(done.exists()))
+  run = lab.record()
+  hosts.node(run, lab.root, 1, "127.0.0.1:29400", 0)
+  hosts.node(run, lab.root, 1, "127.0.0.1:29400", 1)
+  assert order == ["begun", True, True]
+
+
 def attempt(first: int) -> Attempt:
   return Attempt("r", 1, "local", "", [], "", 0.0, first, first, 0.0, "", 0)
 
@@ -180,6 +247,12 @@ def test_a_heartbeat_is_whole_and_a_request_is_seen(tmp_path):
   assert beat.entry == entry and beat.attempt == 3 and abs(beat.time - time.time()) < 60
   (tmp_path / "stop").touch()
   assert not progress.log(entry, tell=True)
+  (tmp_path / "stop").unlink()
+  beat._replace(attempt=4).write(path)
+  assert not progress.log(entry, tell=True)  # a newer attempt has begun: it is left alone
+  assert Heartbeat.read(path).attempt == 4
+  beat.write(path)
+  (tmp_path / "stop").touch()
   assert progress.log(entry, tell=False)  # rank 0 hears it for all
 
 
@@ -215,7 +288,18 @@ def test_health(lab, records):
 def said(rank: int, **other):
   """What a healthy rank of a preflight says."""
   same = {"host": f"n{rank}", "processor": "NVIDIA H100", "tflops": 700.0, "bits": "abc"}
-  return same | {"rank": rank, "steady": True, "locks": True, "free_bytes": 5e9} | other
+  return (
+    same
+    | {
+      "rank": rank,
+      "steady": True,
+      "locks": True,
+      "free_bytes": 5e9,
+      "sum_gb_s": 1.0,
+      "write_gb_s": 1.0,
+    }
+    | other
+  )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +323,7 @@ def test_a_preflight_of_two_ranks(lab):
   """Real ranks, recorded as a check that the gate accepts."""
   file = write_variant(lab.file, "two", "[launch]\nranks = 2\n[schedule]\nbatch_tokens = 1024\n")
   findings = preflight.check(file, Console(file=io.StringIO()))
-  assert [one.fault for one in findings] == [""] * 4
+  assert [one.fault for one in findings] == [""] * 6
   with closing(Reader(lab.root)) as reader:
     check = reader.list()[0]
     (run,) = reader.runs(check.id)
@@ -265,6 +349,9 @@ def test_the_batch_script_is_the_golden_one(lab, monkeypatch):
   assert text == (DATA / "job.sbatch").read_text()
   assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
   cpu = changed(lab.config, {"launch.engine": "slurm"})
+  check = slurm.script(config, "RUN", Path("/data"), "/opt/nmoe/bin/python", preflight=True)
+  assert "ATTEMPT=0" in check and "prod begin" not in check and 'requeue "' not in check
+  assert subprocess.run(["bash", "-n"], input=check, text=True).returncode == 0
   assert "gpus-per-node" not in slurm.script(cpu, "RUN", Path("/data"))
 
 

@@ -1,0 +1,66 @@
+"""The description that torch.distributed.checkpoint pickles, read without running code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from nmoe.errors import CorruptError
+
+_METADATA_NAMES = {
+  ("pathlib", "PosixPath"),  # of checkpoints that have one
+  ("torch", "Size"),
+  ("torch.serialization", "_get_layout"),
+  ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+  *(
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+      "ChunkStorageMetadata",
+      "Metadata",
+      "MetadataIndex",
+      "StorageMeta",
+      "TensorProperties",
+      "TensorStorageMetadata",
+      "_MEM_FORMAT_ENCODING",
+    )
+  ),
+}
+_BROKEN_PICKLE = (  # what pickle's documentation says that a damaged one may raise
+  OSError,
+  pickle.UnpicklingError,
+  AttributeError,
+  EOFError,
+  ImportError,
+  IndexError,
+  KeyError,
+  TypeError,
+  ValueError,
+)
+
+
+class _Metadata(pickle.Unpickler):
+  """Reads what DCP describes tensors with; anything else in the pickle is refused."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    dtypes = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+    if dtypes or (module, name) in _METADATA_NAMES:
+      return super().find_class(module, name)
+    raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
+
+
+def read_metadata(path: Path) -> Metadata:
+  """DCP's .metadata of a checkpoint, without running code that a pickle may hold."""
+  try:
+    with (path / ".metadata").open("rb") as file:
+      found = _Metadata(file).load()
+    if not isinstance(found, Metadata):
+      raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+  except _BROKEN_PICKLE as error:
+    raise CorruptError(
+      f"{path}/.metadata cannot be read ({error}); delete {path} to resume from an earlier step"
+    ) from error
+  return found
