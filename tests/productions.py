@@ -137,8 +137,12 @@ def ranks_of(run_id: str) -> list[int]:
 
 def agent_of(run_id: str) -> int:
   """The process of torch's agent, where there is one host."""
-  (pid,) = (pid for pid, command in processes(run_id) if b"stages.launch.agent" in command[:6])
-  return pid
+  agents = (
+    pid
+    for pid, command in processes(run_id)
+    if b"stages.launch.agent" in command and b"nmoe.train.loop" not in command
+  )
+  return next(agents)
 
 
 def processes(run_id: str) -> Iterator[tuple[int, list[bytes]]]:
