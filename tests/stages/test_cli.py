@@ -183,7 +183,8 @@ def test_plan_has_the_mixture_by_tokens(lab):
   text = "[data]\nweights = [2]\nweights_from = [[2048, 1]]\n"
   said = nmoe("plan", write_variant(lab.file, "phases", text))
   assert "Shares by training tokens" in said
-  assert [line.split()[1:6:2] for line in said.splitlines() if "2,048" in line] == [
+  mixture = said[said.index("Shares by training tokens") :]
+  assert [line.split()[1:6:2] for line in mixture.splitlines() if "2,048" in line] == [
     ["0", "2,048", "0"],
     ["2,048", "6,144", "4"],
   ]
