@@ -18,6 +18,7 @@ FLAGS = (
   "--disable-background-networking --disable-component-update --hide-scrollbars "
   "--remote-debugging-port=0 --disable-dev-shm-usage --js-flags=--expose-gc"
 )
+ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # no name leads off the machine
 KEYS = {"Enter": 13, "Escape": 27, "ArrowDown": 40, "ArrowUp": 38}
 
 
@@ -99,7 +100,7 @@ class Page:
 @contextmanager
 def chrome(browser: str, profile: Path) -> Iterator[Page]:
   """A browser of its own with an empty page; it ends with the block."""
-  command = [browser, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
+  command = [browser, *FLAGS.split(), ALONE, f"--user-data-dir={profile}", "about:blank"]
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   try:
     port = _port(profile)
