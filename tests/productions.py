@@ -117,7 +117,8 @@ def beat_of(root: Path, run_id: str) -> Heartbeat | None:
 
 def events_of(root: Path, run_id: str) -> list[Event]:
   with closing(History(root)) as records:
-    return [event for event in records.events(run_id) if event.kind not in ("override", "submit")]
+    aside = ("override", "submit", "permanent")
+    return [event for event in records.events(run_id) if event.kind not in aside]
 
 
 def attempts_of(root: Path, run_id: str) -> list[Attempt]:
