@@ -286,7 +286,7 @@ def test_a_new_line_is_on_the_screen_within_two_seconds(page, served, made):
 
 def test_from_the_runs_to_a_comparison_by_keyboard_alone(page, served, made):
   page.open(served + "/")
-  page.wait("document.querySelectorAll('tbody tr').length == 12")
+  page.wait("document.querySelectorAll('tbody tr').length == 27")
   page.press("/")
   for key in "rate-1":
     page.press(key)
