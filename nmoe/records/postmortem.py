@@ -22,8 +22,11 @@ LAST = 20  # lines of a log that are kept
 ME = re.compile(r"^rank (\d+) of (\d+) on (\S+)$", re.MULTILINE)
 FRAME = re.compile(r'^  File "(.+)", line (\d+),? in (\S+)$', re.MULTILINE)
 EXIT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
-INNER = 3  # frames that say what a rank is at: further out all are in the same loop
-WAITING = ("torch/distributed/", "nmoe/distributed/")  # who is there waits for others
+WAITING = (
+  "torch/distributed/",
+  "nmoe/distributed/",
+  "reference/exchange.py",
+)  # who is there waits for others
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class LastWords:
 
   @property
   def waits(self) -> bool:
-    return any(place in frame for place in WAITING for frame in self.stack[:INNER])
+    return any(place in self.stack[0] for place in WAITING) if self.stack else False
 
 
 @dataclass(frozen=True)
