@@ -20,28 +20,31 @@ from nmoe import errors
 from nmoe.errors import CommError, NmoeError
 from nmoe.records.reader import Amendment, Branch, Run
 
-MEET_S = 600.0  # the first rank may wait this long for the last one
+MEET_S = 600.0  # where a launcher says nothing else
 
 
 class Meeting:
   """This process among the ranks of a run. Its methods are collective.
 
   url: where they meet, as torch.distributed's: "file:///tmp/new", "env://"; unused with one rank.
+  deadline_s: how long a rank waits for another to come; CommError then.
   """
 
-  def __init__(self, url: str | None = None, rank: int = 0, ranks: int = 1):
+  def __init__(
+    self, url: str | None = None, rank: int = 0, ranks: int = 1, deadline_s: float = MEET_S
+  ):
     self.rank, self.ranks = rank, ranks
     self.store: dist.Store | None = None
     if ranks > 1:
       with self._explained():
-        store, _, _ = next(dist.rendezvous(url, rank, ranks, timeout=timedelta(seconds=MEET_S)))
-      store.set_timeout(timedelta(seconds=MEET_S))
+        store, _, _ = next(dist.rendezvous(url, rank, ranks, timeout=timedelta(seconds=deadline_s)))
+      store.set_timeout(timedelta(seconds=deadline_s))
       self.store = dist.PrefixStore("meeting", store)
 
   @classmethod
   def of(cls, options: argparse.Namespace) -> Meeting:
     """As the command line of nmoe.train.startup.parser says it."""
-    return cls(options.rendezvous, options.rank, options.ranks)
+    return cls(options.rendezvous, options.rank, options.ranks, options.deadline or MEET_S)
 
   def share(self, name: str, value: str = "") -> str:
     """Rank 0's value. It returns there once all have it: rank 0 may keep the store."""

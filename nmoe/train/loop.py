@@ -416,7 +416,11 @@ def attempt(options: argparse.Namespace, opened: Opened | None = None) -> int:
       attempts.check_newest(options.root, options.run, options.attempt)
       return records.claim(options.run)
 
-    run = shared_run(meeting, claimed)
+    try:
+      run = shared_run(meeting, claimed)
+    except CommError as error:  # it is claimed, and a rank did not come
+      records.update_run(options.run, status="failed", error=str(error))
+      raise
     records.wait_longer()
     try:
       check_code(run.id, run.code_version)

@@ -20,6 +20,7 @@ def parser(module: str) -> argparse.ArgumentParser:
   p.add_argument("--local-rank", type=int, help="among the ranks of this host; default: --rank")
   p.add_argument("--local-ranks", type=int, help="on this host; default: all of the run")
   p.add_argument("--rendezvous", help="where the ranks meet: a URL, as torch.distributed's")
+  p.add_argument("--deadline", type=float, help="seconds that they wait for each other to come")
   p.add_argument("--progress", type=int, help="the descriptor of a pipe for messages")
   p.add_argument("--heartbeat", type=Path, help="a file that says how far the run is")
   p.add_argument("--attempt", type=int, default=0, help="of a production run; 0: it is none")

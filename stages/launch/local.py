@@ -191,6 +191,7 @@ class Launcher:
         place = ["--root", str(self.root), "--run", job.run, "--rank", str(rank)]
         place += ["--ranks", str(job.config.launch.ranks), "--progress", str(write)]
         place += ["--rendezvous", f"file://{folder}/rendezvous"]
+        place += ["--deadline", str(job.config.rdep.deadline_s)]
         command = child_command(job.module, [*place, *job.arguments(rank)])
         env = child_environment(self.root, job.config, devices)
         handle.ranks.append(spawn(command, env, logs / f"rank_{rank}.txt", (write,)))
