@@ -299,10 +299,12 @@ def test_init_joins_the_ranks(tmp_path: Path, expert_ranks: int, second: int) ->
   assert found == [(0, 2, 0, True), (1, 2, second, True)]
 
 
-def test_init_refuses_what_the_target_cannot() -> None:
-  apart = changed(settings(2, 2.0), {"rdep.peer_access": False})
+def test_what_the_target_cannot_is_refused() -> None:
   with pytest.raises(ConfigError, match="set it to true"):
-    select(apart)
+    changed(settings(2, 2.0), {"rdep.peer_access": False})
+
+
+def test_one_rank_joins_nobody() -> None:
   alone = settings(1, 2.0)
   assert parallel.init(alone, select(alone), Meeting()) == Parallel()
 

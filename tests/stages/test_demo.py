@@ -37,7 +37,10 @@ def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_kill
   (made,) = [r["id"] for r in seen["runs"] if r["experiment"] == stages["prod"]]
   production = ask(f"prod/{made}")
   kinds = [event["kind"] for event in production["events"]]
-  assert (production["status"], kinds) == ("completed", ["override", "launch", "restart"])
+  assert (production["status"], kinds) == (
+    "completed",
+    ["override", "launch", "restart", "permanent"],
+  )
   assert len(production["starts"]) == 1 and production["starts"][0]["step"] >= 2
 
 
