@@ -14,7 +14,7 @@ from nmoe import files
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
 from stages.judge.paired import Paired
-from stages.report import details, figures, mixtures, sweep
+from stages.report import details, figures, mixtures, production, sweep
 from stages.report.evaluations import NOTE, answers
 from stages.report.findings import RESULTS, Arm, Cell, Findings, gather
 from stages.report.page import definitions, facts, folded, page, section, table
@@ -51,6 +51,7 @@ def render(found: Findings, folder: Path) -> str:
   sections = (
     _head(found, many),
     _sweep(found) if swept else _mixtures(found) if many else _results(found),
+    _production(found, folder.parent.parent),
     *(() if many else _measured(found, folder.parent.parent)),
     _configuration(found),
     _runs(found),
@@ -68,6 +69,12 @@ def _measured(found: Findings, root: Path) -> tuple[str, ...]:
     _flight(found),
     _cost(found),
   )
+
+
+def _production(found: Findings, root: Path) -> str:
+  parts = production.parts(found, root)
+  html = (part if isinstance(part, str) else _figure(name, part) for name, part in parts)
+  return section("Production", *html, note=production.NOTE)
 
 
 def _plotly() -> str:

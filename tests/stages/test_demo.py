@@ -3,8 +3,10 @@
 from rich.console import Console
 from starlette.testclient import TestClient
 
+from nmoe.records import goodput
 from nmoe.records.live import Live
 from stages.demo import make, questions
+from stages.report.html import write_report
 from stages.viz.server import Server
 
 
@@ -42,6 +44,14 @@ def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_kill
     ["override", "launch", "restart", "permanent"],
   )
   assert len(production["starts"]) == 1 and production["starts"][0]["step"] >= 2
+  page = write_report(root, stages["prod"]).read_text(encoding="utf-8")
+  seen = goodput.production(root, made)
+  assert f"<b>{seen.goodput:.1%}</b>goodput" in page and "<td>restart</td>" in page
+  assert all(f"{bucket}, {seen.seconds[bucket]:,.1f} s" in page for bucket in spent(seen))
+
+
+def spent(seen: goodput.Production) -> set[str]:
+  return {span.bucket for span in seen.spans}
 
 
 def test_questions_have_their_own_end_and_another_one_s(tmp_path):
