@@ -150,16 +150,22 @@ for step in range(1, 41):
   assert len(read(tmp_path, RUN)["a"][0]) == 40
 
 
+def holding(path: Path) -> subprocess.Popen:
+  """Another process that has the file open, until it is killed."""
+  holder = child(
+    f"import duckdb, time; c = duckdb.connect({str(path)!r})\n"
+    "print('up', flush=True); time.sleep(60)"
+  )
+  assert holder.stdout.readline() == "up\n"
+  return holder
+
+
 def test_a_file_locked_by_another_process(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics, "LOCK_TIMEOUT_S", 0.3)
   writer = Metrics(tmp_path, RUN)
   writer.add(1, 10, {"a": 1.0})
   writer.flush()
-  holder = child(
-    f"import duckdb, time; c = duckdb.connect({str(writer.path)!r})\n"
-    "print('up', flush=True); time.sleep(60)"
-  )
-  assert holder.stdout.readline() == "up\n"
+  holder = holding(writer.path)
   writer.add(2, 20, {"a": 2.0})
   for attempt in (writer.read, lambda: read(tmp_path, RUN)):
     with pytest.raises(RecordError, match=r"rank_0\.duckdb: .*stayed locked"):
@@ -174,11 +180,7 @@ def test_a_reader_counts_rows_kept_beside_a_locked_file_in(tmp_path):
   writer = Metrics(tmp_path, RUN)
   writer.add(1, 10, {"a": 1.0})
   writer.flush()
-  holder = child(
-    f"import duckdb, time; c = duckdb.connect({str(writer.path)!r})\n"
-    "print('up', flush=True); time.sleep(60)"
-  )
-  assert holder.stdout.readline() == "up\n"
+  holder = holding(writer.path)
   writer.add(2, 20, {"a": float("nan"), "b": 2.0})
   writer.flush()
   assert writer.beside.exists()
