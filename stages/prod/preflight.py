@@ -17,7 +17,6 @@ from rich.table import Table
 
 from nmoe.config import file as configs
 from nmoe.config import plan
-from nmoe.config.file import changed
 from nmoe.config.sections import Config
 from nmoe.errors import RunError
 from nmoe.records.reader import Run
@@ -26,11 +25,13 @@ from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
 from stages.prod import hosts
+from stages.proofs.shortened import claim, named
 from stages.runs import carrying
 from stages.text import plain
-from stages.workbench import Arm, Workbench, hypothesis_of
+from stages.workbench import Arm, Workbench
 
 NO_DATA = Path("")
+STATEMENT = "The machine is fit for this configuration."
 PREFLIGHT = "nmoe.bench.preflight"
 POLL_S = 2.0  # a scheduler is asked this often
 SLOW = 0.9  # of the median rate: slower is a straggler
@@ -51,20 +52,11 @@ def check(path: Path, console: Console) -> list[Finding]:
 
   RunError if one is a fault, or if the hosts differ: the ranks themselves find that first.
   """
-  config = changed(
-    configs.load(path),
-    {
-      "experiment.name": f"prod-check-{path.stem}-{time.strftime('%H%M%S')}",
-      "experiment.statement": "The machine is fit for this configuration.",
-      "experiment.direction": "none",
-      "experiment.min_effect": 0.0,
-      "experiment.seeds": 1,
-    },
-  )
+  config = configs.load(path)
   seed = config.train.seed
   with Workbench.open(config.run.root, console, anew=True) as bench:
     arm = Arm("preflight", config, NO_DATA)
-    asked = (config.experiment.name, [hypothesis_of(config)], [arm], [seed])
+    asked = (named("prod-check", path), claim(STATEMENT, config), [arm], [seed])
     with carrying(bench, "check", *asked) as work, Display(console) as display:
       run = work.start(arm, seed)
       if config.launch.engine == "local":
