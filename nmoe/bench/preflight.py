@@ -141,6 +141,11 @@ def write_rate(root: Path, rank: int) -> float:
 def report(target: Target, ranks: Parallel, root: Path, run: str) -> dict[str, Any]:
   """What this rank says."""
   tflops, first, last = burn(target.device, BURN_S)
+  sum_gb_s, write_gb_s = sum_rate(target.device, ranks), write_rate(root, ranks.rank)
+  held = (  # both on every rank: each is collective
+    locks_hold(Root(root).lock(f"{run}-preflight"), ranks),
+    sqlite_locks_hold(Root(root).prod(run) / "preflight.db", ranks),
+  )
   return {
     "rank": ranks.rank,
     "host": socket.gethostname(),
@@ -148,10 +153,9 @@ def report(target: Target, ranks: Parallel, root: Path, run: str) -> dict[str, A
     "tflops": tflops,
     "bits": first,
     "steady": first == last,
-    "sum_gb_s": sum_rate(target.device, ranks),
-    "write_gb_s": write_rate(root, ranks.rank),
-    "locks": locks_hold(Root(root).lock(f"{run}-preflight"), ranks)
-    and sqlite_locks_hold(Root(root).prod(run) / "preflight.db", ranks),
+    "sum_gb_s": sum_gb_s,
+    "write_gb_s": write_gb_s,
+    "locks": all(held),
     "free_bytes": shutil.disk_usage(root).free,
   }
 
