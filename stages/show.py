@@ -72,18 +72,21 @@ def _schedule(config: Config) -> Table:
 
 
 def _roles(config: Config) -> Table:
-  table = Table(title=f"Tensors under scaling.rule = {config.scaling.rule!r}", title_justify="left")
-  table.add_column("tensor")
-  rates = ("first rate", "peak rate", "last rate")
-  for name in ("shape", "initial std", *rates, "weight decay", "Muon's factor"):
-    table.add_column(name, justify="right")
+  title = (
+    f"Tensors under scaling.rule = {config.scaling.rule!r}: initial std, peak and last rate, weight "
+    "decay, Muon's factor"
+  )
+  table = Table(title=title, title_justify="left")
+  table.add_column("tensor", no_wrap=True)
+  for name in ("shape", "std", "rate", "last rate", "decay", "Muon's"):
+    table.add_column(name, justify="right", overflow="fold")
   parts = rate_phases(config.schedule)
-  factors = parts[0].first, max(f for p in parts for f in (p.first, p.last)), parts[-1].last
+  factors = max(f for p in parts for f in (p.first, p.last)), parts[-1].last
   for r in scaling.roles(config):
     shape = " × ".join(map(str, r.shape))
     muon = "—" if r.muon is None else f"{r.muon:.4g}"
-    rates = (f"{r.lr * factor:.4g}" for factor in factors)
-    table.add_row(r.name, shape, f"{r.std:.4g}", *rates, f"{r.weight_decay:.4g}", muon)
+    rates = (f"{r.lr * factor:.3g}" for factor in factors)
+    table.add_row(r.name, shape, f"{r.std:.3g}", *rates, f"{r.weight_decay:.3g}", muon)
   return table
 
 
