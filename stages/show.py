@@ -73,8 +73,8 @@ def _schedule(config: Config) -> Table:
 
 def _roles(config: Config) -> Table:
   title = (
-    f"Tensors under scaling.rule = {config.scaling.rule!r}: initial std, peak and last rate, weight "
-    "decay, Muon's factor"
+    f"Tensors under scaling.rule = {config.scaling.rule!r}: initial std, peak and last rate, "
+    "weight decay, Muon's factor"
   )
   table = Table(title=title, title_justify="left")
   table.add_column("tensor", no_wrap=True)
