@@ -169,7 +169,11 @@ def wait_until(true: Callable[[], object], limit_s: float, what: str) -> float:
 
 def within(begun: float, limit_s: float, what: str) -> None:
   """Print and check the seconds since `begun` (time.monotonic) against a limit."""
-  took = time.monotonic() - begun
+  within_seconds(time.monotonic() - begun, limit_s, what)
+
+
+def within_seconds(took: float, limit_s: float, what: str) -> None:
+  """Print and check seconds against a limit."""
   sys.stdout.write(f"{what}: {took:.1f} s of {limit_s:g}\n")
   assert took < limit_s * SLACK, f"{what}: {took:.1f} s, limit {limit_s} s x {SLACK}"
 

@@ -2,8 +2,9 @@
 
 Each rank of a production run writes {root}/logs/RUN/attempt_N/HOST/attempt_K/LOCAL/stderr.log,
 K being the restart of its host's agent. A rank that hangs leaves the stacks of its threads there
-(nmoe.train.watchdog), one that fails its traceback, one that is killed nothing. Who waits for
-others is not at fault: the odd one out is the suspect (as in ByteRobust, arXiv 2509.16293).
+(nmoe.train.watchdog), and so does one that waits for a lost one until its agent ends it; one that
+fails leaves its traceback, one that is killed nothing. Who waits for others is not at fault: the
+odd one out is the suspect (as in ByteRobust, arXiv 2509.16293).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nmoe.records.root import Root
 LAST = 20  # lines of a log that are kept
 ME = re.compile(r"^rank (\d+) of (\d+) on (\S+)$", re.MULTILINE)
 FRAME = re.compile(r'^  File "(.+)", line (\d+),? in (\S+)$', re.MULTILINE)
-EXIT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+EXIT = re.compile(r"^local rank (\d+), pid (\d+): exit status (-?\d+)$", re.MULTILINE)
 WAITING = (
   "torch/distributed/",
   "nmoe/distributed/",
@@ -68,7 +69,7 @@ def write(root: Path, run_id: str, attempt: int, before: int = 0) -> tuple[Path,
   ranks = sorted((last_words(log.read_text(errors="replace")) for log in logs), key=_place)
   agent = Root(root).logs(run_id) / "agent.txt"
   text = agent.read_text(errors="replace") if agent.exists() else ""
-  exits = tuple((int(m[2]), int(m[1]), int(m[3])) for m in EXIT.finditer(text))
+  exits = tuple((int(m[1]), int(m[3]), int(m[2])) for m in EXIT.finditer(text))
   found = PostMortem(*suspect(ranks), tuple(ranks), exits)
   restart = logs[0].parents[1].name.removeprefix("attempt_")
   path = Root(root).prod(run_id) / f"attempt_{attempt}" / f"post_mortem_{restart}.json"

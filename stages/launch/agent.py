@@ -5,52 +5,131 @@ one process a host. Ranks that fail are restarted from the newest checkpoint, on
 `prod.max_restarts` times. SIGTERM makes them save and leave. What became of the run stands in the
 records: this exits with 0 unless the ranks could not be kept up. Attempt 0 is a preflight, which is
 not tried twice.
+
+Where one rank is lost the others can save nothing more: each step and each checkpoint needs all.
+torch sends them SIGTERM and waits 30 s for them, as long as they wait for the lost one. `Agent`
+ends them in seconds, their stacks in their logs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import (
+  DefaultLogsSpecs,
+  LogsDest,
+  SignalException,
+  Std,
+)
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.records.attempts import History
 from nmoe.records.root import Root
 from stages.launch import notify
+from stages.launch.child import STACKS
 
 TRAIN, PREFLIGHT = "nmoe.train.loop", "nmoe.bench.preflight"
 SAVE_S = 900  # ranks that are told to leave may take this long to save
 START_S = 1800  # hosts may come this late to the rendezvous
+LOOK_S = 0.5  # ranks are looked at this often
+LEAVE_S = 3.0  # ranks that miss one may take this long to say why they end
+STACKS_S = 1.0  # and this long to write their stacks
+GONE_S = 30.0  # what is killed may take this long to give a GPU's memory back
 
 
-def settings(config: Config, options: argparse.Namespace) -> LaunchConfig:
-  """Of torch's agent on this host.
+class Agent(LocalElasticAgent):
+  """torch's agent, which does not wait for ranks that wait for a lost one."""
+
+  def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    ranks = self._ranks()
+    lost = {number: rank for number, rank in enumerate(ranks) if rank.poll()}
+    for number, rank in lost.items():
+      sys.stderr.write(f"local rank {number}, pid {rank.pid}: exit status {rank.returncode}\n")
+    if lost:
+      end(ranks)
+    return super()._monitor_workers(worker_group)
+
+  def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    """Before a restart: another host may have asked for it."""
+    end(self._ranks())
+    super()._stop_workers(worker_group)
+
+  def _ranks(self) -> list[subprocess.Popen]:
+    """The processes of this host's ranks."""
+    handlers = self._pcontext.subprocess_handlers
+    return [handlers[local_rank].proc for local_rank in sorted(handlers)]
+
+
+class Logs(DefaultLogsSpecs):
+  """A folder for each start of this host's ranks. torch names it by the restarts that its agent
+  counts, and so removes the logs of ranks that another agent's restart ended.
+  """
+
+  starts = 0
+
+  def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+    count = {"TORCHELASTIC_RESTART_COUNT": str(self.starts)}
+    self.starts += 1
+    return super().reify({local_rank: env | count for local_rank, env in envs.items()})
+
+
+def end(ranks: Sequence[subprocess.Popen]) -> None:
+  """Ranks that miss one: they may end by themselves, then write their stacks and end, then are
+  killed.
+  """
+  for number, seconds in ((0, LEAVE_S), (STACKS, STACKS_S), (signal.SIGKILL, GONE_S)):
+    living = [rank for rank in ranks if rank.poll() is None]
+    for rank in living:
+      with suppress(ProcessLookupError):
+        os.killpg(rank.pid, number)  # torch gives each a group of its own
+    deadline = time.monotonic() + seconds
+    for rank in living:
+      with suppress(subprocess.TimeoutExpired):
+        rank.wait(max(0.0, deadline - time.monotonic()))
+
+
+def made(config: Config, options: argparse.Namespace) -> Agent:
+  """The agent of this host, which meets those of the others.
 
   is_host is always given: torch would decide by the host name who serves the rendezvous, and where
   names mislead nobody would.
   """
   logs = Root(options.root).logs(options.run) / f"attempt_{options.attempt}"
   logs.mkdir(parents=True, exist_ok=True)
-  return LaunchConfig(
+  meeting = RendezvousParameters(
+    backend="c10d",
+    endpoint=options.head,
+    run_id=f"{options.run}-{options.attempt}",
     min_nodes=options.nodes,
     max_nodes=options.nodes,
-    nproc_per_node=config.node_ranks,
-    run_id=f"{options.run}-{options.attempt}",
-    rdzv_backend="c10d",
-    rdzv_endpoint=options.head,
-    rdzv_configs={"is_host": options.node == 0, "timeout": START_S},
-    max_restarts=config.prod.max_restarts if options.attempt else 0,
-    monitor_interval=0.5,
     local_addr=options.address,
-    logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
-    shutdown_timeout=SAVE_S,
+    is_host=options.node == 0,
+    join_timeout=START_S,
   )
+  spec = WorkerSpec(
+    role="rank",
+    local_world_size=config.node_ranks,
+    entrypoint=sys.executable,
+    args=tuple(command(options)),
+    rdzv_handler=get_rendezvous_handler(meeting),
+    max_restarts=config.prod.max_restarts if options.attempt else 0,
+    monitor_interval=LOOK_S,
+    local_addr=options.address,
+  )
+  return Agent(spec, Logs(str(logs), redirects=Std.ALL), shutdown_timeout=SAVE_S)
 
 
 def command(options: argparse.Namespace) -> list[str]:
@@ -78,16 +157,19 @@ def main() -> int:
   config = configs.loads(reader.run(options.run).toml, f"run {options.run}", env={})
   reader.close()
   told = config.prod.notify if options.node == 0 else ""
+  agent = made(config, options)
   try:
     with notify.telling(options.root, options.run, told):
-      elastic_launch(settings(config, options), sys.executable)(*command(options))
-  except ChildFailedError as error:
-    for rank, failure in error.failures.items():
-      sys.stderr.write(f"rank {rank}: exit status {failure.exitcode}, {failure.message}\n")
-    return 1
-  except SignalException as told:
-    sys.stderr.write(f"{told}\n")
-  return 0
+      result = agent.run()
+  except SignalException as error:
+    sys.stderr.write(f"{error}\n")
+    return 0  # the rendezvous stays open: the other hosts' agents are told by themselves
+  agent.get_worker_group().spec.rdzv_handler.shutdown()
+  if result is None or result.state == WorkerState.SUCCEEDED:
+    return 0
+  for rank, failure in result.failures.items():
+    sys.stderr.write(f"rank {rank}: exit status {failure.exitcode}, {failure.message}\n")
+  return 1
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ there is no moment of importing torch in which a rank would outlive its parent.
 
 `--agent`: the parent is torch's elastic agent (stages.launch.agent). The rank's place comes from
 the environment, and its exit status is 0 whenever another start would not help: what became of the
-run stands in the records, and the agent restarts ranks that leave with another status.
+run stands in the records, and the agent restarts ranks that leave with another status. On the
+signal STACKS it writes the stacks of its threads to its log, wherever it hangs, and ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import os
 import runpy
 import signal
@@ -20,6 +22,7 @@ import sys
 from nmoe.records import provenance
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+STACKS = signal.SIGUSR2
 RECORDED = (0, 75, 76)  # completed, told to stop, failed for good: nmoe.train.loop
 
 
@@ -50,6 +53,8 @@ def main() -> None:
   parser.add_argument("arguments", nargs=argparse.REMAINDER)
   options = parser.parse_args()
   die_with(options.parent, signal.SIGKILL if options.agent else signal.SIGTERM)
+  if options.agent:
+    faulthandler.register(STACKS, file=sys.stderr, all_threads=True, chain=True)  # and it ends
   provenance.imported()  # what follows is imported from these files
   more = place() if options.agent else []
   sys.argv = [options.module, *options.arguments, *more]

@@ -133,19 +133,6 @@ def test_a_killed_rank(tmp_path, network, undisturbed_hosts):
     assert same_bits(state_of(run.root, run.run), undisturbed_hosts)
 
 
-def test_a_shared_store_does_not_restart(tmp_path, network):
-  """What stages.prod.hosts.environment sets against it: without, nothing trains again."""
-  with TwoHosts(tmp_path, network) as run:
-    assert hosts.environment(run.config, run.root)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    run.start(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
-    run.wait_for(30)
-    os.kill(run.rank(1), signal.SIGKILL)
-    killed = time.monotonic()
-    while time.monotonic() - killed < 60:
-      assert run.events() == ["launch"], "torch restarts by itself now: drop the setting"
-      time.sleep(1)
-
-
 def test_a_cut_network(tmp_path, network, undisturbed_hosts):
   """Both hosts notice at their deadline; they go on when the wire is back."""
   with TwoHosts(tmp_path, network, "[rdep]\ndeadline_s = 8.0\n") as run:

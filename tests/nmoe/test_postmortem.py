@@ -79,7 +79,7 @@ def test_the_file_is_of_the_ranks_before_a_restart(tmp_path):
         )
       (folder / "stderr.log").write_text(said)
   (Root(tmp_path).logs("r") / "agent.txt").write_text(
-    "E1127 failed (exitcode: 1) local_rank: 1 (pid: 77) of binary: python\n"
+    "E1127 of torch\nlocal rank 1, pid 77: exit status 1\n"
   )
   path, found = write(tmp_path, "r", 2, before=1)
   assert path == Root(tmp_path).prod("r") / "attempt_2" / "post_mortem_0.json"
