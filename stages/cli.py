@@ -303,6 +303,9 @@ def export(
   root: Root = ROOT,
 ) -> None:
   """Write a run's weights as a folder that transformers, vLLM, SGLang and lm-eval load."""
+  from stages.checkpoints import exportable
+
+  exportable(run, out, step, dtype, check, resolved(root))  # what needs no torch is refused at once
   from stages import export as stage
 
   stage.run(run, out, step, dtype, shard_gb, check, resolved(root), _console())

@@ -1,4 +1,4 @@
-"""What may be compared: arms on one held-out set, speeds and memory of one machine."""
+"""What may be compared: arms on one held-out set or suite, speeds and memory of one machine."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from nmoe.data.heldout import differences, heldout_set
 from nmoe.errors import ConfigError, RunError
-from nmoe.records.measures import MEASURES
+from nmoe.evals.suites import ITEMS, Suite, suite_of
+from nmoe.records.measures import of_metric
 from nmoe.records.reader import Hypothesis, Reader, Run, places
 from stages.workbench import Arm
 
 
 def check_held_out(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> None:
   """ConfigError if a metric is measured on held-out sets of which two differ."""
-  metrics = [h.metric for h in hypotheses if MEASURES[h.metric].heldout]
+  metrics = [h.metric for h in hypotheses if of_metric(h.metric).heldout]
   first, *others = arms
   if not metrics or not others:
     return
@@ -30,6 +31,44 @@ def check_held_out(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> Non
         )
 
 
+def check_suites(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> None:
+  """ConfigError if a metric is of a suite that an arm has not, or that asks it other items."""
+  metric = next((h.metric for h in hypotheses if h.metric.startswith("eval/")), None)
+  if metric is None:
+    return
+  for arm in arms:
+    c = arm.config.eval
+    suite = None if c.suite == "none" else suite_of(c.suite, c.limit)
+    if suite is None or suite.name != metric.split("/")[1]:
+      raise ConfigError(
+        f'{metric} is not measured in arm {arm.name}, whose [eval] suite is "{c.suite}"; give all '
+        "arms the same [eval] suite and limit"
+      )
+    first = suite_of(arms[0].config.eval.suite, arms[0].config.eval.limit)
+    if suite != first:
+      raise ConfigError(
+        f"{metric}: arm {arm.name} would be asked {_told(suite)}, {arms[0].name} {_told(first)}; "
+        "give all arms the same [eval] suite and limit"
+      )
+
+
+def _told(suite: Suite) -> str:
+  of_each = f"the first {suite.limit} documents" if suite.limit else "all documents"
+  return f"{of_each} of {', '.join(suite.tasks)}"
+
+
+def check_one_suite(hypotheses: Sequence[Hypothesis], runs: Sequence[Run]) -> None:
+  """RunError if a metric is of a suite and completed runs were asked other items."""
+  metric = next((h.metric for h in hypotheses if h.metric.startswith("eval/")), None)
+  asked = {run.results.get(ITEMS): run.id for run in runs if run.status == "completed"}
+  if metric is not None and len(asked) > 1:
+    told = ", ".join(f"run {run} {items or 'none that are known'}" for items, run in asked.items())
+    raise RunError(
+      f"{metric}: the runs were asked other items ({told}), no verdict; keep the items of {metric} "
+      "as they are, then the same command runs anew what was asked others"
+    )
+
+
 def _held_out(arm: Arm) -> dict[str, str]:
   return heldout_set(arm.data, arm.config.data.seq_len, arm.config.data.val_tokens)
 
@@ -40,7 +79,7 @@ def check_one_machine(
   """RunError if a metric depends on the device and runs were on several, or on several versions,
   also one run that was continued on another.
   """
-  metrics = [h.metric for h in hypotheses if MEASURES[h.metric].device_dependent]
+  metrics = [h.metric for h in hypotheses if of_metric(h.metric).device_dependent]
   moved = [run.id for run in runs if metrics and len(places(records.starts(run.id))) > 1]
   if moved:
     raise RunError(

@@ -16,15 +16,16 @@ from rich.text import Text
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import get as get_tokenizer
-from nmoe.errors import CheckpointError, RunError
+from nmoe.errors import RunError
 from nmoe.evals.contamination import Contamination, contamination, texts_of
 from nmoe.evals.contamination import write as write_contamination
 from nmoe.evals.requests import read_manifest, read_task
 from nmoe.evals.sources import prepare
-from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
+from nmoe.records.manifests import manifest
 from nmoe.records.reader import Evaluation, Reader
 from nmoe.records.root import Root
+from stages.checkpoints import answerable, step_folder
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
 from stages.workbench import prepared
@@ -82,12 +83,9 @@ def run(
   with closing(Reader(root)) as reader:
     found = reader.run(run_id)
   config = configs.loads(found.toml, f"run {found.id}")
-  steps = checkpoint.steps(Root(root).checkpoints(found.id))
-  if not steps or (step is not None and step not in steps):
-    have = ", ".join(map(str, steps)) or "none"
-    raise CheckpointError(f"run {found.id} has checkpoints of steps: {have}; name one of them")
-  step = steps[-1] if step is None else step
+  step = manifest(step_folder(found.id, step, root))["step"]
   suite = suite or (config.eval.suite if config.eval.suite != "none" else "quick")
+  answerable(suite, limit, root)
   told = _measured(found.id, config, step, suite, limit, root, console)
   with closing(Experiments(root)) as records:
     records.add_evaluation(

@@ -19,12 +19,12 @@ from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, ConfigError, RecordError
 from nmoe.files import sha256
 from nmoe.model.export import Source, compare_tensors, unfinished, write_folder, write_json
-from nmoe.model.hf_config import model_type_of
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import REPO
 from nmoe.records.reader import Export, Reader
 from nmoe.records.root import Root
+from stages.checkpoints import DTYPES, exportable
 
 Level = Literal["full", "layers", "tensors"]
 FEW = 3  # layers of the check by layers: a dense one and two of experts in most models
@@ -44,14 +44,8 @@ def run(
 ) -> None:
   """Write the folder, check it and say what was checked; nothing stays of one that fails."""
   began = time.monotonic()
-  long = {None: None, "bf16": "bfloat16", "fp32": "float32"}
-  if dtype not in long:
-    raise ConfigError(f"--dtype {dtype} must be bf16 or fp32")
-  path = step_folder(name, step, root)
-  source = Source.open(path, long[dtype])
-  model_type_of(source.config)
-  if out.resolve().is_relative_to(path.resolve()):
-    raise ConfigError(f"{out} lies in the checkpoint {path}; name another folder")
+  path = exportable(name, out, step, dtype, level, root)
+  source = Source.open(path, DTYPES[dtype])
   with unfinished(out) as folder, console.status(f"writing {out}") as status:
     writer = write_folder(source, folder, int(shard_gb * 1e9))
     status.update("comparing tensors")
@@ -67,26 +61,6 @@ def run(
   size = sum(file.stat().st_size for file in out.iterdir()) / 1e9
   seconds = time.monotonic() - began
   console.print(f"{out}: {size:.2f} GB in {seconds:.0f} s", soft_wrap=True, highlight=False)
-
-
-def step_folder(name: str, step: int | None, root: Path) -> Path:
-  """The folder of a run's checkpoint, the newest if no step is named; or `name` is that folder."""
-  if (Path(name) / "manifest.json").is_file():
-    if step is not None:
-      raise ConfigError(f"--step {step}: {name} is one step's folder; leave --step out")
-    return Path(name)
-  folder = checkpoint.directory(root, name)
-  steps = checkpoint.steps(folder)
-  if not steps:
-    reader = Reader(root)
-    try:
-      run = reader.run(name)
-    finally:
-      reader.close()
-    raise CheckpointError(f"run {run.id} ({run.status}) has no checkpoint in {folder}")
-  if step is not None and step not in steps:
-    raise CheckpointError(f"{folder} has the steps {', '.join(map(str, steps))}, not {step}")
-  return folder / f"step_{steps[-1] if step is None else step:08d}"
 
 
 def check_logits(

@@ -14,7 +14,8 @@ from pathlib import Path
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import RunError
-from nmoe.records.measures import MEASURES
+from nmoe.evals.suites import ITEMS, items_digest, suite_of
+from nmoe.records.measures import of_metric
 from nmoe.records.provenance import differences, environment
 from nmoe.records.reader import Experiment, Hypothesis, Run, places
 from nmoe.records.root import Root
@@ -96,7 +97,7 @@ class Work:
   @property
   def measures_the_machine(self) -> bool:
     """Whether a hypothesis is about speed or memory."""
-    return any(MEASURES[h.metric].device_dependent for h in self.experiment.hypotheses)
+    return any(of_metric(h.metric).device_dependent for h in self.experiment.hypotheses)
 
   def plan(self, arms: Sequence[Arm]) -> None:
     """Record more arms, as a sweep does that extends its grid; those that are there stay."""
@@ -107,9 +108,10 @@ class Work:
     its start, side by side in the slots of this machine.
 
     Only a run of the same fingerprint, data and code is found, where speed or memory is asked for
-    of this host and its versions too; a continued one takes over what the configuration now says of
-    free keys. One that another process is at comes last, and is waited for. Those returned are
-    completed or failed. RunError if one was stopped before either, after the others have ended.
+    of this host and its versions too, where a suite is of the same items too; a continued one takes
+    over what the configuration now says of free keys. One that another process is at comes last,
+    and is waited for. Those returned are completed or failed. RunError if one was stopped before
+    either, after the others have ended.
     """
     devices = slots(max((arm.config for arm, _ in pairs), key=lambda c: c.launch.ranks))
     with (
@@ -125,7 +127,11 @@ class Work:
     """
     records, config = self.bench.experiments, arm.at_seed(seed)
     run = records.find_or_start(
-      self.experiment.id, arm.name, seed, usable=self.usable, **self._record(arm, config)
+      self.experiment.id,
+      arm.name,
+      seed,
+      usable=lambda run: self.usable(run) and self.answers(run, config),
+      **self._record(arm, config),
     )
     if run.finished:
       outcome = "completed" if run.status == "completed" else "diverged"
@@ -164,6 +170,15 @@ class Work:
     here = (socket.gethostname(), now)
     alone = len(places(starts)) <= 1 and (run.host, run.environment) == here
     return alone or not self.measures_the_machine
+
+  def answers(self, run: Run, config: Config) -> bool:
+    """Whether a completed run was asked the items that a hypothesis is about, if one is."""
+    if run.status != "completed" or not any(
+      h.metric.startswith("eval/") for h in self.experiment.hypotheses
+    ):
+      return True
+    suite = suite_of(config.eval.suite, config.eval.limit)
+    return run.results.get(ITEMS) == items_digest(suite, Root(self.bench.root).evals)
 
   def repeat(
     self,

@@ -12,7 +12,7 @@ from pathlib import Path
 from nmoe.records.reader import Experiment, Hypothesis, Run
 from nmoe.records.root import Root
 from stages.admission import admit_with_data
-from stages.comparable import check_held_out, check_one_machine
+from stages.comparable import check_held_out, check_one_machine, check_one_suite, check_suites
 from stages.judge.table import Judgement, Result, Table
 from stages.runs import Work, carrying
 from stages.workbench import Arm, Workbench
@@ -52,9 +52,9 @@ def carry_out(study: Study, workbench: Workbench) -> Outcome:
   """Record the study, run what is not yet run, judge, report.
 
   A study that asks the same of the same runs goes on where it was. ConfigError, before anything
-  runs, if a hypothesis compares arms on different held-out sets, and what nmoe's checks of a run
-  raise if one can be seen to fail. RunError if a run fails (then
-  there is no verdict) or diverged (then there is one).
+  runs, if a hypothesis compares arms on different held-out sets or suites, and what nmoe's checks
+  of a run raise if one can be seen to fail. RunError if a run fails (then there is no verdict) or
+  diverged (then there is one).
   """
   check(study.hypotheses, study.arms, workbench)
   asked = (study.stage, study.name, study.hypotheses, study.arms, study.seeds)
@@ -71,6 +71,7 @@ def check(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm], bench: Workbenc
   for arm in arms:
     admit_with_data(arm.config, Root(bench.root), arm.data)
   check_held_out(hypotheses, arms)
+  check_suites(hypotheses, arms)
 
 
 def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:
@@ -85,6 +86,7 @@ def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:
     runs += work.run_all(pairs)
     work.check(runs)
     check_one_machine(study.hypotheses, runs, work.bench.experiments)
+    check_one_suite(study.hypotheses, runs)
     new = runs[len(results) :]
     results += [_result(arm, run) for (arm, _), run in zip(pairs, new, strict=True)]
     pairs = study.further(Table(tuple(results))) if study.further else ()

@@ -21,7 +21,7 @@ ROOMS = {  # of a floor, folders or single files: likewise
   ).split(),
   "stages": (
     "text judge launch report viz watch admission workbench branches runs comparable study show "
-    "research ablate proxy evals export imports proofs prod demo cli"
+    "research ablate proxy checkpoints evals export imports proofs prod demo cli"
   ).split(),
 }
 MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15

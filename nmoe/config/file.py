@@ -25,7 +25,7 @@ from nmoe.files import resolved
 from nmoe.tables import nearest, parsed, typed
 
 MAX_CHAIN = 100  # files that extend one another
-HOME_PATHS = ("run.root", "data.mixture")  # where a leading ~ is a home folder
+HOME_PATHS = ("run.root", "data.mixture", "eval.suite")  # where a leading ~ is a home folder
 _VARIABLE = re.compile(r"\$(\$\{)|\$\{([^}:]*)(?::-([^}]*))?\}|(\$\{)")
 
 
@@ -139,9 +139,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
   table = parsed(text, str(path))
   parent = table.pop("extends", None)
   table.pop("evidence", None)  # of a sweep's transfer.toml: for people and a launch, not for a run
-  mixture = table.get("data", {})
-  if isinstance(mixture, dict) and isinstance(mixture.get("mixture"), str):
-    mixture["mixture"] = _anchor(mixture["mixture"], path)
+  for section, key in (("data", "mixture"), ("eval", "suite")):
+    part = table.get(section, {})
+    value = part.get(key) if isinstance(part, dict) else None
+    if isinstance(value, str) and (key == "mixture" or value.endswith(".toml")):
+      part[key] = _anchor(value, path)
   if parent is None:
     return table, _origins(table, str(path))
   if not isinstance(parent, str):
@@ -154,7 +156,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
 
 
 def _anchor(value: str, path: Path) -> str:
-  """A relative mixture path is relative to the file that names it."""
+  """A relative path of a mixture or a suite is relative to the file that names it."""
   return value if value.startswith(("/", "$", "~")) or not value else str(path.parent / value)
 
 

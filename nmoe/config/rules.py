@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
+from nmoe.records.measures import MEASURES, measured
+from nmoe.tables import nearest
 
 
 def validate(config: Config, origins: Mapping[str, str], name: str = "config") -> None:
@@ -32,10 +35,12 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "data.tokenizer", not known, need
   known = c.model.init == "seed" or c.model.init.startswith("import:")
   yield "model.init", not known, 'must be "seed", or "import:" and a digest of `nmoe import`'
-  need = f'is not measured by [eval] suite = "{c.eval.suite}"'
-  suite = c.experiment.metric.removeprefix("eval/").partition("/")[0]
-  measured = not c.experiment.metric.startswith("eval/") or suite == c.eval.suite
-  yield "experiment.metric", not measured, need
+  metric, suite = c.experiment.metric, c.eval.suite
+  known = "is none of the measures, nor eval/NAME/bpb or eval/NAME/acc of a suite in NAME.toml"
+  yield "experiment.metric", measured(metric) is None, known + nearest(metric, MEASURES)
+  asked = Path(suite).stem if suite.endswith(".toml") else suite
+  other = metric.startswith("eval/") and metric.split("/")[1] != asked
+  yield "experiment.metric", other, f'is not measured by [eval] suite = "{suite}"'
 
 
 def _plain_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:

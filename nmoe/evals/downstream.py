@@ -6,8 +6,6 @@ no random number, so a run with a suite trains the same bits as one without.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from nmoe.errors import DataError
 from nmoe.evals.measure import Items, items_of, summary
 from nmoe.evals.requests import Document, Row, find_task, read_manifest, read_task, rows_of
 from nmoe.evals.scoring import Batch, batches, score
-from nmoe.evals.suites import CORE, Suite
+from nmoe.evals.suites import CORE, Suite, items_digest
 from nmoe.model.decoder import Model
 
 MAX_CUT = 0.01  # of a task's documents may lose the left of their context
@@ -50,7 +48,6 @@ class Downstream:
     self.documents: dict[str, list[Document]] = {}
     self.rows: dict[str, list[Row]] = {}
     self.about: dict[str, dict[str, Any]] = {}
-    told: list[Any] = [suite.limit]
     for task in suite.tasks:
       folder = find_task(evals, task)
       documents = read_task(folder, task, suite.limit)
@@ -58,8 +55,7 @@ class Downstream:
       _check_length(task, rows, self.longest)
       self.documents[task], self.rows[task] = documents, rows
       self.about[task] = read_manifest(folder)["tasks"][task]
-      told.append([task, folder.name])
-    self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    self.digest = items_digest(suite, evals)
     self._batches, self._total = self._cut(config.rank_tokens)
 
   def run(self, model: Model, parallel: Parallel) -> Outcome:

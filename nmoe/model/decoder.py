@@ -10,7 +10,6 @@ One file: a reader of the model's equations turns no page between a block and it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from kernels.ops import Ops, Recipe, Routing
 from nmoe.config.parameters import is_matrix, parameter_dtype, parameter_group
 from nmoe.config.scaling import initial_std
 from nmoe.config.sections import Config, ModelConfig, YarnConfig
+from nmoe.config.yarn import softmax_mscale, yarn_range
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.model.init import NormalInit
@@ -422,11 +422,6 @@ def recipe_for(config: Config, name: str, layer: int) -> Recipe:
   return Recipe(t.dtype, emulate=t.emulate_blockscale, seed=config.train.seed, copies=Copies())
 
 
-def softmax_mscale(yarn: YarnConfig) -> float:
-  """YaRN's attention temperature; the softmax scale gets its square (2412.19437 section 4.3)."""
-  return 0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1.0
-
-
 def rope_tables(m: ModelConfig, yarn: YarnConfig, seq_len: int) -> tuple[Tensor, Tensor]:
   """cos and sin, fp32 [S, rope / 2] on the CPU; frequencies by YaRN (arXiv 2309.00071)."""
   half = m.qk_rope_dim // 2
@@ -438,20 +433,6 @@ def rope_tables(m: ModelConfig, yarn: YarnConfig, seq_len: int) -> tuple[Tensor,
     frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
   angle = torch.arange(seq_len, dtype=torch.float64)[:, None] * frequency
   return angle.cos().float(), angle.sin().float()
-
-
-def yarn_range(m: ModelConfig, yarn: YarnConfig) -> tuple[int, int]:
-  """Dimensions below the first turn as they did, from the second on they are slowed by the factor.
-
-  The second is less than the first where all turn less than beta_slow times.
-  """
-
-  def dim_of(rotations: float) -> float:
-    wavelength = yarn.original_seq_len / (2 * math.pi * rotations)
-    return m.qk_rope_dim // 2 * math.log(wavelength) / math.log(m.rope_theta)
-
-  low = max(math.floor(dim_of(yarn.beta_fast)), 0)
-  return low, min(math.ceil(dim_of(yarn.beta_slow)), m.qk_rope_dim - 1)
 
 
 class Rows(NamedTuple):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from nmoe.config.sections import Config
+from nmoe.config.yarn import yarn_range
 from nmoe.errors import ConfigError
-from nmoe.model.decoder import yarn_range
 
 TRANSFORMERS = "5.24.0"  # what the files are written for and were tested with
 LATENT_EPS = 1e-6  # of the latent norms of both classes

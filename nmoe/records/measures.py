@@ -7,7 +7,7 @@ result is one more entry.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -37,16 +37,24 @@ class Measure:
     return f"{value * self.factor:{sign}{self.format}}".replace("-", "−") if value else "0"
 
 
+SUITE = {  # what every suite measures, beside what it does of its tasks
+  "bpb": Measure("answers of suite {}, bits per byte", ".4f", "lower"),
+  "acc": Measure("accuracy on suite {}", ".4f", "higher"),
+}
+
+
+def of_suite(suite: str, name: str) -> Measure:
+  """`eval/SUITE/NAME`, NAME one of SUITE."""
+  return replace(SUITE[name], label=SUITE[name].label.format(suite))
+
+
 MEASURES = {  # in the order in which a report lists them
   "val/bpb": Measure("held-out bits per byte", ".4f", "lower", heldout=True),
   "val/loss": Measure("held-out loss, nats per token", ".4f", "lower", heldout=True),
   **{
-    f"eval/{suite}/{name}": Measure(label.format(suite), format, better)
+    f"eval/{suite}/{name}": of_suite(suite, name)
     for suite in ("quick", "olmes", "core", "bigbench", "short")
-    for name, label, format, better in (
-      ("bpb", "answers of suite {}, bits per byte", ".4f", "lower"),
-      ("acc", "accuracy on suite {}", ".4f", "higher"),
-    )
+    for name in SUITE
   },
   "eval/core/core": Measure("CORE", ".4f", "higher"),
   "train/loss": Measure("training loss, nats per token", ".4f", "lower"),
@@ -57,3 +65,18 @@ MEASURES = {  # in the order in which a report lists them
   "load/max_over_mean": Measure("fullest expert over mean, worst layer", ".2f", "lower"),
   "load/dead": Measure("dead experts, all layers", ".3g", "lower"),
 }
+
+
+def measured(tag: str) -> Measure | None:
+  """What a metric is: of MEASURES, or `eval/NAME/bpb` of a suite in NAME.toml; None: neither."""
+  first, _, rest = tag.partition("/")
+  suite, _, name = rest.rpartition("/")
+  own = first == "eval" and name in SUITE and suite and "/" not in suite
+  return MEASURES.get(tag) or (of_suite(suite, name) if own else None)
+
+
+def of_metric(tag: str) -> Measure:
+  """The same of a metric that a configuration was checked to have."""
+  found = measured(tag)
+  assert found is not None, tag
+  return found

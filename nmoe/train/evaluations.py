@@ -9,7 +9,7 @@ from nmoe.distributed.parallel import Parallel
 from nmoe.evals.downstream import Downstream, Outcome
 from nmoe.evals.heldout import evaluate
 from nmoe.evals.measure import write_items
-from nmoe.evals.suites import suite_of
+from nmoe.evals.suites import ITEMS, suite_of
 from nmoe.model.decoder import Model
 from nmoe.records.root import Root
 
@@ -50,6 +50,11 @@ class Evaluations:
         suite = self.downstream.suite.name
         write_items(self.root.eval_items(self.run_id, step, suite), outcome.items)
     return values
+
+  @property
+  def items(self) -> dict[str, str]:
+    """Which items the suite's measures are of, for a run's results; {} without a suite."""
+    return {} if self.downstream is None else {ITEMS: self.downstream.digest}
 
   def _suite_due(self, step: int, last: int) -> bool:
     return self.downstream is not None and due(step, self.config.eval.every, last)

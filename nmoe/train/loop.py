@@ -181,7 +181,8 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   if begun == end.step and ranks.any(not watch.evaluated(begun)):
     watch.add(state, session.evaluations.values(begun, begun, state.model))
   session.checkpoints.wait()
-  return watch.results(state) | {"unigram_bpb": unigram_bpb(session.data)}
+  told = {"unigram_bpb": unigram_bpb(session.data), **session.evaluations.items}
+  return watch.results(state) | told
 
 
 def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nmoe.records import metrics
-from nmoe.records.measures import MEASURES, Measure
+from nmoe.records.measures import MEASURES, Measure, measured, of_metric
 from nmoe.records.metrics import Series
 from nmoe.records.reader import Experiment, Export, Hypothesis, Link, Reader, Run
 from stages.judge.paired import Paired, compare
@@ -28,6 +28,13 @@ RESULTS = {  # the measures, and what a report adds to them
   "val/loss": MEASURES["val/loss"],
   "to_baseline": Measure("tokens to the baseline's final loss", ",.0f", "lower"),
 } | MEASURES
+
+
+def measure_of(key: str) -> Measure:
+  """What a row of results or a metric is."""
+  return RESULTS.get(key) or of_metric(key)
+
+
 LEGS = {
   "fprop_x": "x, forward",
   "fprop_w": "w, forward",
@@ -118,7 +125,7 @@ class Row:
     """A result in its unit; a loss that is not reached is "never"."""
     if self.key == "to_baseline" and value == math.inf:
       return "never"
-    return RESULTS[self.key].show(value, sign)
+    return measure_of(self.key).show(value, sign)
 
   def cells(self) -> list[Cell]:
     """Every arm's mean with its interval."""
@@ -213,7 +220,9 @@ def gather(root: Path, name: str) -> Findings:
   exports = tuple(x for arm in arms for run in arm.runs for x in records.exports(run.id))
   records.close()
   seeds = tuple(sorted(set.intersection(*map(set, newest.values())))) if newest else ()
-  rows = tuple(row for key in RESULTS if (row := _row(key, arms, seeds)))
+  asked = (h.metric for h in experiment.hypotheses if measured(h.metric))
+  keys = dict.fromkeys([*RESULTS, *asked])
+  rows = tuple(row for key in keys if (row := _row(key, arms, seeds)))
   return Findings(experiment, tuple(arms), links, rows, seeds, moves, exports)
 
 
@@ -235,7 +244,7 @@ def _row(key: str, arms: Sequence[Arm], seeds: Sequence[int]) -> Row | None:
       for arm, of in zip(arms, values, strict=True)
     )
     difference = compare(a, b, direction="none", min_effect=0.0)
-  return Row(key, RESULTS[key].label, tuple(map(describe, values)), difference)
+  return Row(key, measure_of(key).label, tuple(map(describe, values)), difference)
 
 
 def _to_baseline(arm: Arm, arms: Sequence[Arm]) -> list[float]:

@@ -16,7 +16,7 @@ from nmoe.records.root import Root
 from stages.judge.paired import Paired
 from stages.report import details, figures, mixtures, production, sweep
 from stages.report.evaluations import NOTE, answers
-from stages.report.findings import RESULTS, Arm, Cell, Findings, gather
+from stages.report.findings import Arm, Cell, Findings, gather, measure_of
 from stages.report.page import definitions, facts, folded, page, section, table
 
 SPEED = "train/tokens_per_s"
@@ -200,7 +200,7 @@ def _differences(found: Findings, d: Paired) -> go.Figure:
     dict(zip((r.seed for r in a.runs), a.values(claim.metric), strict=True)) for a in found.arms
   ]
   seeds = [s for s in found.seeds if all(math.isfinite(v[s]) for v in values)]
-  measure = RESULTS[claim.metric]
+  measure = measure_of(claim.metric)
   title = f"{measure.label}: variant − baseline"
   return figures.differences(d, seeds, title, claim.direction, claim.min_effect, measure.factor)
 
@@ -297,7 +297,7 @@ def _runs(found: Findings) -> str:
       escape(run.arm),
       str(run.seed),
       escape(run.status + (f", run for {run.origin}" if run.origin != e.id else "")),
-      *(RESULTS[tag].show(run.results.get(tag, math.nan)) for tag in (metric, SPEED)),
+      *(measure_of(tag).show(run.results.get(tag, math.nan)) for tag in (metric, SPEED)),
     ]
     for run in found.runs
   ]

@@ -66,7 +66,7 @@ REQUIRED = [
   for f in fields(cls)
   if f.default is MISSING
 ]
-RULED = ("data.tokenizer", "model.init")  # strings whose form has a rule
+RULED = ("data.tokenizer", "model.init", "experiment.metric")  # strings whose form has a rule
 TEXTS = st.text(min_size=1).filter(lambda t: t.strip() and "\0" not in t and t[0] != "~")
 FREE_STRINGS = [key for key, hint in HINTS.items() if hint is str and key not in RULED]
 
@@ -254,6 +254,25 @@ def test_a_file_that_is_not_utf8(tmp_path):
   (tmp_path / "a.toml").write_bytes(b"name = '\xff'")
   with pytest.raises(ConfigError, match="a.toml: cannot be read"):
     load(tmp_path / "a.toml", env={})
+
+
+def test_a_suite_is_relative_to_the_file_that_names_it(tmp_path):
+  child = variant(tmp_path, '[eval]\nsuite = "mine.toml"')
+  assert load(child, env={}).eval.suite == str(tmp_path / "mine.toml")
+  assert load(variant(tmp_path, '[eval]\nsuite = "short"'), env={}).eval.suite == "short"
+
+
+def test_a_metric_is_a_measure_or_of_a_suite_of_one_s_own(tmp_path):
+  own = '[experiment]\nmetric = "eval/mine/bpb"\n[eval]\nsuite = "mine.toml"'
+  assert load(variant(tmp_path, own), env={}).experiment.metric == "eval/mine/bpb"
+  for wrong, said in (
+    ('metric = "val/bbp"', "'val/bbp' is none of the measures, .*did you mean 'val/bpb'"),
+    ('metric = "eval/mine/p_correct"', "is none of the measures, nor eval/NAME/bpb"),
+    ('metric = "eval/a/b/bpb"', "is none of the measures"),
+    ('metric = "eval/other/bpb"', "is not measured by .eval. suite = .*mine.toml"),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      load(variant(tmp_path, own.replace('metric = "eval/mine/bpb"', wrong)), env={})
 
 
 def test_a_mixture_is_relative_to_the_file_that_names_it(tmp_path):

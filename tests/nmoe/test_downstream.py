@@ -354,6 +354,12 @@ def test_suites(tmp_path):
   (tmp_path / "bad.toml").write_text("tasks = []\n")
   with pytest.raises(ConfigError, match="a suite is tasks"):
     suite_of(str(tmp_path / "bad.toml"))
+  (tmp_path / "quick.toml").write_text('tasks = ["a"]\n')
+  with pytest.raises(ConfigError, match="quick is one of nmoe's own suites; rename it"):
+    suite_of(str(tmp_path / "quick.toml"))
+  (tmp_path / "a.toml").write_text('tasks = ["a"]\n')
+  with pytest.raises(ConfigError, match="a is one of its tasks; rename it"):
+    suite_of(str(tmp_path / "a.toml"))
   with pytest.raises(ConfigError, match="suite 'quik' is unknown; did you mean 'quick'"):
     suite_of("quik")
 

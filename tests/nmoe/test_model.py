@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kernels import reference
 from nmoe.config.sections import Config
+from nmoe.config.yarn import softmax_mscale
 from nmoe.errors import ConfigError
 from nmoe.model.decoder import (
   Model,
@@ -19,7 +20,6 @@ from nmoe.model.decoder import (
   matrix_blocks,
   parameter_group,
   rope_tables,
-  softmax_mscale,
   update_router_bias,
 )
 from nmoe.model.hf_config import hf_config

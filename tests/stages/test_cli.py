@@ -83,11 +83,49 @@ def test_help_is_instant():
 def test_the_stages_start_without_torch():
   """The parent of every run; only its children import torch."""
   modules = (
-    "stages.ablate, stages.research, stages.proofs.bench_step, stages.runs, stages.report.html"
+    "stages.ablate, stages.research, stages.proofs.bench_step, stages.runs, stages.report.html, "
+    "stages.evals"
   )
   line = f"import sys, {modules}; print('torch' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=REPO)
   assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+BROKEN = {  # what is asked of the run "found": the end of the error
+  "a run of eval": ("eval", "none", "no run 'none'; see `nmoe experiments list`"),
+  "a step of eval": ("eval", "found", "--step", "4", "has the steps 12, not 4"),
+  "a suite": ("eval", "found", "--suite", "quik", "'quik' is unknown; did you mean 'quick'?"),
+  "a suite's file": ("eval", "found", "--suite", "no.toml", "No such file or directory"),
+  "a suite's items": ("eval", "found", "--suite", "short", "no items of task csqa_0shot"),
+  "a run of export": ("export", "none", "OUT", "no run 'none'; see `nmoe experiments list`"),
+  "a step of export": ("export", "found", "OUT", "--step", "4", "has the steps 12, not 4"),
+  "a dtype": ("export", "found", "OUT", "--dtype", "fp16", "must be bf16 or fp32"),
+  "a check": ("export", "found", "OUT", "--check", "all", "must be full, layers or tensors"),
+  "a folder": ("export", "found", ".", "is there already"),
+}
+
+
+@pytest.mark.faults
+def test_eval_and_export_say_at_once_what_is_wrong(lab):
+  """Without torch, whose import takes seconds: one line each."""
+  run = lab.record(train__checkpoint_every=0)
+  assert lab.attempt(run) == 0
+  words = {"found": run, "OUT": str(lab.root.parent / "out")}
+  asked = [[words.get(word, word) for word in case[:-1]] for case in BROKEN.values()]
+  code = (
+    "import sys\nfrom stages.cli import app\n"
+    f"for words in {asked!r}:\n"
+    "  try:\n"
+    f"    app([*words, '--root', {str(lab.root)!r}])\n"
+    "  except SystemExit as end:\n"
+    "    print(end.code, 'torch' in sys.modules)\n"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+  assert done.stdout == "1 False\n" * len(BROKEN), done.stderr
+  lines = done.stderr.splitlines()
+  assert len(lines) == len(BROKEN)
+  for line, case in zip(lines, BROKEN.values(), strict=True):
+    assert line.startswith("error: ") and case[-1] in line, line
 
 
 def test_an_ablation_from_the_shell(lab):

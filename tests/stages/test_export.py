@@ -19,6 +19,7 @@ from nmoe.model.safetensors import Folder, ShardWriter
 from nmoe.records import checkpoint
 from nmoe.records.reader import Reader
 from stages import export
+from stages.checkpoints import step_folder
 
 
 def exported(lab, out, level=None, dtype=None, shard_gb=5.0, **values):
@@ -186,8 +187,8 @@ def test_a_changed_file_is_seen(lab, tmp_path):
 def test_unknown_runs_and_steps_are_named(lab, tmp_path):
   run = lab.record()
   with pytest.raises(CheckpointError, match=f"run {run} .* has no checkpoint"):
-    export.step_folder(run, None, lab.root)
+    step_folder(run, None, lab.root)
   lab.attempt(run)
   with pytest.raises(CheckpointError, match="has the steps 9, 12, not 4"):
-    export.step_folder(run, 4, lab.root)
-  assert export.step_folder(run, 9, lab.root).name == "step_00000009"
+    step_folder(run, 4, lab.root)
+  assert step_folder(run, 9, lab.root).name == "step_00000009"

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from labs import write_variant
 from rich.console import Console
 
-from nmoe.errors import RecordError
+from nmoe.errors import ConfigError, RecordError, RunError
 from nmoe.evals.measure import Items, per_document, read_items, write_items
 from nmoe.evals.sources import prepare
+from nmoe.evals.suites import ITEMS
+from nmoe.records.reader import Hypothesis
 from nmoe.records.root import Root
 from stages import ablate
+from stages.comparable import check_one_suite
 from stages.judge.intervals import student_t, two_sided_p
 from stages.judge.items import clustered_error, holm, task_differences
 from stages.report.evaluations import answers
@@ -110,6 +114,95 @@ def test_an_ablation_shows_its_tasks(lab, launches, tmp_path):
       assert f">{cell}</td>" in page
   logged = [run.results["eval/mine/bpb"] for run in found.arms[0].runs if run.results]
   assert suite.rows[0].arms[0][0] == pytest.approx(np.mean(logged))
+
+
+OWN = """
+[experiment]
+name = "own"
+statement = "Another rate answers better."
+metric = "eval/mine/bpb"
+direction = "lower"
+[eval]
+suite = "mine.toml"
+"""
+
+
+def own_suite(lab, count=10):
+  """Items of a task, a suite of one's own beside the configuration, which does not measure it."""
+  texts = (
+    {"task": "pairs", "context": f"n {i}", "choices": [" etain", " zzqqx"], "gold": i % 2}
+    for i in range(count)
+  )
+  source = lab.file.with_name("items.jsonl")
+  source.write_text("".join(json.dumps(t) + "\n" for t in texts))
+  prepare(source, lab.root)
+  lab.file.with_name("mine.toml").write_text('tasks = ["pairs"]\n')
+
+
+def test_a_suite_of_one_s_own_judges_an_ablation(lab, launches):
+  own_suite(lab)
+  base = write_variant(lab.file, "base", '[eval]\nsuite = "mine.toml"\n')
+  variant = write_variant(base, "rate", OWN + "[optim]\ndense_lr = 1e-3\n")
+  console = Console(record=True, width=160)
+  report = ablate.run(base, variant, 2, console)
+  found = gather(lab.root, report.parent.name)
+  means = [[run.results["eval/mine/bpb"] for run in arm.runs] for arm in found.arms]
+  assert found.claim.metric == "eval/mine/bpb" and found.headline.key == "eval/mine/bpb"
+  by_hand = np.mean(np.subtract(means[1], means[0]))
+  assert found.headline.difference.mean_difference == pytest.approx(by_hand)
+  assert f"{by_hand:.4f}".replace("-", "−") in console.export_text(clear=False).replace("+", "")
+  assert "answers of suite mine, bits per byte" in report.read_text()
+  assert len(launches.ids) == 4
+  ablate.run(base, variant, 2, console)
+  assert len(launches.ids) == 4  # the same items: reused
+
+
+def test_runs_that_answered_nothing_or_other_items_are_not_reused(lab, launches):
+  """[eval] changes no fingerprint, but a hypothesis about a suite needs its answers."""
+  own_suite(lab)
+  base = write_variant(lab.file, "base", "")
+  rate = write_variant(base, "plain", "[optim]\ndense_lr = 1e-3\n")
+  ablate.run(base, rate, 2, Console(quiet=True))
+  asked = write_variant(lab.file, "base", '[eval]\nsuite = "mine.toml"\n')
+  variant = write_variant(asked, "rate", OWN + "[optim]\ndense_lr = 1e-3\n")
+  ablate.run(asked, variant, 2, Console(quiet=True))
+  assert len(launches.ids) == 8
+  for limit in (asked, variant):
+    limit.write_text(limit.read_text().replace("[eval]\n", "[eval]\nlimit = 4\n"))
+  report = ablate.run(asked, variant, 2, Console(quiet=True))
+  assert len(launches.ids) == 12
+  rows = answers(lab.root, gather(lab.root, report.parent.name).arms)[0].rows
+  assert {row.documents for row in rows} == {4}
+
+
+UNFIT = {  # what is in the baseline's [eval]: what is said
+  "": 'is not measured in arm baseline, whose .eval. suite is "none"; give all arms the same',
+  'suite = "other.toml"': "is not measured in arm baseline, whose .eval. suite is .*other.toml",
+  'suite = "mine.toml"\nlimit = 3': "asked all documents of pairs, baseline the first 3 doc",
+  'suite = "gone.toml"': "gone.toml: cannot be read",
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("body", UNFIT)
+def test_arms_of_other_suites_are_refused_before_they_train(lab, launches, body):
+  own_suite(lab)
+  lab.file.with_name("other.toml").write_text('tasks = ["pairs"]\n')
+  base = write_variant(lab.file, "base", f"[eval]\n{body}\n")
+  variant = write_variant(lab.file, "rate", OWN + "[optim]\ndense_lr = 1e-3\n")
+  with pytest.raises(ConfigError, match=UNFIT[body]):
+    ablate.run(base, variant, 2, Console(quiet=True))
+  assert launches.ids == []
+
+
+@pytest.mark.faults
+def test_items_that_change_under_a_study_end_it_without_a_verdict():
+  claim = Hypothesis("It answers better.", "eval/mine/bpb", "lower", 0.0)
+  runs = [SimpleNamespace(id=i, status="completed", results={ITEMS: i}) for i in "ab"]
+  with pytest.raises(RunError, match="the runs were asked other items .run a a, run b b., no verd"):
+    check_one_suite((claim,), runs)
+  check_one_suite((claim,), runs[:1])
+  check_one_suite((replace(claim, metric="val/bpb"),), runs)
 
 
 def test_runs_that_were_asked_other_items_are_said_to_be(lab, tmp_path):
