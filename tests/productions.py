@@ -126,9 +126,9 @@ def attempts_of(root: Path, run_id: str) -> list[Attempt]:
     return records.attempts(run_id)
 
 
-def state_of(root: Path, run_id: str) -> dict[str, Tensor]:
+def state_of(root: Path, run_id: str, steps: int = STEPS) -> dict[str, Tensor]:
   """At the end."""
-  return checkpoint.read(Root(root).checkpoints(run_id) / f"step_{STEPS:08d}")
+  return checkpoint.read(Root(root).checkpoints(run_id) / f"step_{steps:08d}")
 
 
 def ranks_of(run_id: str) -> list[int]:
@@ -182,12 +182,12 @@ def kinds(events: Sequence[Event]) -> list[str]:
   return [event.kind for event in events]
 
 
-def undisturbed(folder: Path, **values: Any) -> dict[str, Tensor]:
+def undisturbed(folder: Path, steps: int = STEPS, **values: Any) -> dict[str, Tensor]:
   """The final state of the same run without agents and faults. values: other keys, "." as "__"."""
   with open_lab(folder) as lab:
     keys = {"launch__ranks": 2, "schedule__batch_tokens": 1024, "train__checkpoint_every": 20}
-    run = lab.record(**keys, schedule__total_tokens=STEPS * 1024, **values)
+    run = lab.record(**keys, schedule__total_tokens=steps * 1024, **values)
     config = configs.loads(lab.run(run).toml, "undisturbed", env={})
     handle = local.run(Launcher(lab.root), Job(run, config))
     assert handle.poll() == 0, handle.tail()
-    return lab.state(run, STEPS)
+    return lab.state(run, steps)

@@ -33,13 +33,18 @@ WAITING = (
 @dataclass(frozen=True)
 class LastWords:
   """Of a rank: the frames of its main thread, innermost first, as "file:line function"; the last
-  lines of its log. No frames: it ended without a word.
+  lines of its log.
   """
 
   rank: int
   host: str
   stack: tuple[str, ...]
   log: tuple[str, ...]
+
+  @property
+  def silent(self) -> bool:
+    """Neither a stack nor one of our errors (nmoe.train.loop.told)."""
+    return not self.stack and not any(line.startswith("error: ") for line in self.log)
 
   @property
   def waits(self) -> bool:
@@ -117,7 +122,7 @@ def _frames(text: str) -> list[tuple[str, str, str]]:
 
 def suspect(ranks: Sequence[LastWords]) -> tuple[int, str]:
   """The rank at fault and why; -1 if none stands out."""
-  silent = [one for one in ranks if not one.stack]
+  silent = [one for one in ranks if one.silent]
   if len(silent) == 1 and len(ranks) > 1:
     return silent[0].rank, "it ended without a word, the others say why they ended"
   spoke = [one for one in ranks if one.stack]

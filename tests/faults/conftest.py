@@ -22,12 +22,10 @@ def undisturbed_hosts(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(request, tmp_path):
+def nothing_left(tmp_path):
   """No process, no shared memory of ours and no held lock outlives a test that kills."""
   before = set(SHARED.iterdir())
   yield
-  if request.node.get_closest_marker("kills") is None:
-    return
   root = tmp_path / "root"
   for folder in (root / "runs").glob("*"):
     assert list(productions.processes(folder.name)) == []

@@ -23,21 +23,6 @@ def check_equal(production: Production, undisturbed) -> None:
   assert same_bits(production.state(), undisturbed)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank(tmp_path, undisturbed, rank):
-  """The agent restarts both from the newest checkpoint; no attempt is lost."""
-  production = Production(tmp_path)
-  production.wait_for(30)
-  os.kill(production.rank(rank), signal.SIGKILL)
-  wait_until(lambda: kinds(production.events()) == ["launch", "restart"], 15, "trains again")
-  code, out = production.end()
-  assert code == 0, out
-  launch, restart = production.events()
-  assert launch.step == 0 and restart.step >= 20 and restart.step % 20 == 0
-  assert "1 attempts, 1 restarts" in out
-  check_equal(production, undisturbed)
-
-
 def test_a_rank_that_hangs(tmp_path, undisturbed):
   """Its own deadline ends it, with the stacks of its threads in its log."""
   production = Production(tmp_path, "[launch]\nhang_s = 8.0\n")

@@ -54,6 +54,7 @@ WAITS = ("/lib/torch/distributed/c10d.py:9 all_reduce", "loop.py:3 train")
   [
     ([words(0, *WAITS), words(1, "x.py:1 sleep")], 1),  # one waits for the other
     ([words(0, *WAITS), words(1)], 1),  # killed
+    ([LastWords(0, "a", (), ("step 7", "error: a collective failed")), words(1)], 1),
     ([words(0, *WAITS), words(1, "x.py:1 f", "nmoe/distributed/rdep.py:2 wait")], 1),
     ([words(0, *WAITS), words(1, *WAITS)], -1),
     ([words(0, *WAITS), words(1, "/lib/torch/distributed/c10d.py:5 recv"), words(2, *WAITS)], 1),

@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("shares", [False, pytest.param(True, marks=pytest.mark.kills)])
 def test_ranks_meet_again_after_one_was_killed(lab, tmp_path, shares):
   """A store that the ranks share with the agents outlives them: in it lie the keys of the dead, by
   which the next ones would meet ranks that are gone. With the ranks' own, which
