@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ import numpy as np
 from nmoe.records import metrics
 from nmoe.records.attempts import Attempt, Event, History
 from nmoe.records.heartbeat import Heartbeat
+from nmoe.records.live import Logged
+from nmoe.records.metrics import Timed
 from nmoe.records.reader import Amendment, Link, Run
 from nmoe.records.root import Root
 
@@ -48,6 +50,7 @@ STARTUP = {  # of the phases before the first step
   "model": "loading",
 }
 STARTS = ("launch", "restart")  # the events with which ranks begin to train
+LOGGED = ("checkpoint/stall_s", "time/eval_s", "train/loss")  # the tags that an account reads
 LEFT = ("completed", "stopped", "preempted", "amended")  # outcomes of attempts that saved and left
 
 
@@ -66,15 +69,12 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Production:
-  """A production run as it stands; `seconds` by bucket of BUCKETS, which sum to `wall_s`."""
+class Account:
+  """The wall of a run as it stands; `seconds` by bucket of BUCKETS, which sum to `wall_s`."""
 
   run: Run
   attempts: list[Attempt]
   events: list[Event]
-  amendments: list[Amendment]
-  evidence: list[Link]  # from experiments to the run's own
-  artifacts: dict[str, str]  # path -> SHA-256
   checkpoints: list[int]  # steps
   heartbeat: Heartbeat | None
   spans: list[Span]
@@ -107,6 +107,15 @@ class Production:
     return (self.total_tokens - self.tokens) * busy / self.tokens
 
 
+@dataclass(frozen=True)
+class Production(Account):
+  """A production run: its account, and what its record says beside."""
+
+  amendments: list[Amendment]
+  evidence: list[Link]  # from experiments to the run's own
+  artifacts: dict[str, str]  # path -> SHA-256
+
+
 def production(root: Path, run_id: str, now: float | None = None) -> Production:
   """What the records of a run say. Reads only. RecordError: no such run.
 
@@ -117,35 +126,43 @@ def production(root: Path, run_id: str, now: float | None = None) -> Production:
     attempts, events = records.attempts(run_id), records.events(run_id)
     links = [one for one in records.links(run.origin) if one.to_id == run.origin]
     artifacts = records.artifacts(run_id)
-  beat = Heartbeat.read(Root(root).heartbeat(run_id))
-  tags = ["checkpoint/stall_s", "time/eval_s", "train/loss"]
-  logged = metrics.timed(root, run_id, tags)
-  saved = _saved(logged)
-  steps = Root(root).checkpoint_steps(run_id)
+  logged = metrics.timed(root, run_id, LOGGED)
+  found = account(root, run, attempts, events, logged, now)
+  beside = {"amendments": list(run.amendments), "evidence": links, "artifacts": artifacts}
+  return Production(**vars(found), **beside)
+
+
+def account(
+  root: Path,
+  run: Run,
+  attempts: list[Attempt],
+  events: list[Event],
+  logged: Mapping[str, Timed | Logged],
+  now: float | None = None,
+) -> Account:
+  """The same of records and metrics that were read before. logged: the rows of LOGGED."""
+  beat = Heartbeat.read(Root(root).heartbeat(run.id))
+  steps = Root(root).checkpoint_steps(run.id)
   live = run.status == "running"
   end = (time.time() if now is None else now) if live else _ended(attempts, beat)
-  line = _Line(attempts, events, saved, steps[-1] if steps else 0, beat, live, end)
+  line = _Line(attempts, events, _saved(logged), steps[-1] if steps else 0, beat, live, end)
   spans = line.spans()
-  schedule = tomllib.loads(run.toml)["schedule"]
   losses = logged.get("train/loss")
-  return Production(
+  return Account(
     run=run,
     attempts=attempts,
     events=events,
-    amendments=list(run.amendments),
-    evidence=links,
-    artifacts=artifacts,
     checkpoints=steps,
     heartbeat=beat,
     spans=spans,
     seconds=_seconds(spans, logged),
     step=int(losses.step[-1]) if losses is not None else 0,
     tokens=int(losses.tokens[-1]) if losses is not None else 0,
-    total_tokens=schedule["total_tokens"],
+    total_tokens=tomllib.loads(run.toml).get("schedule", {}).get("total_tokens", 0),
   )
 
 
-def _saved(logged: dict[str, metrics.Timed]) -> dict[int, float]:
+def _saved(logged: Mapping[str, Timed | Logged]) -> dict[int, float]:
   """Step -> when its checkpoint had been copied."""
   if "checkpoint/stall_s" not in logged:
     return {}
@@ -161,7 +178,7 @@ def _ended(attempts: Sequence[Attempt], beat: Heartbeat | None) -> float:
   return max(last)
 
 
-def _seconds(spans: Sequence[Span], logged: dict[str, metrics.Timed]) -> dict[str, float]:
+def _seconds(spans: Sequence[Span], logged: Mapping[str, Timed | Logged]) -> dict[str, float]:
   """By bucket; what checkpoints and evaluations took is no longer stepping."""
   found = dict.fromkeys(BUCKETS, 0.0)
   for span in spans:

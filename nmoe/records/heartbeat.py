@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nmoe import files
+from nmoe.errors import RecordError
 
 STATES = ("starting", "loading", "stepping", "saving", "evaluating", "stopping")
 
@@ -46,12 +47,17 @@ class Heartbeat(NamedTuple):
 
   @classmethod
   def read(cls, path: Path) -> Heartbeat | None:
-    """None if no rank has started yet."""
+    """None if no rank has started yet. RecordError if it is no heartbeat."""
     try:
       found = json.loads(path.read_text())
+      return cls(Entry(**found.pop("entry")), **found)
     except FileNotFoundError:
       return None
-    return cls(Entry(**found.pop("entry")), **found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+      raise RecordError(
+        f"{path}: no heartbeat ({type(error).__name__}: {error}); delete it: the next log "
+        "of rank 0 writes it again"
+      ) from error
 
   def write(self, path: Path) -> None:
     """A reader finds this one or the one before, never a part."""

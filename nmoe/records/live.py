@@ -74,6 +74,20 @@ class Logged:
     )
 
 
+@dataclass(frozen=True)
+class RankValues:
+  """What rank 0 gathered of all ranks, as means over n equal parts of its logs, in order.
+
+  step, tokens: int64 [n], time (Unix seconds): float64 [n], of the last log of a part; values: of
+  each name, such as "forward_s" or "rows", float64 [ranks, n], NaN where none was told.
+  """
+
+  step: np.ndarray
+  tokens: np.ndarray
+  time: np.ndarray
+  values: dict[str, np.ndarray]
+
+
 _NONE = Logged(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, float, float)))
 
 
@@ -115,7 +129,7 @@ class Opener:
 
 
 class LiveFile:
-  """The metrics of one rank of one run. Threads may share it."""
+  """The metrics of one run. Threads may share it."""
 
   def __init__(self, path: Path, kept: Path, opener: Opener):
     """kept: a file outside the root, for what was read; it need not exist."""
@@ -152,6 +166,10 @@ class LiveFile:
   def expert_names(self) -> list[str]:
     """What was logged of each expert: COUNT its tokens, "bias", and what was sampled."""
     return self._asked(_expert_names) or []
+
+  def of_ranks(self, parts: int) -> RankValues | None:
+    """What all ranks told rank 0, whose file this is; None where it logged nothing of that."""
+    return self._asked(lambda db: _of_ranks(db, parts))
 
   def _asked(self, ask: Callable[[duckdb.DuckDBPyConnection], T]) -> T | None:
     """An answer of the file; None where there is none, or it cannot be read."""
@@ -330,7 +348,7 @@ class Live:
     self.root = root.resolve()
     self.paths = Root(self.root)
     self.cache = cache / hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
-    self._files: dict[tuple[str, int], LiveFile] = {}
+    self._files: dict[str, LiveFile] = {}
     self._opener = Opener()
     self._lock = threading.Lock()
     self._seen: tuple[tuple[Stamp | None, ...], float] = ((), 0.0)
@@ -363,14 +381,15 @@ class Live:
     except RecordError as error:
       return replace(self._snapshot, notice=str(error))
 
-  def file(self, run_id: str, rank: int = 0) -> LiveFile:
-    """The metrics of a rank of a run that the records know, whether or not its file is there."""
+  def file(self, run_id: str) -> LiveFile:
+    """The metrics of a run's first rank, which has those of the others too (nmoe.train.stragglers);
+    of a run that the records know, whether or not its file is there.
+    """
     with self._lock:
-      key = (run_id, rank)
-      if key not in self._files:
-        kept = self.cache / "metrics" / f"{run_id}-{rank}.npz"
-        self._files[key] = LiveFile(self.paths.metrics(run_id, rank), kept, self._opener)
-      return self._files[key]
+      if run_id not in self._files:
+        kept = self.cache / "metrics" / f"{run_id}.npz"
+        self._files[run_id] = LiveFile(self.paths.metrics(run_id, 0), kept, self._opener)
+      return self._files[run_id]
 
   def ranks(self, run_id: str) -> list[int]:
     """The ranks that have logged."""
@@ -517,6 +536,29 @@ def _experts(
     return None
   steps, values = zip(*rows, strict=True)
   return np.array(steps, np.int64), np.array(values, float)
+
+
+_OF_RANKS = """
+  WITH told AS (SELECT * FROM metrics WHERE starts_with(tag, 'rank/')),
+  logs AS (SELECT step, max(tokens) AS tokens, max(time) AS time,
+    row_number() OVER (ORDER BY step) - 1 AS n, count(*) OVER () AS total FROM told GROUP BY step),
+  parts AS (SELECT *, (n * least(total, $parts)) // total AS part FROM logs)
+  SELECT part, split_part(tag, '/', 2)::INTEGER AS rank, split_part(tag, '/', 3) AS name,
+    avg(value) AS value, max(p.step) AS step, max(p.tokens) AS tokens, max(p.time) AS time
+  FROM told JOIN parts p USING (step) GROUP BY ALL ORDER BY name, rank, part"""
+
+
+def _of_ranks(db: duckdb.DuckDBPyConnection, parts: int) -> RankValues | None:
+  found = db.execute(_OF_RANKS, {"parts": parts}).fetchnumpy()
+  part, rank, value = (np.ma.getdata(found[name]) for name in ("part", "rank", "value"))
+  if not len(part):
+    return None
+  names, place = np.unique(np.ma.getdata(found["name"]).astype(str), return_inverse=True)
+  values = np.full((len(names), rank.max() + 1, part.max() + 1), np.nan)
+  values[place, rank, part] = value
+  _, first = np.unique(part, return_index=True)
+  columns = (np.ma.getdata(found[name])[first] for name in ("step", "tokens", "time"))
+  return RankValues(*columns, dict(zip(names.tolist(), values, strict=True)))
 
 
 def _locked(error: duckdb.Error) -> bool:

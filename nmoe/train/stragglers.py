@@ -1,4 +1,5 @@
-"""Ranks that become slower than they were, from the phase times that all tell rank 0 at each log.
+"""Ranks that become slower than they were, from what all tell rank 0 at each log: so one file has
+the phases and rows of every rank, and who looks at a run of many ranks opens no other.
 
 A rank's score is the least time that its optimizer took so far over the time that it took now: that
 phase waits for nobody. A rank is a straggler whose score stays below SLOW for LOGS logs while most
@@ -10,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-PHASES = (  # of nmoe.train.clock, in the order in which ranks tell them
-  *("load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"),
+PHASES = "load forward backward graph clip step gather log eval checkpoint".split()  # of the clock
+TOLD = (  # the tags of which every rank tells its values, in this order
+  *(f"time/{phase}_s" for phase in PHASES),
+  *("data/wait_s", "rdep/rows", "rdep/rounds"),
 )
-LOCAL = PHASES.index("step")
+LOCAL = TOLD.index("time/step_s")
 SLOW = 0.9
 LOGS = 5
 
@@ -37,13 +40,13 @@ class Stragglers:
     return [rank for rank, n in enumerate(self.since) if n == LOGS]
 
 
-def tags(times: Sequence[Sequence[float]]) -> dict[str, float]:
-  """What rank 0 logs of all ranks' phases [R, PHASES]: per rank `rank/{r}/{phase}_s`, seconds since
-  the last log. Phases that no rank was in are left out.
+def tags(told: Sequence[Sequence[float]]) -> dict[str, float]:
+  """What rank 0 logs of all ranks' values [R, TOLD]: per rank `rank/{r}/NAME`, such as "forward_s",
+  seconds since the last log, or "rows". What is 0 on every rank is left out.
   """
   return {
-    f"rank/{rank}/{phase}_s": row[i]
-    for i, phase in enumerate(PHASES)
-    if any(row[i] for row in times)
-    for rank, row in enumerate(times)
+    f"rank/{rank}/{tag.partition('/')[2]}": row[i]
+    for i, tag in enumerate(TOLD)
+    if any(row[i] for row in told)
+    for rank, row in enumerate(told)
   }

@@ -21,7 +21,7 @@ from nmoe.train.guard import Guard
 from nmoe.train.progress import Entry
 from nmoe.train.schedule import end_of
 from nmoe.train.session import Session, TrainState
-from nmoe.train.stragglers import LOCAL, PHASES, Stragglers, tags
+from nmoe.train.stragglers import LOCAL, TOLD, Stragglers, tags
 
 
 class StepValues(NamedTuple):
@@ -81,7 +81,7 @@ class Watch:
     values |= rdep_values(self.session.parallel.rdep)
     phases = self.clock.read()
     values |= {f"time/{name}_s": s for name, s in phases.items()}
-    values |= self._of_all_ranks(state.step, phases)
+    values |= self._of_all_ranks(state.step, values)
     values |= self._speed(state.step - self.logged_step, phases)
     self.logged_step = state.step
     values |= self.session.startup.first_step()
@@ -96,19 +96,19 @@ class Watch:
       self.session.event("hardware", step=replay.step, rank=replay.rank, detail=detail)
       self.session.replay = None
 
-  def _of_all_ranks(self, step: int, phases: dict[str, float]) -> dict[str, float]:
-    """The phase times of every rank, on rank 0; who becomes a straggler is an event. On a CPU other
-    work decides who is slow.
+  def _of_all_ranks(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    """The phase times and rows of every rank, on rank 0; who becomes a straggler is an event. On a
+    CPU other work decides who is slow.
     """
-    times = self.session.parallel.gather([phases.get(name, 0.0) for name in PHASES])
-    if not times:
+    told = self.session.parallel.gather([values.get(tag, 0.0) for tag in TOLD])
+    if not told:
       return {}
-    seconds = [row[LOCAL] / (step - self.logged_step) for row in times]
+    seconds = [row[LOCAL] / (step - self.logged_step) for row in told]
     for rank in self.stragglers.add(seconds):
       if self.target.device.type == "cuda":
         detail = {"step_s": seconds[rank], "best_s": self.stragglers.best[rank]}
         self.session.event("straggler", step=step, rank=rank, detail=detail)
-    return tags(times)
+    return tags(told)
 
   def add(self, state: TrainState, values: dict[str, float]) -> None:
     self.session.metrics.add(state.step, state.tokens, values)

@@ -19,6 +19,7 @@ from nmoe.config import plan
 from nmoe.config.sections import SECTIONS, diff, kind
 from nmoe.config.sections import leaves as config_leaves
 from nmoe.errors import ConfigError
+from nmoe.records import goodput
 from nmoe.records.live import OVERVIEW, Live, Logged, Snapshot
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Experiment, Run
@@ -48,6 +49,7 @@ def runs(live: Live) -> Json:
       | {
         "memberships": [[r.experiment_id, r.arm] for r in of],
         "config": places.setdefault(config, len(places)),
+        "production": run_id in seen.history,
         "age_s": now - stamps[run_id] / 1e9 if stamps[run_id] else None,
       }
     )
@@ -81,8 +83,8 @@ def run(live: Live, seen: Snapshot, run: Run) -> Json:
       "leaves": _marked(run.toml),
       "tags": tags,
       "ranks": live.ranks(run.id),
-      "expert_share": _expert_share(run.toml),
       "experts": file.expert_names(),
+      "planned_bytes": _planned_bytes(run.toml),
       "evaluations": [asdict(e) for e in seen.evaluations.get(run.id, [])],
       "starts": starts(file.read(["train/loss", *STARTS])),
       "trouble": file.trouble,
@@ -148,48 +150,36 @@ def experiment(live: Live, seen: Snapshot, e: Experiment) -> Json:
 
 
 def production(live: Live, seen: Snapshot, run: Run) -> Json:
-  """Where the wall time of a run went: attempts, events, stalls, what is left to do."""
+  """Where the wall time of a production run went, as `nmoe.records.goodput` accounts for it."""
   file = live.file(run.id)
   attempts, events = seen.history.get(run.id, ([], []))
-  recorded = {"recorded": [asdict(a) for a in attempts], "events": [asdict(e) for e in events]}
-  phases = [tag for tag in file.tags() if tag.startswith(("time/", "startup/", "checkpoint/"))]
-  logged = file.read(["train/tokens_per_s", "train/loss", *STARTS, *phases])
-  clock = logged.get("train/loss")
-  if clock is None:
-    return plain(_brief(run) | recorded | {"attempts": [], "trouble": file.trouble})
-  seconds = [tag for tag in phases if tag.endswith("_s") and tag in logged]
-  spent = {tag: float(logged[tag].value.sum()) for tag in seconds}
-  stretches = _attempts(clock, logged.get("startup/first_step_s"))
-  began = stretches[0]["began"] - sum(
-    float(logged[tag].value[0]) for tag in seconds if tag.startswith("startup/")
-  )
-  wall = clock.time[-1] - began
-  stepping = sum(
-    s for tag, s in spent.items() if tag.startswith("time/") and tag not in APART_FROM_STEPS
-  )
-  total = dict(leaves(run.toml)).get("schedule.total_tokens")
+  logged = file.read([*goodput.LOGGED, "train/tokens_per_s", *STARTS])
+  found = goodput.account(live.root, run, attempts, events, logged)
   speeds = logged.get("train/tokens_per_s")
-  rate = math.nan if speeds is None else float(np.median(speeds.value[-20:]))
-  left = max(0, (total or clock.tokens[-1]) - clock.tokens[-1])
   return plain(
     _brief(run)
-    | recorded
     | {
-      "attempts": stretches,
+      "attempts": [asdict(a) for a in attempts],
+      "events": [asdict(e) for e in events],
+      "evidence": [asdict(link) for link in seen.links if link.to_id == run.experiment_id],
+      "checkpoints": found.checkpoints,
+      "spans": [asdict(span) for span in found.spans],
+      "seconds": found.seconds,
+      "wall_s": found.wall_s,
+      "goodput": found.goodput if found.spans else None,
+      "ettr": found.ettr if found.spans else None,
+      "left_s": found.left_s,
+      "step": found.step,
+      "tokens": found.tokens,
+      "total_tokens": found.total_tokens,
+      "tokens_per_s": None if speeds is None else float(np.median(speeds.value[-20:])),
+      "state": found.heartbeat.state if found.heartbeat else "",
       "starts": starts(logged),
-      "spent": spent,
-      "wall_s": wall,
-      "goodput": min(1.0, stepping / wall) if wall > 0 else math.nan,
-      "tokens": int(clock.tokens[-1]),
-      "total_tokens": total,
-      "tokens_per_s": rate,
-      "eta_s": left / rate if rate > 0 else math.nan,
       "trouble": file.trouble,
     }
   )
 
 
-APART_FROM_STEPS = ("time/eval_s", "time/checkpoint_s")
 STARTS = ("startup/first_step_s", "startup/rewound_steps")
 
 
@@ -210,24 +200,6 @@ def starts(logged: dict[str, Logged]) -> list[Json]:
       after = {"time": float(clock.time[i] - clock.time[0]), "when": float(clock.time[i + 1])}
       found.append(at | after | {"rewound": rewound.get(step, 0)})
   return found
-
-
-def _attempts(clock: Logged, starts: Logged | None) -> list[Json]:
-  """The stretches of rows between two starts; every start logs its duration with its first row."""
-  begins = [0]
-  if starts is not None:
-    begins = sorted({0, *np.searchsorted(clock.step, starts.step).tolist()})
-  ends = [*(i - 1 for i in begins[1:]), len(clock.time) - 1]
-  return [
-    {
-      "began": float(clock.time[i]),
-      "ended": float(clock.time[j]),
-      "first_step": int(clock.step[i]),
-      "last_step": int(clock.step[j]),
-    }
-    for i, j in zip(begins, ends, strict=True)
-    if j >= i
-  ]
 
 
 def _result(
@@ -367,13 +339,23 @@ def leaves(toml: str) -> tuple[tuple[str, object], ...]:
 
 
 @lru_cache(maxsize=4096)
-def _expert_share(toml: str) -> float | None:
+def expert_share(toml: str) -> float | None:
   """The routed experts' share of a token's FLOPs; None for a configuration of another version."""
   try:
     terms = plan.flops(configs.loads(toml, env={}))
   except ConfigError:
     return None
   return sum(t.value for t in terms if t.name == "routed experts") / sum(t.value for t in terms)
+
+
+@lru_cache(maxsize=4096)
+def _planned_bytes(toml: str) -> int | None:
+  """Of an accelerator's memory; None on a CPU, where a process has more than the plan counts."""
+  try:
+    config = configs.loads(toml, env={})
+  except ConfigError:
+    return None
+  return None if config.target.arch == "cpu" else plan.plan(config).peak_bytes
 
 
 @lru_cache(maxsize=4096)

@@ -19,13 +19,20 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import (
+  HTMLResponse,
+  JSONResponse,
+  PlainTextResponse,
+  Response,
+  StreamingResponse,
+)
 from starlette.routing import Route
 
+from nmoe.errors import NmoeError
 from nmoe.records.live import Live, Logged, Snapshot
 from nmoe.records.metrics import COUNT
 from nmoe.records.reader import Experiment, Run
-from stages.viz import answers, flips, sweeps
+from stages.viz import answers, flips, ranks, sweeps
 from stages.viz.columns import Panel, framed, pack
 from stages.viz.guard import LOOPBACK, Guard, new_token
 
@@ -78,11 +85,13 @@ class Server:
     routes += [
       Route("/api/series", self._threaded(self._series)),
       Route("/api/experts", self._threaded(self._experts)),
+      Route("/api/ranks", self._threaded(self._ranks)),
       Route("/api/events", self._events),
       Route("/report/{id}", self._threaded(self._report)),
       Route("/static/{name}", self._file),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, host=host, token=token)])
+    guard = Middleware(Guard, host=host, token=token)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers={NmoeError: _refused})
 
   async def _page(self, request: Request) -> Response:
     return self._named("index.html")
@@ -117,21 +126,18 @@ class Server:
     return flips.flips(self.live, answers.pairs_of(a, b))
 
   def _series(self, request: Request) -> Response:
-    """run, tag, rank: each as often as wanted; x: of X; px: width; from, to: of x; apart: a panel a
-    run, not all runs of a tag on one x.
+    """run, tag: each as often as wanted; x: of X; px: width; from, to: of x; apart: a panel a run,
+    not all runs of a tag on one x.
     """
     query = request.query_params
     runs = _runs(self.live.snapshot(), query.getlist("run"))
     tags = query.getlist("tag")[:MAX_TAGS]
-    ranks = [_number(rank, 0, 1 << 20) for rank in query.getlist("rank")] or [0]
     pixels = _number(query.get("px", "600"), 1, MAX_PIXELS)
     kind = query.get("x", "tokens")
     if kind not in X:
       raise HTTPException(400, f"x={kind!r} must be one of {', '.join(X)}")
     ends = [_float(query.get(end)) for end in ("from", "to")]
-    logged = {
-      (run.id, rank): self.live.file(run.id, rank).read(tags) for run in runs for rank in ranks
-    }
+    logged = {run.id: self.live.file(run.id).read(tags) for run in runs}
     parts = [{key: rows} for key, rows in logged.items()] if query.get("apart") else [logged]
     panels = [_panel(tag, part, kind, ends) for part in parts for tag in tags]
     return Response(pack(panels, pixels), media_type="application/octet-stream")
@@ -149,6 +155,14 @@ class Server:
     steps, values = found
     columns = [steps.astype("<f8").tobytes(), values.astype("<f4").tobytes()]
     body = framed({"n": len(steps), "experts": values.shape[1]}, columns)
+    return Response(body, media_type="application/octet-stream")
+
+  def _ranks(self, request: Request) -> Response:
+    """What all ranks of a run told the first; see stages.viz.ranks."""
+    (run,) = _runs(self.live.snapshot(), [request.query_params.get("run", "")])
+    pixels = _number(request.query_params.get("px", "300"), 1, MAX_PIXELS)
+    found = self.live.file(run.id).of_ranks(pixels)
+    body = ranks.answer(found, answers.expert_share(run.toml))
     return Response(body, media_type="application/octet-stream")
 
   async def _events(self, request: Request) -> Response:
@@ -199,6 +213,11 @@ def serve(live: Live, host: str, port: int, announce: Callable[[str], None]) -> 
   )
 
 
+async def _refused(request: Request, error: NmoeError) -> Response:
+  """A file of the root that cannot be read, in words."""
+  return PlainTextResponse(str(error), 503)
+
+
 def _static() -> dict[str, bytes]:
   """Name -> bytes of the files of the pages."""
   folder = resources.files("stages.viz") / "static"
@@ -208,17 +227,17 @@ def _static() -> dict[str, bytes]:
 
 def _panel(
   tag: str,
-  logged: dict[tuple[str, int], dict[str, Logged]],
+  logged: dict[str, dict[str, Logged]],
   kind: str,
   ends: Sequence[float | None],
 ) -> Panel:
-  """A tag of every run and rank that has it."""
+  """A tag of every run that has it."""
   names, curves = [], []
-  for (run_id, rank), rows in logged.items():
+  for run_id, rows in logged.items():
     if tag in rows:
       x = _x(rows[tag], kind)
       within = (x >= (ends[0] or -np.inf)) & (x <= (np.inf if ends[1] is None else ends[1]))
-      names.append({"run": run_id, "rank": rank})
+      names.append({"run": run_id})
       curves.append((x[within], rows[tag].value[within]))
   return Panel(tag, names, curves)
 

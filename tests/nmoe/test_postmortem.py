@@ -8,7 +8,7 @@ import pytest
 
 from nmoe.records.postmortem import LastWords, last_words, suspect, write
 from nmoe.records.root import Root
-from nmoe.train.stragglers import LOGS, PHASES, Stragglers, tags
+from nmoe.train.stragglers import LOGS, TOLD, Stragglers, tags
 
 HANG = """
 import faulthandler, threading, time
@@ -106,11 +106,14 @@ def test_stragglers():
 
 
 def test_tags_of_all_ranks():
-  times = [[0.0] * len(PHASES), [0.0] * len(PHASES)]
-  times[0][1], times[1][1], times[1][5] = 2.0, 3.0, 4.0
-  assert tags(times) == {
+  told = [[0.0] * len(TOLD), [0.0] * len(TOLD)]
+  told[0][1], told[1][1], told[1][5] = 2.0, 3.0, 4.0
+  told[1][TOLD.index("rdep/rows")] = 70.0
+  assert tags(told) == {
     "rank/0/forward_s": 2.0,
     "rank/1/forward_s": 3.0,
     "rank/0/step_s": 0.0,
     "rank/1/step_s": 4.0,
+    "rank/0/rows": 0.0,
+    "rank/1/rows": 70.0,
   }

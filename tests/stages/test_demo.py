@@ -48,6 +48,9 @@ def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_kill
   seen = goodput.production(root, made)
   assert f"<b>{seen.goodput:.1%}</b>goodput" in page and "<td>restart</td>" in page
   assert all(f"{bucket}, {seen.seconds[bucket]:,.1f} s" in page for bucket in spent(seen))
+  told = {name: getattr(seen, name) for name in ("seconds", "goodput", "ettr", "wall_s", "step")}
+  assert {name: production[name] for name in told} == told, "the page tells what the report tells"
+  assert client.get(f"/api/ranks?run={made}").content.count(b'"ranks": 2') == 1
 
 
 def spent(seen: goodput.Production) -> set[str]:

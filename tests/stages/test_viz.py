@@ -21,7 +21,7 @@ from nmoe.config import file as configs
 from nmoe.evals.measure import Items, write_items
 from nmoe.evals.requests import read_task
 from nmoe.evals.sources import prepare
-from nmoe.records import live
+from nmoe.records import goodput, live
 from nmoe.records.attempts import Attempts
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
@@ -96,7 +96,7 @@ def client_of(root, tmp_path, host="127.0.0.1", token="", base="http://127.0.0.1
 
 
 def unpacked(body):
-  """[(tag, x, {(run, rank): y}, {(run, rank): last})], as the page reads it."""
+  """[(tag, x, {run: y}, {run: last})], as the page reads it."""
   (length,) = struct.unpack_from("<I", body)
   header = json.loads(body[4 : 4 + length])
   at = 4 + length
@@ -108,7 +108,7 @@ def unpacked(body):
   for panel, x in zip(header, xs, strict=True):
     ys, last = {}, {}
     for curve in panel["curves"]:
-      key = (curve["run"], curve["rank"])
+      key = curve["run"]
       ys[key], last[key] = np.frombuffer(body, "<f4", len(x), at), curve["last"]
       at += 4 * len(x)
     panels.append((panel["tag"], x, ys, last))
@@ -139,17 +139,17 @@ def test_series_are_the_logged_values_on_the_x_that_was_asked(client, root, ids)
   query = dict(run=[a, b], tag=["val/bpb", "never", "train/loss"], px=100)
   bpb, never, loss = series(client, **query, x="tokens")
   np.testing.assert_array_equal(bpb[1], np.arange(1, 41) * 100.0)
-  np.testing.assert_allclose(bpb[2][a, 0], 2.0 / np.arange(1, 41), rtol=1e-6)
-  np.testing.assert_allclose(bpb[2][b, 0], 2.0 / np.arange(1, 41) - 0.11, rtol=1e-6)
-  assert never[2] == {} and bpb[3][a, 0] == [4000.0, 0.05]
-  np.testing.assert_allclose(loss[2][b, 0], 3.89, rtol=1e-6)
+  np.testing.assert_allclose(bpb[2][a], 2.0 / np.arange(1, 41), rtol=1e-6)
+  np.testing.assert_allclose(bpb[2][b], 2.0 / np.arange(1, 41) - 0.11, rtol=1e-6)
+  assert never[2] == {} and bpb[3][a] == [4000.0, 0.05]
+  np.testing.assert_allclose(loss[2][b], 3.89, rtol=1e-6)
   (bpb,) = series(client, run=a, tag="val/bpb", x="step", **{"from": 10, "to": 12})
   np.testing.assert_array_equal(bpb[1], [10, 11, 12])
   (bpb,) = series(client, run=a, tag="val/bpb", x="time")
   assert bpb[1][0] == 0 and (np.diff(bpb[1]) > 0).all()
 
 
-def test_a_new_line_is_in_the_next_answer_and_ranks_are_apart(client, root, ids):
+def test_a_new_line_is_in_the_next_answer_and_other_ranks_files_are_not_opened(client, root, ids):
   run = ids["baseline", 0]
   assert series(client, run=run, tag="val/bpb", x="step")[0][1][-1] == 40
   writer = Metrics(root, run)
@@ -158,9 +158,9 @@ def test_a_new_line_is_in_the_next_answer_and_ranks_are_apart(client, root, ids)
   other = Metrics(root, run, rank=3)
   other.add(7, 700, {"val/bpb": 8.0})
   other.flush()
-  (bpb,) = series(client, run=run, tag="val/bpb", x="step", rank=[0, 3])
-  assert bpb[1][-1] == 41 and bpb[2][run, 0][-1] == 9 and math.isnan(bpb[2][run, 3][-1])
-  assert bpb[2][run, 3][6] == 8 and client.get(f"/api/run/{run}").json()["ranks"] == [0, 3]
+  (bpb,) = series(client, run=run, tag="val/bpb", x="step")
+  assert bpb[1][-1] == 41 and bpb[2][run][-1] == 9 and bpb[2][run][6] == np.float32(2 / 7)
+  assert client.get(f"/api/run/{run}").json()["ranks"] == [0, 3]
 
 
 def test_a_table_its_sparks_and_ten_runs_open_every_file_once(client, ids, monkeypatch):
@@ -169,8 +169,8 @@ def test_a_table_its_sparks_and_ten_runs_open_every_file_once(client, ids, monke
   panels = client.get("/api/runs").json()["panels"]
   series(client, run=list(ids.values()), tag=panels)
   apart = series(client, run=list(ids.values()), tag="train/loss", apart=1, px=40)
-  assert [list(panel[2]) for panel in apart] == [[(run, 0)] for run in ids.values()]
-  np.testing.assert_allclose(apart[1][2][ids["baseline", 1], 0], 4.0)
+  assert [list(panel[2]) for panel in apart] == [[run] for run in ids.values()]
+  np.testing.assert_allclose(apart[1][2][ids["baseline", 1]], 4.0)
   assert len(opened) == len(set(opened)) == len(ids)
 
 
@@ -228,30 +228,40 @@ def test_an_experiment_tells_its_verdict_arms_and_evidence(client, ids):
   assert seen["report"] is False and client.get("/report/topk-1").status_code == 404
 
 
-def test_production_counts_attempts_stalls_and_what_is_left(tmp_path, root):
-  run = make(root, seeds=(0,))["baseline", 0]
-  Root(root).metrics(run, 0).unlink()
-  writer = Metrics(root, run)
-  for step in range(1, 7):
-    started = {"startup/first_step_s": 1.0} if step in (1, 4) else {}
-    writer.add(
-      step,
-      step * 100,
-      started | {"train/loss": 1.0, "train/tokens_per_s": 50.0, "time/step_s": 2.0},
-    )
-  writer.flush()
-  client = client_of(root, tmp_path)
-  seen = client.get(f"/api/prod/{run}").json()
-  assert [(a["first_step"], a["last_step"]) for a in seen["attempts"]] == [(1, 3), (4, 6)]
-  assert seen["spent"] == {"startup/first_step_s": 2.0, "time/step_s": 12.0}
-  assert seen["recorded"] == seen["events"] == []
+def test_the_production_page_tells_what_the_report_and_status_tell(client, root, ids):
+  run = ids["baseline", 0]
+  empty = client.get(f"/api/prod/{run}").json()
+  assert empty["attempts"] == empty["spans"] == [] and empty["goodput"] is None
+  assert not any(row["production"] for row in client.get("/api/runs").json()["runs"])
   history = Attempts(root)
   number = history.begin(run, engine="slurm", job_id="77", nodes=["a"], commit="c", step=0)
-  history.end(run, number, outcome="crashed", exit_status=1, step=3)
+  history.started(run, number, 0, "a", {"startup": {"model": 1e-4}})
+  writer = Metrics(root, run)
+  values = {"checkpoint/stall_s": 1e-5, "time/eval_s": 2e-5, "train/loss": 1.0}
+  writer.add(41, 4100, values | {"train/tokens_per_s": 50.0})
+  writer.flush()
+  history.end(run, number, outcome="crashed", exit_status=1, step=41)
   history.close()
-  (recorded,) = client.get(f"/api/prod/{run}").json()["recorded"]
-  assert (recorded["engine"], recorded["outcome"], recorded["last_step"]) == ("slurm", "crashed", 3)
-  assert seen["tokens"] == 600 and seen["tokens_per_s"] == 50 and seen["eta_s"] == 0
+  seen = client.get(f"/api/prod/{run}").json()
+  known = goodput.production(root, run)
+  assert seen["seconds"] == known.seconds and sum(known.seconds.values()) == pytest.approx(
+    known.wall_s
+  )
+  told = {name: getattr(known, name) for name in ("wall_s", "goodput", "ettr", "step", "tokens")}
+  assert {name: seen[name] for name in told} == told and seen["step"] == 41
+  assert [span["bucket"] for span in seen["spans"]] == [span.bucket for span in known.spans]
+  (attempt,) = seen["attempts"]
+  assert (attempt["engine"], attempt["outcome"], attempt["last_step"]) == ("slurm", "crashed", 41)
+  (row,) = [r for r in client.get("/api/runs").json()["runs"] if r["production"]]
+  assert row["id"] == run and seen["tokens_per_s"] == 50
+
+
+def test_a_broken_heartbeat_is_refused_in_words(client, root, ids):
+  run = ids["baseline", 0]
+  Root(root).heartbeat(run).parent.mkdir(parents=True)
+  Root(root).heartbeat(run).write_text('{"entry": {"step"')
+  answer = client.get(f"/api/prod/{run}")
+  assert answer.status_code == 503 and "heartbeat.json: no heartbeat" in answer.text
 
 
 def test_a_restart_says_how_far_back_it_went(tmp_path, root):
@@ -408,7 +418,7 @@ def test_a_fault_of_one_run_leaves_pages_and_other_runs(
 
 def kept(panel, run):
   """The values of a curve of `unpacked` where it has some."""
-  values = panel[2].get((run, 0), np.empty(0))
+  values = panel[2].get(run, np.empty(0))
   return values[np.isfinite(values)]
 
 
@@ -447,9 +457,7 @@ def test_no_request_leads_to_a_path(client, path):
   assert client.get(path).status_code == 404
 
 
-@pytest.mark.parametrize(
-  "query", ["px=0", "px=1e9", "px=-1", "px=٣", "x=speed", "from=a", "rank=x"]
-)
+@pytest.mark.parametrize("query", ["px=0", "px=1e9", "px=-1", "px=٣", "x=speed", "from=a"])
 def test_wrong_numbers_are_refused(client, ids, query):
   path = f"/api/series?run={ids['baseline', 0]}&tag=val/bpb&{query}"
   answer = client.get(path)
@@ -521,7 +529,7 @@ def test_a_root_without_records_and_one_with_a_corrupt_run(root, tmp_path):
   path.write_bytes(path.read_bytes()[:6000])
   client = client_of(root, tmp_path)
   (bpb,) = series(client, run=[ids["baseline", 0], ids["baseline", 1]], tag="val/bpb")
-  assert list(bpb[2]) == [(ids["baseline", 1], 0)]
+  assert list(bpb[2]) == [ids["baseline", 1]]
   assert "cannot be read" in client.get(f"/api/run/{ids['baseline', 0]}").json()["trouble"]
 
 

@@ -7,8 +7,10 @@ import json
 import os
 import threading
 import time
+from contextlib import closing
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import duckdb
 import numpy as np
@@ -19,6 +21,7 @@ from roots import add_loads, curves, fill, tree_hash
 
 from nmoe.config import file as configs
 from nmoe.evals.measure import Items, write_items
+from nmoe.records import attempts
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
@@ -57,15 +60,12 @@ def made(tmp_path_factory):
       values = curves(STEPS, seed, shift, LAYERS)
       values["val/bpb"] = values["train/bpb"]
       right = np.random.default_rng(seed + (7 if arm == "variant" else 0)).random(40) < 0.6
-      values |= evaluated(right)
+      values |= evaluated(right) | of_ranks(values)
       fill(root, run, 0, STEPS, values)
       resumed(root, run, step=1000, lost=30)
       add_loads(root, run, STEPS, LAYERS, EXPERTS)
       add_experts(root, run, STEPS[::20], LAYERS, EXPERTS)
       answer(root, run, 2000, right)
-      for rank in range(1, RANKS):
-        slow = 1.2 if rank == 2 else 1.0
-        fill(root, run, rank, STEPS, {k: slow * v for k, v in values.items() if k[:5] == "time/"})
       bpb = (3.0 + shift + 0.01 * seed) / 2.6
       records.update_run(run, status="completed", results={"val/bpb": bpb})
       ids[arm, seed] = run
@@ -76,10 +76,41 @@ def made(tmp_path_factory):
   records.link(again.id, experiment.id, "repeats", "elsewhere")
   sweep(records, base, claim)
   records.close()
+  production(root, ids["variant", 1])
   report = Root(root).report(experiment.id)
   report.mkdir(parents=True)
   (report / "index.html").write_text("<h1>the report</h1>")
   return root, ids
+
+
+def of_ranks(values):
+  """What rank 0 logs of all: rank 2 is 20 % slower in every phase, rank 1 gets the most rows."""
+  noise = np.random.default_rng(4)
+  of = {}
+  for rank in range(RANKS):
+    slow = 1.2 if rank == 2 else 1.0
+    of |= {f"rank/{rank}/{k[5:]}": slow * v for k, v in values.items() if k[:5] == "time/"}
+    of[f"rank/{rank}/rows"] = 1000.0 * (1 + 0.3 * (rank == 1)) + 40 * noise.random(len(STEPS))
+    of[f"rank/{rank}/rounds"] = np.full(len(STEPS), 1.0 + (rank == 1))
+  return of
+
+
+def production(root, run):
+  """Two attempts of a thousand seconds: the first crashed, in both a rank was killed."""
+  startup = {"imports": 4.0, "kernels": 9.0, "ranks_and_data": 2.0, "model": 6.0}
+  with patch.object(attempts, "time") as clock, closing(attempts.Attempts(root)) as history:
+    for number, outcome in enumerate(("crashed", "completed"), start=1):
+      begun, step = time.time() - 2100 + 1050 * (number - 1), 1000 * (number - 1)
+      clock.time.return_value = begun
+      place = {"engine": "slurm", "job_id": str(70 + number), "nodes": ["a", "b"], "commit": "c"}
+      history.begin(run, **place, step=step)
+      clock.time.return_value = begun + 40
+      history.started(run, number, step, "a", {"startup": startup})
+      clock.time.return_value = begun + 540
+      detail = {"startup": startup, "reached": step + 450, "reached_at": begun + 500}
+      history.started(run, number, step + 400, "a", detail)
+      clock.time.return_value = begun + 1000
+      history.end(run, number, outcome=outcome, exit_status=0, step=step + 1000)
 
 
 def sweep(records, base, claim):
@@ -205,7 +236,7 @@ def pages(ids):
     "ranks": (
       f"/run/{of}/ranks",
       f"document.querySelector('figure[data-rows=\"{RANKS}\"]') "
-      "&& /\\b2\\b\\s*slowest rank there/.test(document.body.innerText)",
+      "&& /\\b2\\b\\s*slowest rank/.test(document.body.innerText)",
     ),
     "compare": (
       f"/compare?a={sides['baseline']}&b={sides['variant']}",
@@ -226,7 +257,8 @@ def pages(ids):
     "production": (
       f"/prod/{of}",
       f"{panels} >= 4 && document.querySelector('[data-attempts=\"2\"]') "
-      "&& document.querySelector('[data-starts=\"1\"]')",
+      "&& document.querySelector('[data-starts=\"1\"]') "
+      "&& document.querySelectorAll('svg.timeline rect').length > 8",
     ),
   }
 

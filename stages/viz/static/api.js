@@ -16,7 +16,15 @@ async function getColumns(path) {
   return [header, body, 4 + length];
 }
 
-// [{tag, x: Float64Array, curves: [{run, rank, last, y: Float32Array}]}]
+// Tags that are shown in another unit than they are logged in: GiB, %.
+const SHOWN = { "memory/peak_bytes": 2 ** -30, "train/mfu": 100 };
+
+function shown(curve, factor) {
+  curve.y = curve.y.map((v) => factor * v);
+  if (curve.last && curve.last[1] !== null) curve.last[1] *= factor;
+}
+
+// [{tag, x: Float64Array, curves: [{run, last, y: Float32Array}]}]
 export async function getSeries(query) {
   const [header, body, start] = await getColumns("/api/series?" + search(query));
   let at = start;
@@ -28,6 +36,7 @@ export async function getSeries(query) {
     for (const curve of panel.curves) {
       curve.y = new Float32Array(body, at, panel.length);
       at += 4 * panel.length;
+      if (panel.tag in SHOWN) shown(curve, SHOWN[panel.tag]);
     }
   }
   return header;
@@ -39,6 +48,15 @@ export async function getExperts(query) {
   const steps = new Float64Array(body, start, header.n);
   const values = new Float32Array(body, start + 8 * header.n, header.n * header.experts);
   return { ...header, steps, values };
+}
+
+// What stages/viz/ranks.py answers: its header; x by kind; delay, where, even: Float32Array [ranks * n].
+export async function getRanks(query) {
+  const [header, body, start] = await getColumns("/api/ranks?" + search(query));
+  const { n, ranks } = header, m = n * ranks;
+  const x = Object.fromEntries(["step", "tokens", "time"].map((kind, i) => [kind, new Float64Array(body, start + 8 * i * n, n)]));
+  const [delay, where, even] = [0, 1, 2].map((i) => new Float32Array(body, start + 24 * n + 4 * i * m, m));
+  return { ...header, x, delay, where, even };
 }
 
 export function search(query) {

@@ -42,6 +42,14 @@ function flip() {
   redraw();
 }
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;  // no escape: as it was typed
+  }
+}
+
 function App() {
   const [path, query] = useAddress();
   const [lost, setLost] = useState(false);
@@ -57,7 +65,7 @@ function App() {
     e: after(() => go("/experiments")),
   });
   const [pattern, Page, name] = PAGES.find(([p]) => p.test(path)) || [/./, null, ""];
-  const id = decodeURIComponent(pattern.exec(path)?.[1] || "");
+  const id = decoded(pattern.exec(path)?.[1] || "");
   useEffect(() => { document.title = ["nmoe", name, id].filter(Boolean).join(" · "); }, [path]);
   const data = state.data;
   return html`<header>
@@ -66,7 +74,7 @@ function App() {
         <${Link} to="/experiments" class=${/^exp/.test(name) ? "here" : ""}>experiments<//>
         ${name in OF_RUN && Object.keys(OF_RUN).map((page) => html`<${Link} to=${`/run/${id}${OF_RUN[page]}`}
           class=${page === name ? "here" : ""}>${page}<//>`)}
-        ${(name in OF_RUN || name === "production") && html`<${Link} to=${`/prod/${id}`}
+        ${(name in OF_RUN || name === "production") && data?.runs.find((r) => r.id === id)?.production && html`<${Link} to=${`/prod/${id}`}
           class=${name === "production" ? "here" : ""}>production<//>`}
         ${["compare", "sweep"].includes(name) && html`<a class="here">${name}</a>`}</nav>
       <span class="where mono">${data?.root}</span>
