@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,26 +15,31 @@ from rich.table import Table
 from rich.text import Text
 
 from nmoe.errors import RecordError
+from nmoe.records import goodput
 from nmoe.records.live import Live, Logged, Snapshot
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Run
-from stages.text import plain
+from stages.text import plain, visible
 from stages.viz.answers import leaves
+from stages.viz.ranks import latest
 
-FIGURES = {  # tag -> format
-  "train/loss": ".4f",
-  "val/loss": ".4f",
-  "val/bpb": ".4f",
-  "grad_norm/all": ".3g",
-  "lr/dense": ".3g",
-  "train/tokens_per_s": ",.0f",
-  "train/mfu": ".1%",
-  "data/wait_s": ".3g",
-  "memory/peak_bytes": ",.0f",
-  "checkpoint/stall_s": ".3g",
+FIGURES = {  # tag -> format of its last value, factor, label where it is no measure
+  "train/loss": (".4f", 1.0, ""),
+  "val/loss": (".4f", 1.0, ""),
+  "val/bpb": (".4f", 1.0, ""),
+  "grad_norm/all": (".3g", 1.0, "gradient norm"),
+  "lr/dense": (".3g", 1.0, "learning rate"),
+  "train/tokens_per_s": (",.0f", 1.0, ""),
+  "train/mfu": (".1%", 1.0, ""),
+  "data/wait_s": (".3g", 1.0, "waiting for data, s"),
+  "memory/peak_bytes": (".2f", 2.0**-30, "peak memory, GiB"),
+  "checkpoint/stall_s": (".3g", 1.0, "checkpoint stall, s"),
 }
+TASK = re.compile(r"eval/([^/]+)/(acc|acc_se|bpb|bpb_se)")
+TASKS = 12  # shown of an evaluation
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 48  # of a curve, in characters
+WIDTH = 72  # of a curve at most, in characters
+BESIDE = 42  # what stands before a curve
 
 
 def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0) -> None:
@@ -42,11 +48,15 @@ def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0
   Raises RecordError if the records cannot be read or have no such run.
   """
   run = find(live.snapshot(), run_id)
-  with Screen(console=console, auto_refresh=False) as screen:
+  with Screen(console=console, auto_refresh=False, vertical_overflow="crop") as screen:
     while True:
-      run = find(live.snapshot(), run.id)
-      screen.update(picture(live, run), refresh=True)
-      if run.status != "running":
+      seen = live.snapshot()
+      run = find(seen, run.id)
+      ended = run.status != "running"
+      if ended:  # what stays on the screen may be longer than it
+        screen.vertical_overflow = "visible"
+      screen.update(picture(live, seen, run, console.width), refresh=True)
+      if ended:
         return
       time.sleep(every_s)
 
@@ -62,21 +72,32 @@ def find(seen: Snapshot, run_id: str | None) -> Run:
   return run
 
 
-def picture(live: Live, run: Run) -> Group:
-  """All that the terminal shows."""
+def picture(live: Live, seen: Snapshot, run: Run, width: int) -> Group:
+  """All that a terminal of so many columns shows."""
   file = live.file(run.id)
   tags = file.tags()
-  logged = file.read([*FIGURES, *_tags(tags, "time/"), *_loads(tags)])
+  tasks = [tag for tag in tags if TASK.fullmatch(tag)]
+  logged = file.read([*FIGURES, *goodput.LOGGED, *_tags(tags, "time/"), *_loads(tags), *tasks])
   parts = [_head(run, logged.get("train/loss"))]
+  if seen.notice:
+    parts.append(plain(seen.notice, "yellow"))
   if file.trouble or run.error:
     parts.append(plain(run.error or file.trouble, "red"))
-  if "train/loss" not in logged:
-    return Group(*parts, plain("nothing logged yet", "dim"))
-  parts += [_progress(run, logged), _figures(logged)]
-  if phases := {tag: logged[tag] for tag in _tags(tags, "time/") if tag in logged}:
-    parts.append(_phases(phases))
-  if loads := {tag: logged[tag] for tag in _loads(tags) if tag in logged}:
-    parts.append(_router(loads))
+  if "train/loss" in logged:
+    wide = max(8, min(WIDTH, width - BESIDE))
+    parts += [
+      _progress(run, logged, max(8, min(wide, width - 62))),
+      Text(),
+      _figures(logged, wide),
+      Text(),
+    ]
+    parts += _phases({tag: logged[tag] for tag in _tags(tags, "time/") if tag in logged})
+    parts += _router({tag: logged[tag] for tag in _loads(tags) if tag in logged})
+    parts += _ranks(live, run) if "rank/0/step_s" in tags else []
+  else:
+    parts.append(plain("nothing logged yet", "dim"))
+  parts += _production(live, seen, run, logged)
+  parts += _evaluations(seen, run, {tag: logged[tag] for tag in tasks if tag in logged})
   return Group(*parts)
 
 
@@ -94,19 +115,19 @@ def _head(run: Run, loss: Logged | None) -> Text:
   tone = {"completed": "green", "failed": "red", "running": "blue"}.get(run.status, "yellow")
   return Text.assemble(
     (run.id, "bold"),
-    f"  {run.experiment_id} · {run.arm} · seed {run.seed}  ",
+    visible(f"  {run.experiment_id} · {run.arm} · seed {run.seed}  "),
     (run.status, tone),
     age if run.status == "running" else "",
   )
 
 
-def _progress(run: Run, logged: dict[str, Logged]) -> Table:
-  tokens = int(logged["train/loss"].tokens[-1])
+def _progress(run: Run, logged: dict[str, Logged], wide: int) -> Table:
+  step, tokens = int(logged["train/loss"].step[-1]), int(logged["train/loss"].tokens[-1])
   total = dict(leaves(run.toml)).get("schedule.total_tokens", tokens)
   row = Table.grid(padding=(0, 2))
-  done = f"{tokens:,} of {total:,} tokens"
   left = "" if "train/tokens_per_s" not in logged else _left(logged, total - tokens)
-  row.add_row(ProgressBar(total=total, completed=tokens, width=WIDTH), done, left)
+  done = f"step {step:,}, {human(tokens)} of {human(total)} tokens"
+  row.add_row(ProgressBar(total=total, completed=tokens, width=wide), done, left)
   return row
 
 
@@ -115,17 +136,28 @@ def _left(logged: dict[str, Logged], tokens: int) -> str:
   return f"{timedelta(seconds=round(tokens / rate))} left" if tokens > 0 and rate > 0 else ""
 
 
-def _figures(logged: dict[str, Logged]) -> Table:
+def human(count: float) -> str:
+  """Three digits and a unit: 1.23 M."""
+  for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    if count >= size:
+      return f"{count / size:.3g} {unit}"
+  return f"{count:.3g}"
+
+
+def _figures(logged: dict[str, Logged], wide: int) -> Table:
   table = Table.grid(padding=(0, 2))
-  for tag, form in FIGURES.items():
+  table.add_column(width=24, no_wrap=True, overflow="ellipsis")
+  table.add_column(justify="right", width=11, no_wrap=True)
+  table.add_column(no_wrap=True)
+  for tag, (form, factor, name) in FIGURES.items():
     if tag in logged:
-      label = MEASURES[tag].label.split(",")[0] if tag in MEASURES else tag
+      label = name or MEASURES[tag].label.split(",")[0]
       value = logged[tag].value
-      table.add_row(plain(label), f"{value[-1]:{form}}", plain(curve(value), "blue"))
+      table.add_row(plain(label), f"{factor * value[-1]:{form}}", plain(curve(value, wide), "blue"))
   return table
 
 
-def curve(values: np.ndarray, width: int = WIDTH) -> str:
+def curve(values: np.ndarray, width: int) -> str:
   """The last values as blocks, from least to largest; the first twentieth sets no scale."""
   known = values[np.isfinite(values)]
   if len(known) < 2:
@@ -137,19 +169,84 @@ def curve(values: np.ndarray, width: int = WIDTH) -> str:
   return "".join(BLOCKS[place] for place in places)
 
 
-def _phases(phases: dict[str, Logged]) -> Text:
+def _phases(phases: dict[str, Logged]) -> list[Text]:
   """The last log line's seconds by phase, as shares."""
+  if not phases:
+    return []
   step = max(int(rows.step[-1]) for rows in phases.values())
   last = {tag: float(rows.value[-1]) for tag, rows in phases.items() if rows.step[-1] == step}
   total = sum(last.values()) or 1.0
   longest = sorted(last.items(), key=lambda item: -item[1])
-  shares = (f"{tag[5:].removesuffix('_s')} {100 * s / total:.0f} %" for tag, s in longest)
-  return plain("time: " + ", ".join(shares), "dim")
+  shares = (
+    f"{tag[5:].removesuffix('_s')} {100 * s / total:.0f} %"
+    for tag, s in longest
+    if s >= 0.005 * total
+  )
+  return [plain("time: " + ", ".join(shares), "dim")]
 
 
-def _router(loads: dict[str, Logged]) -> Text:
+def _router(loads: dict[str, Logged]) -> list[Text]:
   worst = {tag: float(r.value[-1]) for tag, r in loads.items() if tag.endswith("over_mean")}
+  if not worst:
+    return []
   dead = sum(float(rows.value[-1]) for tag, rows in loads.items() if tag.endswith("/dead"))
   layer = max(worst, key=worst.get)
   text = f"router: fullest expert over mean {worst[layer]:.2f} in MoE layer {layer.split('/')[1]}"
-  return plain(f"{text}, {dead:.0f} dead experts", "dim")
+  return [plain(f"{text}, {dead:.0f} dead expert{'' if dead == 1 else 's'}", "dim")]
+
+
+def _ranks(live: Live, run: Run) -> list[Text]:
+  """Who was late in the newest logs."""
+  found = live.file(run.id).of_ranks(20)
+  phase = None if found is None else latest(found)
+  if phase is None:
+    return []
+  text = f"ranks: rank {phase.rank} is {phase.above:.2g} s above the median in {phase.name}"
+  return [plain(f"{text}, {phase.share:.1%} of the time between logs", "dim")]
+
+
+def _production(live: Live, seen: Snapshot, run: Run, logged: dict[str, Logged]) -> list[Text]:
+  """Of a production run: its goodput and what happened last."""
+  if run.id not in seen.history:
+    return []
+  attempts, events = seen.history[run.id]
+  found = goodput.account(live.root, run, attempts, events, logged)
+  text = f"goodput {found.goodput:.1%}, ETTR {found.ettr:.1%}"
+  lost = {k: s for k, s in found.seconds.items() if s >= 0.05 and k != "stepping"}
+  most = sorted(lost.items(), key=lambda item: -item[1])[:4]
+  text += f" of {found.wall_s:,.0f} s" + "".join(f", {name} {s:,.1f} s" for name, s in most)
+  parts = [plain(text, "dim")]
+  for event in events[-4:]:
+    when = time.strftime("%F %T", time.gmtime(event.time))
+    parts.append(
+      plain(f"{when} UTC  attempt {event.attempt}, step {event.step}: {event.kind}", "dim")
+    )
+  return parts
+
+
+def _evaluations(seen: Snapshot, run: Run, logged: dict[str, Logged]) -> list[Table]:
+  """The newest value of every task with its standard error."""
+  last = {tag: (int(rows.step[-1]), float(rows.value[-1])) for tag, rows in logged.items()}
+  for one in sorted(seen.evaluations.get(run.id, []), key=lambda e: e.step):
+    of = {tag: (one.step, value) for tag, value in one.results.items() if TASK.fullmatch(tag)}
+    last |= {tag: new for tag, new in of.items() if last.get(tag, (-1,))[0] <= new[0]}
+  tasks = sorted({TASK.fullmatch(tag)[1] for tag in last})
+  if not tasks:
+    return []
+  table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+  for name in ("task", "accuracy", "bits per byte", "step"):
+    table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+  for task in tasks[:TASKS]:
+    step = max(last[f"eval/{task}/{m}"][0] for m in ("acc", "bpb") if f"eval/{task}/{m}" in last)
+    cells = (_with_error(last, f"eval/{task}/{name}") for name in ("acc", "bpb"))
+    table.add_row(plain(task), *cells, f"{step:,}")
+  if len(tasks) > TASKS:
+    table.add_row(plain(f"and {len(tasks) - TASKS} more", "dim"))
+  return [Text(), table]
+
+
+def _with_error(last: dict[str, tuple[int, float]], tag: str) -> str:
+  if tag not in last:
+    return "—"
+  error = f" ± {last[tag + '_se'][1]:.3f}" if tag + "_se" in last else ""
+  return f"{last[tag][1]:.4f}{error}"

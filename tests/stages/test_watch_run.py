@@ -6,9 +6,12 @@ from rich.console import Console
 from test_viz import make
 
 from nmoe.errors import RecordError
+from nmoe.records import goodput
+from nmoe.records.attempts import Attempts
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Evaluation
 from stages import watch
 from stages.watch import BLOCKS, curve, picture
 
@@ -24,9 +27,9 @@ def live(root, tmp_path):
   return Live(root, tmp_path / "cache")
 
 
-def shown(live, run_id):
-  console = Console(record=True, width=140)
-  console.print(picture(live, live.snapshot().run(run_id)))
+def shown(live, run_id, width=140):
+  console, seen = Console(record=True, width=width), live.snapshot()
+  console.print(picture(live, seen, seen.run(run_id), width))
   return console.export_text()
 
 
@@ -42,6 +45,41 @@ def test_the_last_figures_of_a_run_are_shown(root, live):
     assert part in text, part
   assert "time: forward 75 %, step 25 %" in text
   assert "fullest expert over mean 2.50 in MoE layer 3, 4 dead experts" in text
+
+
+def test_a_production_run_with_evaluations_fits_eighty_columns(root, live):
+  """Its goodput and events, the late rank, the newest of its evaluations."""
+  run = make(root, seeds=(0,))["baseline", 0]
+  history = Attempts(root)
+  number = history.begin(run, engine="local", job_id="", nodes=["a"], commit="c", step=0)
+  history.started(run, number, 0, "a", {"startup": {}})
+  results = {"eval/asked/acc": 0.75, "eval/asked/acc_se": 0.031, "eval/asked/bpb": 1.5}
+  history.add_evaluation(run, Evaluation(60, "mine", "d", "cpu fp32", results, 1.0))
+  writer = Metrics(root, run)
+  values = {"eval/asked/acc": 0.25, "eval/told/acc": 0.5, "train/loss": 2.0, "val/loss": 2.0}
+  values |= {f"rank/{r}/{p}_s": 1.0 + (r == 1) * (p == "load") for r in range(3) for p in PHASES}
+  writer.add(41, 4100, values | {"time/load_s": 1.0, "time/forward_s": 1.0, "time/clip_s": 1e-4})
+  writer.flush()
+  history.end(run, number, outcome="completed", exit_status=0, step=41)
+  history.close()
+  for width in (80, 160):
+    text = shown(live, run, width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    told = " ".join(text.split())
+    seconds = goodput.production(root, run)
+    for part in (
+      "step 41, 4.1 k of 4.1 k tokens",
+      f"goodput {seconds.goodput:.1%}, ETTR {seconds.ettr:.1%}",
+      "attempt 1, step 0: launch",
+      "ranks: rank 1 is 1 s above the median in load, 12.5% of the time between logs",
+      "asked 0.7500 ± 0.031 1.5000 60",
+      "told 0.5000 — 41",
+    ):
+      assert part in told, part
+    assert "clip" not in told.partition("time: ")[2].partition("ranks:")[0]
+
+
+PHASES = "load forward backward clip step gather log graph".split()
 
 
 def test_a_run_that_logged_nothing_and_one_that_failed(root, live):
@@ -73,4 +111,4 @@ def test_a_curve_goes_from_its_largest_to_its_least():
   assert curve(np.arange(8.0)[::-1], 8) == BLOCKS[::-1]
   spiked = np.concatenate([[1000.0], np.linspace(2, 1, 99)])
   assert curve(spiked, 20)[:2] == "██" and curve(spiked, 20)[-1] == "▁"
-  assert curve(np.array([1.0, 1.0, np.nan])) == "▁▁" and curve(np.array([np.nan, 1.0])) == ""
+  assert curve(np.array([1.0, 1.0, np.nan]), 8) == "▁▁" and curve(np.array([np.nan, 1.0]), 8) == ""
