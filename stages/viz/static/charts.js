@@ -25,7 +25,7 @@ export function useWidth(ref) {
 }
 
 const TALL = () => (innerWidth >= 1900 ? 260 : 200);
-const plain = (y) => Array.from(y, (v) => (Number.isNaN(v) || v === null ? null : v));
+const plain = (y) => Array.from(y, (v) => (Number.isFinite(v) ? v : null));  // what is not a number is a gap
 
 // The extent of y over what is shown of x (a range, or all), without the first `skip` of it, where
 // losses and norms are off the scale.

@@ -27,7 +27,7 @@ function Pair({ a, b, query }) {
       : "No seed is on both sides: there are no pairs."}
       <button onClick=${() => change({ a: query.b, b: query.a })}>swap sides</button></p>
     <h2>Results</h2><${Results} rows=${rows} measures=${measures} names=${names} />
-    <h2>Difference over training, ${names[1]} − ${names[0]}</h2>
+    <h2>Difference by step, ${names[1]} − ${names[0]}</h2>
     <p class="soft">Thick: mean over seeds, with its 95 % Student band. Thin: each seed. Below 0 is lower.</p>
     <div class="panels">${Object.entries(curves).filter(([, c]) => c).map(([tag, c]) => html`
       <${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
@@ -63,6 +63,10 @@ export function Results({ rows, measures, names, metric }) {
   const plus = (of, one) => html`${measure(of, one.mean)}
     ${one.n > 1 && one.high > one.mean ? html`<span class="soft"> ± ${measure(of, one.high - one.mean)}</span>` : ""}
     ${one.diverged ? html`<span class="soft"> (${one.n} of ${one.n + one.diverged})</span>` : ""}`;
+  if (names.length === 1) {
+    return html`<table data-results=${rows.length}><thead><tr><th></th><th class="num">${names[0]}</th></tr></thead><tbody>${rows.map((row) => html`
+      <tr class=${row.key === metric ? "key" : ""}><td>${measures[row.key].label}</td><td class="num">${plus(measures[row.key], row.a)}</td></tr>`)}</tbody></table>`;
+  }
   return html`<table data-results=${rows.length}><thead><tr><th></th><th class="num">${names[0]}</th><th class="num">${names[1]}</th>
       <th class="num">difference</th><th class="num">95 % interval</th><th></th></tr></thead>
     <tbody>${rows.map((row) => {
@@ -79,8 +83,8 @@ export function Results({ rows, measures, names, metric }) {
 // Each pair as a dot, the interval as a bar, zero as a line.
 function Interval({ of, d }) {
   const values = [0, d.low, d.high, ...d.differences];
-  const low = Math.min(...values), span = Math.max(...values) - low || 1;
-  const at = (v) => 5 + (150 * (v - low)) / span;
+  const low = Math.min(...values), span = Math.max(...values) - low;
+  const at = (v) => (span ? 5 + (150 * (v - low)) / span : 80);
   const good = of.better === "lower" ? d.high < 0 : d.low > 0;
   const bad = of.better === "lower" ? d.low > 0 : d.high < 0;
   const tone = good ? "#009e73" : bad ? "#d55e00" : "currentColor";

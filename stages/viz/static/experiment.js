@@ -24,22 +24,39 @@ export function Experiment({ id, data }) {
   const state = useLive(id, () => getJson(`/api/experiment/${id}`), (event) => event.records || event.runs.some((r) => ids.includes(r)));
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   const e = state.data;
-  const metric = e.hypotheses[0]?.metric;
+  const metric = e.hypotheses[0]?.metric, produced = data.runs.find((r) => r.production && ids.includes(r.id))?.id;
   return html`<div class="eyebrow">${e.stage} · ${e.id} · ${when(e.created)} UTC
-      ${e.axes.length > 0 && html` · <${Link} to=${"/sweep/" + e.id}>sweep over ${e.axes.join(", ")}<//>`}</div>
+      ${e.axes.length > 0 && html` · <${Link} to=${"/sweep/" + e.id}>sweep over ${e.axes.join(", ")}<//>`}
+      ${produced && html` · <${Link} to=${"/prod/" + produced}>its production<//>`}</div>
     <h1>${e.hypotheses[0]?.statement}</h1>
     <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason || "There is no conclusion yet."}</p>
     ${e.hypotheses.length > 1 && html`<h2>Hypotheses</h2><${Claims} e=${e} />`}
-    <h2>Results</h2>${e.results.map((result) => html`<${Results} key=${result.b} rows=${result.rows} measures=${e.measures}
-      names=${[result.a, result.b]} metric=${metric} />`)}
-    ${e.arms.length > 1 && html`<p>${e.arms.slice(1).map((arm) => html`<${Link}
-      to=${"/compare?" + search({ a: idsOf(e.arms[0]), b: idsOf(arm) })}>curves of ${arm.name} against ${e.arms[0].name}<//> `)}</p>`}
+    <h2>Results</h2>${e.arms.length > MANY ? html`<${ByArm} e=${e} metric=${metric} />` : e.results.map((result) => html`
+      <${Results} key=${result.b} rows=${result.rows} measures=${e.measures} metric=${metric}
+        names=${e.arms.length > 1 ? [result.a, result.b] : [result.a]} />
+      ${e.arms.length > 1 && html`<p class="after"><${Link} to=${comparison(e, result.b)}>curves of ${result.b} against ${result.a}<//></p>`}`)}
     <h2>Runs</h2><${Members} e=${e} metric=${metric} live=${data.runs} />
     <h2>Evidence</h2><${Graph} graph=${e.graph} id=${e.id} />
     <h2>Report</h2>${e.report ? html`<iframe class="report" title="report" sandbox="allow-scripts" src=${"/report/" + e.id} />`
       : html`<p class="soft">None yet: <code>nmoe report ${e.id}</code> writes it.</p>`}`;
 }
 
+// Many arms: a row each, and what most of them have of the measures.
+function ByArm({ e, metric }) {
+  const of = Object.fromEntries(e.results.map((r) => [r.b, r.rows]));
+  const keys = [...new Set([metric, ...(e.results[0]?.rows || []).map((row) => row.key)])].filter((key) => e.measures[key]).slice(0, 6);
+  const cell = (name, key) => {
+    const first = name === e.arms[0].name, row = (first ? e.results[0]?.rows : of[name])?.find((one) => one.key === key);
+    const one = row && (first ? row.a : row.b);
+    return one ? html`${measure(e.measures[key], one.mean)}${one.n > 1 ? html`<span class="soft"> ± ${measure(e.measures[key], one.high - one.mean)}</span>` : ""}` : "—";
+  };
+  return html`<div class="scroll"><table data-arms=${e.arms.length}><thead><tr><th>arm</th>${keys.map((key) => html`<th class="num">${e.measures[key].label}</th>`)}
+    <th></th></tr></thead><tbody>${e.arms.map((arm, i) => html`<tr><td>${arm.name}</td>${keys.map((key) => html`<td class="num">${cell(arm.name, key)}</td>`)}
+    <td>${i > 0 && html`<${Link} to=${comparison(e, arm.name)}>against ${e.arms[0].name}<//>`}</td></tr>`)}</tbody></table></div>`;
+}
+
+const MANY = 4;  // arms beyond which a table for each would hide the rest
+const comparison = (e, name) => "/compare?" + search({ a: idsOf(e.arms[0]), b: idsOf(e.arms.find((arm) => arm.name === name)) });
 const idsOf = (arm) => arm.runs.map((r) => r.id).join(",");
 
 const Claims = ({ e }) => html`<table><tbody>${e.hypotheses.map((h) => html`<tr><td class="wrap">${h.statement}</td>
@@ -47,14 +64,14 @@ const Claims = ({ e }) => html`<table><tbody>${e.hypotheses.map((h) => html`<tr>
 
 function Members({ e, metric, live }) {
   const age = Object.fromEntries(live.map((r) => [r.id, r.age_s]));
-  const of = e.measures[metric];
+  const of = e.measures[metric], failed = e.arms.some((arm) => arm.runs.some((r) => r.error));
   return html`<table><thead><tr><th>run</th><th>arm</th><th class="num">seed</th><th>status</th><th class="num">${metric}</th>
-      <th class="num">tok/s</th><th>error</th></tr></thead>
+      <th class="num">tok/s</th>${failed && html`<th>error</th>`}</tr></thead>
     <tbody>${e.arms.flatMap((arm) => arm.runs.map((r) => html`<tr key=${r.id + arm.name}>
       <td><${Link} to=${"/run/" + r.id} class="mono">${r.id}<//></td><td>${arm.name}</td><td class="num">${r.seed}</td>
       <td><${Status} run=${{ ...r, age_s: age[r.id] }} /></td><td class="num">${of ? measure(of, r.results[metric]) : "—"}</td>
       <td class="num">${measure(e.measures["train/tokens_per_s"], r.results["train/tokens_per_s"])}</td>
-      <td class="wrap soft">${r.error}</td></tr>`))}</tbody></table>`;
+      ${failed && html`<td class="wrap soft">${r.error}</td>`}</tr>`))}</tbody></table>`;
 }
 
 const TONES = { supports: "#009e73", refutes: "#d55e00", refines: "#0072b2", repeats: "#7a7a7a" };

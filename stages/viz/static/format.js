@@ -44,6 +44,7 @@ export function measure(of, x, sign = false) {
 
 export function seconds(s) {
   if (!finite(s)) return "—";
+  if (s < 0.00995) return s === 0 ? "0 s" : s < 0.00001 ? "< 0.01 ms" : `${trim(1000 * s, 2)} ms`;
   if (s < 1) return `${Math.round(1000 * s)} ms`;
   if (s < 90) return `${s < 10 ? s.toFixed(1) : Math.round(s)} s`;
   if (s < 5400) return `${Math.round(s / 60)} min`;
@@ -63,12 +64,12 @@ export const LABELS = {
   "val/bpb": "held-out bits per byte",
   "train/bpb": "training bits per byte",
   "train/tokens_per_s": "tokens per second",
-  "train/mfu": "model FLOPs utilisation",
+  "train/mfu": "model FLOPs utilisation, %",
   "grad_norm/all": "gradient norm",
   "lr/dense": "learning rate, dense",
   "lr/router": "learning rate, router",
   "lr/expert": "learning rate, experts",
-  "memory/peak_bytes": "peak memory, bytes",
+  "memory/peak_bytes": "peak memory, GiB",
   "data/wait_s": "waiting for data, s",
   "checkpoint/stall_s": "checkpoint stall, s",
 };

@@ -35,9 +35,9 @@ function Layers({ id, query, layers, tags, names }) {
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
     <${Facts} pairs=${[["MoE layers", layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
       ["that layer", layers[worst]], ["layer shown below", layer]]} />
-    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1 balanced", "4"]}
+    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", "4 × mean"]}
       rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => (v - 1) / 3} stops=${rising()} cell=${18}
-      rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 2)} picked=${layers.indexOf(layer)}
+      rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 3)} picked=${layers.indexOf(layer)}
       onPick=${(r) => change({ layer: layers[r] })}
       tip=${(r, k) => `layer ${layers[r]} at ${xText(kind, x[k])}: ${short(at(r, k), 4)}`} />
     <h2>Layer ${layer}</h2>
@@ -87,7 +87,7 @@ function ExpertMap({ id, layer, kind }) {
   return html`<${HeatMap} title=${title} rows=${experts} columns=${n} note=${note} stops=${around()}
     value=${place ? over : at} shade=${(v) => (place ? place(v, 1) : 0.5 + (0.5 * v) / most)}
     scale=${ends || [short(-most, 2), `+${short(most, 2)}`]} rowLabel=${(e) => `${e}`}
-    columnLabel=${(k) => `step ${short(steps[k], 2)}`} cell=${10} max=${kind === "count" ? 460 : 300} tip=${tip} />`;
+    columnLabel=${(k) => `step ${short(steps[k], 4)}`} cell=${10} max=${kind === "count" ? 460 : 300} tip=${tip} />`;
 }
 
 // Sources × experts at the newest sampled step: how much more of a source's tokens an expert gets.

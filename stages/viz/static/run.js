@@ -2,7 +2,7 @@
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines } from "/static/charts.js";
-import { at, color, measure, seconds, short, when } from "/static/format.js";
+import { at, color, grey, measure, seconds, short, when } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
@@ -21,8 +21,8 @@ function groups(tags) {
     ["gradient norm", of(/^grad_norm\//)],
     ["learning rate", of(/^lr\//)],
     ["tokens per second", ["train/tokens_per_s"]],
-    ["model FLOPs utilisation", ["train/mfu"]],
-    ["peak memory, bytes", ["memory/peak_bytes"]],
+    ["model FLOPs utilisation, %", ["train/mfu"]],
+    ["peak memory, GiB", ["memory/peak_bytes"]],
     ["waiting for data, s", ["data/wait_s"]],
     ["rows received, and again", of(/^rdep\/rows/)],
     ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
@@ -37,8 +37,7 @@ export function Run({ id, query, data }) {
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   const run = { ...state.data, age_s: data.runs.find((r) => r.id === id)?.age_s };
   return html`<div class="eyebrow">${run.memberships.map(([e, arm]) => html`
-      <${Link} to=${"/experiment/" + e}>${e}<//> · ${arm} · `)}seed ${run.seed} · ${run.target} ·
-      ${run.host} · started ${when(run.created)} UTC</div>
+      <${Link} to=${"/experiment/" + e}>${e}<//> · ${arm} · `)}seed ${run.seed} · ${run.target} · ${run.host} · started ${when(run.created)} UTC</div>
     <h1 class="mono">${id}</h1>
     <p><${Status} run=${run} /></p>
     ${run.error && html`<p class="notice bad">${run.error}</p>`}
@@ -101,19 +100,23 @@ function RunCurves({ run, query }) {
   if (!tags.length) return html`<p class="empty">Nothing logged yet.</p>`;
   return html`<div class="panels" data-ready=${state.data ? "yes" : "no"}>
     ${state.data && drawn.map(([title, wanted]) => html`<${Group} key=${title} title=${title}
-      panels=${wanted.map((tag) => panels[tag]).filter(Boolean)} errors=${panels} starts=${run.starts} query=${query} />`)}
+      panels=${wanted.map((tag) => panels[tag]).filter(Boolean)} errors=${panels} starts=${run.starts} query=${query}
+      planned=${/^peak/.test(title) && run.planned_bytes ? run.planned_bytes / 2 ** 30 : 0} />`)}
     ${state.data && phases.length > 0 && html`<${Phases} panels=${panels} phases=${phases} query=${query} />`}</div>`;
 }
 
 // Several tags on one axis; they are logged at different steps, so their x are joined.
-function Group({ title, panels, errors, starts, query }) {
+function Group({ title, panels, errors, starts, planned, query }) {
   const x = Float64Array.from([...new Set(panels.flatMap((p) => [...p.x]))].sort((a, b) => a - b));
   const place = new Map([...x].map((v, i) => [v, i]));
   const curves = panels.filter((p) => p.curves.length).map((p, i) => {
     const y = new Float32Array(x.length).fill(NaN);
     p.x.forEach((v, k) => { y[place.get(v)] = p.curves[0].y[k]; });
-    return { y, label: p.tag, color: color(i), dash: [], points: p.x.length < 40, width: i && p.x.length < 60 ? 2 : 1 };
+    return { y, label: p.tag, color: color(i), dash: [], points: p.x.length < 40, width: i && p.x.length < 60 ? 2 : 1, last: p.curves[0].last?.[1] };
   });
+  if (planned) {
+    curves.push({ y: new Float32Array(x.length).fill(planned), label: "plan", color: grey(), dash: [6, 3], points: false, last: planned });
+  }
   const edges = [], bands = [];
   panels.filter((p) => p.curves.length).forEach((p, i) => {
     const se = errors[p.tag + "_se"]?.curves[0]?.y;
@@ -126,12 +129,11 @@ function Group({ title, panels, errors, starts, query }) {
     const n = curves.length + edges.length;
     bands.push({ series: [n - 1, n], fill: color(i) + "26" });
   });
-  const last = panels.map((p) => p.curves[0]?.last).filter(Boolean)
-    .map(([, v]) => short(v, 5)).join("  ");
+  const last = curves.length === 1 ? short(curves[0].last, 5) : "";
   const skip = /loss|bits|norm/.test(title) ? 0.05 : 0;
   return html`<div><${Lines} title=${title} x=${x} curves=${[...curves, ...edges]} bands=${bands.length ? bands : undefined}
       skip=${skip} note=${last} marks=${marksOf(starts, query)} ...${curveProps(query)} />
-    ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [c.label, c.color])} />`}</div>`;
+    ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [`${c.label}  ${short(c.last, 4)}`, c.color, c.dash])} />`}</div>`;
 }
 
 // Seconds of each phase between two log lines, stacked as shares of the whole.

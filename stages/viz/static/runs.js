@@ -13,14 +13,18 @@ const MANY = 300; // rows drawn before "show all"
 
 // A word with = looks at the leaves of the configuration (and seed, status, target), as key=value;
 // one without it at names: run, experiment, arm, status, host.
+function wordsOf(text) {
+  try {
+    return text.split(/\s+/).filter(Boolean).map((word) => [word.includes("="), new RegExp(word, "im")]);
+  } catch {
+    return null;
+  }
+}
+
 function matching(data, text) {
   if (!text) return data.runs;
-  let words;
-  try {
-    words = text.split(/\s+/).filter(Boolean).map((word) => [word.includes("="), new RegExp(word, "im")]);
-  } catch {
-    return [];
-  }
+  const words = wordsOf(text);
+  if (!words) return [];
   const configs = data.configs.map((leaves) => leaves.map(([k, v]) => `${k}=${v}`).join("\n"));
   return data.runs.filter((r) => {
     const names = [r.id, ...r.memberships.flat(), r.status, r.host].join("\n");
@@ -67,6 +71,7 @@ export function Runs({ query, data }) {
     <div class="bar">
       <input ref=${filter} class="filter" type="search" placeholder="filter: words, key=value, regex   ( / )"
         aria-label="filter runs" value=${query.f || ""} onInput=${(e) => change({ f: e.target.value, at: "" })} />
+      ${query.f && !wordsOf(query.f) && html`<span class="warn">not a pattern yet</span>`}
       <span class="soft">${shown.length} of ${data.runs.length} runs, ${runs.length} selected</span>
       <button onClick=${() => go(comparison(data, chosen))} disabled=${runs.length < 2}>compare</button>
       <button onClick=${() => change({ sel: "none" })}>none</button>
