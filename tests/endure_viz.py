@@ -2,8 +2,8 @@
 
 `PYTHONPATH=. python tests/endure_viz.py flush`: ten minutes of a trainer that flushes 100 tags
 twice a second while three browsers look on; how long its flushes took. `... heap`: 3,600 refreshes
-of the table of runs, ten a second; what the page's heap grew by. A second number: how much of it,
-in minutes or refreshes.
+of the table of runs, ten a second; what the page's heap and the server's memory grew by. A second
+number: how much of it, in minutes or refreshes. A third, for heap: seconds between two refreshes.
 """
 
 from __future__ import annotations
@@ -134,34 +134,45 @@ def _mb(sizes: list[float]) -> str:
   return ", ".join(f"{size:.1f}" for size in sizes)
 
 
-def heap(refreshes: float) -> None:
+def heap(refreshes: float, every_s: float) -> None:
   with ExitStack() as stack:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
     ids = make(folder / "root")
-    address = stack.enter_context(served(folder / "root", folder / "cache", 0.1))
+    address = stack.enter_context(served(folder / "root", folder / "cache", every_s))
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     page = stack.enter_context(chrome(browser, folder / "profile"))
     page.size(1280, 1000)
     page.open(address + "/?x=step")
     page.wait("document.querySelectorAll('.panel canvas').length == 6")
     nothing = stack.enter_context(open(os.devnull, "w"))
-    writer = trainer(folder / "root", ids[-1], 0.1, 24 * 3600, nothing)
-    began, sizes = time.monotonic(), {}
-    count = 0
+    writer = trainer(folder / "root", ids[-1], every_s, 24 * 3600, nothing)
+    began, heaps, resident, count = time.monotonic(), [], [], 0
     while count < refreshes:
       time.sleep(5)
-      sizes[count] = page.ask(HEAP) / 1e6
+      heaps.append(page.ask(HEAP) / 1e6)
+      resident.append(_resident_mb())
       count = sum("/api/series" in url for url in page.requests)
     writer.terminate()
-    sizes[count] = page.ask(HEAP) / 1e6
     assert page.errors == [], page.errors
-  seen = list(sizes.values())
-  tenth = max(1, len(seen) // 10)
-  first, last = statistics.median(seen[:tenth]), statistics.median(seen[-tenth:])
+  sys.stdout.write(f"{count} refreshes in {time.monotonic() - began:.0f} s, load average ")
   sys.stdout.write(
-    f"{count} refreshes in {time.monotonic() - began:.0f} s: heap {first:.1f} MB in the first "
-    f"tenth, {last:.1f} in the last, {max(seen):.1f} at most\n"
+    f"{os.getloadavg()[0]:.1f}: {_grew('heap', heaps)}; {_grew('server', resident)}\n"
   )
+
+
+def _grew(name: str, sizes: list[float]) -> str:
+  """In words, without the first tenth: pages and caches fill."""
+  tenth = max(1, len(sizes) // 10)
+  first, last = (statistics.median(part) for part in (sizes[tenth : 2 * tenth], sizes[-tenth:]))
+  return (
+    f"{name} {sizes[0]:.1f} MB at first, {first:.1f} in the second tenth, {last:.1f} in the last, "
+    f"{max(sizes):.1f} at most"
+  )
+
+
+def _resident_mb() -> float:
+  """Of this process, which is the server."""
+  return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 if __name__ == "__main__":
@@ -171,4 +182,5 @@ if __name__ == "__main__":
   elif what == "flush":
     flush(float(rest[0]) if rest else 10)
   else:
-    heap(float(rest[0]) if rest else 3600)
+    refreshes, every_s = [*map(float, rest), *(3600, 0.1)[len(rest) :]]
+    heap(refreshes, every_s)
