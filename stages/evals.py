@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import get as get_tokenizer
-from nmoe.errors import RunError
+from nmoe.errors import ConfigError, RunError
 from nmoe.evals.contamination import Contamination, contamination, texts_of
 from nmoe.evals.contamination import write as write_contamination
 from nmoe.evals.requests import read_manifest, read_task
@@ -28,9 +27,11 @@ from nmoe.records.root import Root
 from stages.checkpoints import answerable, step_folder
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
+from stages.text import plain
 from stages.workbench import prepared
 
 COLUMNS = ("bpb", "acc", "acc_char", "acc_byte", "p_correct")
+COUNTS = ("merged", "truncated")  # shown where there are any
 
 
 def prep(
@@ -41,7 +42,7 @@ def prep(
   tokenizer: str = "o200k_harmony",
 ) -> None:
   """Freeze a source's items and list its tasks; with a mixture, how many items stand in it."""
-  with console.status(f"reading {source}"):
+  with console.status(plain(f"reading {source}")):
     folder = prepare(source, root)
   tasks = read_manifest(folder)["tasks"]
   told = {} if mixture is None else _contamination(folder, mixture, tokenizer, root, console)
@@ -51,9 +52,9 @@ def prep(
     chance = f"{entry['chance']:.3f}" if entry["chance"] else ""
     counts = (f"{entry[name]:,}" for name in ("documents", "requests"))
     hits = [f"{len(told[task].found):,} of {told[task].checked:,}"] if told else []
-    table.add_row(task, *counts, entry["primary"], chance, *hits)
+    table.add_row(plain(task), *counts, entry["primary"], chance, *hits)
   console.print(table)
-  console.print(str(folder), soft_wrap=True)
+  console.print(plain(folder), soft_wrap=True)
 
 
 def _contamination(
@@ -62,11 +63,12 @@ def _contamination(
   """By task; written beside the manifest of the prepared data."""
   data, text = prepared(mixture, tokenizer, root, console), get_tokenizer(tokenizer)
   items = {task: read_task(folder, task, 0) for task in read_manifest(folder)["tasks"]}
-  with console.status(f"looking for items in {mixture.name}"):
+  with console.status(plain(f"looking for items in {mixture.name}")):
     found = contamination(items, texts_of(data, text))
   path = Root(root).contamination(data.name, folder.name)
   write_contamination(path, found)
-  console.print(f"items with 13 words in a row that the training data have: {path}", soft_wrap=True)
+  said = f"items with 13 words in a row that the training data have: {path}"
+  console.print(plain(said), soft_wrap=True)
   return found
 
 
@@ -86,6 +88,8 @@ def run(
   step = manifest(step_folder(found.id, step, root))["step"]
   suite = suite or (config.eval.suite if config.eval.suite != "none" else "quick")
   answerable(suite, limit, root)
+  if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+    raise ConfigError(f"--out {out} is no file of a folder that is there; name another")
   told = _measured(found.id, config, step, suite, limit, root, console)
   with closing(Experiments(root)) as records:
     records.add_evaluation(
@@ -100,7 +104,8 @@ def run(
       ),
     )
   show(told, console)
-  console.print(f"items: {Root(root).eval_items(found.id, step, told['suite'])}", soft_wrap=True)
+  items = Root(root).eval_items(found.id, step, told["suite"])
+  console.print(plain(f"items: {items}"), soft_wrap=True)
   if out is not None:
     write_csv(out, told["values"])
 
@@ -113,7 +118,7 @@ def _measured(
     out = Path(folder) / "evaluation.json"
     options = ["--step", str(step), "--suite", suite, "--limit", str(limit), "--out", str(out)]
     job = Job(run_id, config, module="nmoe.train.evaluate", options=tuple(options))
-    with console.status(f"{run_id} step {step}: {suite}"):
+    with console.status(plain(f"{run_id} step {step}: {suite}")):
       ended = launch.run(Launcher(root), job)
     if ended.poll():
       raise RunError(f"the evaluation of {run_id} failed: {ended.tail()}")
@@ -132,12 +137,13 @@ def table_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
 def show(told: dict[str, Any], console: Console) -> None:
   """Samples, then one table whose last line is the suite's mean."""
   for sample in told["samples"]:
-    console.print(Text(repr(sample)))
-  table = Table("task", *COLUMNS, "merged", "cut", box=None)
-  for task, measures in table_of(told["values"]).items():
-    cells = [_cell(measures, name) for name in COLUMNS]
-    counts = [f"{measures[n]:.0f}" if n in measures else "" for n in ("merged", "truncated")]
-    table.add_row(task, *cells, *counts)
+    console.print(plain(repr(sample)))
+  tasks = table_of(told["values"])
+  counted = [n for n in COUNTS if any(measures.get(n) for measures in tasks.values())]
+  table = Table(*(Column(n, no_wrap=True) for n in ("task", *COLUMNS, *counted)), box=None)
+  for task, measures in tasks.items():
+    counts = [f"{measures[n]:.0f}" if n in measures else "" for n in counted]
+    table.add_row(plain(task), *(_cell(measures, name) for name in COLUMNS), *counts)
   console.print(table)
   console.print(
     f"{told['seconds']:.1f} s on {told['device']} ({told['arithmetic']}), items {told['items']}; "

@@ -25,6 +25,7 @@ from nmoe.records.provenance import REPO
 from nmoe.records.reader import Export, Reader
 from nmoe.records.root import Root
 from stages.checkpoints import DTYPES, exportable
+from stages.text import plain
 
 Level = Literal["full", "layers", "tensors"]
 FEW = 3  # layers of the check by layers: a dense one and two of experts in most models
@@ -46,7 +47,7 @@ def run(
   began = time.monotonic()
   path = exportable(name, out, step, dtype, level, root)
   source = Source.open(path, DTYPES[dtype])
-  with unfinished(out) as folder, console.status(f"writing {out}") as status:
+  with unfinished(out) as folder, console.status(plain(f"writing {out}")) as status:
     writer = write_folder(source, folder, int(shard_gb * 1e9))
     status.update("comparing tensors")
     check: dict[str, Any] = {"tensors": compare_tensors(source, folder)}
@@ -57,10 +58,10 @@ def run(
     write_json(folder / "nmoe.json", {**facts, "check": check, "sha256": hashes})
   recorded(out, facts, check, root)
   for line in check_lines(check):
-    console.print(line, soft_wrap=True, highlight=False)
+    console.print(plain(line), soft_wrap=True)
   size = sum(file.stat().st_size for file in out.iterdir()) / 1e9
   seconds = time.monotonic() - began
-  console.print(f"{out}: {size:.2f} GB in {seconds:.0f} s", soft_wrap=True, highlight=False)
+  console.print(plain(f"{out}: {size:.2f} GB in {seconds:.0f} s"), soft_wrap=True)
 
 
 def check_logits(

@@ -10,13 +10,14 @@ from nmoe.config import file as configs
 from nmoe.errors import ConfigError
 from nmoe.model.imports import import_folder
 from nmoe.records.root import Root
+from stages.text import plain
 
 
 def run(folder: Path, out: Path, root: Path, console: Console) -> None:
   """Store the weights in the root, write the configuration and say what was left out."""
   if out.exists():
     raise ConfigError(f"{out} is there already; name a new file")
-  with console.status(f"reading {folder}"):
+  with console.status(plain(f"reading {folder}")):
     found = import_folder(folder, Root(root))
   try:
     out.write_text(configs.to_toml(found.config), encoding="utf-8")
@@ -25,7 +26,7 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
     raise ConfigError(f"{out} cannot be written ({error}); name another file") from error
 
   def say(line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False)
+    console.print(plain(line), soft_wrap=True)
 
   if found.unknown:
     say(f"keys of config.json that were not understood: {', '.join(found.unknown)}")

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from labs import same_bits
 from model_configs import tiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ from nmoe.model.safetensors import BLOCK, dequantized
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
 from stages import export, imports
+from stages.launch import local as launch
+from stages.launch.local import Job, Launcher
 
 V2 = {"moe__score": "softmax", "moe__normalize": False, "moe__bias_update_rate": 0.0}
 
@@ -269,7 +272,9 @@ def test_an_exported_run_is_imported_and_trained_on(lab, tmp_path):
   imports.run(out, tmp_path / "made.toml", lab.root, console)
   made = configs.load(tmp_path / "made.toml", env={})
   digest = made.model.init.removeprefix("import:")
-  assert made.data.tokenizer == "byte" and digest in console.export_text()
+  said = console.export_text()
+  assert made.data.tokenizer == "byte" and digest in said
+  assert "made.toml: set [data] mixture, [optim] and [schedule], then train it" in said
   state = lab.state(run)
   weights = {n: x for n, x in state.items() if checkpoint.kind(n) in ("weights", "router biases")}
   back = checkpoint.read(Root(lab.root).imported(digest) / "step_00000000")
@@ -292,6 +297,22 @@ def test_an_exported_run_is_imported_and_trained_on(lab, tmp_path):
   lost = lab.record(model__init="import:0123")
   with pytest.raises(CheckpointError, match="0123 is not there; run `nmoe import`"):
     lab.attempt(lost)
+
+
+def test_what_two_ranks_wrote_survives_export_and_import(lab, tmp_path):
+  """Each wrote its experts; every tensor comes back with its bits."""
+  run = lab.record(launch__ranks=2, train__micro_batch=4)
+  launched = launch.run(Launcher(lab.root), Job(run, configs.loads(lab.run(run).toml)))
+  assert launched.poll() == 0, launched.tail()
+  out = tmp_path / "hf"
+  export.run(run, out, None, None, 5.0, "tensors", lab.root, Console(quiet=True))
+  imports.run(out, tmp_path / "made.toml", lab.root, Console(quiet=True))
+  digest = configs.load(tmp_path / "made.toml", env={}).model.init.removeprefix("import:")
+  state = lab.state(run)
+  weights = {n: x for n, x in state.items() if checkpoint.kind(n) in ("weights", "router biases")}
+  back = checkpoint.read(Root(lab.root).imported(digest) / "step_00000000")
+  assert len({f.name[:4] for f in (lab.checkpoints(run) / "step_00000012").glob("*.distcp")}) == 2
+  assert same_bits(back, weights)
 
 
 def test_a_folder_s_tokenizer_comes_along(lab, tmp_path):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from nmoe.config import file as configs
 from nmoe.config.file import load
 from nmoe.errors import ConfigError
+from nmoe.evals.sources import prepare
 from nmoe.records.experiments import Experiments
 from stages import workbench
 from stages.cli import ROOT, app
@@ -97,6 +98,15 @@ BROKEN = {  # what is asked of the run "found": the end of the error
   "a suite": ("eval", "found", "--suite", "quik", "'quik' is unknown; did you mean 'quick'?"),
   "a suite's file": ("eval", "found", "--suite", "no.toml", "No such file or directory"),
   "a suite's items": ("eval", "found", "--suite", "short", "no items of task csqa_0shot"),
+  "a CSV's folder": (
+    "eval",
+    "found",
+    "--suite",
+    "MINE",
+    "--out",
+    "no/a.csv",
+    "no/a.csv is no file",
+  ),
   "a run of export": ("export", "none", "OUT", "no run 'none'; see `nmoe experiments list`"),
   "a step of export": ("export", "found", "OUT", "--step", "4", "has the steps 12, not 4"),
   "a dtype": ("export", "found", "OUT", "--dtype", "fp16", "must be bf16 or fp32"),
@@ -111,6 +121,12 @@ def test_eval_and_export_say_at_once_what_is_wrong(lab):
   run = lab.record(train__checkpoint_every=0)
   assert lab.attempt(run) == 0
   words = {"found": run, "OUT": str(lab.root.parent / "out")}
+  (lab.root.parent / "mine.toml").write_text('tasks = ["pairs"]\n')
+  (lab.root.parent / "items.jsonl").write_text(
+    '{"task": "pairs", "context": "n", "choices": [" a", " b"], "gold": 0}\n'
+  )
+  prepare(lab.root.parent / "items.jsonl", lab.root)
+  words["MINE"] = str(lab.root.parent / "mine.toml")
   asked = [[words.get(word, word) for word in case[:-1]] for case in BROKEN.values()]
   code = (
     "import sys\nfrom stages.cli import app\n"

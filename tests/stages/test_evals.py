@@ -40,6 +40,7 @@ def test_a_checkpoint_is_measured_recorded_and_shown(lab, tmp_path):
   run = lab.record(eval__suite=str(tmp_path / "mine.toml"))
   lab.attempt(run)
   said, out = command(lab, tmp_path, run)
+  assert "merged" not in said  # nothing was
   assert "pairs" in said and "The capital of France is" in said and "cpu fp32" in said
   with closing(Reader(lab.root)) as reader:
     (kept,) = reader.evaluations(run)
