@@ -228,7 +228,7 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
   ranks: int = schedule(1, gt=0)
-  threads: int = schedule(0, ge=0, le=4096)  # torch CPU threads per rank; 0: cores / ranks
+  threads: int = schedule(0, ge=0, le=4096)  # torch CPU threads per rank; 0: cores / ranks, ≤ 8
   slots: int = free(0, ge=0)  # runs of a study side by side; 0: what GPUs there are, one on the cpu
   # a step, with its evaluation and checkpoint, takes at most this
   hang_s: float = free(1800.0, gt=0, le=MOST_S)

@@ -30,6 +30,8 @@ from nmoe.errors import TargetError
 from nmoe.machine import driver
 from nmoe.machine.versions import installed, pip_line, requirements
 
+MOST_THREADS = 8  # unless launch.threads asks: more wait for one another in products this small
+
 
 @dataclass(frozen=True)
 class Target:
@@ -61,9 +63,8 @@ def select(config: Config, rank: int = 0, local_ranks: int | None = None) -> Tar
   torch.utils.deterministic.fill_uninitialized_memory = False
   torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
   cores = len(os.sched_getaffinity(0))
-  torch.set_num_threads(
-    config.launch.threads or max(1, cores // (local_ranks or config.launch.ranks))
-  )
+  share = cores // (local_ranks or config.launch.ranks)
+  torch.set_num_threads(config.launch.threads or min(MOST_THREADS, max(1, share)))
   peak = peak_flops(config) or _measured_peak()
   return Target(t.arch, name, device, ops, peak, symmetric)
 
