@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from operator import ge, gt, le, lt
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli
@@ -51,11 +52,23 @@ def ranged(default: Any = MISSING, metadata: Mapping[str, Any] | None = None, **
   return field(default=default, metadata=kept)
 
 
+def read(path: Path, what: str) -> str:
+  """The text of a TOML file of UTF-8, with or without a byte order mark. Raises ConfigError naming
+  the path and `what` it is: it is missing, no regular file, no UTF-8.
+  """
+  try:
+    if path.exists() and not path.is_file():
+      raise ConfigError(f"{path}: the {what} cannot be read: it is no regular file")
+    return path.read_text(encoding="utf-8-sig")
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"{path}: the {what} cannot be read: {error}") from error
+
+
 def parsed(text: str, name: str) -> dict[str, Any]:
   """The table of a TOML text. Raises ConfigError naming `name`, a file."""
   try:
     return tomli.loads(text)
-  except (tomli.TOMLDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
     raise ConfigError(f"{name}: not valid TOML: {error}") from error
 
 
@@ -71,6 +84,8 @@ def typed(
   Unknown and missing keys, wrong types and numbers out of a field's range are ConfigErrors, which
   name the key as `section.key` after `origins[section.key]`, the file it came from, else `where`.
   """
+  if not isinstance(table, Mapping):
+    raise ConfigError(f"{where}: {section or 'it'} = {table!r} must be a table of keys")
   prefix, hints = f"{section}." if section else "", get_type_hints(cls)
   known = {f.name: f for f in fields(cls)}
   values = {}
@@ -108,12 +123,21 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     return tuple(_converted(v, item, f"{where}[{i}]") for i, v in enumerate(value))
   kinds = [t for t in (get_args(hint) or (hint,)) if t is not type(None)]
   if kinds == [float] and type(value) is int:
-    value = float(value)
+    value = _widened(value, where)
   if type(value) not in kinds:
     raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, must be {kinds[0].__name__}")
   if value != value:
     raise ConfigError(f"{where} = nan is not a number that a run can use")
   return value
+
+
+def _widened(value: int, where: str) -> float:
+  try:
+    return float(value)
+  except OverflowError as error:
+    raise ConfigError(
+      f"{where} has {len(str(abs(value)))} digits: no float can hold it; write a smaller number"
+    ) from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

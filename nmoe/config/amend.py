@@ -43,6 +43,8 @@ def values_of(config: Config, one: Amendment) -> dict[str, Any]:
   value = json.loads(one.value)
   if one.key != WEIGHTS:
     return {one.key: value}
+  if not isinstance(value, list):
+    raise ConfigError(f"amendment of {WEIGHTS}: value = {value!r} must be a list, one a source")
   rows = [row for row in config.data.weights_from if row[0] != one.at_tokens]
   return {"data.weights_from": sorted([*map(list, rows), [float(one.at_tokens), *value]])}
 
@@ -62,6 +64,9 @@ def check(config: Config, one: Amendment, tokens: int, name: str) -> None:
     why |= {"free": "is read at a launch: change the file and launch again"}
     told = why.get(kind(one.key), "is not read by tokens")
     raise ConfigError(f"{where}: the key {told}; those that can be amended: {_known()}")
+  end = config.schedule.trained_tokens
+  if one.at_tokens >= end:
+    raise ConfigError(f"{where}: the run ends at {end} tokens, where nothing is left to amend")
   if one.at_tokens <= tokens:
     raise ConfigError(f"{where}: the run is at {tokens} tokens; what is trained is not amended")
   changed(config, values_of(config, one))

@@ -3,7 +3,8 @@
 A file holds sections of keys (two levels, nothing deeper). `extends = "base.toml"` (relative to the
 file) makes it the few lines that differ. Environment overrides `NMOE_<SECTION>__<KEY>=value` come
 last; their values follow TOML's rules (strings in quotes). `${NMOE_NAME:-default}` expands inside
-strings, for names that start with NMOE_ only.
+strings, for names that start with NMOE_ only. Paths are relative to the file that names them, and a
+leading ~ is a home folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from nmoe.files import resolved
 from nmoe.tables import nearest, parsed, typed
 
 MAX_CHAIN = 100  # files that extend one another
-HOME_PATHS = ("run.root", "data.mixture", "eval.suite")  # where a leading ~ is a home folder
+PATHS = (("data", "mixture"), ("data", "tokenizer"), ("eval", "suite"))
+HOME_PATHS = ("run.root", *map(".".join, PATHS))  # where a leading ~ is a home folder
+HF = "hf:"  # of data.tokenizer: what follows is a path
 _VARIABLE = re.compile(r"\$(\$\{)|\$\{([^}:]*)(?::-([^}]*))?\}|(\$\{)")
 
 
@@ -52,7 +55,14 @@ def loads(text: str, name: str = "<string>", env: Mapping[str, str] | None = Non
 def overrides(env: Mapping[str, str]) -> dict[tuple[str, str], Any]:
   """The NMOE_<SECTION>__<KEY> entries of the environment: (section, key) -> TOML value."""
   values = {}
+  near = {f"NMOE_{s}_{f.name}".upper(): (s, f.name) for s in SECTIONS for f in fields(SECTIONS[s])}
   for name in sorted(env):
+    if name in near:
+      section, key = near[name]
+      raise ConfigError(
+        f"environment {name}: {section}.{key} is overridden by NMOE_{section.upper()}__"
+        f"{key.upper()}, with two lines between section and key; rename or unset it"
+      )
     if not name.startswith("NMOE_") or "__" not in name:
       continue
     section, _, key = name[len("NMOE_") :].lower().partition("__")
@@ -60,7 +70,7 @@ def overrides(env: Mapping[str, str]) -> dict[tuple[str, str], Any]:
       raise ConfigError(f"environment {name}: overrides are named NMOE_<SECTION>__<KEY>; unset it")
     try:
       table = tomli.loads(f"value = {env[name]}")
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise ConfigError(
         f"environment {name}={env[name]!r} is not a TOML value ({error}); "
         f"quote strings: {name}='\"{env[name]}\"'"
@@ -129,6 +139,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
       raise ConfigError(f"{path}: cannot be read{by}: it is no regular file")
   except (OSError, ValueError) as error:
     raise ConfigError(f"{str(path)!r}: cannot be read{by}: {error}") from error
+  if not path.name.isprintable() or os.fsencode(path.name).decode(errors="replace") != path.name:
+    raise ConfigError(f"{str(path)!r}: cannot be read{by}: rename it, in printable UTF-8")
   if path in chain:
     names = " -> ".join(p.name for p in (*chain, path))
     raise ConfigError(f"{path}: extends itself ({names}); break the circle")
@@ -139,25 +151,29 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
   table = parsed(text, str(path))
   parent = table.pop("extends", None)
   table.pop("evidence", None)  # of a sweep's transfer.toml: for people and a launch, not for a run
-  for section, key in (("data", "mixture"), ("eval", "suite")):
+  for section, key in PATHS:
     part = table.get(section, {})
-    value = part.get(key) if isinstance(part, dict) else None
-    if isinstance(value, str) and (key == "mixture" or value.endswith(".toml")):
-      part[key] = _anchor(value, path)
+    if isinstance(part, dict) and isinstance(part.get(key), str):
+      part[key] = _anchor(part[key], key, path)
   if parent is None:
     return table, _origins(table, str(path))
   if not isinstance(parent, str):
     raise ConfigError(f"{path}: extends = {parent!r} is not a path in quotes")
-  merged, origins = _read(path.parent / parent, (*chain, path))
+  merged, origins = _read(path.parent / Path(os.path.expanduser(parent)), (*chain, path))
   for section, part in table.items():
     known = isinstance(part, dict) and isinstance(merged.get(section, {}), dict)
     merged[section] = {**merged.get(section, {}), **part} if known else part
   return merged, {**origins, **_origins(table, str(path))}
 
 
-def _anchor(value: str, path: Path) -> str:
-  """A relative path of a mixture or a suite is relative to the file that names it."""
-  return value if value.startswith(("/", "$", "~")) or not value else str(path.parent / value)
+def _anchor(value: str, key: str, path: Path) -> str:
+  """A relative path is relative to the file that names it."""
+  kind = HF if key == "tokenizer" else ""
+  place = value.removeprefix(kind)
+  named = not value.startswith(kind) or (key == "suite" and not value.endswith(".toml"))
+  if named or not place or place.startswith(("/", "$", "~")):
+    return value
+  return f"{kind}{path.parent / place}"
 
 
 def _build(
@@ -196,10 +212,11 @@ def _expanded(value: Any, where: str, env: Mapping[str, str]) -> Any:
   if not isinstance(value, str):
     return value
   expanded = _expand(value, where, env)
-  if not where.endswith(HOME_PATHS) or not expanded.startswith("~"):
+  if not where.endswith(HOME_PATHS) or not expanded.removeprefix(HF).startswith("~"):
     return expanded
   try:
-    return str(Path(expanded).expanduser())
+    kind = HF if expanded.startswith(HF) else ""
+    return f"{kind}{Path(expanded.removeprefix(HF)).expanduser()}"
   except RuntimeError as error:
     raise ConfigError(f"{where} = {value!r}: {error}; write the folder's path") from error
 

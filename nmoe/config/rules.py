@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
 from nmoe.records.measures import MEASURES, measured
 from nmoe.tables import nearest
+
+MAX_TEXT = 10_000  # characters of what people write for people
+_UNPAIRED = re.compile("[\ud800-\udfff]")  # how Python holds bytes that are no UTF-8
 
 
 def validate(config: Config, origins: Mapping[str, str], name: str = "config") -> None:
@@ -30,10 +34,11 @@ def _invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield from _payload_invariants(c)
   yield from _scaling_invariants(c)
   yield from _mixture_invariants(c)
+  yield from _left_out_invariants(c)
   known = c.data.tokenizer in ("byte", "o200k_harmony") or c.data.tokenizer.startswith("hf:")
   need = 'must be "byte", "o200k_harmony", or "hf:" and the path of a tokenizer.json'
   yield "data.tokenizer", not known, need
-  known = c.model.init == "seed" or c.model.init.startswith("import:")
+  known = c.model.init == "seed" or re.fullmatch(r"import:[\w-]+", c.model.init)
   yield "model.init", not known, 'must be "seed", or "import:" and a digest of `nmoe import`'
   metric, suite = c.experiment.metric, c.eval.suite
   known = "is none of the measures, nor eval/NAME/bpb or eval/NAME/acc of a suite in NAME.toml"
@@ -56,8 +61,15 @@ def _plain_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   texts = ("experiment.name", "experiment.statement", "data.mixture", "run.root")
   for key in texts:
     yield key, not leaves(c)[key].strip(), "must say something"
-  for key in ("data.mixture", "run.root"):
-    yield key, "\0" in leaves(c)[key], "holds a NUL, which no path may"
+  for key in ("experiment.name", "experiment.statement"):
+    size = len(leaves(c)[key])
+    yield key, size > MAX_TEXT, f"has {size} characters; {MAX_TEXT} are shown, so write fewer"
+  for key, value in leaves(c).items():
+    if isinstance(value, str):
+      yield key, "\0" in value, "holds a NUL, which no path and no command may"
+      yield key, bool(_UNPAIRED.search(value)), "holds what is no character of UTF-8"
+      option = key.startswith(("slurm.", "jobset.", "launch."))
+      yield key, option and not value.isprintable(), "must be one line of printable characters"
 
 
 def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
@@ -204,6 +216,25 @@ def _mixture_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   for name, row in weights:
     bad = bool(row) and (min(row) < 0 or not 0 < sum(row) < math.inf)
     yield name, bad, "must have no negative weights, and a finite sum above 0"
+
+
+def _left_out_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
+  """Of data.holes and train.skip_steps."""
+  holes = c.data.holes
+  need = "must have pairs of the first sample, 0 or more, and how many, 1 or more"
+  fits = all(len(hole) == 2 and hole[0] >= 0 and hole[1] >= 1 for hole in holes)
+  yield "data.holes", not fits, need
+  if fits:
+    pairs = itertools.pairwise(sorted(holes))
+    yield "data.holes", any(a + n > b for (a, n), (b, _) in pairs), "has two that overlap; merge"
+    last = max((a + n for a, n in holes), default=0) + c.schedule.total_tokens // c.data.seq_len
+    yield "data.holes", last >= 2**63, "is beyond 64 bits: no sample has such a number"
+  steps = c.train.skip_steps
+  yield (
+    "train.skip_steps",
+    any(s < 1 for s in steps),
+    "names a step that is none: they count from 1",
+  )
 
 
 def _divisors(n: int) -> str:

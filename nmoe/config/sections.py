@@ -69,7 +69,7 @@ class ModelConfig:
 
   vocab_size: int = identity(gt=0)
   dim: int = identity(gt=0)
-  num_layers: int = identity(gt=0, le=10_000)
+  num_layers: int = identity(gt=0, le=1000)
   num_dense_layers: int = identity(1, ge=0)
   dense_dim: int = identity(gt=0)
   num_heads: int = identity(gt=0)
@@ -180,7 +180,9 @@ class ScalingConfig:
   base_heads: int = identity(0, ge=0)
   base_batch_tokens: int = schedule(0, ge=0)
   base_total_tokens: int = schedule(0, ge=0)
-  horizon: float = schedule(0.3, ge=0)  # rates go with total_tokens to the power of minus this
+  horizon: float = schedule(
+    0.3, ge=0, le=2
+  )  # rates go with total_tokens to the power of minus this
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as Fast
 
 from nmoe.errors import DataError
 
+MAX_VOCAB = 1 << 24
 ENDS = ("<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]", "<|end_of_text|>", "</s>")
 
 
@@ -22,19 +24,21 @@ class HfTokenizer:
 
   def __init__(self, path: Path):
     self.name = f"hf:{path}"
-    self._fast = Fast.from_str(_checked(path))
+    text, self.content = _checked(path)
+    self._fast = _made(path, text)
     self._fast.encode_special_tokens = True  # special names in a text are text
+    self._fast.no_truncation()  # a file may hold what one who trained on it set: texts are whole
+    self._fast.no_padding()
     vocab = self._fast.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values()) + 1
+    if self.vocab_size > MAX_VOCAB:
+      raise DataError(f"{path} has the id {self.vocab_size - 1}; at most {MAX_VOCAB} ids are taken")
     ends = [vocab[end] for end in ENDS if end in vocab]
     if not ends:
       raise DataError(f"{path} has no separator of documents: none of {', '.join(ENDS)}")
     self.eot = ends[0]
     special = self._fast.get_added_tokens_decoder()
-    byte = {letter: b for b, letter in byte_letters().items()}
-    self._pieces = {
-      i: bytes(byte[letter] for letter in piece) for piece, i in vocab.items() if i not in special
-    }
+    self._pieces = _pieces(path, {i: p for p, i in vocab.items() if i not in special})
 
   def encode(self, text: str) -> np.ndarray:
     plain = text.encode("utf-8", errors="replace").decode("utf-8")
@@ -50,17 +54,37 @@ class HfTokenizer:
     return sizes
 
 
-def _checked(path: Path) -> str:
-  """The file's text, which must be of byte-level BPE."""
+def _checked(path: Path) -> tuple[str, str]:
+  """The text of a file of byte-level BPE, and the file's sha256."""
   try:
-    text = path.read_text(encoding="utf-8")
-    table = json.loads(text)
-    kind, level = table["model"]["type"], "ByteLevel" in json.dumps(table["decoder"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    data = path.read_bytes()
+    text = data.decode("utf-8-sig")
+    model, decoder = (json.loads(text)[key] for key in ("model", "decoder"))
+    kind, level, dropout = model["type"], "ByteLevel" in json.dumps(decoder), model.get("dropout")
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise DataError(f"{path} is not a tokenizer.json ({error!r})") from error
   if kind != "BPE" or not level:
     raise DataError(f"{path} is a tokenizer of kind {kind}; byte-level BPE is needed")
-  return text
+  if dropout:
+    raise DataError(f"{path} has dropout {dropout}: one text has many encodings; set it to null")
+  return text, hashlib.sha256(data).hexdigest()
+
+
+def _made(path: Path, text: str) -> Fast:
+  try:
+    return Fast.from_str(text)
+  except Exception as error:  # the library has no class of its own for it
+    raise DataError(f"{path} is not a tokenizer.json ({error})") from error
+
+
+def _pieces(path: Path, names: dict[int, str]) -> dict[int, bytes]:
+  """The bytes of each id. DataError for a piece that is not of the letters of bytes."""
+  byte = {letter: b for b, letter in byte_letters().items()}
+  for i, name in names.items():
+    odd = set(name) - byte.keys()
+    if odd:
+      raise DataError(f"{path}: id {i} is {name!r}, in which {sorted(odd)} stand for no byte")
+  return {i: bytes(byte[letter] for letter in name) for i, name in names.items()}
 
 
 def byte_letters() -> dict[int, str]:

@@ -40,7 +40,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from nmoe.errors import ConfigError
 from nmoe.files import resolved
-from nmoe.tables import nearest, parsed, ranged, typed
+from nmoe.tables import nearest, parsed, ranged, read, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +130,7 @@ def phases(
 def load_mixture(path: str | Path) -> Mixture:
   """Parse a mixture's TOML. Raises ConfigError naming the file, the key and the value."""
   path = resolved(path)
-  try:
-    table = parsed(path.read_text(encoding="utf-8-sig"), str(path))
-  except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f"{path}: the mixture cannot be read: {error}") from error
+  table = parsed(read(path, "mixture"), str(path))
   for key in table.keys() - {"mixture", "source"}:
     near = nearest(key, ("mixture", "source"))
     raise ConfigError(f"{path}: unknown key {key} = {table[key]!r}{near}")

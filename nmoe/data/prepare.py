@@ -115,15 +115,26 @@ def _prepare_source(
     "kind": source.kind,
     "source": {k: v for k, v in described.items() if k != "paths"},
     "content": digest(reader(source).identity(source, hash_of)),
-    "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot},
+    "tokenizer": _identity(tokenizer),
     "holdout": holdout,
   }
   folder = store / digest(key)[:16]
   with _writing(folder) as partial:
     if partial:
       counts = _write_source(source, holdout, tokenizer, partial, progress)
+      if digest(reader(source).identity(source, hash_of)) != key["content"]:
+        raise DataError(
+          f"the files of source {source.name!r} were changed while they were read; run again when "
+          "nobody writes them"
+        )
       write_manifest(partial, {**key, "source": described, **counts, "files": list_files(partial)})
   return folder
+
+
+def _identity(tokenizer: Tokenizer) -> dict[str, str | int]:
+  """What decides the ids of a text."""
+  known = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+  return known | ({"sha256": tokenizer.content} if tokenizer.content else {})
 
 
 def _write_source(

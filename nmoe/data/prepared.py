@@ -69,12 +69,25 @@ def open_data(folder: Path, verify: bool = True) -> PreparedData:
   with Hashes(folder.parent / HASHES) as hash_of:
     used = hash_of if verify else None
     sources = tuple(_open_source(store / e["source"], e, used) for e in manifest["sources"])
+  ids = tokenizer.get(manifest["tokenizer"])
+  for source in sources:
+    _check_tokenizer(source, ids)
   return PreparedData(
     digest=folder.name,
-    tokenizer=tokenizer.get(manifest["tokenizer"]),
+    tokenizer=ids,
     temperature=float(manifest["temperature"]),
     sources=sources,
   )
+
+
+def _check_tokenizer(source: PreparedSource, ids: Tokenizer) -> None:
+  """DataError if its file is another one than when the source was prepared."""
+  written = source.manifest["tokenizer"].get("sha256", ids.content)
+  if written != ids.content:
+    raise DataError(
+      f"{source.folder} was made by a {ids.name} of sha256 {written[:12]}, which is now another "
+      f"file ({ids.content[:12]}); restore it, or run again to prepare the text anew"
+    )
 
 
 def _open_source(folder: Path, entry: dict[str, Any], hash_of: Hashes | None) -> PreparedSource:

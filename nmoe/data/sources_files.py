@@ -2,7 +2,8 @@
 
 A file that ends in .gz, .bz2, .zst or .lz4 is decompressed while it is read. Of jsonl and parquet
 only `text_field` is read, as a string: what other fields hold is nobody's business here. A row that
-is no text costs itself; more than `ODD_SHARE` of a file's rows stop the preparation.
+is no text costs itself; more than `ODD_SHARE` of a file's rows, or of a source's files or
+paragraphs of text, stop the preparation.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nmoe.data.mixture import FilesSource
-from nmoe.data.sources import Document, Documents, Odd, Skip, decoded, find_files, text_of
+from nmoe.data.sources import Document, Documents, Odd, Skip, find_files, text_of
 from nmoe.errors import DataError
 
-CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
+PACKED = (".xz", ".lzma", ".br", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
 BATCH_ROWS = 1000
 ODD_SHARE = 0.05  # of a file's rows; one is always allowed beside others
 ODD_EARLY = 1000  # so many stop a file before its end
 _BOM = b"\xef\xbb\xbf"
-_BLANK_LINES = re.compile(r"\n\s*\n")
+_BLANK_LINES = re.compile(r"(?:\r\n|\r(?!\n)|\n)\s*(?:\r\n|\r|\n)")
 
 
 def identity(source: FilesSource, hash_of: Callable[[Path], str]) -> list[str]:
@@ -38,15 +40,37 @@ def identity(source: FilesSource, hash_of: Callable[[Path], str]) -> list[str]:
 
 def documents(source: FilesSource) -> Documents:
   """Raises DataError for a file that cannot be read or that has too many odd rows."""
+  if source.format == "text":
+    yield from bounded(_texts(source), f"source {source.name!r}")
+    return
   for path in find_files(source):
-    where = f"source {source.name!r}: {path}"
-    with _readable(where), path.open("rb") as raw, _decompressed(raw, path.suffix) as file:
-      if source.format == "text":
-        yield from _text(file.read(), source.documents)
-      elif source.format == "jsonl":
+    with _opened(source, path) as (file, where):
+      if source.format == "jsonl":
         yield from bounded(_lines(file, source.text_field), where)
       else:
         yield from bounded(_columns(file, source.text_field, where), where)
+
+
+def _texts(source: FilesSource) -> Documents:
+  for path in find_files(source):
+    with _opened(source, path) as (file, _):
+      yield from _text(file.read(), source.documents, str(path))
+
+
+@contextmanager
+def _opened(source: FilesSource, path: Path) -> Iterator[tuple[IO[bytes], str]]:
+  """A file as it was before its compression, and what an error calls it."""
+  where = f"source {source.name!r}: {path}"
+  suffixes = [suffix.lower() for suffix in path.suffixes]
+  packed = [suffix for suffix in suffixes if suffix in PACKED]
+  if packed:
+    raise DataError(
+      f"{where}: {packed[0]} is not unpacked here; unpack the file, or compress it alone, into one "
+      f"of {', '.join(CODECS)}"
+    )
+  codec = CODECS.get(suffixes[-1] if suffixes else "")
+  with _readable(where), path.open("rb") as raw, _decompressed(raw, codec) as file:
+    yield file, where
 
 
 @contextmanager
@@ -62,8 +86,7 @@ def _readable(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _decompressed(raw: IO[bytes], suffix: str) -> Iterator[IO[bytes]]:
-  codec = CODECS.get(suffix)
+def _decompressed(raw: IO[bytes], codec: str | None) -> Iterator[IO[bytes]]:
   if codec is None:
     yield raw
     return
@@ -71,14 +94,16 @@ def _decompressed(raw: IO[bytes], suffix: str) -> Iterator[IO[bytes]]:
     yield file
 
 
-def _text(data: bytes, unit: str) -> Documents:
-  whole = decoded(data)
-  if unit == "files" or isinstance(whole, Skip):
-    yield whole
+def _text(data: bytes, unit: str, place: str) -> Documents:
+  """A file, or each of its paragraphs; a byte that is no UTF-8 costs the one that it is in."""
+  if unit == "files":
+    yield text_of(data.removeprefix(_BOM), place)
     return
-  for paragraph in _BLANK_LINES.split(whole.text):
+  text = data.removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
+  for number, paragraph in enumerate(_BLANK_LINES.split(text), 1):
     if paragraph.strip():
-      yield Document(paragraph.strip("\r\n"))
+      part = paragraph.strip("\r\n").encode("utf-8", errors="surrogateescape")
+      yield text_of(part, f"{place}, paragraph {number}")
 
 
 def _lines(file: IO[bytes], field: str) -> Documents:

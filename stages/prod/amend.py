@@ -30,6 +30,7 @@ from nmoe.records.goodput import production
 from nmoe.records.reader import Amendment
 from nmoe.records.root import Root
 from nmoe.tables import parsed
+from nmoe.tables import read as read_text
 
 FIELDS = {"at_tokens": int, "key": str, "reason": str}
 
@@ -61,23 +62,24 @@ def amend(run_id: str, path: Path, root: Path, console: Console) -> None:
 
 def read(path: Path) -> list[Amendment]:
   """The amendments of a file. ConfigError names what is wrong with one."""
-  try:
-    table = parsed(path.read_text(encoding="utf-8-sig"), str(path))
-  except OSError as error:
-    raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+  table = parsed(read_text(path, "file of amendments"), str(path))
   found = table.get("amend")
-  if table.keys() != {"amend"} or not isinstance(found, list):
+  if table.keys() != {"amend"} or not isinstance(found, list) or not found:
     raise ConfigError(f"{path}: holds {sorted(table)}; it must hold tables [[amend]] and no other")
   who, now = f"{getpass.getuser()}@{socket.gethostname()}", time.time()
   return [_one(each, f"{path}: amend {n}", who, now) for n, each in enumerate(found, start=1)]
 
 
-def _one(table: dict[str, Any], where: str, who: str, now: float) -> Amendment:
+def _one(table: Any, where: str, who: str, now: float) -> Amendment:
   wanted = {*FIELDS, "value"}
-  if table.keys() != wanted:
-    raise ConfigError(f"{where}: has {sorted(table)}; it must have {sorted(wanted)}")
+  if not isinstance(table, dict) or table.keys() != wanted:
+    has = sorted(table) if isinstance(table, dict) else repr(table)
+    raise ConfigError(f"{where}: has {has}; it must have {sorted(wanted)}")
   for name, form in FIELDS.items():
-    if type(table[name]) is not form or not table[name]:
+    if type(table[name]) is not form or not str(table[name]).strip(" 0"):
       raise ConfigError(f"{where}: {name} = {table[name]!r} must be a {form.__name__}, not empty")
-  value = json.dumps(table["value"])
+  try:
+    value = json.dumps(table["value"])
+  except TypeError as error:
+    raise ConfigError(f"{where}: value = {table['value']} is of no key's type") from error
   return Amendment(table["at_tokens"], table["key"], value, table["reason"], who, now)

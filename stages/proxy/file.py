@@ -30,7 +30,7 @@ from typing import Any, Literal
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
-from nmoe.tables import nearest, parsed, ranged, typed
+from nmoe.tables import nearest, parsed, ranged, read, typed
 from stages.judge.transfer import Limits
 
 Vary = Literal["joint", "dense_lr", "router_lr", "expert_lr", "embed_lr"]
@@ -53,6 +53,7 @@ AXES: dict[str, tuple[str, ...]] = {  # the keys that a factor multiplies
 CONTROLS = {"off": "none", "embed_only": "embed-only"}  # -> scaling.rule
 GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
 HEADS = ("model.qk_nope_dim", "model.qk_rope_dim", "model.v_dim")
+MAX_FACTOR = 1_000_000
 MIN_DECAY_STEPS = 20  # fewer, and a decay that is a share of the run is none
 
 
@@ -63,36 +64,36 @@ class SweepKeys:
   base: str
   target: str = ""
   vary: tuple[Vary, ...] = ("joint",)
-  step: float = ranged(2.0, gt=1)
-  router_step: float = ranged(0.0, ge=0)  # 0: step
-  points: int = ranged(6, gt=0)
-  extend: int = ranged(3, ge=0)
-  seeds: int = ranged(3, gt=0)
+  step: float = ranged(2.0, gt=1, le=1000)
+  router_step: float = ranged(0.0, ge=0, le=1000)  # 0: step
+  points: int = ranged(6, gt=0, le=1000)
+  extend: int = ranged(3, ge=0, le=1000)
+  seeds: int = ranged(3, gt=0, le=1000)
   control: tuple[Literal["off", "embed_only"], ...] = ("off",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetKeys:
   runs: int = ranged(gt=0)
-  device_seconds: float = ranged(0.0, ge=0)  # 0: not limited
+  device_seconds: float = ranged(0.0, ge=0, lt=math.inf)  # 0: not limited
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerdictKeys:
-  max_shift: float = ranged(1.0, gt=0)
-  max_regret: float = ranged(0.01, gt=0)
-  min_control_shift: float = ranged(1.0, ge=0)
+  max_shift: float = ranged(1.0, gt=0, lt=math.inf)
+  max_regret: float = ranged(0.01, gt=0, lt=math.inf)
+  min_control_shift: float = ranged(1.0, ge=0, lt=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoordsKeys:
   widths: tuple[int, ...] = (2, 4, 8)  # below dim 64 slopes are off their limit
   depths: tuple[int, ...] = (1, 2, 4)
-  seeds: int = ranged(5, gt=1)
-  steps: int = ranged(12, gt=0)
-  lr: float = ranged(0.0, ge=0)  # 0: the base's dense_lr
-  sequences: int = ranged(4, gt=0)  # of 32 tokens
-  limit: float = ranged(0.25, gt=0)  # on the slope of a change
+  seeds: int = ranged(5, gt=1, le=1000)
+  steps: int = ranged(12, gt=0, le=10_000)
+  lr: float = ranged(0.0, ge=0, lt=math.inf)  # 0: the base's dense_lr
+  sequences: int = ranged(4, gt=0, le=10_000)  # of 32 tokens
+  limit: float = ranged(0.25, gt=0, lt=math.inf)  # on the slope of a change
 
 
 SECTIONS = {"sweep": SweepKeys, "budget": BudgetKeys, "verdict": VerdictKeys, "coords": CoordsKeys}
@@ -135,10 +136,7 @@ class SweepFile:
 
 def load_sweep(path: Path) -> SweepFile:
   """Parse a sweep's TOML. Raises ConfigError naming the file, the key and the value."""
-  try:
-    text = path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f"{path}: the sweep cannot be read: {error}") from error
+  text = read(path, "sweep")
   table = parsed(text, str(path))
   for key in table.keys() - {*SECTIONS, "scale"}:
     raise ConfigError(f"{path}: unknown section [{key}]{nearest(key, (*SECTIONS, 'scale'))}")
@@ -146,6 +144,7 @@ def load_sweep(path: Path) -> SweepFile:
   sweep: SweepKeys = parts["sweep"]
   base = configs.load(path.parent / sweep.base)
   _check(path, sweep, base)
+  _check_coords(path, parts["coords"])
   entries = table.get("scale", [])
   if not isinstance(entries, list) or not entries:
     raise ConfigError(f"{path}: needs at least one [[scale]], such as width = 8")
@@ -161,6 +160,15 @@ def load_sweep(path: Path) -> SweepFile:
 
 def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
   s = base.schedule
+  check_told(path, "sweep", sweep)
+  for key in ("vary", "control"):
+    chosen = getattr(sweep, key)
+    if len(set(chosen)) < len(chosen):
+      raise ConfigError(f"{path}: sweep.{key} = {list(chosen)} names one twice; name each once")
+  if 0 < sweep.router_step <= 1:
+    raise ConfigError(
+      f"{path}: sweep.router_step = {sweep.router_step:g} must exceed 1, or be 0 for sweep.step"
+    )
   if sweep.points < 3:
     raise ConfigError(
       f"{path}: sweep.points = {sweep.points} gives no parabola; set 3 at least, 6 is usual"
@@ -182,6 +190,23 @@ def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
       f"{path}: {sweep.base} decays over {steps} steps; {MIN_DECAY_STEPS} are needed for an end "
       "that says what a long run's would: raise schedule.decay_tokens"
     )
+
+
+def check_told(path: Path, section: str, keys: Any) -> None:
+  """ConfigError unless name and statement say something that a record can hold."""
+  for key in ("name", "statement"):
+    value = getattr(keys, key)
+    if not value.strip() or "\0" in value:
+      raise ConfigError(f"{path}: {section}.{key} = {value!r} must say something, without a NUL")
+
+
+def _check_coords(path: Path, coords: CoordsKeys) -> None:
+  for key in ("widths", "depths"):
+    factors = getattr(coords, key)
+    if not factors or min(factors) < 1:
+      raise ConfigError(
+        f"{path}: coords.{key} = {list(factors)} must have factors on the base, 1 or more"
+      )
 
 
 def with_rule(config: Config, base: Config) -> Config:
@@ -213,11 +238,17 @@ def without_rule(config: Config, control: str) -> Config:
 def scaled(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:
   """The base with the factors and keys of an entry."""
   values: dict[str, Any] = {}
+  if not isinstance(entry, dict) or not entry:
+    raise ConfigError(
+      f"{where}: {entry!r} must be a table [[scale]] with a factor, such as width = 8"
+    )
   known = {f"{f.name}" for f in fields(Config)}
   for key, value in entry.items():
     if key in AXES:
-      if type(value) not in (int, float) or not value > 0:
-        raise ConfigError(f"{where}: {key} = {value!r} must be a positive factor on the base")
+      if type(value) not in (int, float) or not 0 < value <= MAX_FACTOR:
+        raise ConfigError(
+          f"{where}: {key} = {value!r} must be a positive factor on the base, at most {MAX_FACTOR}"
+        )
       values |= {name: _times(where, key, base, name, value) for name in AXES[key]}
     elif key.partition(".")[0] in known and "." in key:
       values[key] = value

@@ -29,10 +29,10 @@ from nmoe.config.sections import Config
 from nmoe.data.prepared import open_data
 from nmoe.errors import ConfigError
 from nmoe.records.reader import Hypothesis
-from nmoe.tables import parsed, ranged, typed
+from nmoe.tables import nearest, parsed, ranged, read, typed
 from stages.judge import mixture, paired
 from stages.judge.table import Judgement, Result, Table
-from stages.proxy.file import BudgetKeys, scaled
+from stages.proxy.file import BudgetKeys, check_told, scaled
 from stages.study import Study, carry_out
 from stages.workbench import Arm, Workbench
 
@@ -191,8 +191,11 @@ class Mix:
 
 def run(path: Path, console: Console) -> Path:
   """Run the swarm, propose, verify over paired seeds at two sizes; returns its report."""
-  table = parsed(_text(path), str(path))
+  table = parsed(read(path, "mix"), str(path))
+  for key in table.keys() - {"mix", "budget"}:
+    raise ConfigError(f"{path}: unknown section [{key}]{nearest(key, ('mix', 'budget'))}")
   keys = typed(table.get("mix", {}), MixKeys, str(path), "mix")
+  check_told(path, "mix", keys)
   budget = typed(table.get("budget", {}), BudgetKeys, str(path), "budget")
   base = configs.load(path.parent / keys.base)
   with Workbench.open(base.run.root, console) as bench:
@@ -204,21 +207,15 @@ def run(path: Path, console: Console) -> Path:
     return carry_out(study, bench).report
 
 
-def _text(path: Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
 def prepared(path: Path, keys: MixKeys, budget: BudgetKeys, base: Config, data: Path) -> Mix:
   """The problem over prepared data. ConfigError where it has none to solve."""
   opened = open_data(data)
   names = tuple(source.name for source in opened.sources)
-  if len(names) < 2 or len(keys.objective) != len(names) or min(keys.objective, default=0) < 0:
+  weights = keys.objective
+  if len(names) < 2 or len(weights) != len(names) or min(weights) < 0 or max(weights) == math.inf:
     raise ConfigError(
-      f"{path}: mix.objective = {list(keys.objective)} must have a weight of 0 or more for each of "
-      f"at least two sources; the mixture has {list(names)}"
+      f"{path}: mix.objective = {list(keys.objective)} must have a weight of 0 or more, and "
+      f"finite, for each of at least two sources; the mixture has {list(names)}"
     )
   tokens = np.array([opened.train_tokens[name] for name in names])
   caps = np.minimum(1.0, keys.epochs * tokens / keys.target_tokens)

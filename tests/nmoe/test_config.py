@@ -68,6 +68,7 @@ REQUIRED = [
 ]
 RULED = ("data.tokenizer", "model.init", "experiment.metric")  # strings whose form has a rule
 TEXTS = st.text(min_size=1).filter(lambda t: t.strip() and "\0" not in t and t[0] != "~")
+LINES = st.from_regex(r"[\w.:/@ -]*[\w]", fullmatch=True).filter(str.isprintable)  # into scripts
 FREE_STRINGS = [key for key, hint in HINTS.items() if hint is str and key not in RULED]
 
 
@@ -102,7 +103,9 @@ def other_value(key: str, value: Any) -> Any:
 
 
 @given(
-  strings=st.fixed_dictionaries({key: TEXTS for key in FREE_STRINGS}),
+  strings=st.fixed_dictionaries(
+    {k: LINES if k[:6] in ("launch", "slurm.", "jobset") else TEXTS for k in FREE_STRINGS}
+  ),
   rate=st.floats(min_value=1e-300, allow_infinity=False),
   clip=st.floats(min_value=1e-300),
   seed=st.integers(0, 2**63 - 4),

@@ -164,3 +164,106 @@ def test_a_long_chain_and_deep_brackets(tmp_path):
 def test_the_messages_name_the_file(tmp_path):
   with pytest.raises(ConfigError, match=str(Path(tmp_path / "variant.toml"))):
     load(variant(tmp_path, "[optim]\ndense_lr = inf\n"), env={})
+
+
+# --- similar ones ---
+
+
+@pytest.mark.parametrize(
+  "body, need",
+  [
+    ("[optim]\ndense_lr = 1" + "0" * 400, "dense_lr has 401 digits"),
+    ("[model]\ndim = 1" + "0" * 5000, "not valid TOML"),
+    ("[data]\nweights_from = [[1" + "0" * 400 + ", 1.0]]", "weights_from.* has 401 digits"),
+    ("[scaling]\nhorizon = 1e3", r"horizon = 1000\.0 must be in \[0, 2\]"),
+    ("[model]\nnum_layers = 1001", "num_layers = 1001"),
+  ],
+)
+def test_numbers_without_end_are_one_error(tmp_path, body, need):
+  with pytest.raises(ConfigError, match=rf"variant\.toml: .*{need}"):
+    load(variant(tmp_path, body + "\n"), env={})
+
+
+def test_an_override_of_too_many_digits(tmp_path):
+  with pytest.raises(ConfigError, match="NMOE_MODEL__DIM=.*is not a TOML value"):
+    load(base_file(tmp_path), {"NMOE_MODEL__DIM": "9" * 5000})
+
+
+@pytest.mark.parametrize(
+  "holes, need",
+  [
+    (((5,),), "pairs"),
+    (((1, 2, 3),), "pairs"),
+    (((-1, 5),), "pairs"),
+    (((5, 0),), "pairs"),
+    (((5, 10), (7, 3)), "overlap"),
+    (((2**63 - 1, 2**63 - 1),), "beyond 64 bits"),
+  ],
+)
+def test_holes_are_pairs_that_lie_apart(holes, need):
+  with pytest.raises(ConfigError, match=rf"data\.holes = .*{need}"):
+    changed(BASE, {"data.holes": holes})
+
+
+def test_steps_that_are_skipped_count_from_one():
+  assert changed(BASE, {"train.skip_steps": (1, 2)}).train.skip_steps == (1, 2)
+  for step in (0, -1):
+    with pytest.raises(ConfigError, match=r"train\.skip_steps.*count from 1"):
+      changed(BASE, {"train.skip_steps": (step,)})
+
+
+@pytest.mark.parametrize(
+  "key, value, need",
+  [
+    ("model.init", "import:", "digest"),
+    ("model.init", "import:../../other", "digest"),
+    ("prod.notify", "mail\0x", "NUL"),
+    ("slurm.partition", "a\n#SBATCH --exclusive", "one line"),
+    ("launch.interface", "eth0\x1b[2J", "one line"),
+    ("experiment.name", "a\udcff", "UTF-8"),
+    ("data.mixture", "/caf\udce9/m.toml", "UTF-8"),
+    ("experiment.statement", "x" * 10_001, "10001 characters"),
+  ],
+)
+def test_strings_that_their_reader_cannot_take(key, value, need):
+  with pytest.raises(ConfigError, match=f"{key} .*{need}"):
+    changed(BASE, {key: value})
+
+
+def test_a_file_whose_name_is_no_utf8(tmp_path):
+  path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.toml"))
+  path.write_text(BASE_TEXT)
+  with pytest.raises(ConfigError, match=r"caf.udce9\.toml.*rename it"):
+    load(path, env={})
+
+
+@pytest.mark.parametrize("name", ["NMOE_MODEL_DIM", "NMOE_TRAIN_MICRO_BATCH"])
+def test_an_override_with_one_line_too_few(tmp_path, name):
+  """It would be taken for a variable of the user's, and the run train something else."""
+  with pytest.raises(ConfigError, match=f"environment {name}: .* NMOE_[A-Z]+__[A-Z_]+, with two"):
+    load(base_file(tmp_path), {name: "64"})
+  assert load(base_file(tmp_path), {"NMOE_CORPUS": "64"}).model == BASE.model
+
+
+@pytest.mark.parametrize(
+  "key, value, found",
+  [
+    ("data.tokenizer", "hf:~/t.json", "hf:{}/t.json"),
+    ("data.tokenizer", "hf:t.json", "hf:{}/t.json"),
+    ("eval.suite", "~/s.toml", "{}/s.toml"),
+    ("eval.suite", "s.toml", "{}/s.toml"),
+    ("eval.suite", "quick", "quick"),
+  ],
+)
+def test_paths_are_of_the_file_that_names_them(tmp_path, monkeypatch, key, value, found):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  section, name = key.split(".")
+  config = load(variant(tmp_path, f'[{section}]\n{name} = "{value}"\n'), env={})
+  assert leaves(config)[key] == found.format(tmp_path)
+
+
+def test_a_base_in_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  base_file(tmp_path)
+  path = write(tmp_path, "v.toml", 'extends = "~/base.toml"\n')
+  assert load(path, env={}).model == BASE.model

@@ -1,5 +1,6 @@
 """Provenance holds the code of a run, and never what else lies around."""
 
+import os
 import subprocess
 
 import pytest
@@ -70,3 +71,57 @@ def test_what_is_too_large_is_named_and_left_out(checkout):
   (checkout / "nmoe" / "new.py").write_text("y = 2\n")
   diff = provenance(checkout)[1]
   assert len(diff) < 2000 and "left out: configs/big.toml" in diff and "+y = 2" in diff
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("diff.noprefix", "true"),
+    ("diff.mnemonicPrefix", "true"),
+    ("diff.up.textconv", "tr a-z A-Z <"),
+  ],
+)
+def test_the_diff_is_the_same_whatever_git_is_told_to_show(checkout, key, value):
+  (checkout / "nmoe" / "a.py").write_text("x = 2\n")
+  plain = provenance(checkout)[1]
+  git(checkout, "config", key, value)
+  (checkout / ".git" / "info" / "attributes").write_text("*.py diff=up\n")
+  assert provenance(checkout)[1] == plain
+  assert "--- a/nmoe/a.py\n+++ b/nmoe/a.py\n" in plain and "+x = 2\n" in plain
+
+
+def test_the_repository_that_answers_is_the_code_s(checkout, tmp_path, monkeypatch):
+  """Neither the one that a hook's environment names nor one around an installed package."""
+  other = tmp_path / "other"
+  installed = other / ".venv" / "site-packages"
+  (installed / "nmoe").mkdir(parents=True)
+  (installed / "nmoe" / "a.py").write_text("x = 1\n")
+  (other / ".gitignore").write_text(".venv\n")
+  git(tmp_path, "init", "-q", str(other))
+  git(other, "add", ".")
+  git(other, "commit", "-q", "-m", "theirs")
+  ours = provenance(checkout)
+  assert len(ours[0]) == 40 and provenance(installed)[:2] == ("", "")
+  monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+  monkeypatch.setenv("GIT_WORK_TREE", str(other))
+  assert provenance(checkout) == ours
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_checkout_of_another_user_has_its_commit(checkout):
+  """As in a container; git says "dubious ownership" and nothing more."""
+  commit = provenance(checkout)[0]
+  for path in (checkout, checkout / ".git"):
+    os.chown(path, 12345, 12345)
+  assert provenance(checkout)[0] == commit != ""
+
+
+def test_what_is_no_file_is_no_code(checkout):
+  """Emacs marks a file that it changes by a link to nowhere, .#name.py."""
+  before = provenance(checkout)
+  (checkout / "nmoe" / ".#a.py").symlink_to("somebody@host.1234:5678")
+  (checkout / "kernels" / "loop.py").symlink_to("loop.py")
+  (checkout / "stages" / "d.py").mkdir()
+  (checkout / "nmoe" / "e.py").mkdir()
+  os.mkfifo(checkout / "nmoe" / "f.py")
+  assert provenance(checkout) == before

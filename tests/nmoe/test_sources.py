@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nmoe.data import tokenizer
+from nmoe.data import sources_files, tokenizer
 from nmoe.data.mixture import load_mixture
 from nmoe.data.prepare import prepare
 from nmoe.data.shards import read_manifest
@@ -222,3 +223,78 @@ def test_a_parquet_file_with_the_column_twice_is_an_error_of_its_name(tmp_path):
   pq.write_table(table, tmp_path / "a.parquet")
   with pytest.raises(DataError, match=r"a\.parquet: field 'text' is there more than once"):
     counts(mixture(tmp_path, ["a.parquet"], "parquet"), tmp_path)
+
+
+# --- similar ones ---
+
+
+@pytest.mark.parametrize("newline", ["\r\n", "\r", "\n"])
+def test_paragraphs_of_every_kind_of_line(tmp_path, newline):
+  (tmp_path / "a.txt").write_bytes((newline + " \t" + newline).join(GOOD).encode())
+  assert counts(mixture(tmp_path, ["a.txt"], "text", documents="paragraphs"), tmp_path) == (40, {})
+
+
+@pytest.mark.parametrize("bad, stops", [(1, False), (2, False), (3, True)])
+def test_a_bad_byte_costs_its_paragraph(tmp_path, bad, stops):
+  (tmp_path / "a.txt").write_bytes("\n\n".join(GOOD).encode() + b"\n\ncaf\xe9" * bad)
+  path = mixture(tmp_path, ["a.txt"], "text", documents="paragraphs")
+  if not stops:
+    assert counts(path, tmp_path) == (40, {"not_utf8": bad})
+    return
+  with pytest.raises(DataError, match=rf"{bad} of {40 + bad} rows.*a\.txt, paragraph 41: .*0xe9"):
+    counts(path, tmp_path)
+
+
+def test_beyond_a_share_files_of_text_that_are_no_utf8_stop_the_preparation(tmp_path):
+  for i, text in enumerate(GOOD):
+    (tmp_path / f"{i:02}.txt").write_text(text)
+  path = mixture(tmp_path, ["*.txt"], "text")
+  (tmp_path / "x0.txt").write_bytes(b"\xff")
+  assert counts(path, tmp_path) == (40, {"not_utf8": 1})
+  for i in (1, 2):
+    (tmp_path / f"x{i}.txt").write_bytes(b"\xff")
+  with pytest.raises(DataError, match=r"3 of 43 rows are no text .*x0\.txt: .*0xff"):
+    counts(path, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".GZ", ".zstd"])
+def test_other_spellings_of_a_compression(tmp_path, suffix):
+  codec = {".GZ": "gzip", ".zstd": "zstd"}[suffix]
+  with (
+    (tmp_path / f"a.jsonl{suffix}").open("wb") as raw,
+    pa.output_stream(raw, compression=codec) as out,
+  ):
+    out.write(jsonl(GOOD).encode())
+  assert counts(mixture(tmp_path, ["a.*"]), tmp_path) == (40, {})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "a.zip", "a.tar.gz", "a.TGZ"])
+def test_what_is_packed_otherwise_is_named_before_it_is_read(tmp_path, name):
+  """An archive is text to a reader of lines: a header of tar would be a row that may be odd."""
+  (tmp_path / name).write_bytes(jsonl(GOOD).encode())
+  with pytest.raises(DataError, match=r"a\..* is not unpacked here; unpack the file"):
+    counts(mixture(tmp_path, ["a.*"]), tmp_path)
+
+
+def test_files_that_change_while_they_are_read(tmp_path, monkeypatch):
+  """The digest of the old text would name the new one."""
+  file, path = tmp_path / "a.jsonl", mixture(tmp_path, ["a.jsonl"])
+  file.write_text(jsonl(GOOD))
+  read = sources_files.documents
+
+  def late(source):
+    file.write_text(jsonl([text.upper() for text in GOOD]))
+    yield from read(source)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sources_files, "documents", late)
+    with pytest.raises(DataError, match="source 's' were changed while they were read"):
+      counts(path, tmp_path)
+  assert counts(path, tmp_path) == (40, {})
+  assert not list((tmp_path / "data" / "sources").glob(".*.partial"))
+
+
+def test_a_mixture_that_is_no_regular_file(tmp_path):
+  os.mkfifo(tmp_path / "mix.toml")
+  with pytest.raises(ConfigError, match="the mixture cannot be read: it is no regular file"):
+    load_mixture(tmp_path / "mix.toml")
