@@ -63,7 +63,7 @@ def test_threads_default_to_the_cores_shared_by_the_ranks(monkeypatch):
 
 def test_many_cores_are_not_many_threads(monkeypatch):
   """A check of 64 small experts took 27 s with 2 threads and over 190 s with the 64 of its host."""
-  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+  monkeypatch.setattr(target.os, "sched_getaffinity", lambda _: set(range(64)))
   target.select(config(**{"launch.threads": 0}))
   assert torch.get_num_threads() == target.MOST_THREADS
   target.select(config(**{"launch.threads": 12}))
