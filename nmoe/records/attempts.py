@@ -22,7 +22,7 @@ from nmoe.records.reader import Amendment, Reader, Run
 KINDS = (
   *("submit", "launch", "restart", "stop", "override", "diverged", "refused", "crashed"),
   *("preempted", "no progress", "straggler", "hardware", "permanent", "bad step", "skip"),
-  *("rewind", "amend", "amended", "corrupt", "disk full"),
+  *("rewind", "amend", "amended", "corrupt", "pruned", "disk full"),
 )
 OUTCOMES = (
   *("completed", "stopped", "preempted", "crashed", "diverged", "refused", "no progress"),

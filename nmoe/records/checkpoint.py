@@ -197,6 +197,9 @@ class Writer:
   Every rank has one and calls it alike. group: all ranks, a gloo group that nothing else uses. The
   host memory of one more state stays allocated. As a context it ends the write under way, and
   raises its failure unless another error is on its way. fence: what may forbid a checkpoint.
+
+  Where the disk is full, all but the newest and the permanent ones give way, and it is tried once
+  more; `pruned` has the step and the error.
   """
 
   def __init__(
@@ -209,6 +212,7 @@ class Writer:
   ):
     self.folder, self.keep, self.first_expert, self.group = folder, keep, first_expert, group
     self.fence = fence or Fence()
+    self.pruned: list[tuple[int, str]] = []
     self._host: dict[str, Tensor] = {}
     self._thread = ThreadPoolExecutor(1, "checkpoint")
     self._write: Future | None = None
@@ -255,9 +259,29 @@ class Writer:
       error.add_note(str(failed))
 
   def _save(self, step: int, meta: dict[str, Any]) -> None:
-    save(self.folder, step, self._host, self.first_expert, meta, self.group, self.fence)
+    what = (step, self._host, self.first_expert, meta, self.group, self.fence)
+    try:
+      save(self.folder, *what)
+    except DiskFullError as error:
+      if not self._made_room():
+        raise
+      save(self.folder, *what)
+      self.pruned.append((step, str(error)))
     if not dist.is_initialized() or dist.get_rank() == 0:
       prune(self.folder, self.keep, self.fence.attempt)
+
+  def _made_room(self) -> bool:
+    """Whether there was an older checkpoint to delete. Collective."""
+    deleted = []
+
+    def delete() -> None:
+      self.fence.check()
+      before = steps(self.folder)
+      prune(self.folder, 1, self.fence.attempt)
+      deleted.extend(set(before) - set(steps(self.folder)))
+
+    by_rank_0(delete, self.group)
+    return any(_gathered(deleted, self.group))
 
 
 def load(

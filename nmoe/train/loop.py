@@ -67,7 +67,7 @@ from nmoe.train.optim import Optimizer
 from nmoe.train.passes import Passes
 from nmoe.train.profiler import Profiler
 from nmoe.train.progress import FAILED_FOR_GOOD, INTERRUPTED, Progress
-from nmoe.train.saving import resume, save, save_aside
+from nmoe.train.saving import resume, save, save_aside, tell_pruned
 from nmoe.train.schedule import end_of, lr_factor, tokens_of
 from nmoe.train.session import Session, TrainState, nothing
 from nmoe.train.startup import StartUp, parser
@@ -304,6 +304,7 @@ def conclude(
   records: Attempts, run: Run, session: Session, state: TrainState, results: dict[str, Any] | None
 ) -> None:
   """Record that the run is completed, or that it was told to leave."""
+  tell_pruned(session)
   if results is not None:
     records.update_run(run.id, status="completed", results=results)
     return

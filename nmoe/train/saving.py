@@ -27,6 +27,7 @@ def save(session: Session, state: TrainState, watch: Watch, permanent: str = "")
   watch.guard.check(int(watch.guard.bad_step))
   begun, writer = time.perf_counter(), session.checkpoints
   writer.wait()
+  tell_pruned(session)
   checkpoint.by_rank_0(writer.fence.check, session.parallel.saving)
   if writer.keep == 0 or state.step in checkpoint.steps(writer.folder):
     session.metrics.flush()
@@ -38,6 +39,13 @@ def save(session: Session, state: TrainState, watch: Watch, permanent: str = "")
   writer.start(state.step, meta(session, state) | more)
   if permanent:
     session.event("permanent", step=state.step, detail={"why": permanent})
+
+
+def tell_pruned(session: Session) -> None:
+  """Checkpoints that gave way on a full disk are an event."""
+  for step, error in session.checkpoints.pruned:
+    session.event("pruned", step=step, detail={"error": error})
+  session.checkpoints.pruned.clear()
 
 
 def save_aside(session: Session, state: TrainState) -> None:

@@ -72,15 +72,37 @@ def small_disk(tmp_path):
   subprocess.run(["umount", disk], check=True)
 
 
+def fill(disk: Path) -> Path:
+  """A file that leaves no byte on a disk."""
+  filler = disk / "filler"
+  with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+    while file.write(bytes(1 << 12)):
+      pass
+  return filler
+
+
+@pytest.mark.netns
+def test_a_full_disk_that_older_checkpoints_lie_on(tmp_path, small_disk, undisturbed):
+  """They give way, which is an event, and the run goes on to its end."""
+  production = Production(tmp_path)
+  production.wait_for(50)
+  folder = Root(production.root).checkpoints(production.run_id())
+  wait_until(lambda: len(checkpoint.steps(folder)) == 2, 10, "two checkpoints")
+  fill(small_disk)
+  code, out = production.end()
+  assert code == 0, out
+  events = production.events()
+  assert kinds(events)[:2] == ["launch", "pruned"] and set(kinds(events)) == {"launch", "pruned"}
+  assert "No space left" in events[1].detail["error"]
+  assert same_bits(production.state(), undisturbed)
+
+
 @pytest.mark.netns
 def test_a_full_disk(tmp_path, small_disk, undisturbed):
   """No restart helps: 75, what was saved is whole; with space the same command goes on."""
-  production = Production(tmp_path)
+  production = Production(tmp_path, "[train]\nkeep_checkpoints = 1\n")
   production.wait_for(30)
-  filler = small_disk / "filler"
-  with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-    while file.write(bytes(1 << 14)):
-      pass
+  filler = fill(small_disk)
   filled = time.monotonic()
   code, out = production.end()
   within(filled, 10, "the launch ends, from the disk's filling")

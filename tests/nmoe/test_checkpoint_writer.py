@@ -13,7 +13,7 @@ import torch
 from labs import STEPS, same_bits
 from torch import Tensor
 
-from nmoe.errors import CheckpointError, CommError, DataError, DiskFullError
+from nmoe.errors import CheckpointError, CommError, DataError, DiskFullError, FencedError
 from nmoe.records import checkpoint, metrics
 from nmoe.records.checkpoint import Writer
 from nmoe.train import loop as train
@@ -114,6 +114,61 @@ def test_a_failed_write_is_told_and_raised_once(tmp_path, gate):
   assert checkpoint.steps(tmp_path) == [2]
 
 
+def a_small_disk(monkeypatch, folder: Path, room: int) -> None:
+  """Manifests find no space while there are more than `room` checkpoints."""
+  seal = checkpoint._seal
+
+  def sealed(*arguments):
+    if len(checkpoint.steps(folder)) > room:
+      raise FULL
+    seal(*arguments)
+
+  monkeypatch.setattr(checkpoint, "_seal", sealed)
+
+
+def test_on_a_full_disk_all_but_the_newest_give_way(tmp_path, monkeypatch):
+  """And permanent ones, once; where none can, the error is raised and all stay."""
+  with Writer(tmp_path, 4) as writer:
+    writer.copy(a_state(0))
+    writer.start(0, {"permanent": "every 9 tokens"})
+    for step in (1, 2, 3):
+      save(writer, step)
+    writer.wait()
+    a_small_disk(monkeypatch, tmp_path, 2)
+    save(writer, 4)
+    writer.wait()
+    assert checkpoint.steps(tmp_path) == [0, 3, 4]
+    assert writer.pruned[0][0] == 4 and "No space left on device" in writer.pruned[0][1]
+    a_small_disk(monkeypatch, tmp_path, 1)
+    save(writer, 5)
+    with pytest.raises(DiskFullError, match="step 5 was not written"):
+      writer.wait()
+    assert checkpoint.steps(tmp_path) == [0, 4] and len(writer.pruned) == 1
+    save(writer, 6)
+    with pytest.raises(DiskFullError, match="step 6 was not written"):
+      writer.wait()
+  assert checkpoint.steps(tmp_path) == [0, 4]
+
+
+def test_a_fenced_attempt_deletes_nothing(tmp_path, monkeypatch):
+  asked = []
+
+  def check():
+    asked.append(0)
+    if len(asked) > 2:
+      raise FencedError("attempt 1 writes no more")
+
+  with Writer(tmp_path, 3, fence=checkpoint.Fence(1, check)) as writer:
+    for step in (1, 2):
+      save(writer, step)
+    writer.wait()
+    a_small_disk(monkeypatch, tmp_path, 1)
+    save(writer, 3)
+    with pytest.raises(FencedError):
+      writer.wait()
+  assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_a_failed_write_is_raised_at_the_end(tmp_path, gate):
   gate.error = FULL
   gate.opened.set()
@@ -194,6 +249,26 @@ def fails_on_rank_0(group, folder: str) -> str:
   except CheckpointError as error:
     return str(error)
   return ""
+
+
+def gives_way(group, folder: str) -> list[tuple[int, str]]:
+  """Rank 0's disk is full while there are two checkpoints."""
+  patch = pytest.MonkeyPatch()
+  with Writer(Path(folder), 3, 2 * group.rank(), group) as writer:
+    save(writer, 1)
+    save(writer, 2)
+    writer.wait()
+    a_small_disk(patch, Path(folder), 1)
+    save(writer, 3)
+    writer.wait()
+    return writer.pruned
+
+
+def test_all_ranks_try_once_more(tmp_path):
+  found = ranks.run(gives_way, 2, str(tmp_path))
+  assert [pruned[0][0] for pruned in found] == [3, 3]
+  assert checkpoint.steps(tmp_path) == [2, 3]
+  assert len(stored(tmp_path, 3)) == 5
 
 
 def test_what_fails_on_one_rank_fails_on_all(tmp_path):
