@@ -34,6 +34,7 @@ NO_DATA = Path("")
 STATEMENT = "The machine is fit for this configuration."
 PREFLIGHT = "nmoe.bench.preflight"
 POLL_S = 2.0  # a scheduler is asked this often
+LEAVE_S = 120.0  # a job whose ranks have said all may take this long to leave its queue
 SLOW = 0.9  # of the median rate: slower is a straggler
 STATE_BYTES = 16  # of a parameter in a checkpoint, at most: weight, two moments, fp32 copy
 
@@ -80,18 +81,22 @@ def check(path: Path, console: Console) -> list[Finding]:
 
 
 def elsewhere(config: Config, run_id: str, bench: Workbench, idle: Callable[[], None]) -> Run:
-  """The run of a preflight that the engine's own job executes, once it has an outcome.
+  """The run of a preflight that the engine's own job executes, once it has an outcome and the job
+  is gone: its hosts are free then, and nothing of it writes. It may take LEAVE_S to go.
 
-  RunError if the job is gone without one.
+  RunError if the job is gone without an outcome.
   """
+  deadline = float("inf")
   path = hosts.generate(config, run_id, bench.root, preflight=True)
   gone = hosts.submit(config, path, bench.console)
   while True:
     over = gone()
     found = bench.experiments.run(run_id)
     if found.status in ("completed", "failed"):
-      return found
-    if over:
+      deadline = min(deadline, time.monotonic() + LEAVE_S)
+      if over or time.monotonic() > deadline:
+        return found
+    elif over:
       logs = Root(bench.root).logs(run_id)
       raise RunError(f"run {run_id}: the job ended without an outcome; see {logs}")
     idle()

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from labs import write_variant
@@ -331,6 +332,25 @@ def test_a_preflight_of_two_ranks(lab):
     assert [one["rank"] for one in run.results["ranks"]] == [0, 1]
     found = evidence(configs.load(file, env={}), file, reader, run.code_version)
   assert {one.what: one.lack for one in found}["prod-check"] == ""
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_check_ends_when_its_job_is_gone(lab, monkeypatch, leaves):
+  """Not with the ranks' outcome, while agents are still there; or after LEAVE_S."""
+  run, asked = lab.record(), []
+  lab.records.update_run(run, status="completed")
+
+  def gone():
+    asked.append(0)
+    return leaves and len(asked) == 3
+
+  monkeypatch.setattr(hosts, "generate", lambda *_, **__: None)
+  monkeypatch.setattr(hosts, "submit", lambda *_: gone)
+  monkeypatch.setattr(preflight, "POLL_S", 0.01)
+  monkeypatch.setattr(preflight, "LEAVE_S", 60.0 if leaves else 0.1)
+  bench = SimpleNamespace(root=lab.root, console=None, experiments=lab.records)
+  assert preflight.elsewhere(lab.config, run, bench, lambda: None).id == run
+  assert len(asked) == 3 if leaves else len(asked) > 3
 
 
 def two_hosts(lab, engine: str, **values):
