@@ -1,6 +1,5 @@
 """The target: what a machine must be, and what the error says when it is not."""
 
-import os
 import re
 import subprocess
 import sys
