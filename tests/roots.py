@@ -93,7 +93,8 @@ def fill(root: Path, run: str, rank: int, step: np.ndarray, values: dict[str, np
     db.execute("DELETE FROM metrics")
     db.register("batch", batch)
     db.execute(
-      "INSERT INTO metrics SELECT step, 1000 * step, tag, value, time FROM batch ORDER BY step"
+      "INSERT INTO metrics SELECT step, 1000 * step, tag, coalesce(value, 'NaN'::DOUBLE), time "
+      "FROM batch ORDER BY step"
     )
 
 

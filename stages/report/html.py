@@ -317,9 +317,10 @@ def _provenance(found: Findings, folder: Path) -> str:
 
 
 def _figure(name: str, figure: go.Figure | None) -> str:
-  """A plot's place and its data; plotly.js itself is in the page's head, once."""
+  """A plot's place and its data; plotly.js itself is in the page once, after all of them."""
   if figure is None:
     return ""
   config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
   drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
+  drawn = drawn.replace("<script>", '<script type="module">', 1)
   return f'<div class="figure">{drawn}</div>'

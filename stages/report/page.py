@@ -62,14 +62,16 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def page(title: str, sections: Iterable[str], script: str) -> str:
-  """A whole document that loads nothing: style and script are inside it."""
+  """A whole document that loads nothing: style and script are inside it. The script stands last, so
+  that the text is painted before it is read; what uses it is a module, which runs after it.
+  """
   body = "\n".join(section for section in sections if section)
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     '<link rel="icon" href="data:,">'
-    f"<title>{escape(title)}</title><style>{STYLE}</style><script>{script}</script></head>\n"
-    f"<body>{body}</body></html>\n"
+    f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+    f"<body>{body}\n<script>{script}</script></body></html>\n"
   )
 
 
