@@ -1,0 +1,204 @@
+"""The dashboard in a browser where the root is hostile: markup in names, values that are no
+numbers, files that are cut, exchanged or gone, records that lose an experiment, two who look on.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chrome import chrome
+from roots import curves, fill
+from test_viz_browser import STEPS, Served, start
+
+from nmoe.config import file as configs
+from nmoe.records.experiments import Experiments
+from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Hypothesis
+from nmoe.records.root import Root
+
+pytestmark = pytest.mark.browser
+BASE = Path(__file__).resolve().parents[2] / "configs/moonlet/cpu.toml"
+MARKUP = '<img src=x onerror="window.hit=1"><b>&amp;'
+SIGHT = "document.body.innerText"
+
+
+def made(root, names=("one",), arm="arm", seeds=1):
+  """Experiments of one arm; their runs' ids."""
+  records, ids = Experiments(root), []
+  base = configs.load(BASE, env={})
+  for name in names:
+    claim = Hypothesis(f"{name} holds. {MARKUP}", "val/bpb", "lower", 0.005)
+    experiment = records.create(name, "research", [claim])
+    for seed in range(seeds):
+      run = start(records, experiment, arm, seed, base)
+      fill(root, run, 0, STEPS, curves(STEPS, seed, 0.0, 2))
+      records.update_run(run, status="failed", error=f"step 8: {MARKUP}")
+      ids.append(run)
+  records.close()
+  return ids
+
+
+@pytest.fixture
+def root(tmp_path):
+  return tmp_path / "root"
+
+
+@pytest.fixture
+def serve(root, tmp_path):
+  """The address of a server of the root, started when asked."""
+  servers = []
+
+  def begin():
+    servers.append(Served(root, tmp_path / f"cache-{len(servers)}"))
+    return servers[-1].address
+
+  yield begin
+  for server in servers:
+    server.stop()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+  with chrome(browser, tmp_path / "profile") as page:
+    page.size(1280, 1000)
+    yield page
+
+
+def test_markup_in_names_is_text(root, serve, page):
+  (run,) = made(root, names=(MARKUP,), arm=MARKUP)
+  writer = Metrics(root, run)
+  writer.add(2010, 2_010_000, {f"eval/{MARKUP}/acc": 0.5, f"grad_norm/{MARKUP}": 1.0})
+  writer.flush()
+  log = Root(root).logs(run)
+  log.mkdir(parents=True)
+  (log / "rank_0.txt").write_text(f"step 8 {MARKUP}\x1b[31m\n")
+  address = serve()
+  pages = ["/", f"/run/{run}", f"/run/{run}/router", f"/run/{run}/ranks", f"/prod/{run}"]
+  pages += [
+    f"/compare?a={run}&b={run}",
+    "/experiments",
+    "/experiment/img-src-x-onerror-window-hit-1-b-amp-1",
+  ]
+  for path in pages:
+    page.open(address + path)
+    page.wait("document.querySelector('main > *')")
+    page.wait("!/reading/.test(document.querySelector('main .empty')?.innerText)")
+    if not path.endswith(("/router", "/ranks")) and "/prod/" not in path:
+      page.wait(f"{SIGHT}.includes('onerror=')")
+    assert page.ask("[window.hit === undefined, document.querySelectorAll('main img').length]") == [
+      True,
+      0,
+    ], path
+  page.open(f"{address}/run/{run}")
+  page.wait(f"{SIGHT}.includes('grad_norm/<img') && {SIGHT}.includes('step 8 <img')")
+  assert [e for e in page.errors if "404" not in e] == []
+
+
+def test_values_that_are_no_numbers_are_gaps(root, serve, page):
+  """A loss that is NaN from a step on, one that is NaN throughout, an infinite norm."""
+  first, second = made(root, seeds=2)
+  values = curves(STEPS, 0, 0.0, 2)
+  late = np.where(STEPS > 1000, np.nan, values["train/loss"])
+  norm = np.where(STEPS == 500, np.inf, values["grad_norm/all"])
+  for run, loss in ((first, late), (second, np.full(len(STEPS), np.nan))):
+    Root(root).metrics(run, 0).unlink()
+    fill(root, run, 0, STEPS, values | {"train/loss": loss, "grad_norm/all": norm})
+  address = serve()
+  page.open(f"{address}/?sel={first},{second}&x=step&tags=train/loss,grad_norm/all")
+  page.wait("document.querySelectorAll('.panel[data-y] canvas').length == 2")
+  loss, norms = page.ask(
+    "[...document.querySelectorAll('.panel')].map(p => p.dataset.y.split(',').map(Number))"
+  )
+  assert 2.5 < loss[0] < loss[1] < 6 and 0 < norms[0] < norms[1] < 6
+  for path in (f"/run/{second}", f"/compare?a={first}&b={second}", f"/run/{second}/router"):
+    page.open(address + path)
+    page.wait("document.querySelectorAll('.panel canvas').length >= 2")
+  assert page.errors == []
+
+
+def test_a_file_that_is_cut_and_one_that_is_exchanged_while_watched(root, serve, page):
+  run, other = made(root, seeds=2)
+  address = serve()
+  page.open(f"{address}/run/{run}?x=step")
+  page.wait("document.querySelector('.panel[data-last=\"2000\"] canvas')")
+  file = Root(root).metrics(run, 0)
+  whole = file.read_bytes()
+  file.write_bytes(whole[:9000])
+  page.wait(f"{SIGHT}.includes('cannot be read')", 10)
+  assert page.ask("Boolean(document.querySelector('.panel[data-last=\"2000\"] canvas'))")
+  Root(root).metrics(other, 0).replace(file)
+  writer = Metrics(root, run)
+  writer.add(2020, 2_020_000, {"train/loss": 1.0})
+  writer.flush()
+  page.wait("document.querySelector('.panel[data-last=\"2020\"]')", 10)
+  page.wait(f"!{SIGHT}.includes('cannot be read')", 10)
+
+
+def test_a_root_that_vanishes_and_returns(root, serve, page):
+  made(root, seeds=2)
+  page.open(serve() + "/")
+  page.wait("document.querySelectorAll('tbody tr').length == 2")
+  away = root.with_name("away")
+  root.rename(away)
+  page.wait(f"{SIGHT}.includes('holds no records')", 15)
+  assert page.ask("document.querySelectorAll('tbody tr').length") == 2
+  assert not root.exists(), "a reader makes nothing"
+  away.rename(root)
+  page.wait(f"!{SIGHT}.includes('holds no records')", 15)
+
+
+def test_an_experiment_that_is_deleted_while_it_is_looked_at(root, serve, page, tmp_path):
+  made(root, names=("kept",))
+  before = tmp_path / "before.db"
+  shutil.copy(Root(root).experiments_db, before)
+  gone = made(root, names=("gone",))[0]
+  address = serve()
+  page.open(f"{address}/experiment/gone-1")
+  page.wait(f"{SIGHT}.includes('gone holds.')")
+  before.replace(Root(root).experiments_db)
+  page.wait(f"{SIGHT}.includes(\"no experiment 'gone-1'\")", 15)
+  page.open(f"{address}/run/{gone}")
+  page.wait(f"{SIGHT}.includes(\"no run '{gone}'\")")
+  page.open(f"{address}/?sel={gone}")
+  page.wait("document.querySelectorAll('tbody tr').length == 1")
+  page.press("a")
+  page.wait("document.querySelector('.panel canvas')")
+
+
+def test_no_runs_and_addresses_that_are_none(root, serve, page):
+  Experiments(root).close()
+  address = serve()
+  page.open(address + "/")
+  page.wait(f"{SIGHT}.includes('No runs yet')")
+  for key in ("j", "k", "x", "a", "c", "Enter", "t", "l"):
+    page.press(key)
+  for path, told in (
+    ("/run/%E0%A4%A", "no run"),
+    ("/run/none", "no run 'none'"),
+    ("/experiment/none", "no experiment"),
+    ("/compare?a=none&b=none", "no run"),
+    ("/compare", "Select at least two"),
+    ("/experiments", "No experiments yet"),
+  ):
+    page.open(address + path)
+    page.wait(f"{SIGHT}.includes({told!r})" if "'" not in told else f'{SIGHT}.includes("{told}")')
+  page.open(address + "/?f=(")
+  page.wait(f"{SIGHT}.includes('not a pattern yet')")
+  assert not [error for error in page.errors if "404" not in error]
+
+
+def test_two_browsers_see_the_same_new_line(root, serve, page, browser, tmp_path):
+  (run,) = made(root)
+  address = serve()
+  with chrome(browser, tmp_path / "other") as other:
+    for one, path in ((page, f"/run/{run}?x=step"), (other, f"/?sel={run}&x=step")):
+      one.size(1280, 1000)
+      one.open(address + path)
+      one.wait("document.querySelector('.panel[data-last=\"2000\"] canvas')")
+    writer = Metrics(root, run)
+    writer.add(2010, 2_010_000, {"train/loss": 3.0, "val/bpb": 1.0})
+    writer.flush()
+    for one in (page, other):
+      one.wait("document.querySelector('.panel[data-last=\"2010\"]')", 10)
+      assert one.errors == []
