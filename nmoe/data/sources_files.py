@@ -61,14 +61,15 @@ def _texts(source: FilesSource) -> Documents:
 def _opened(source: FilesSource, path: Path) -> Iterator[tuple[IO[bytes], str]]:
   """A file as it was before its compression, and what an error calls it."""
   where = f"source {source.name!r}: {path}"
-  suffixes = [suffix.lower() for suffix in path.suffixes]
-  packed = [suffix for suffix in suffixes if suffix in PACKED]
+  suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+  ends = suffixes[-2:] if suffixes[-1] in CODECS else suffixes[-1:]
+  packed = [suffix for suffix in ends if suffix in PACKED]
   if packed:
     raise DataError(
       f"{where}: {packed[0]} is not unpacked here; unpack the file, or compress it alone, into one "
       f"of {', '.join(CODECS)}"
     )
-  codec = CODECS.get(suffixes[-1] if suffixes else "")
+  codec = CODECS.get(suffixes[-1])
   with _readable(where), path.open("rb") as raw, _decompressed(raw, codec) as file:
     yield file, where
 

@@ -268,6 +268,12 @@ def test_other_spellings_of_a_compression(tmp_path, suffix):
   assert counts(mixture(tmp_path, ["a.*"]), tmp_path) == (40, {})
 
 
+@pytest.mark.parametrize("name", ["a.z.jsonl", "a.tar.notes.jsonl", "a"])
+def test_a_name_that_only_holds_an_archive_s_is_read(tmp_path, name):
+  (tmp_path / name).write_text(jsonl(GOOD))
+  assert counts(mixture(tmp_path, ["a*"]), tmp_path) == (40, {})
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.xz", "a.zip", "a.tar.gz", "a.TGZ"])
 def test_what_is_packed_otherwise_is_named_before_it_is_read(tmp_path, name):
   """An archive is text to a reader of lines: a header of tar would be a row that may be odd."""
