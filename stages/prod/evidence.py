@@ -1,30 +1,37 @@
 """The gate of a production launch: what must be known before it spends anything.
 
-Experiments that the configuration cites must be confirmed, of stage proxy or ablate, and agree with
-it in identity keys, but for its size. `check ep`, `check resume` and `prod check` of this very
-configuration and code must have passed.
+Experiments that the configuration cites must be confirmed, of stage proxy or ablate, and the
+configuration must be what won: it has the variant's value of every key in which an ablation's arms
+differ, or those of a sweep's transfer.toml, and agrees with a winning run in all other identity
+keys but its size. `check ep`, `check resume` and `prod check` of this very configuration and code
+must have passed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nmoe.config import file as configs
-from nmoe.config.sections import Config, diff, kind
+from nmoe.config.sections import Config, diff, kind, leaves
 from nmoe.errors import NmoeError
 from nmoe.records.reader import Experiment, Reader, Run
+from nmoe.records.root import Root
+from nmoe.tables import parsed
 
 STAGES = ("proxy", "ablate")
-SIZE = (
-  "model.",
-  "moe.num_experts",
-  "moe.expert_dim",
-  "moe.top_k",
+SIZE = (  # may differ: keys, or the start of keys
+  *("model.vocab_size", "model.dim", "model.num_layers", "model.num_dense_layers"),
+  *("model.dense_dim", "model.num_heads", "model.q_lora_rank", "model.kv_lora_rank"),
+  *("model.qk_nope_dim", "model.qk_rope_dim", "model.v_dim", "model.init_std", "model.embed_std"),
+  *("moe.num_experts", "moe.expert_dim", "moe.top_k", "moe.num_groups", "moe.topk_groups"),
   "data.",
-)  # may differ, by prefix
+)
 ASIDE = ("train.seed", "target.", "experiment.")
+TRANSFERRED = ("optim", "scaling", "model")  # the tables of a transfer.toml that are rates
 CHECKS = {  # the start of a check's name -> the command that makes it; of several ranks or any
   "check-resume": "nmoe check resume {path}",
   "check-ep": "nmoe check ep {path}",
@@ -34,11 +41,15 @@ CHECKS = {  # the start of a check's name -> the command that makes it; of sever
 
 @dataclass(frozen=True)
 class Evidence:
-  """One thing that a launch rests on; `lack` says what is missing and what to do, "" if nothing."""
+  """One thing that a launch rests on; `lack` says what is missing and what to do, "" if nothing.
+
+  apart: the keys of size, and where it was run, in which the launch differs from what was shown.
+  """
 
   what: str
   experiment: str  # its id, "" if there is none
   lack: str = ""
+  apart: str = ""
 
 
 def evidence(config: Config, path: Path, records: Reader, code_version: str) -> list[Evidence]:
@@ -64,18 +75,67 @@ def _cited(config: Config, name: str, records: Reader) -> Evidence:
   if cited.verdict != "confirmed":
     verdict = cited.verdict or f"not concluded ({cited.status})"
     return Evidence(name, cited.id, f"is {verdict}; only what was confirmed can be cited")
-  runs = records.runs(cited.id)
-  apart = [_apart(config, run) for run in runs]
-  if all(apart):
-    return Evidence(name, cited.id, f"no arm of it has this configuration's {apart[0]}")
-  return Evidence(name, cited.id)
+  won = _variant(config, cited, records) if cited.stage == "ablate" else _transfer(config, cited)
+  runs = [run for run in records.runs(cited.id) if cited.stage != "ablate" or run.arm == "variant"]
+  if not runs:
+    return Evidence(name, cited.id, "has no run of what won; run it again")
+  if lacking := _lacking(config, won):
+    told = f"confirmed {lacking}; take that over, or cite what confirms the configuration's own"
+    return Evidence(name, cited.id, told)
+  apart = min((_apart(config, run) for run in runs), key=lambda pair: len(pair[0]))
+  if apart[0]:
+    return Evidence(name, cited.id, f"no arm of it has this configuration's {', '.join(apart[0])}")
+  return Evidence(name, cited.id, apart=", ".join(apart[1]))
 
 
-def _apart(config: Config, run: Run) -> str:
-  """The identity keys in which a run differs from the configuration, but for its size."""
-  other = configs.loads(run.toml, f"run {run.id}", env={})
-  keys = [key for key in diff(config, other) if kind(key) == "identity"]
-  return ", ".join(key for key in keys if not key.startswith((*SIZE, *ASIDE)))
+def _variant(config: Config, cited: Experiment, records: Reader) -> dict[str, Any]:
+  """What the confirmed variant of an ablation has in place of its baseline's."""
+  runs = {run.arm: run for run in records.runs(cited.id)}
+  arms = [_config(runs[arm]) for arm in ("baseline", "variant") if arm in runs]
+  if len(arms) < 2:
+    return {}
+  return {
+    key: value
+    for key, (_, value) in diff(*arms).items()
+    if not key.startswith(ASIDE) and (kind(key) != "free" or key == "data.mixture")
+  }
+
+
+def _transfer(config: Config, cited: Experiment) -> dict[str, Any]:
+  """The rates that a sweep found; {} if it wrote none."""
+  path = Root(Path(config.run.root)).report(cited.id) / "transfer.toml"
+  if not path.exists():
+    return {}
+  table = parsed(path.read_text(encoding="utf-8"), str(path))
+  return {
+    f"{section}.{key}": value
+    for section in TRANSFERRED
+    for key, value in table.get(section, {}).items()
+  }
+
+
+def _lacking(config: Config, won: Mapping[str, Any]) -> str:
+  """Those of the winning values that the configuration does not have."""
+  own = leaves(config)
+  return "; ".join(
+    f"{key} = {value!r}, and this has {own[key]!r}"
+    for key, value in won.items()
+    if own[key] != value
+    and not (isinstance(value, float) and math.isclose(own[key], value, rel_tol=1e-9))
+  )
+
+
+def _apart(config: Config, run: Run) -> tuple[list[str], list[str]]:
+  """The identity keys in which a run differs from the configuration: (what makes it another model,
+  its size and where it ran).
+  """
+  keys = [key for key in diff(config, _config(run)) if kind(key) == "identity"]
+  aside = [key for key in keys if key.startswith((*SIZE, *ASIDE))]
+  return [key for key in keys if key not in aside], [key for key in aside if key != "train.seed"]
+
+
+def _config(run: Run) -> Config:
+  return configs.loads(run.toml, f"run {run.id}", env={})
 
 
 def _checked(
@@ -105,5 +165,4 @@ def _checks(name: str, records: Reader) -> Iterator[Experiment]:
 
 
 def _same_model(config: Config, run: Run) -> bool:
-  other = configs.loads(run.toml, f"run {run.id}", env={})
-  return not any(kind(key) == "identity" for key in diff(config, other))
+  return not any(kind(key) == "identity" for key in diff(config, _config(run)))

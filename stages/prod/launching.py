@@ -134,7 +134,8 @@ def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:
   known = {link.from_id for link in bench.experiments.links(experiment.id)}
   for one in found:
     if not one.lack and one.experiment not in known:
-      bench.experiments.link(one.experiment, experiment.id, "supports", one.what)
+      note = f"{one.what}, with another {one.apart}" if one.apart else one.what
+      bench.experiments.link(one.experiment, experiment.id, "supports", note)
   lacking = {one.what: one.lack for one in found if one.lack}
   if lacking:
     records = Attempts(bench.root)
@@ -144,7 +145,8 @@ def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:
 
 def _show_evidence(found: list[Evidence], console: Console) -> None:
   for one in found:
-    text = f"evidence {one.what}: " + (one.lack or f"{one.experiment} passed")
+    passed = f"{one.experiment} passed" + (f", with another {one.apart}" if one.apart else "")
+    text = f"evidence {one.what}: {one.lack or passed}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

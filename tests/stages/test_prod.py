@@ -39,13 +39,12 @@ def records(lab):
   found.close()
 
 
-def conclude(lab, records, stage, name, verdict, code="code", **values):
-  """A concluded experiment with one run; its id."""
+def add_run(lab, records, experiment, arm, code="code", **values):
+  """A completed run of the lab's configuration with keys replaced."""
   config = changed(lab.config, {key.replace("__", "."): value for key, value in values.items()})
-  experiment = records.create(name, stage, (CLAIM,))
   run = records.start_run(
     experiment.id,
-    "arm",
+    arm,
     0,
     toml=configs.to_toml(config),
     fingerprint=fingerprint(config, "data"),
@@ -57,8 +56,27 @@ def conclude(lab, records, stage, name, verdict, code="code", **values):
     target="cpu",
   )
   records.update_run(run.id, status="completed")
+
+
+def conclude(lab, records, stage, name, verdict, code="code", **values):
+  """A concluded experiment with one run, an ablation's variant; its id."""
+  experiment = records.create(name, stage, (CLAIM,))
+  add_run(lab, records, experiment, "variant", code, **values)
   records.conclude(experiment.id, verdict, {})
   return experiment.id
+
+
+def ablate(lab, records, baseline, verdict="confirmed", **variant):
+  """A concluded ablation."""
+  experiment = records.create("better", "ablate", (CLAIM,))
+  add_run(lab, records, experiment, "baseline", **baseline)
+  add_run(lab, records, experiment, "variant", **variant)
+  records.conclude(experiment.id, verdict, {})
+
+
+def of_better(lab, records, **values) -> str:
+  """What a configuration with these keys lacks that cites it."""
+  return lacks(lab, records, prod__evidence=["better"], **values)["better"]
 
 
 def lacks(lab, records, **values) -> dict[str, str]:
@@ -103,6 +121,43 @@ def test_the_gate(lab, records):
   conclude(lab, records, "check", "prod-check-x", "refuted")
   assert "did not pass" in lacks(lab, records)["prod-check"]
   assert "cites no experiment" in lacks(lab, records)["evidence"]
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [("optim__experts", "muon"), ("optim__expert_lr", 3e-3), ("moe__num_experts", 8)],
+)
+def test_a_launch_takes_what_won(lab, records, key, value):
+  """The value that an ablation confirmed, be it of identity, of the schedule or of size; the
+  baseline's is not what was shown. What was refuted is no evidence for either.
+  """
+  ablate(lab, records, {}, **{key: value})
+  dotted = key.replace("__", ".")
+  assert f"confirmed {dotted} = {value!r}, and this has" in of_better(lab, records)
+  assert of_better(lab, records, **{key: value}) == ""
+  ablate(lab, records, {}, "refuted", **{key: value})
+  assert "is refuted" in of_better(lab, records)
+  assert "is refuted" in of_better(lab, records, **{key: value})
+  ablate(lab, records, {key: value})  # and the way back: the variant has the lab's own
+  assert of_better(lab, records) == ""
+  assert f"confirmed {dotted} = " in of_better(lab, records, **{key: value})
+
+
+def test_what_is_not_size_is_the_winner_s(lab, records):
+  ablate(lab, records, {}, optim__experts="muon")
+  wanted = {"optim__experts": "muon"}
+  assert of_better(lab, records, **wanted, model__num_layers=3, moe__expert_dim=16) == ""
+  told = of_better(lab, records, **wanted, model__tie_embeddings=True)
+  assert told == "no arm of it has this configuration's model.tie_embeddings"
+
+
+def test_a_launch_takes_the_rates_of_its_sweep(lab, records):
+  name = conclude(lab, records, "proxy", "better", "confirmed")
+  path = Root(lab.root).report(name) / "transfer.toml"
+  path.parent.mkdir(parents=True)
+  path.write_text("[optim]\nexpert_lr = 0.02\n[evidence]\nrule = 'x'\n")
+  assert "confirmed optim.expert_lr = 0.02, and this has 0.01" in of_better(lab, records)
+  assert of_better(lab, records, optim__expert_lr=0.02) == ""
 
 
 def test_a_launch_without_evidence_starts_nothing(lab):
