@@ -136,6 +136,7 @@ def table_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def show(told: dict[str, Any], console: Console) -> None:
   """Samples, then one table whose last line is the suite's mean."""
+  console.print("greedy text after fixed prompts:")
   for sample in told["samples"]:
     console.print(plain(repr(sample)))
   tasks = table_of(told["values"])
@@ -146,8 +147,12 @@ def show(told: dict[str, Any], console: Console) -> None:
     table.add_row(plain(task), *(_cell(measures, name) for name in COLUMNS), *counts)
   console.print(table)
   console.print(
-    f"{told['seconds']:.1f} s on {told['device']} ({told['arithmetic']}), items {told['items']}; "
-    "± is a standard error; every prompt begins with the separator",
+    "bpb: bits per byte of the right answer; acc: the likeliest answer is right, whole, per "
+    "character, per byte; ±: standard error; every prompt begins with the separator",
+    soft_wrap=True,
+  )
+  console.print(
+    f"{told['seconds']:.1f} s on {told['device']} ({told['arithmetic']}), items {told['items']}",
     soft_wrap=True,
   )
 

@@ -59,9 +59,9 @@ def run(
   recorded(out, facts, check, root)
   for line in check_lines(check):
     console.print(plain(line), soft_wrap=True)
-  size = sum(file.stat().st_size for file in out.iterdir()) / 1e9
-  seconds = time.monotonic() - began
-  console.print(plain(f"{out}: {size:.2f} GB in {seconds:.0f} s"), soft_wrap=True)
+  size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+  shown = f"{size / 1e3:.2f} GB" if size >= 100 else f"{size:.1f} MB"
+  console.print(plain(f"{out}: {shown} in {time.monotonic() - began:.0f} s"), soft_wrap=True)
 
 
 def check_logits(
