@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tempfile
 from contextlib import closing
@@ -15,11 +16,13 @@ from rich.table import Column, Table
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import get as get_tokenizer
-from nmoe.errors import ConfigError, RunError
+from nmoe.errors import ConfigError, RunError, TargetError
 from nmoe.evals.contamination import Contamination, contamination, texts_of
 from nmoe.evals.contamination import write as write_contamination
 from nmoe.evals.requests import read_manifest, read_task
 from nmoe.evals.sources import prepare
+from nmoe.files import replace
+from nmoe.machine import driver
 from nmoe.records.experiments import Experiments
 from nmoe.records.manifests import manifest
 from nmoe.records.reader import Evaluation, Reader
@@ -85,6 +88,7 @@ def run(
   with closing(Reader(root)) as reader:
     found = reader.run(run_id)
   config = configs.loads(found.toml, f"run {found.id}")
+  _check_machine(found.id, config.target.arch)
   step = manifest(step_folder(found.id, step, root))["step"]
   suite = suite or (config.eval.suite if config.eval.suite != "none" else "quick")
   answerable(suite, limit, root)
@@ -108,6 +112,16 @@ def run(
   console.print(plain(f"items: {items}"), soft_wrap=True)
   if out is not None:
     write_csv(out, told["values"])
+
+
+def _check_machine(run_id: str, arch: str) -> None:
+  try:
+    driver.check(arch)
+  except TargetError as error:
+    raise TargetError(
+      f"run {run_id} is evaluated with the arithmetic that it was trained with, and {error}; or "
+      "`nmoe export` it, which needs no GPU, and score the folder by lm_eval"
+    ) from error
 
 
 def _measured(
@@ -167,8 +181,9 @@ def _cell(measures: dict[str, float], name: str) -> str:
 
 def write_csv(path: Path, values: dict[str, float]) -> None:
   """task, measure, value: a line each."""
-  with path.open("w", newline="", encoding="utf-8") as stream:
-    lines = csv.writer(stream)
-    lines.writerow(("task", "measure", "value"))
-    for task, measures in table_of(values).items():
-      lines.writerows((task, name, value) for name, value in measures.items())
+  text = io.StringIO()
+  lines = csv.writer(text, lineterminator="\n")
+  lines.writerow(("task", "measure", "value"))
+  for task, measures in table_of(values).items():
+    lines.writerows((task, name, value) for name, value in measures.items())
+  replace(path, text.getvalue())

@@ -96,12 +96,13 @@ def write_items(path: Path, items: Mapping[str, Items]) -> None:
   columns: dict[str, Any] = {"task": np.repeat(list(items), [len(x.nats) for x in items.values()])}
   for f in fields(Items):
     columns[f.name] = np.concatenate([getattr(x, f.name) for x in items.values()])
+  partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     parquet.write_table(pa.table(columns), partial)
     partial.rename(path)
   except OSError as error:
+    partial.unlink(missing_ok=True)
     raise DataError(f"{path} cannot be written ({error}); make room, then run again") from error
 
 

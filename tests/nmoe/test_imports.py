@@ -315,6 +315,20 @@ def test_what_two_ranks_wrote_survives_export_and_import(lab, tmp_path):
   assert same_bits(back, weights)
 
 
+def test_a_full_disk_leaves_nothing_of_an_import(lab, tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  run = lab.record()
+  lab.attempt(run)
+  out = tmp_path / "hf"
+  export.run(run, out, None, None, 5.0, "tensors", lab.root, Console(quiet=True))
+  monkeypatch.setattr(checkpoint, "_seal", full)
+  with pytest.raises(CheckpointError, match="No space left on device; .* GiB free.; make room"):
+    imports.run(out, tmp_path / "made.toml", lab.root, Console(quiet=True))
+  assert not (tmp_path / "made.toml").exists() and not list(Root(lab.root).imports.iterdir())
+
+
 def test_a_folder_s_tokenizer_comes_along(lab, tmp_path):
   """hf:PATH gives the ids of the byte tokenizer that the export wrote."""
   run = lab.record()

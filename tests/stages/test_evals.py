@@ -6,10 +6,15 @@ import csv
 import json
 from contextlib import closing
 
+import numpy as np
 import pytest
+from pyarrow import parquet
 from rich.console import Console
 
-from nmoe.errors import CheckpointError, DataError
+from nmoe.errors import CheckpointError, DataError, TargetError
+from nmoe.evals import sources
+from nmoe.evals.measure import Items, write_items
+from nmoe.machine import driver
 from nmoe.records.reader import Reader
 from stages import evals
 
@@ -63,6 +68,33 @@ def test_two_ranks_measure_the_same_bits(lab, tmp_path):
   with closing(Reader(lab.root)) as reader:
     (a,), (b,) = reader.evaluations(run), reader.evaluations(pair)
   assert a.results == b.results and a.items == b.items
+
+
+def test_a_run_of_another_machine_is_refused_at_once(lab, tmp_path, monkeypatch):
+  monkeypatch.setattr(driver, "gpus", lambda: ())
+  run = lab.record(target__arch="sm_90a", target__dtype="bf16")
+  with pytest.raises(TargetError, match=f"run {run} .*needs a GPU of .*; or `nmoe export` it"):
+    command(lab, tmp_path, run)
+
+
+def test_a_full_disk_leaves_no_half_of_items_or_answers(lab, tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  path = lab.root / "evals" / "a.parquet"
+  made = Items(*[np.ones(2, dtype=np.int64)] * 8)
+  write_items(path, {"a": made})
+  before = path.read_bytes()
+  with monkeypatch.context() as patched:
+    patched.setattr(parquet.ParquetWriter, "write_table", full)
+    with pytest.raises(DataError, match="a.parquet cannot be written .*No space.*make room"):
+      write_items(path, {"a": made, "b": made})
+  assert [f.name for f in path.parent.iterdir()] == ["a.parquet"] and path.read_bytes() == before
+  source = items(tmp_path)
+  monkeypatch.setattr(sources, "write_items", full)
+  with pytest.raises(DataError, match="evals cannot be written .*No space.*make room"):
+    evals.prep(source, lab.root, Console(quiet=True))
+  assert [f.name for f in path.parent.iterdir()] == ["a.parquet"]
 
 
 def test_what_is_not_there_is_named(lab, tmp_path):
