@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import labs
@@ -16,10 +18,12 @@ from labs import STEPS, Lab, open_lab, options, same_bits
 from torch import Tensor
 
 from nmoe.config import file as configs
+from nmoe.config.plan import plan
 from nmoe.data.loader import Loader, Prefetcher
 from nmoe.data.mixture import phases
 from nmoe.data.prepared import open_data
 from nmoe.distributed.meeting import Meeting
+from nmoe.distributed.parallel import Parallel
 from nmoe.errors import CheckpointError, ConfigError, DataError, DivergedError
 from nmoe.machine.target import select
 from nmoe.model.decoder import Model
@@ -482,3 +486,26 @@ def test_the_loads_of_every_expert_are_logged_and_are_those_of_the_health_tags(l
   c = lab.config
   np.testing.assert_array_equal(counts.sum(1), c.schedule.batch_tokens * c.moe.top_k)
   np.testing.assert_allclose(counts.max(1) / counts.mean(1), list(logged.values()))
+
+
+class Begun(Exception):
+  """The model would be built now."""
+
+
+def test_memory_that_the_heap_holds_already_is_not_missed(lab, monkeypatch):
+  """The heap is in the plan, and allocated before the model: 80 GB cards were refused for it."""
+
+  def model(*_):
+    raise Begun
+
+  config = configs.changed(lab.config, {"launch.ranks": 2, "rdep.group": 2, "train.micro_batch": 4})
+  needed, heap = plan(config).peak_bytes, 1 << 20
+  target = replace(select(lab.config), device=torch.device("cuda"))
+  ranks = Parallel(rdep=SimpleNamespace(heap=SimpleNamespace(nbytes=heap)))
+  monkeypatch.setattr(train, "Model", model)
+  monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - heap, needed))
+  with pytest.raises(Begun):
+    train.build(config, target, ranks)
+  monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - heap - 1, needed))
+  with pytest.raises(ConfigError, match="too much"):
+    train.build(config, target, ranks)
