@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from socket import AF_INET, AF_INET6, create_server, gethostname
+from socket import socket as Socket
 
 import numpy as np
 import uvicorn
@@ -28,7 +31,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from nmoe.errors import NmoeError
+from nmoe.errors import NmoeError, RunError
 from nmoe.records.live import Live, Logged, Snapshot
 from nmoe.records.metrics import COUNT
 from nmoe.records.reader import Experiment, Run
@@ -198,19 +201,28 @@ class Server:
 
 
 def serve(live: Live, host: str, port: int, announce: Callable[[str], None]) -> None:
-  """Answer until the process is interrupted. `announce` gets the address to open."""
+  """Answer until the process is interrupted. `announce` gets the address to open, once there is
+  one. RunError if there can be none.
+  """
   token = new_token(host)
-  query = f"?token={token}" if token else ""
-  name = f"[{host}]" if ":" in host else host
-  announce(f"http://{name}:{port}/{query}")
-  uvicorn.run(
-    Server(live).app(host, token),
-    host=host,
-    port=port,
-    log_level="warning",
-    access_log=False,
-    timeout_graceful_shutdown=1,
-  )
+  with listening(host, port) as socket, suppress(KeyboardInterrupt):
+    name = gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    announce(f"http://{name}:{port}/{f'?token={token}' if token else ''}")
+    app = Server(live).app(host, token)
+    settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
+    uvicorn.Server(uvicorn.Config(app, **settings)).run(sockets=[socket])
+
+
+def listening(host: str, port: int) -> Socket:
+  """RunError where another process listens, or the host is none of this machine."""
+  try:
+    return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET)
+  except OSError as error:
+    why = str(error.strerror).partition(" (while")[0]
+    raise RunError(
+      f"cannot listen on {host} port {port}: {why}; choose another --port, or a --host "
+      "that is an address of this machine"
+    ) from error
 
 
 async def _refused(request: Request, error: NmoeError) -> Response:

@@ -18,6 +18,7 @@ from roots import KILLED, SPILLED, tree_hash, write
 from starlette.testclient import TestClient
 
 from nmoe.config import file as configs
+from nmoe.errors import RunError
 from nmoe.evals.measure import Items, write_items
 from nmoe.evals.requests import read_task
 from nmoe.evals.sources import prepare
@@ -32,7 +33,7 @@ from stages.judge.intervals import student_t
 from stages.viz.answers import _marked
 from stages.viz.columns import joined
 from stages.viz.guard import COOKIE
-from stages.viz.server import PAGES, Server
+from stages.viz.server import PAGES, Server, listening, serve
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 TOML = """[experiment]
@@ -484,6 +485,18 @@ def test_where_others_can_reach_it_a_token_is_asked_for(root, ids, tmp_path):
   assert "HttpOnly" in cookie and "SameSite=strict" in cookie
   assert client.get("/api/runs").status_code == 200, "the cookie lets in"
   assert client.get("/api/runs", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_an_address_is_announced_once_it_is_one(root, tmp_path):
+  """A port that is taken and a host of another machine are refused in words, before that."""
+  told = []
+  with listening("127.0.0.1", 0) as other:
+    port = other.getsockname()[1]
+    with pytest.raises(RunError, match=f"127.0.0.1 port {port}: .*in use; choose another --port"):
+      serve(Live(root, tmp_path / "cache"), "127.0.0.1", port, told.append)
+  with pytest.raises(RunError, match="cannot listen on 203.0.113.7 port 8790"):
+    serve(Live(root, tmp_path / "cache"), "203.0.113.7", 8790, told.append)
+  assert told == []
 
 
 def test_every_answer_carries_its_headers(client):
