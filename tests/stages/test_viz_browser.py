@@ -345,6 +345,27 @@ def test_from_the_runs_to_a_comparison_by_keyboard_alone(page, served, made):
   assert page.errors == []
 
 
+def test_curves_can_be_means_of_what_is_shown(page, served, made):
+  """Of 5 % of the points around each, as NumPy has them; fewer spikes, and the address says so."""
+  page.open(f"{served}/?sel={made[1]['baseline', 0]}&x=step&tags=grad_norm/all")
+  page.wait("document.querySelector('.panel[data-y][data-curves=\"1\"]')")
+  y = np.random.default_rng(0).standard_normal(100)
+  y[[3, 4, 50]] = np.nan
+  script = (
+    "import('/static/charts.js').then(m => [...m.smoothed(%s, 0.05)].map(v => isNaN(v) ? null : v))"
+  )
+  found = page.ask(script % json.dumps(y.tolist()))
+  known = [np.nanmean(y[max(0, i - 2) : i + 3]) if np.isfinite(y[i]) else None for i in range(100)]
+  assert [v is None for v in found] == [v is None for v in known]
+  np.testing.assert_allclose(
+    *([v for v in of if v is not None] for of in (found, known)), rtol=1e-5
+  )
+  page.press("m")
+  page.press("m")
+  page.wait("location.search.includes('mean=5') && document.querySelector('[data-curves=\"2\"]')")
+  assert page.errors == []
+
+
 def test_an_address_gives_the_same_selection_and_zoom_in_a_new_profile(
   browser, page, served, made, tmp_path
 ):

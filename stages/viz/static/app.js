@@ -26,6 +26,7 @@ const PAGES = [
 const OF_RUN = { run: "", router: "/router", ranks: "/ranks" };
 const KEYS = [["/", "filter"], ["j k", "next, previous row"], ["x", "select the row"], ["a n", "select all, none"],
   ["c", "compare what is selected"], ["Enter", "open the row"], ["t", "tokens, steps, time"], ["l", "log scale"],
+  ["m", "means over 1 %, 5 % of what is shown"],
   ["z", "whole range"], ["drag, double click", "zoom, whole range"], ["d", "dark or light"], ["g h", "runs"],
   ["g e", "experiments"], ["?", "this"]];
 

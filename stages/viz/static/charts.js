@@ -159,7 +159,7 @@ export function Lines(props) {
     note.current.style.color = found ? found.curve.color || "" : "";
   };
   useEffect(() => say(null), [props.note]);
-  const shape = JSON.stringify([width > 0, theme, props.log, xKind, height, props.range,
+  const shape = JSON.stringify([width > 0, theme, props.log, xKind, height, props.range, props.smooth,
     curves.map((c) => [c.label, c.color, c.dash, c.width])]);
   const latest = useRef();
   latest.current = props;
@@ -187,9 +187,33 @@ export function Lines(props) {
   </figure>`;
 }
 
+// The mean over `share` of the points around each, of those that are numbers; gaps stay gaps.
+export function smoothed(y, share) {
+  const half = Math.max(1, Math.floor((share * y.length) / 2));
+  const sums = new Float64Array(y.length + 1), counts = new Float64Array(y.length + 1);
+  for (let i = 0; i < y.length; i++) {
+    const known = Number.isFinite(y[i]);
+    sums[i + 1] = sums[i] + (known ? y[i] : 0);
+    counts[i + 1] = counts[i] + (known ? 1 : 0);
+  }
+  return Float32Array.from(y, (v, i) => {
+    const from = Math.max(0, i - half), to = Math.min(y.length, i + half + 1);
+    return Number.isFinite(v) ? (sums[to] - sums[from]) / (counts[to] - counts[from]) : NaN;
+  });
+}
+
+const FEW = 6;  // curves behind whose means the values themselves are drawn, faintly
+
+// The means of curves, over the values of few.
+function means(curves, share) {
+  const behind = curves.length <= FEW ? curves.map((c) => ({ ...c, label: "", alpha: 0.25, mute: true })) : [];
+  return [...behind, ...curves.map((c) => ({ ...c, y: smoothed(c.y, share) }))];
+}
+
 // One panel of /api/series; `style(curve)` gives label and colour of each.
 export function Panel({ panel, style, ...rest }) {
-  const curves = panel.curves.map((curve, i) => ({ ...curve, ...style(curve, i) }));
+  const logged = panel.curves.map((curve, i) => ({ ...curve, ...style(curve, i) }));
+  const curves = rest.smooth ? means(logged, rest.smooth) : logged;
   const skip = /loss|bpb|norm/.test(panel.tag) ? 0.05 : 0;
   return html`<${Lines} x=${panel.x} curves=${curves} title=${rest.title || label(panel.tag)}
     skip=${skip} ...${rest} />`;

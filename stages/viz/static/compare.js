@@ -31,7 +31,7 @@ function Pair({ a, b, query }) {
     <p class="soft">Thick: mean over seeds, with its 95 % Student band. Thin: each seed. Below 0 is lower.</p>
     <div class="panels">${Object.entries(curves).filter(([, c]) => c).map(([tag, c]) => html`
       <${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
-    <h2>Curves</h2><${CurveBar} query=${query} />
+    <h2>Curves</h2><${CurveBar} query=${query} means=${true} />
     <${Curves} a=${state.data.a} b=${state.data.b} names=${names} query=${query} />
     <h2>Evaluation items that flipped</h2><${Flips} path=${path} ids=${[...a, ...b]} names=${names} />
     <h2>Configuration</h2><${Changes} changes=${changes} names=${names} />`;

@@ -45,18 +45,23 @@ export function useKeys(keys) {
 }
 
 const X_ORDER = ["tokens", "step", "time"];
+const MEANS = ["", "1", "5"];  // of the points shown, %
 
 // The keys of every page with curves.
 export const curveKeys = (query) => ({
   t: () => change({ x: X_ORDER[(X_ORDER.indexOf(query.x || "tokens") + 1) % 3], from: "", to: "" }),
   l: () => change({ log: query.log ? "" : 1 }),
   z: () => change({ from: "", to: "" }),
+  m: () => change({ mean: MEANS[(MEANS.indexOf(query.mean || "") + 1) % MEANS.length] }),
 });
 
-export function CurveBar({ query, children }) {
+export function CurveBar({ query, children, means }) {
   return html`<div class="bar">
     <${Choice} name="x" value=${query.x || "tokens"} of=${{ tokens: "tokens", step: "steps", time: "time" }} />
     <button class=${query.log ? "on" : ""} onClick=${() => change({ log: query.log ? "" : 1 })}>log</button>
+    ${means && html`<span class="group" role="group" title="curves as means over a part of what is shown (m)">${MEANS.map((part) => html`
+      <button class=${part === (query.mean || "") ? "on" : ""} aria-pressed=${part === (query.mean || "")}
+        onClick=${() => change({ mean: part })}>${part ? `mean of ${part} %` : "as logged"}</button>`)}</span>`}
     ${query.from && html`<button onClick=${() => change({ from: "", to: "" })}>whole range</button>`}
     ${children}</div>`;
 }
@@ -67,6 +72,7 @@ export function curveProps(query) {
   return {
     xKind: query.x || "tokens",
     log: Boolean(query.log),
+    smooth: ["1", "5"].includes(query.mean) ? +query.mean / 100 : 0,
     range: zoomed ? [+query.from, +query.to] : undefined,
     onZoom: (a, b) => change(a === null ? { from: "", to: "" } : { from: a.toPrecision(6), to: b.toPrecision(6) }),
     sync: "page",

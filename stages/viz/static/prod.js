@@ -29,7 +29,7 @@ export function Production({ id, query, data }) {
     <h2>Attempts</h2><${Attempts} attempts=${p.attempts} />
     <h2>Events</h2><${Events} events=${p.events} />
     <h2>Evidence and checkpoints</h2><${Rests} p=${p} />
-    <h2>Curves</h2><${Starts} starts=${p.starts} /><${CurveBar} query=${query} /><${Curves} id=${id} query=${query} starts=${p.starts} />`;
+    <h2>Curves</h2><${Starts} starts=${p.starts} /><${CurveBar} query=${query} means=${true} /><${Curves} id=${id} query=${query} starts=${p.starts} />`;
 }
 
 // The spans of the wall time one after the other; what an evaluation or a save took is within stepping.

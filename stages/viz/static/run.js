@@ -1,7 +1,7 @@
 // One run: its state, its curves in groups, its configuration, log and provenance.
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
-import { Lines } from "/static/charts.js";
+import { Lines, smoothed } from "/static/charts.js";
 import { at, color, grey, measure, seconds, short, when } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
@@ -44,7 +44,7 @@ export function Run({ id, query, data }) {
     ${run.trouble && html`<p class="notice">${run.trouble}</p>`}
     <${Facts} pairs=${Object.entries(run.measures).filter(([key]) => key in run.results)
       .map(([key, of]) => [of.label, measure(of, run.results[key])])} />
-    <${CurveBar} query=${query} />
+    <${CurveBar} query=${query} means=${true} />
     <${RunCurves} run=${run} query=${query} />
     <${Starts} starts=${run.starts} />
     <${Evaluations} run=${run} />
@@ -109,9 +109,11 @@ function RunCurves({ run, query }) {
 function Group({ title, panels, errors, starts, planned, query }) {
   const x = Float64Array.from([...new Set(panels.flatMap((p) => [...p.x]))].sort((a, b) => a - b));
   const place = new Map([...x].map((v, i) => [v, i]));
+  const share = curveProps(query).smooth;
   const curves = panels.filter((p) => p.curves.length).map((p, i) => {
     const y = new Float32Array(x.length).fill(NaN);
-    p.x.forEach((v, k) => { y[place.get(v)] = p.curves[0].y[k]; });
+    const of = share && p.x.length > 40 ? smoothed(p.curves[0].y, share) : p.curves[0].y;
+    p.x.forEach((v, k) => { y[place.get(v)] = of[k]; });
     return { y, label: p.tag, color: color(i), dash: [], points: p.x.length < 40, width: i && p.x.length < 60 ? 2 : 1, last: p.curves[0].last?.[1] };
   });
   if (planned) {

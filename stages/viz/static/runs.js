@@ -159,16 +159,23 @@ function Curves({ runs, query, panels }) {
   const styleOfRun = (curve) => ({ ...style(curve), dash: dash(ids.indexOf(curve.run)) });
   const arms = armColors(runs), dashes = armDashes(runs);
   if (!ids.length) return html`<p class="empty">Select runs with <kbd>x</kbd> or a click to see their curves.</p>`;
-  return html`<div><${CurveBar} query=${query}>
+  return html`<div><${CurveBar} query=${query} means=${true}>
       <button class=${query.by === "run" ? "on" : ""}
         onClick=${() => change({ by: query.by === "run" ? "" : "run" })}>colour by run</button>
       <input class="filter" placeholder="panels: tags, with commas" aria-label="panels" value=${query.tags || ""}
         onChange=${(e) => change({ tags: e.target.value.replace(/\s/g, "") })} /><//>
-    ${query.by !== "run" && html`<${Legend} entries=${Object.entries(arms).map(([arm, tone]) => [arm, tone, dashes[arm]])} />`}
+    ${query.by !== "run" && html`<${Legend} entries=${legend(arms, dashes)} />`}
     ${state.error && html`<p class="notice bad">${state.error}</p>`}
     <div class="panels" data-ready=${state.data ? "yes" : "no"}>${(state.data || []).map((panel) => html`
       <${Panel} key=${panel.tag} panel=${panel} style=${query.by === "run" ? styleOfRun : style}
         ...${curveProps(query)} />`)}</div></div>`;
+}
+
+// An entry an arm; the baselines, all grey, have one together.
+function legend(arms, dashes) {
+  const others = Object.entries(arms).filter(([arm]) => !arm.endsWith("/baseline")).map(([arm, tone]) => [arm, tone, dashes[arm]]);
+  const base = Object.entries(arms).find(([arm]) => arm.endsWith("/baseline"));
+  return base ? [["baseline", base[1]], ...others] : others;
 }
 
 export const Verdict = ({ e }) => html`<${Badge} kind=${e.verdict || e.status} />`;
