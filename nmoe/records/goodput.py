@@ -97,6 +97,19 @@ class Account:
     return self.seconds["stepping"] / busy if busy > 0 else 0.0
 
   @property
+  def failures(self) -> int:
+    """Restarts of the ranks, and attempts that ended without having saved."""
+    over = [a for a in self.attempts if a.outcome or a is not self.attempts[-1]]
+    lost = sum(a.outcome in ("crashed", "no progress", "") for a in over)
+    return lost + sum(event.kind == "restart" for event in self.events)
+
+  @property
+  def mttf_s(self) -> float | None:
+    """Mean time to failure of what ran, between attempts aside; None: there was no failure."""
+    ran = self.wall_s - self.seconds["queued"] - self.seconds["stopped"]
+    return ran / self.failures if self.failures else None
+
+  @property
   def left_s(self) -> float | None:
     """To the end, at the pace so far with all losses but the time between attempts; None: not known
     or over.

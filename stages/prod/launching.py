@@ -33,7 +33,7 @@ from stages.launch.display import Display, Line
 from stages.prod import hosts
 from stages.prod.attempt import DONE, End, begin, newest_step, settle
 from stages.prod.evidence import Evidence, evidence
-from stages.prod.plan import advice
+from stages.prod.plan import advice, stall_of, young
 from stages.runs import Work, taken_up, under_way
 from stages.workbench import Arm, Workbench, hypothesis_of
 
@@ -280,6 +280,7 @@ def status(run_id: str | None, root: Path, console: Console) -> int:
     table.add_row(str(a.number), a.engine, str(len(a.nodes)), *steps, a.outcome or "under way")
   console.print(table)
   _show_goodput(found, console)
+  _show_failures(found, config, console)
   for event in events[-10:]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
     text = f"{when} attempt {event.attempt} step {event.step}: {event.kind} {event.detail or ''}"
@@ -293,6 +294,18 @@ def _show_goodput(found: Production, console: Console) -> None:
   if found.left_s is not None:
     text += f"; {timedelta(seconds=round(found.left_s))} left at this pace"
   console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_failures(found: Production, config: Config, console: Console) -> None:
+  """How often it failed, and the interval of checkpoints that this asks for."""
+  if found.mttf_s is None or found.step == 0:
+    return
+  interval_s = young(stall_of(config, found.run).value, found.mttf_s)
+  steps = max(1, round(interval_s * found.step / max(found.seconds["stepping"], 1e-9)))
+  each = timedelta(seconds=round(found.mttf_s))
+  told = f"{found.failures} failures, one in {each}; by Young's formula "
+  told += f"train.checkpoint_every = {steps}, it is {config.train.checkpoint_every}"
+  console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def health(run: Run, age_s: float, stale_s: float) -> int:

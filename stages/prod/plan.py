@@ -1,13 +1,16 @@
 """`nmoe prod plan`: what a production run takes, before anything starts. Does not import torch.
 
-The interval between checkpoints is Young's first-order optimum (1974): W = sqrt(2 · stall · MTTF),
-at least twice the time a write takes. Hosts fail 6.5 times in 1,000 days each (arXiv 2410.21680).
+The interval between checkpoints is Young's first-order optimum (1974): W = sqrt(2 · stall · MTTF).
+The mean time to failure is that of an earlier launch of the model on as many ranks, from its
+events; without failures there a host fails 6.5 times in 1,000 days (arXiv 2410.21680).
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ from nmoe.config import plan as plans
 from nmoe.config.sections import Config, diff, kind
 from nmoe.errors import NmoeError
 from nmoe.records import metrics
+from nmoe.records.attempts import History
+from nmoe.records.goodput import production
 from nmoe.records.provenance import provenance
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
@@ -45,13 +50,13 @@ class Figure:
 class Plan:
   """What a run takes. `rate` is None, and what follows from it NaN, if nothing is known of it.
 
-  rate in tokens/s, stall and interval in seconds, sizes in bytes.
+  rate in tokens/s, stall, mttf (mean time to failure) and interval in seconds, sizes in bytes.
   """
 
   config: Config
   rate: Figure | None
   stall: Figure
-  mttf_s: float
+  mttf: Figure
   interval_s: float
   checkpoint_bytes: int
   evidence: list[Evidence]
@@ -74,7 +79,7 @@ class Plan:
 
   def share(self, interval_s: float) -> float:
     """Of the time that trains: 1 - stall / W - (W / 2 + restart) / MTTF."""
-    return 1 - self.stall.value / interval_s - (interval_s / 2 + RESTART_S) / self.mttf_s
+    return 1 - self.stall.value / interval_s - (interval_s / 2 + RESTART_S) / self.mttf.value
 
   @property
   def storage_rate(self) -> float:
@@ -93,12 +98,12 @@ def plan(config: Config, path: Path, rate: float = 0.0) -> Plan:
   """
   found, runs = _records(config, path)
   measured = _measured(config, runs)
-  stall = _stall(config, measured[1] if measured else None)
-  mttf_s = 1 / (HOST_FAILURES * config.nodes)
-  interval_s = math.sqrt(2 * stall.value * mttf_s)
+  stall = stall_of(config, measured[1] if measured else None)
+  mttf = _mttf(config, runs)
+  interval_s = young(stall.value, mttf.value)
   speed = Figure(rate, "given") if rate else measured[0] if measured else _assumed(config)
   size = plans.checkpoint_bytes(config)
-  return Plan(config, speed, stall, mttf_s, interval_s, size, found)
+  return Plan(config, speed, stall, mttf, interval_s, size, found)
 
 
 def _records(config: Config, path: Path) -> tuple[list[Evidence], list[Run]]:
@@ -147,7 +152,33 @@ def _assumed(config: Config) -> Figure | None:
   return Figure(rate, f"assumed: {MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s a GPU, nothing measured")
 
 
-def _stall(config: Config, run: Run | None) -> Figure:
+def young(stall_s: float, mttf_s: float) -> float:
+  """Seconds between checkpoints."""
+  return math.sqrt(2 * stall_s * mttf_s)
+
+
+def _mttf(config: Config, runs: list[Run]) -> Figure:
+  """Of the newest run of this model and ranks that has had a failure, by its hosts and these."""
+  launched = _launched(config) if runs else set()
+  for run in runs:
+    if run.id not in launched or not _alike(config, run):
+      continue
+    found = production(Path(config.run.root), run.id)
+    if found.mttf_s is not None:
+      own = configs.loads(run.toml, f"run {run.id}", env={}).nodes
+      told = f"{found.failures} failures of run {run.id}"
+      return Figure(found.mttf_s * own / config.nodes, told)
+  told = f"a host fails every {1 / HOST_FAILURES / 86400:,.0f} days"
+  return Figure(1 / (HOST_FAILURES * config.nodes), told)
+
+
+def _launched(config: Config) -> set[str]:
+  """The production runs of the root."""
+  with closing(History(Path(config.run.root))) as records:
+    return {run.id for one in records.list() if one.stage == "prod" for run in records.runs(one.id)}
+
+
+def stall_of(config: Config, run: Run | None) -> Figure:
   """Seconds that a checkpoint stops the steps."""
   if run is not None:
     found = metrics.read(Path(config.run.root), run.id, ["checkpoint/stall_s"])
@@ -190,13 +221,13 @@ def _time(p: Plan, path: Path) -> list[tuple[str, str, str]]:
     return [("machines", on, "launch.*"), ("tokens/s", "not known", remedy)]
   hours, share = p.train_s / 3600, p.share(p.interval_s)
   work = f"{c.schedule.trained_tokens:,} tokens, {p.step_s:.3g} s a step"
-  hosts = f"a host fails every {1 / HOST_FAILURES / 86400:,.0f} days"
+  each = timedelta(seconds=round(p.mttf.value))
   return [
     ("machines", on, "launch.*"),
     ("tokens/s", f"{p.rate.value:,.0f}", p.rate.source),
     ("days", f"{hours / 24 / share:,.2f}", work),
     ("device hours", f"{hours * c.launch.ranks / share:,.1f}", f"{share:.2%} of the time trains"),
-    ("failures", f"{p.train_s / p.mttf_s:.2g}", f"one in {p.mttf_s / 3600:,.0f} h: {hosts}"),
+    ("failures", f"{p.train_s / p.mttf.value:.2g}", f"one in {each}: {p.mttf.source}"),
   ]
 
 

@@ -117,6 +117,7 @@ def test_every_second_is_in_one_bucket(history):
   )
   assert sum(found.seconds.values()) == pytest.approx(found.wall_s)
   assert found.goodput == pytest.approx(50.5 / 170) and found.ettr == pytest.approx(50.5 / 140)
+  assert found.failures == 2 and found.mttf_s == (170 - 30 - 17) / 2  # of what was not between
   assert found.checkpoints == [10, 20, 30, 40, 60] and found.left_s is None
   edges = [(a.end, b.begin) for a, b in zip(found.spans, found.spans[1:], strict=False)]
   assert all(end == begin for end, begin in edges)
@@ -130,6 +131,7 @@ def test_a_live_run_is_counted_to_now(history):
   history.save(120.0, 10)
   found = production(history.root, history.id, now=131.0)
   assert found.wall_s == 31.0 and found.seconds["stepping"] == 20.5
+  assert found.failures == 0 and found.mttf_s is None
   assert found.left_s == pytest.approx((6144 - 1000) * 31.0 / 1000)
 
 
@@ -155,6 +157,7 @@ def test_a_killed_launch_is_nobodys_queue(history):
   history.end(161.0, second, "crashed")
   found = production(history.root, history.id)
   assert found.seconds["lost steps"] == 5 and found.seconds["stopped"] == 35
+  assert found.failures == 2
 
 
 def test_the_heartbeat_tells_the_state(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,17 @@ from rich.console import Console
 from nmoe.config import file as configs
 from nmoe.config.file import changed
 from nmoe.config.plan import checkpoint_bytes
+from nmoe.config.sections import fingerprint
 from nmoe.errors import ConfigError
 from nmoe.records import checkpoint
+from nmoe.records.attempts import Attempts
 from nmoe.records.experiments import Experiments
+from nmoe.records.goodput import production
 from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Hypothesis
 from nmoe.records.root import Root
 from stages.prod import launching
+from stages.prod.attempt import begin
 from stages.prod.plan import plan, show
 
 REPO = Path(__file__).parents[2]
@@ -36,7 +42,7 @@ def on_gpus(nodes: int, root: Path):
 def test_youngs_interval(tmp_path, nodes, hours, minutes):
   """sqrt(2 · 5 s · MTTF) at 6.5 failures in 1,000 days of a host, worked out by hand."""
   found = plan(on_gpus(nodes, tmp_path), tmp_path / "c.toml")
-  assert found.mttf_s / 3600 == pytest.approx(hours, rel=0.01)
+  assert found.mttf.value / 3600 == pytest.approx(hours, rel=0.01)
   assert found.interval_s / 60 == pytest.approx(minutes, rel=0.02)
   assert found.interval_steps == round(found.interval_s / found.step_s)
   best = found.share(found.interval_s)  # the optimum of what it costs
@@ -76,6 +82,47 @@ def test_speed_and_stall_are_measured_ones(lab):
   assert plan(lab.config, lab.file, 500.0).step_s == 1.024
   other = changed(lab.config, {"model.dim": 64})
   assert plan(other, lab.file).rate is None
+
+
+def test_failures_are_those_of_an_earlier_launch(lab):
+  """On half as many hosts half as often; `status` says what interval they ask for."""
+  values = {"launch.ranks": 2, "schedule.batch_tokens": 1024, "schedule.warmup_tokens": 0}
+  values |= {"schedule.decay_tokens": 0, "rdep.group": 1, "train.checkpoint_every": 2}
+  one_host = changed(lab.config, values)
+  two_hosts = changed(one_host, {"launch.ranks_per_node": 1, "launch.engine": "slurm"})
+  assert "a host fails every 154 days" in plan(one_host, lab.file).mttf.source
+  with closing(Attempts(lab.root)) as records:
+    experiment = records.create("prod", "prod", (Hypothesis("It trains.", "val/bpb", "none", 0.0),))
+    run = records.start_run(
+      experiment.id,
+      "production",
+      0,
+      toml=configs.to_toml(two_hosts),
+      fingerprint=fingerprint(two_hosts, "data"),
+      data_digest="data",
+      code_version="code",
+      commit="",
+      diff="",
+      environment={},
+      target="cpu",
+    )
+    number = begin(lab.root, run.id, "slurm", nodes=["a", "b"])
+    for step in (0, 0, 4):
+      records.started(run.id, number, step, "a")
+    rows = Metrics(lab.root, run.id)
+    rows.add(4, 4096, {"train/loss": 1.0, "checkpoint/stall_s": 0.2})
+    rows.flush()
+    records.update_run(run.id, status="interrupted", results={"train/tokens_per_s": 1000.0})
+    records.end(run.id, number, outcome="crashed", exit_status=75, step=4)
+  mttf_s = production(lab.root, run.id).mttf_s
+  found = plan(one_host, lab.file)
+  assert found.mttf.value == pytest.approx(2 * mttf_s) and mttf_s > 0
+  assert found.mttf.source == f"3 failures of run {run.id}"
+  assert found.interval_s == pytest.approx((2 * 0.2 * 2 * mttf_s) ** 0.5)
+  out = io.StringIO()
+  launching.status(run.id, lab.root, Console(file=out, width=200))
+  assert "3 failures, one in 0:00:0" in out.getvalue()
+  assert "by Young's formula train.checkpoint_every = " in out.getvalue()
 
 
 @pytest.mark.parametrize("path", PROD, ids=lambda path: path.stem)
