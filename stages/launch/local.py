@@ -291,9 +291,12 @@ def child_command(module: str, arguments: Sequence[str]) -> list[str]:
 def child_environment(root: Path, config: Config, devices: str = "") -> dict[str, str]:
   """This process's environment with what a rank needs: our code, its kernels' settings, its GPUs.
 
-  gloo listens on the loopback interface alone: all ranks share this host.
+  gloo listens on the loopback interface alone: all ranks share this host. OpenMP's threads sleep
+  while they wait: those that spin take the cores from whom they wait for, as soon as another
+  process wants them too.
   """
   env = parent_environment()
+  env.setdefault("OMP_WAIT_POLICY", "passive")
   env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO), env.get("PYTHONPATH"))))
   env.setdefault("GLOO_SOCKET_IFNAME", "lo")
   if config.target.arch != "cpu":
