@@ -268,7 +268,10 @@ def evaluate(
     str | None,
     typer.Option(help="quick, olmes, core, bigbench, short or a .toml file. Default: the run's."),
   ] = None,
-  limit: Annotated[int, typer.Option(min=0, help="Documents of a task. 0: the suite's.")] = 0,
+  limit: Annotated[
+    int,
+    typer.Option(min=0, help="Documents of a task. 0: the suite's, of the run's suite its own."),
+  ] = 0,
   out: Annotated[Path | None, typer.Option(help="Write the numbers here too (CSV).")] = None,
   root: Root = ROOT,
 ) -> None:

@@ -84,13 +84,18 @@ def run(
   root: Path,
   console: Console,
 ) -> None:
-  """Evaluate a run's checkpoint, the newest if no step is named; record it and show it."""
+  """Evaluate a run's checkpoint, the newest if no step is named; record it and show it.
+
+  suite None: the run's own, with its own limit, or "quick" if it has none.
+  """
   with closing(Reader(root)) as reader:
     found = reader.run(run_id)
   config = configs.loads(found.toml, f"run {found.id}")
   _check_machine(found.id, config.target.arch)
   step = manifest(step_folder(found.id, step, root))["step"]
-  suite = suite or (config.eval.suite if config.eval.suite != "none" else "quick")
+  if suite is None and config.eval.suite != "none":
+    suite, limit = config.eval.suite, limit or config.eval.limit
+  suite = suite or "quick"
   answerable(suite, limit, root)
   if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
     raise ConfigError(f"--out {out} is no file of a folder that is there; name another")

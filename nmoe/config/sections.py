@@ -222,7 +222,8 @@ class TrainConfig:
 class EvalConfig:
   """A suite of downstream tasks inside a run (nmoe.evals.suites). It changes no bit of training."""
 
-  suite: str = free("none")  # "quick", "olmes", "short", a .toml file, of here; "none": nothing
+  # "quick", "olmes", "short", or a .toml file, relative to this one; "none": nothing
+  suite: str = free("none")
   every: int = free(0, ge=0)  # steps; 0: only at the end
   limit: int = free(0, ge=0)  # documents of a task; 0: the suite's own
 

@@ -57,6 +57,19 @@ def test_a_checkpoint_is_measured_recorded_and_shown(lab, tmp_path):
   assert rows["pairs", "bpb"] == last["eval/pairs/bpb"]
 
 
+def test_a_run_s_own_suite_has_its_own_limit(lab, tmp_path):
+  evals.prep(items(tmp_path), lab.root, Console(quiet=True))
+  run = lab.record(eval__suite=str(tmp_path / "mine.toml"), eval__limit=5)
+  lab.attempt(run)
+  evals.run(run, None, None, 0, None, lab.root, Console(quiet=True))
+  evals.run(run, None, None, 7, None, lab.root, Console(quiet=True))
+  with closing(Reader(lab.root)) as reader:
+    own, other = reader.evaluations(run)
+  results = lab.run(run).results
+  assert own.items == results["eval/items"] != other.items
+  assert own.results["eval/mine/bpb"] == results["eval/mine/bpb"]
+
+
 def test_two_ranks_measure_the_same_bits(lab, tmp_path):
   evals.prep(items(tmp_path), lab.root, Console(quiet=True))
   run, pair = lab.record(), lab.record(launch__ranks=2, train__micro_batch=4)

@@ -179,7 +179,7 @@ UNFIT = {  # what is in the baseline's [eval]: what is said
   "": 'is not measured in arm baseline, whose .eval. suite is "none"; give all arms the same',
   'suite = "other.toml"': "is not measured in arm baseline, whose .eval. suite is .*other.toml",
   'suite = "mine.toml"\nlimit = 3': "asked all documents of pairs, baseline the first 3 doc",
-  'suite = "gone.toml"': "gone.toml: cannot be read",
+  'suite = "gone.toml"': "gone.toml: the suite cannot be read",
 }
 
 
