@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from nmoe.errors import ConfigError
+
 STALE_S = 3600.0  # nobody writes one file for so long
 
 
@@ -23,9 +25,14 @@ def sha256(path: Path) -> str:
 
 def resolved(path: str | Path) -> Path:
   """Absolute, without links; a leading ~ is a home folder. Of a circle of links: the path itself,
-  which the first use of it refuses.
+  which the first use of it refuses. ConfigError for a relative one in a folder that is gone.
   """
-  return Path(os.path.realpath(os.path.expanduser(path)))
+  try:
+    return Path(os.path.realpath(os.path.expanduser(path)))
+  except FileNotFoundError as error:
+    raise ConfigError(
+      f"{path} is of the current folder, which is gone; go to another, or name a whole path"
+    ) from error
 
 
 def existing(path: Path) -> Path:

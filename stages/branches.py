@@ -1,6 +1,9 @@
 """Runs that begin with a checkpoint of another run: one trunk, and a decay wherever it is wanted.
 
-A branch is the same model on the same data, from the next sample on, under another schedule.
+A branch is the same model, from the next sample on, under another schedule. Up to its checkpoint
+the data are its trunk's; from there on it may read more sources, in other shares: a decay on other
+text is a mixture with that text behind the trunk's sources, data.weights with a 0 for it, and a row
+of data.weights_from.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from dataclasses import replace
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, kind
+from nmoe.data.history import History, read_before
+from nmoe.data.prepared import CYCLE, open_data, shares
 from nmoe.errors import ConfigError
 from nmoe.records.manifests import digest, manifest, steps
 from nmoe.records.reader import Branch, Run
@@ -18,12 +23,15 @@ from nmoe.train.schedule import end_of, lr_factor, tokens_of
 from stages.text import plain
 from stages.workbench import Arm, Workbench
 
+WEIGHTS = "data.weights"  # another, if it says the same of what was read
+DATA = {WEIGHTS, "data.mixture", "data.weights_from", "data.holes"}
+
 
 def branched(arm: Arm, checkpoints: Sequence[str], bench: Workbench) -> Arm:
   """The arm with runs that begin with these checkpoints, RUN or RUN@STEP, at the seeds of RUN.
 
-  ConfigError, which names all that keeps one from going on: other identity keys, other data, no
-  such step, nothing left to train, two of one seed.
+  ConfigError, which names all that keeps one from going on: other identity keys, other data before
+  the checkpoint, no such step, nothing left to train, two of one seed.
   """
   branches: dict[int, Branch] = {}
   for text in checkpoints:
@@ -39,33 +47,66 @@ def branched(arm: Arm, checkpoints: Sequence[str], bench: Workbench) -> Arm:
 def _branch(arm: Arm, trunk: Run, step: str, bench: Workbench) -> Branch:
   folder = Root(bench.root).checkpoints(trunk.id)
   there = steps(folder)
-  number = there[-1] if there and not step else int(step) if step.isdecimal() else -1
+  named = {str(one): one for one in there}
+  number = there[-1] if there and not step else named.get(step.lstrip("0") or step, -1)
   if number not in there:
     raise ConfigError(
       f"--from {trunk.id}@{step}: the run has checkpoints of steps {_listed(there)}; name one of "
       "them (train.checkpoint_every and train.keep_checkpoints say which are kept)"
     )
   written = manifest(folder / f"step_{number:08d}")
-  now = arm.at_seed(trunk.seed)
-  differing = diff(configs.loads(written["config"], f"run {trunk.id}"), now)
-  pairs = {key: pair for key, pair in differing.items() if kind(key) == "identity"}
-  if trunk.data_digest != arm.data.name:
-    pairs["the prepared data"] = (trunk.data_digest, arm.data.name)
+  then, now = configs.loads(written["config"], f"run {trunk.id}"), arm.at_seed(trunk.seed)
+  differing = diff(then, now)
+  pairs = {key: p for key, p in differing.items() if kind(key) == "identity" and key != WEIGHTS}
   if pairs:
     told = "; ".join(f"{key}: {then!r} there, {here!r} here" for key, (then, here) in pairs.items())
     raise ConfigError(
-      f"--from {trunk.id}: a run goes on as the same model on the same data, but {told}; restore "
-      "these, or train from the first step"
+      f"--from {trunk.id}: a run goes on as the same model, but {told}; restore these, or train "
+      "from the first step"
     )
   tokens = tokens_of(written)
+  changed = {
+    key: pair for key, pair in differing.items() if kind(key) == "schedule" or key == WEIGHTS
+  }
+  if trunk.data_digest != arm.data.name:
+    changed["data.mixture"] = (trunk.data_digest, arm.data.name)
+  if changed.keys() & DATA:
+    _check_history(trunk, then, arm, now, tokens, bench)
   if end_of(number, tokens, now.schedule).step == number:
     raise ConfigError(
       f"--from {trunk.id}@{number}: it was trained on {tokens:,} tokens, and "
       f"schedule.total_tokens = {now.schedule.total_tokens:,} leaves no whole batch of "
       f"{now.schedule.batch_tokens:,}; raise it: it counts those tokens too"
     )
-  changed = {key: pair for key, pair in differing.items() if kind(key) == "schedule"}
   return Branch(trunk.id, number, tokens, digest(written), changed)
+
+
+def _check_history(
+  trunk: Run, then: Config, arm: Arm, now: Config, tokens: int, bench: Workbench
+) -> None:
+  """ConfigError unless the arm's data and weights are the trunk's up to `tokens` tokens."""
+  theirs = open_data(Root(bench.root).data / trunk.data_digest, verify=False)
+  ours = open_data(arm.data, verify=False)
+  before, wanted = read_before(theirs, then, tokens), read_before(ours, now, tokens)
+  if before == wanted:
+    return
+  weights = dict(zip((s.name for s in theirs.sources), then.data.weights, strict=False))
+  told = ", ".join(f"{name} {share:.6g}" for name, share in shares(theirs, weights or None).items())
+  raise ConfigError(
+    f"--from {trunk.id}: it has read {tokens:,} tokens of {_sources(before)}, this would have read "
+    f"{_sources(wanted)}: keep its sources, new ones behind them, with data.weights ({told}, 0 for "
+    f"new ones), its data.weights_from and data.holes up to there; what changes is a row of "
+    f"data.weights_from, [{tokens}, ...] or later"
+  )
+
+
+def _sources(history: History) -> str:
+  """For people: the sources of each phase with their shares."""
+  said = []
+  for first, of in history.phases:
+    each = (f"{name} ({digest[:8]}) {n / CYCLE:.4g}" for name, digest, _, n in of)
+    said.append(f"from sample {first} on {', '.join(each)}")
+  return "; ".join(said) + f" without samples {list(history.holes)}" * bool(history.holes)
 
 
 def _listed(steps: Sequence[int]) -> str:

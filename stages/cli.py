@@ -19,6 +19,7 @@ from nmoe.files import resolved
 from nmoe.records.root import DEFAULT_ROOT
 from stages.text import visible
 
+NARROWEST, USUAL = 20, 80  # columns: one that says 0 would show nothing, and say so to nobody
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -549,7 +550,8 @@ def _numbers(ranks: str) -> list[int]:
 def _console():
   from rich.console import Console
 
-  return Console()
+  found = Console()
+  return found if found.width >= NARROWEST else Console(width=USUAL)
 
 
 if __name__ == "__main__":

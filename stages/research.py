@@ -18,9 +18,11 @@ from stages.branches import branched
 from stages.judge import single
 from stages.judge.table import Judgement
 from stages.launch.display import Display
-from stages.runs import carrying
+from stages.runs import carrying, changes
 from stages.study import Study, carry_out
 from stages.workbench import Arm, Workbench, hypothesis_of, seeds_of
+
+LOSS = "train/loss"
 
 
 def run(path: Path, seeds: int | None, console: Console, checkpoints: Sequence[str] = ()) -> Path:
@@ -56,6 +58,7 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
   old = Reader(root).run(run_id)
   if old.status != "completed":
     raise RunError(f"run {run_id} is {old.status}; only a completed run can be repeated")
+  losses(root, old)
   with Workbench.open(str(root), console, anew=True) as bench:
     if old.code_version != bench.code_version:
       raise RunError(
@@ -77,9 +80,22 @@ def _repeated(bench: Workbench, old: Run) -> Path:
     bench.experiments.link(work.experiment.id, first.id, "repeats", f"of run {old.id}")
     new = work.repeat(arm, old.seed, display)
     work.check([new])
-    tag = "train/loss"
-    before, after = (read(bench.root, run.id, [tag])[tag][2] for run in (old, new))
+    before, after = (losses(bench.root, run) for run in (old, new))
     equal = np.array_equal(before, after, equal_nan=True)
     reason = f"{len(before)} logged losses, " + ("bit-identical" if equal else "not identical")
-    judgement = Judgement("confirmed" if equal else "refuted", reason, {"of": old.id})
+    others = changes(old)
+    verdict = "confirmed" if equal else "inconclusive" if others else "refuted"
+    reason += f", under other versions or on another host: {'; '.join(others)}" if others else ""
+    judgement = Judgement(verdict, reason, {"of": old.id})
     return work.conclude(judgement, [new], summary=True)
+
+
+def losses(root: Path, run: Run) -> np.ndarray:
+  """Those that a run has logged. RunError if there are none to compare."""
+  found = read(root, run.id, [LOSS])
+  if LOSS not in found:
+    raise RunError(
+      f"run {run.id} has no logged {LOSS} (no {Root(root).metrics(run.id, 0)}): there is nothing "
+      "to compare; restore the file"
+    )
+  return found[LOSS][2]

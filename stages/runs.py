@@ -15,6 +15,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import RunError
 from nmoe.evals.suites import ITEMS, items_digest, suite_of
+from nmoe.machine import driver
 from nmoe.records.measures import of_metric
 from nmoe.records.provenance import differences, environment
 from nmoe.records.reader import Experiment, Hypothesis, Run, places
@@ -144,8 +145,8 @@ class Work:
       return None
     else:
       self.hand_over(run, config)
-      changes = _changes(run)
-      note = f" ({'; '.join(changes)})" if changes else ""
+      others = changes(run)
+      note = f" ({'; '.join(others)})" if others else ""
       display.say(f"{label(arm, seed)}: {run.status} before as run {run.id}, continued{note}")
     return run
 
@@ -167,9 +168,12 @@ class Work:
     begun = starts or Root(self.bench.root).checkpoint_steps(run.id)
     if not run.finished and not begun and differences(run.environment, now):
       return False
-    here = (socket.gethostname(), now)
-    alone = len(places(starts)) <= 1 and (run.host, run.environment) == here
-    return alone or not self.measures_the_machine
+    if not self.measures_the_machine:
+      return True
+    here = (run.host, run.environment) == (socket.gethostname(), now)
+    known = [*(start.device for start in starts), run.results.get("device")]
+    there = driver.devices(run.target)
+    return here and len(places(starts)) <= 1 and all(d in there for d in known if d)
 
   def answers(self, run: Run, config: Config) -> bool:
     """Whether a completed run was asked the items that a hypothesis is about, if one is."""
@@ -310,10 +314,10 @@ def label(arm: Arm, seed: int) -> str:
 
 def _since(run: Run) -> str:
   """From when a run is, and what of its versions and host is another one now."""
-  return f" ({'; '.join([f'of {run.updated[:10]}', *_changes(run)])})"
+  return f" ({'; '.join([f'of {run.updated[:10]}', *changes(run)])})"
 
 
-def _changes(run: Run) -> list[str]:
+def changes(run: Run) -> list[str]:
   """Versions and host that are others now than a run was recorded with."""
   now = environment() | {"host": socket.gethostname()}
   then = run.environment | {"host": run.host}

@@ -73,5 +73,5 @@ def _stored(path: Path) -> dict[str, Entry]:
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
     return {key: (int(a), int(b), int(c), str(d)) for key, (a, b, c, d) in found.items()}
-  except (OSError, ValueError, TypeError, AttributeError):
+  except (OSError, ValueError, TypeError, AttributeError, RecursionError):
     return {}

@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -136,7 +137,7 @@ def get(name: str) -> Tokenizer:
   if name == "o200k_harmony":
     return O200kTokenizer(_o200k_ranks())
   if name.startswith("hf:"):
-    return HfTokenizer(Path(name.removeprefix("hf:")))
+    return HfTokenizer(Path(os.path.expanduser(name.removeprefix("hf:"))))
   raise ConfigError(
     f"tokenizer {name!r} is unknown; choose one of {', '.join(TOKENIZERS)}, or hf:PATH"
   )

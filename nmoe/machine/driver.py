@@ -1,9 +1,12 @@
-"""The GPUs that the CUDA driver shows this process, asked without torch and without a context."""
+"""The processors of this machine, asked without torch: GPUs of the CUDA driver, in no context."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from kernels.arch import ARCHS
@@ -38,6 +41,19 @@ def _gpu(cuda: ctypes.CDLL, number: int) -> Gpu:
   for value, which in zip(values, (CAPABILITY_MAJOR, CAPABILITY_MINOR), strict=True):
     cuda.cuDeviceGetAttribute(ctypes.byref(value), which, number)
   return Gpu(name.value.decode(), (values[0].value, values[1].value))
+
+
+def devices(arch: str) -> set[str]:
+  """The names of the processors here that may be an `arch`."""
+  return {cpu_name()} if arch == "cpu" else {gpu.name for gpu in gpus()}
+
+
+def cpu_name() -> str:
+  """The model name that Linux reports, or the machine's type."""
+  info = Path("/proc/cpuinfo")
+  text = info.read_text(errors="replace") if info.is_file() else ""
+  model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+  return model[1] if model else platform.machine()
 
 
 def check(arch: str) -> None:

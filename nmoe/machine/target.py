@@ -11,11 +11,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
-import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from types import ModuleType
 
@@ -75,7 +72,7 @@ def examine(arch: str, ranks: int = 1) -> str:
   Raises TargetError otherwise. Looks only: nothing is allocated and no CUDA context is made.
   """
   if arch == "cpu":
-    return _cpu_name()
+    return driver.cpu_name()
   where = driver.needs(arch)
   if not torch.cuda.is_available():
     raise TargetError(
@@ -124,14 +121,6 @@ def _measured_peak(size: int = 768, tries: int = 5) -> float:
     a @ a
     seconds.append(perf_counter() - begin)
   return 2 * size**3 / min(seconds)
-
-
-def _cpu_name() -> str:
-  """The model name that Linux reports, or the machine's type."""
-  info = Path("/proc/cpuinfo")
-  text = info.read_text(errors="replace") if info.is_file() else ""
-  model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-  return model[1] if model else platform.machine()
 
 
 def main() -> None:

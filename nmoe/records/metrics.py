@@ -279,10 +279,11 @@ def _kept(beside: Path) -> tuple[list[Row], list[Load]]:
   try:
     found = json.loads(beside.read_text(encoding="utf-8"))
     loads = [(step, name, np.array(value_LE)) for step, name, value_LE in found["loads"]]
-    return [tuple(row) for row in found["rows"]], loads
+    rows = [(int(s), int(t), str(tag), float(v), float(at)) for s, t, tag, v, at in found["rows"]]
+    return rows, loads
   except (FileNotFoundError, NotADirectoryError):
     return [], []
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise RecordError(
       f"{beside}: cannot be read ({error}); move it away: it has the last rows of the metrics"
     ) from error

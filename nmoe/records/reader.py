@@ -89,7 +89,8 @@ class Branch:
   """The checkpoint with which a run begins, written by another run.
 
   sha256   of its manifest
-  changed  schedule keys that differ from those under which it was written: (then, now)
+  changed  schedule keys that differ from those under which it was written, and the mixture's digest
+           and weights where they do: (then, now)
   """
 
   trunk: str  # the other run's id

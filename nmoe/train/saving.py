@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def resume(session: Session, state: TrainState, branch: Branch | None = None) ->
       corrupt[path.name] = str(error)
   else:
     if branch is not None:
-      written = _load(session, state, folder.parent / branch.trunk, branch.step, branch.trunk)
+      trunk = folder.parent / branch.trunk
+      written = _load(session, state, trunk, branch.step, branch.trunk, branch)
       if checkpoint.digest(written) != branch.sha256:
         raise CheckpointError(
           f"{folder.parent / branch.trunk} has another checkpoint of step {branch.step} than when "
@@ -105,27 +107,36 @@ def resume(session: Session, state: TrainState, branch: Branch | None = None) ->
 
 
 def _load(
-  session: Session, state: TrainState, folder: Path, step: int, run_id: str
+  session: Session,
+  state: TrainState,
+  folder: Path,
+  step: int,
+  run_id: str,
+  branch: Branch | None = None,
 ) -> dict[str, Any]:
-  """The state of a checkpoint, in place; its manifest."""
+  """The state of a checkpoint, in place; its manifest. branch: what it is the beginning of."""
   path, group = folder / f"step_{step:08d}", session.parallel.saving
   checkpoint.verify_together(path, group)
   written = checkpoint.manifest(path)
   if written["run"] != run_id:
     raise CheckpointError(f"{path} is of run {written['run']}, this is {run_id}; move it away")
-  check_identity(configs.loads(written["config"]), session.config, folder)
+  known = branch.changed if branch is not None else {}
+  check_identity(configs.loads(written["config"]), session.config, folder, known)
   checkpoint.fill(folder, step, state.tensors(), session.parallel.first_expert, group)
   state.step, state.tokens = step, tokens_of(written)
   return written
 
 
-def check_identity(written: Config, wanted: Config, folder: Path) -> None:
+def check_identity(
+  written: Config, wanted: Config, folder: Path, known: Collection[str] = ()
+) -> None:
   """CheckpointError listing the identity keys that differ from those of the checkpoint, if any
-  does; other keys that differ are said to be in the log.
+  does; other keys that differ, and those `known` to, are said to be in the log.
   """
   lines: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
   for key, (before, now) in diff(written, wanted).items():
-    lines[kind(key)].append(f"{key}: checkpoint {before!r}, now {now!r}")
+    what = "free" if key in known else kind(key)
+    lines[what].append(f"{key}: checkpoint {before!r}, now {now!r}")
   if lines["identity"]:
     raise CheckpointError(
       f"{folder} holds another model: {'; '.join(lines['identity'])}; restore these keys or start "

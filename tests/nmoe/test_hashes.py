@@ -71,7 +71,7 @@ def test_what_may_have_changed_is_read(tmp_path, count, change):
   assert found == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"a": 1}', b"\xff"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"a": 1}', b"\xff", b"[" * 10**5])
 def test_a_damaged_memory_costs_time_only(tmp_path, damage):
   (tmp_path / "hashes.json").write_bytes(damage)
   (tmp_path / "a").write_bytes(b"one")

@@ -174,3 +174,14 @@ def test_a_file_of_another_program_is_said_to_be_one(tmp_path, made):
   with pytest.raises(RecordError, match="the file is another program's: move it away"):
     metrics.read()
   assert metrics.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("rows", ["", "[" * 100_000, '{"rows": [["x", 1, "a", 1.0, 1.0]]}', "{}"])
+def test_rows_beside_that_are_none_are_named(tmp_path, rows):
+  kept = Metrics(tmp_path, "r")
+  kept.add(1, 1, {"a": 1.0})
+  kept.flush()
+  kept.beside.write_text(rows.replace("}", ', "loads": []}') if len(rows) > 2 else rows)
+  for use in (lambda: kept.rewind(1), lambda: read(tmp_path, "r"), kept.flush):
+    with pytest.raises(RecordError, match=r"rank_0\.rows: cannot be read .*move it away"):
+      use()

@@ -65,6 +65,33 @@ def test_an_output_that_is_full(words):
   assert (done.returncode, done.stderr) == (1, said)
 
 
+@pytest.mark.faults
+def test_a_current_folder_that_is_gone(tmp_path, lab):
+  """Names of it are refused; whole ones do not need it."""
+  gone, here = tmp_path / "gone", str(REPO)
+  gone.mkdir()
+  start = f"import os, runpy, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); "
+  start += "runpy.run_module('stages.cli', run_name='__main__')"
+  for more, status, said in (
+    (("experiments", "list"), 1, "error: .nmoe is of the current folder, which is gone; go to "),
+    (("plan", "a.toml"), 1, "error: a.toml is of the current folder, which"),
+    (("experiments", "list", "--root", str(lab.root)), 0, ""),
+  ):
+    command = [sys.executable, "-c", start, *more]
+    done = subprocess.run(
+      command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": here}
+    )
+    gone.mkdir()
+    assert done.returncode == status and said in done.stderr, done.stderr
+
+
+@pytest.mark.faults
+def test_a_terminal_without_columns(lab):
+  """Some of those that machines open say 0: a table would be nothing at all."""
+  done = shell("experiments", "list", "--root", str(lab.root), COLUMNS="0")
+  assert done.returncode == 0 and "tiny-1" in done.stdout
+
+
 def test_help_is_instant():
   """No torch and nothing else that is slow; half a second of processor time, start included."""
   done = shell("--help", python=("-X", "importtime"))

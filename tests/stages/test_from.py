@@ -138,9 +138,59 @@ def test_what_keeps_a_run_from_going_on_is_one_error(lab, launches, trunk):
     call(lab, "nobody")
   text = lab.file.with_name("text.jsonl")
   text.write_text(text.read_text() + '{"text": "one more document than there was"}\n')
-  with pytest.raises(ConfigError, match=f"the prepared data: '{trunk.data_digest}' there"):
+  with pytest.raises(ConfigError, match=r"it has read 6,144 tokens of from sample 0 on text \("):
     call(lab, trunk.id)
   assert (len(launches.ids), len(lab.records.list())) == (count, runs_before)
+
+
+@pytest.fixture
+def more(lab):
+  """A mixture of the trunk's source and another behind it."""
+  lines = (f'{{"text": "other text of line {i} {i * i}"}}\n' for i in range(300))
+  lab.file.with_name("other.jsonl").write_text("".join(lines))
+  mixture = lab.file.with_name("mixture.toml").read_text()
+  source = 'name = "other"\nkind = "files"\npaths = ["other.jsonl"]\nformat = "jsonl"\n'
+  lab.file.with_name("more.toml").write_text(f"{mixture}\n[[source]]\n{source}")
+  return '[data]\nmixture = "more.toml"\nweights = [1.0, 0.0]\n'
+
+
+def test_a_decay_on_other_text(lab, launches, trunk, more):
+  """To the bit as a run that had that text from the start, with a weight of 0 up to there."""
+  body = f"{more}weights_from = [[6144, 0.25, 0.75]]\n{LONGER}"
+  said = call(lab, trunk.id, body=body)
+  run = newest(lab)
+  assert run.status == "completed" and run.branch.changed["data.mixture"][0] == trunk.data_digest
+  assert "data.weights () → (1.0, 0.0)" in said and "data.weights_from () → ((6144.0" in said
+  research.run(variant(lab, body), 1, Console(file=io.StringIO()))
+  whole = newest(lab)
+  assert whole.branch is None and whole.data_digest == run.data_digest != trunk.data_digest
+  assert same_bits(lab.state(whole.id, 20), lab.state(run.id, 20))
+  research.rerun(run.id, lab.root, Console(file=io.StringIO()))
+  assert lab.records.list()[0].verdict == "confirmed"
+
+
+@pytest.mark.parametrize(
+  "body",
+  [
+    '[data]\nmixture = "more.toml"\n',
+    '[data]\nmixture = "more.toml"\nweights = [0.5, 0.5]\n',
+    '[data]\nmixture = "more.toml"\nweights = [1.0, 0.0]\nweights_from = [[3072, 0.5, 0.5]]\n',
+    "[data]\nweights_from = [[3072, 1.0]]\n",
+    "[data]\nholes = [[0, 5]]\n",
+  ],
+)
+def test_text_that_was_read_stays_what_it_was(lab, launches, trunk, more, body):
+  """Another past would let the branch read text again, or leave some out."""
+  told = r"it has read 6,144 tokens of from sample 0 on text \(\w+\) 1, this would have read"
+  with pytest.raises(ConfigError, match=told) as caught:
+    call(lab, trunk.id, body=body + LONGER)
+  assert "data.weights (text 1, 0 for new ones)" in str(caught.value)
+  assert "a row of data.weights_from, [6144, ...] or later" in str(caught.value)
+
+
+def test_a_step_of_a_thousand_digits_is_none(lab, launches, trunk):
+  with pytest.raises(ConfigError, match="has checkpoints of steps 9, 12"):
+    call(lab, f"{trunk.id}@{'9' * 5000}")
 
 
 def test_a_trunk_inside_its_decay_is_said(lab, launches):

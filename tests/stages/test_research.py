@@ -13,6 +13,7 @@ from nmoe.data.prepared import open_data
 from nmoe.data.shards import read_manifest
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
 from nmoe.model.decoder import Model
+from nmoe.records.root import Root
 from nmoe.train import loop as train
 from stages import research, runs, workbench
 
@@ -159,3 +160,27 @@ def test_data_that_cannot_be_prepared(lab, launches):
     with pytest.raises((error, ConfigError)):
       call(lab, seeds=1)
   assert launches.ids == []
+
+
+@pytest.mark.faults
+def test_a_rerun_under_other_versions_refutes_nothing(lab, launches, monkeypatch):
+  """What is another is named: the claim was of the same code, not of another torch."""
+  call(lab, 1)
+  run = lab.records.runs(newest(lab).id)[0]
+  now, factor = runs.environment(), train.lr_factor
+  monkeypatch.setattr(runs, "environment", lambda: now | {"torch": "9.9"})
+  monkeypatch.setattr(train, "lr_factor", lambda *of: 0.5 * factor(*of))
+  said = again(lab, run.id)
+  assert newest(lab).verdict == "inconclusive"
+  assert f"not identical, under other versions or on another host: torch {now['torch']}" in said
+
+
+@pytest.mark.faults
+def test_a_rerun_of_a_run_whose_metrics_are_gone(lab, launches):
+  call(lab, 1)
+  run = lab.records.runs(newest(lab).id)[0]
+  Root(lab.root).metrics(run.id, 0).unlink()
+  count = len(launches.ids)
+  with pytest.raises(RunError, match=f"run {run.id} has no logged train/loss .*rank_0.duckdb"):
+    again(lab, run.id)
+  assert len(launches.ids) == count

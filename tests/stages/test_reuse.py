@@ -56,6 +56,18 @@ def test_speed_of_another_host_is_measured_anew(lab, launches, metric):
   assert len(launches.ids) == 4 and "reused" not in said
 
 
+def test_speed_of_another_device_of_one_host_is_measured_anew(lab, launches):
+  """A container's host name may be any machine's; a card may have been replaced."""
+  call(lab, "fast", "train/tokens_per_s")
+  with sqlite3.connect(lab.root / "experiments.db") as db:
+    db.execute("DROP TRIGGER starts_never_update")
+    db.execute("UPDATE starts SET device = 'NVIDIA H100 80GB'")
+  said = call(lab, "faster", "train/tokens_per_s")
+  assert len(launches.ids) == 4 and "reused" not in said
+  call(lab, "good", "val/bpb")
+  assert len(launches.ids) == 4
+
+
 def test_speed_under_another_version_is_measured_anew(lab, launches, monkeypatch):
   now = runs.environment()
   monkeypatch.setattr(runs, "environment", lambda: now | {"torch": "2.1.0"})
