@@ -60,10 +60,12 @@ X = ("step", "tokens", "time")
 
 
 class Server:
-  """The routes of one root. `every_s`: seconds between two looks at its files."""
+  """The routes of one root. `every_s`: seconds between two looks at its files; `ended`: whether
+  who serves them is about to end, and open streams with it.
+  """
 
-  def __init__(self, live: Live, every_s: float = 1.0):
-    self.live, self.every_s = live, every_s
+  def __init__(self, live: Live, every_s: float = 1.0, ended: Callable[[], bool] = lambda: False):
+    self.live, self.every_s, self.ended = live, every_s, ended
     self.static = _static()
 
   def app(self, host: str = LOOPBACK[0], token: str = "") -> Starlette:
@@ -177,7 +179,7 @@ class Server:
     known: dict[str, int] = {}
     seen: Snapshot | None = None
     beats = 0
-    while True:
+    while not self.ended():
       now = await to_thread.run_sync(self.live.snapshot)
       ids = {run.id for run in now.runs}
       stamps = await to_thread.run_sync(self.live.stamps, ids)
@@ -208,9 +210,10 @@ def serve(live: Live, host: str, port: int, announce: Callable[[str], None]) -> 
   with listening(host, port) as socket, suppress(KeyboardInterrupt):
     name = gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     announce(f"http://{name}:{port}/{f'?token={token}' if token else ''}")
-    app = Server(live).app(host, token)
-    settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
-    uvicorn.Server(uvicorn.Config(app, **settings)).run(sockets=[socket])
+    server = Server(live, ended=lambda: web.should_exit)
+    settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 3}
+    web = uvicorn.Server(uvicorn.Config(server.app(host, token), **settings))
+    web.run(sockets=[socket])
 
 
 def listening(host: str, port: int) -> Socket:

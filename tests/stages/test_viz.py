@@ -7,9 +7,13 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib import resources
 from itertools import product
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import anyio
 import numpy as np
@@ -497,6 +501,27 @@ def test_an_address_is_announced_once_it_is_one(root, tmp_path):
   with pytest.raises(RunError, match="cannot listen on 203.0.113.7 port 8790"):
     serve(Live(root, tmp_path / "cache"), "203.0.113.7", 8790, told.append)
   assert told == []
+
+
+def test_the_end_of_the_server_is_quiet_though_a_page_is_open(root, ids, tmp_path):
+  """Ctrl-C while a browser holds a stream: no word, and the streams end."""
+  command = [sys.executable, "-m", "stages.cli", "viz", "--root", root, "--cache", tmp_path / "c"]
+  with listening("127.0.0.1", 0) as other:
+    port = other.getsockname()[1]
+  server = subprocess.Popen([*command, "--port", str(port)], **TEXT)
+  assert server.stdout.readline() == f"http://127.0.0.1:{port}/\n"
+  for _ in range(100):
+    with suppress(URLError):
+      stream = urlopen(f"http://127.0.0.1:{port}/api/events", timeout=20)
+      break
+    time.sleep(0.1)
+  assert stream.readline().startswith(b"data: ")
+  server.send_signal(signal.SIGINT)
+  _, error = server.communicate(timeout=20)
+  assert (server.returncode, error) == (0, "") and stream.read() == b"\n"
+
+
+TEXT = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 def test_every_answer_carries_its_headers(client):
