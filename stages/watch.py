@@ -48,15 +48,12 @@ def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0
   Raises RecordError if the records cannot be read or have no such run.
   """
   run = find(live.snapshot(), run_id)
-  with Screen(console=console, auto_refresh=False, vertical_overflow="crop") as screen:
+  with Screen(console=console, auto_refresh=False) as screen:
     while True:
       seen = live.snapshot()
       run = find(seen, run.id)
-      ended = run.status != "running"
-      if ended:  # what stays on the screen may be longer than it
-        screen.vertical_overflow = "visible"
       screen.update(picture(live, seen, run, console.width), refresh=True)
-      if ended:
+      if run.status != "running":
         return
       time.sleep(every_s)
 
