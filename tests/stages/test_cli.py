@@ -142,6 +142,7 @@ BROKEN = {  # what is asked of the run "found": the end of the error
 }
 
 
+@pytest.mark.faults
 def test_eval_and_export_say_at_once_what_is_wrong(lab):
   """Without torch, whose import takes seconds: one line each."""
   run = lab.record(train__checkpoint_every=0)

@@ -183,6 +183,7 @@ UNFIT = {  # what is in the baseline's [eval]: what is said
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("body", UNFIT)
 def test_arms_of_other_suites_are_refused_before_they_train(lab, launches, body):
   own_suite(lab)
@@ -194,6 +195,7 @@ def test_arms_of_other_suites_are_refused_before_they_train(lab, launches, body)
   assert launches.ids == []
 
 
+@pytest.mark.faults
 def test_items_that_change_under_a_study_end_it_without_a_verdict():
   claim = Hypothesis("It answers better.", "eval/mine/bpb", "lower", 0.0)
   runs = [SimpleNamespace(id=i, status="completed", results={ITEMS: i}) for i in "ab"]
