@@ -93,7 +93,7 @@ routing_every = 10
 eval_every = 20
 checkpoint_every = 40
 [eval]
-suite = "{root}/demo/continue.toml"
+suite = "{root}/demo/sentences.toml"
 every = 50
 [launch]
 threads = 1
@@ -178,7 +178,7 @@ def make(root: Path, console: Console, steps: int = 120, seeds: int = 3, points:
   few = max(steps // 2, 44)  # whose last 22 steps are the decay
   small = {"tokens": 1024 * few, "warmup": 1024 * (few // 8), "decay": 1024 * 22}
   (folder / "mixture.toml").write_text(MIXTURE)
-  (folder / "continue.toml").write_text('tasks = ["continue"]\n')
+  (folder / "sentences.toml").write_text('tasks = ["continue"]\n')
   (folder / "base.toml").write_text(BASE.format(root=root, **tokens))
   (folder / "variant.toml").write_text(VARIANT)
   (folder / "small.toml").write_text(SMALL.format(**small))

@@ -28,7 +28,7 @@ def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_kill
   own = [row[0] for row in ask("compare", **sides)["changes"]["rows"]]
   assert [key for key in own if not key.startswith("experiment.")] == ["moe.top_k"]
   flips = ask("flips", **sides)
-  assert flips["suite"] == "continue" and flips["tasks"][0]["documents"] >= 20
+  assert flips["suite"] == "sentences" and flips["tasks"][0]["documents"] >= 20
   run = ask(f"run/{sides['a']}")
   assert run["experts"] == ["count", "bias", "gate", "source code", "source prose"]
   map_of = client.get(f"/api/experts?run={sides['a']}&layer=0&of=bias")
