@@ -5,6 +5,7 @@ no sqlite    only rank 0 may open a database
 no locks     file locks keep nobody out, as on a filesystem whose locks hold for one host
 slow PATH    a checkpoint takes 40 s while PATH exists
 says K=V     this host's ranks say V of K when hosts are compared
+halves N     no fault: from N tokens on all rates are half of the schedule's
 no target    this host's ranks find no target
 nan          the loss of step 41 is not finite
 flip FILE    a gradient of rank 1 is not finite in step 41, once: as long as FILE is not there
@@ -53,6 +54,11 @@ if FAULT == "crash" and OF_RANK:
   from nmoe.train import schedule
 
   schedule.lr_factor = fail
+if FAULT == "halves" and OF_RANK:
+  from nmoe.train import schedule
+
+  lr_factor = schedule.lr_factor
+  schedule.lr_factor = lambda tokens, *of: lr_factor(tokens, *of) / (1 + (tokens >= int(MORE)))
 if FAULT == "slow" and OF_RANK:
   from nmoe.records import checkpoint
 
