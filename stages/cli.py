@@ -200,13 +200,14 @@ def viz(
 ) -> None:
   """Serve the dashboard of a root, live. It reads, and writes nothing there."""
   from nmoe.records.live import Live
+  from nmoe.records.reader import Reader
 
   try:
     from stages.viz.server import serve
   except ModuleNotFoundError as error:
     raise RunError(f"{error}: the dashboard needs more: pip install 'nmoe[viz]'") from error
 
-  folder = cache.expanduser() / "nmoe"
+  folder = resolved(cache) / "nmoe"
   if demo:
     from stages.demo import beside
 
@@ -215,6 +216,7 @@ def viz(
     with beside(made):
       serve(Live(folder / "demo", folder / "viz"), host, port, typer.echo)
   else:
+    Reader(resolved(root)).close()  # one clear error for a folder that is no root
     serve(Live(resolved(root), folder / "viz"), host, port, typer.echo)
 
 
@@ -230,7 +232,7 @@ def watch(
   from nmoe.records.live import Live
   from stages import watch as screen
 
-  screen.watch(Live(resolved(root), cache.expanduser() / "nmoe" / "viz"), run, _console())
+  screen.watch(Live(resolved(root), resolved(cache) / "nmoe" / "viz"), run, _console())
 
 
 @app.command()

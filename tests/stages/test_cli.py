@@ -193,7 +193,15 @@ def test_an_ablation_from_the_shell(lab):
 
 
 @pytest.mark.parametrize(
-  "words", [("experiments", "list"), ("experiments", "show", "x"), ("report", "x"), ("rerun", "x")]
+  "words",
+  [
+    ("experiments", "list"),
+    ("experiments", "show", "x"),
+    ("report", "x"),
+    ("rerun", "x"),
+    ("viz",),
+    ("watch",),
+  ],
 )
 def test_a_root_without_records_is_one_error_and_stays_as_it_was(tmp_path, words):
   root = tmp_path / "root"
