@@ -6,6 +6,7 @@ clusters.NEEDS says; without it they are deselected and counted.
 
 import importlib.util
 import shutil
+import signal
 
 import pytest
 from clusters import lacking
@@ -16,6 +17,9 @@ from nmoe.train import loop as train
 from stages import workbench
 from stages.launch import local as launch
 from stages.launch import pool
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and
+# so would all whom the tests start and interrupt
 
 settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
