@@ -34,6 +34,7 @@ from nmoe.train.progress import Entry
 GRACE_S = 30.0  # a rank may live this long after another one failed
 SAVE_S = 900.0  # a run that is told to stop may take this long to save its state
 POLL_S = 0.2  # every rank is looked at this often
+SPINS = "5000"  # of a thread of libgomp that waits; its own default is 300,000
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -291,12 +292,12 @@ def child_command(module: str, arguments: Sequence[str]) -> list[str]:
 def child_environment(root: Path, config: Config, devices: str = "") -> dict[str, str]:
   """This process's environment with what a rank needs: our code, its kernels' settings, its GPUs.
 
-  gloo listens on the loopback interface alone: all ranks share this host. OpenMP's threads sleep
-  while they wait: those that spin take the cores from whom they wait for, as soon as another
-  process wants them too.
+  gloo listens on the loopback interface alone: all ranks share this host. OpenMP's threads spin
+  for microseconds and sleep then: as soon as another process wants their cores, those that spin on
+  take them from whom they wait for.
   """
   env = parent_environment()
-  env.setdefault("OMP_WAIT_POLICY", "passive")
+  env.setdefault("GOMP_SPINCOUNT", SPINS)
   env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO), env.get("PYTHONPATH"))))
   env.setdefault("GLOO_SOCKET_IFNAME", "lo")
   if config.target.arch != "cpu":

@@ -219,14 +219,14 @@ def test_nothing_of_the_current_folder_is_imported(lab, tmp_path, monkeypatch):
   assert handle.poll() == 0, handle.tail()
 
 
-@pytest.mark.parametrize("told", ["", "active"])
-def test_threads_that_wait_sleep_unless_told_otherwise(lab, monkeypatch, told):
+@pytest.mark.parametrize("told", ["", "300000"])
+def test_threads_that_wait_sleep_soon_unless_told_otherwise(lab, monkeypatch, told):
   """Those that spun made four steps beside six other processes on two cores 22 s, and not 2.5."""
-  monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+  monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
   if told:
-    monkeypatch.setenv("OMP_WAIT_POLICY", told)
+    monkeypatch.setenv("GOMP_SPINCOUNT", told)
   env = launch.child_environment(lab.root, lab.config)
-  assert env["OMP_WAIT_POLICY"] == (told or "passive")
+  assert env["GOMP_SPINCOUNT"] == (told or launch.SPINS)
 
 
 @pytest.mark.faults
