@@ -9,6 +9,7 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.evals.suites import ITEMS, Suite, suite_of
 from nmoe.records.measures import of_metric
 from nmoe.records.reader import Hypothesis, Reader, Run, places
+from stages.runs import suite_metric
 from stages.workbench import Arm
 
 
@@ -33,7 +34,7 @@ def check_held_out(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> Non
 
 def check_suites(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> None:
   """ConfigError if a metric is of a suite that an arm has not, or that asks it other items."""
-  metric = next((h.metric for h in hypotheses if h.metric.startswith("eval/")), None)
+  metric = suite_metric(hypotheses)
   if metric is None:
     return
   for arm in arms:
@@ -59,7 +60,7 @@ def _told(suite: Suite) -> str:
 
 def check_one_suite(hypotheses: Sequence[Hypothesis], runs: Sequence[Run]) -> None:
   """RunError if a metric is of a suite and completed runs were asked other items."""
-  metric = next((h.metric for h in hypotheses if h.metric.startswith("eval/")), None)
+  metric = suite_metric(hypotheses)
   asked = {run.results.get(ITEMS): run.id for run in runs if run.status == "completed"}
   if metric is not None and len(asked) > 1:
     told = ", ".join(f"run {run} {items or 'none that are known'}" for items, run in asked.items())

@@ -177,9 +177,7 @@ class Work:
 
   def answers(self, run: Run, config: Config) -> bool:
     """Whether a completed run was asked the items that a hypothesis is about, if one is."""
-    if run.status != "completed" or not any(
-      h.metric.startswith("eval/") for h in self.experiment.hypotheses
-    ):
+    if run.status != "completed" or suite_metric(self.experiment.hypotheses) is None:
       return True
     suite = suite_of(config.eval.suite, config.eval.limit)
     return run.results.get(ITEMS) == items_digest(suite, Root(self.bench.root).evals)
@@ -315,6 +313,11 @@ def label(arm: Arm, seed: int) -> str:
 def _since(run: Run) -> str:
   """From when a run is, and what of its versions and host is another one now."""
   return f" ({'; '.join([f'of {run.updated[:10]}', *changes(run)])})"
+
+
+def suite_metric(hypotheses: Sequence[Hypothesis]) -> str | None:
+  """The metric of a hypothesis about a suite, if one is."""
+  return next((h.metric for h in hypotheses if h.metric.startswith("eval/")), None)
 
 
 def changes(run: Run) -> list[str]:

@@ -180,9 +180,8 @@ class ScalingConfig:
   base_heads: int = identity(0, ge=0)
   base_batch_tokens: int = schedule(0, ge=0)
   base_total_tokens: int = schedule(0, ge=0)
-  horizon: float = schedule(
-    0.3, ge=0, le=2
-  )  # rates go with total_tokens to the power of minus this
+  # rates go with total_tokens to the power of minus this
+  horizon: float = schedule(0.3, ge=0, le=2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,8 @@ from stages.viz.columns import framed
 # A rank waits for nobody in the first two; so of two ranks, one late in them and the other waiting
 # for it in a later phase as long, the first is told.
 ORDER = "load step forward backward graph clip gather log".split()
-LIKELY = (
-  0.8  # of the largest delay: a phase with as much that stands before it in ORDER is the cause
-)
+# of the largest delay: a phase with as much that stands before it in ORDER is the cause
+LIKELY = 0.8
 
 
 @dataclass(frozen=True)

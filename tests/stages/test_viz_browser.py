@@ -204,13 +204,6 @@ def served(made, tmp_path_factory):
   server.stop()
 
 
-@pytest.fixture
-def page(browser, tmp_path):
-  with chrome(browser, tmp_path / "profile") as page:
-    page.size(1280, 1000)
-    yield page
-
-
 def pages(ids):
   """Name -> (address, what must stand on the page: expressions, and words)."""
   of = ids["variant", 1]

@@ -58,13 +58,6 @@ def serve(root, tmp_path):
     server.stop()
 
 
-@pytest.fixture
-def page(browser, tmp_path):
-  with chrome(browser, tmp_path / "profile") as page:
-    page.size(1280, 1000)
-    yield page
-
-
 def test_markup_in_names_is_text(root, serve, page):
   (run,) = made(root, names=(MARKUP,), arm=MARKUP)
   writer = Metrics(root, run)
