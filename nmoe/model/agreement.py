@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from nmoe.config import file as configs
+from nmoe.config.cut import ONE_CPU, few_steps
 from nmoe.config.sections import Config
 from nmoe.data import tokenizer
 from nmoe.errors import NmoeError
@@ -82,25 +83,12 @@ def alone(config: Config, layers: int) -> Config:
   return configs.changed(
     config,
     {
-      "target.arch": "cpu",
-      "target.dtype": "fp32",
-      "target.emulate_blockscale": False,
-      "train.cuda_graph": False,
-      "rdep.payload": "bf16",
-      "rdep.peer_access": True,
-      "rdep.alignment": 1,
-      "rdep.group": 0,
-      "launch.ranks": 1,
-      "precision.bf16_first_layers": 0,
-      "precision.bf16_last_layers": 0,
+      **ONE_CPU,
+      **few_steps(config, 1, longest),
       "model.num_layers": layers,
       "model.num_dense_layers": min(config.model.num_dense_layers, layers),
       "data.seq_len": longest,
       "train.micro_batch": 1,
-      "schedule.batch_tokens": longest,
-      "schedule.total_tokens": longest,
-      "schedule.warmup_tokens": 0,
-      "schedule.decay_tokens": 0,
     },
   )
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nmoe.config import file as configs
+from nmoe.config.cut import few_steps
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from stages.judge.table import Judgement
@@ -74,15 +75,13 @@ def layer_config(
   if shape is not None and shape not in SHAPES:
     raise ConfigError(f"--shape {shape} is unknown; choose from {', '.join(SHAPES)}")
   values: dict[str, Any] = {
+    **few_steps(config, 1, tokens * ranks),
     "launch.ranks": ranks,
+    "launch.ranks_per_node": 0,
     "rdep.group": 0,
     "data.seq_len": tokens,
     "train.micro_batch": 1,
     "train.cuda_graph": False,
-    "schedule.batch_tokens": tokens * ranks,
-    "schedule.total_tokens": tokens * ranks,
-    "schedule.warmup_tokens": 0,
-    "schedule.decay_tokens": 0,
   }
   if shape is not None:
     keys = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from nmoe.config import file as configs
+from nmoe.config.cut import few_steps
 from nmoe.config.sections import Config
 from nmoe.records.reader import Hypothesis
 
@@ -21,7 +22,7 @@ def shortened(
   return configs.changed(
     config,
     {
-      "schedule.total_tokens": steps * batch,
+      **few_steps(config, steps, batch),
       "schedule.warmup_tokens": phase * batch,
       "schedule.decay_tokens": phase * batch,
       "train.log_every": 1,

@@ -25,6 +25,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from nmoe.config import file as configs
+from nmoe.config.cut import ONE_CPU, few_steps
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import RunError
 from nmoe.machine.target import select
@@ -139,18 +140,10 @@ def _config(file: SweepFile, axis: str, factor: int, optimizer: str) -> Config:
   base = configs.changed(
     base,
     {
-      "target.arch": "cpu",
-      "target.dtype": "fp32",
-      "target.emulate_blockscale": False,
+      **ONE_CPU,
+      **few_steps(base, c.steps, SEQ_LEN * c.sequences),
       "data.seq_len": SEQ_LEN,
       "train.micro_batch": c.sequences,
-      "train.cuda_graph": False,
-      "launch.ranks": 1,
-      "rdep.group": 0,
-      "schedule.batch_tokens": SEQ_LEN * c.sequences,
-      "schedule.total_tokens": SEQ_LEN * c.sequences * c.steps,
-      "schedule.warmup_tokens": 0,
-      "schedule.decay_tokens": 0,
       "optim.matrices": optimizer,
       "optim.experts": optimizer,
       "optim.eps": 1e-12,
