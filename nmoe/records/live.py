@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
+from zipfile import BadZipFile
 
 import duckdb
 import numpy as np
@@ -260,7 +261,7 @@ class LiveFile:
       with np.load(self._kept) as kept:
         about, *columns = (kept[name] for name in kept.files)
       about = json.loads(str(about))
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, BadZipFile):
       return
     now, then = _stamp(self.path, self._beside), about["stamp"]
     if now is None or then is None or then[0] != now[0] or len(columns) != 4:

@@ -67,6 +67,10 @@ _DELETE_AGAIN = """DELETE FROM metrics WHERE step >= ?
 _READ = """SELECT step, tokens, tag, value, time FROM (SELECT * FROM metrics UNION ALL
   SELECT step, tokens, tag, coalesce(value, 'NaN'::DOUBLE), time FROM batch
   WHERE (step, tag, time) NOT IN (SELECT step, tag, time FROM metrics WHERE step >= ?))"""
+_DELETE_EXPERTS_AGAIN = (
+  f"DELETE FROM loads WHERE step IN (SELECT step FROM per_expert WHERE name = '{COUNT}')",
+  "DELETE FROM experts WHERE (step, name) IN (SELECT step, name FROM per_expert)",
+)
 _APPEND_EXPERTS = (
   f"""INSERT INTO loads SELECT step, layer, list(value::UINTEGER ORDER BY expert) FROM per_expert
   WHERE name = '{COUNT}' GROUP BY step, layer ORDER BY step, layer""",
@@ -143,12 +147,10 @@ class Metrics:
       db.register("batch", batch)
       if again is not None:
         db.execute(_DELETE_AGAIN, [again])
-        db.execute("DELETE FROM loads WHERE step >= ?", [again])
-        db.execute("DELETE FROM experts WHERE step >= ?", [again])
       db.execute(_APPEND)
       if loads:
         db.register("per_expert", _per_expert(loads))
-        for sql in _APPEND_EXPERTS:
+        for sql in (*(_DELETE_EXPERTS_AGAIN if again is not None else ()), *_APPEND_EXPERTS):
           db.execute(sql)
 
   def rewind(self, step: int) -> int:

@@ -141,7 +141,7 @@ def test_a_kept_file_of_another_file_or_of_none_is_not_believed(root, live, tmp_
   write(root, range(4), scale=3.0)
   assert values(Live(root, tmp_path / "cache").file(RUN)) == [0, 3, 6, 9]
   (kept,) = (tmp_path / "cache").rglob("*.npz")
-  kept.write_bytes(b"PK half a file")
+  kept.write_bytes(b"PK\x03\x04 half a file")
   assert values(Live(root, tmp_path / "cache").file(RUN)) == [0, 3, 6, 9]
 
 

@@ -248,6 +248,40 @@ def test_loads_of_every_expert_are_kept_with_their_metrics_and_rewound(tmp_path)
   assert loads_of(tmp_path) == [row for row in wanted if row[0] <= 3]
 
 
+def test_loads_outlive_rows_of_their_step_that_come_later(tmp_path):
+  """The loads of step 1 are in the file; then a row of step 1 waits beside it for another."""
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 10, {"a": 1.0})
+  writer.add_loads(1, np.array([[3, 4]]))
+  writer.flush()
+  holder = holding(writer.path)
+  writer.add(1, 10, {"b": 2.0})
+  writer.flush()
+  assert writer.beside.exists()
+  holder.kill()
+  holder.communicate()
+  writer.flush()
+  assert loads_of(tmp_path) == [(1, 0, [3, 4])]
+
+
+def test_loads_that_a_killed_flush_left_in_both_places_are_there_once(tmp_path):
+  writer = Metrics(tmp_path, RUN)
+  writer.add(1, 10, {"a": 1.0})
+  writer.flush()
+  writer.add_loads(1, np.array([[3, 4]]))
+  writer.add(2, 20, {"a": 2.0})
+  writer.add_loads(2, np.array([[5, 6]]))
+  holder = holding(writer.path)
+  writer.flush()
+  kept = writer.beside.read_bytes()
+  holder.kill()
+  holder.communicate()
+  writer.flush()
+  writer.beside.write_bytes(kept)
+  writer.flush()
+  assert loads_of(tmp_path) == [(1, 0, [3, 4]), (2, 0, [5, 6])]
+
+
 def test_loads_join_a_file_that_has_no_table_for_them(tmp_path):
   writer = Metrics(tmp_path, RUN)
   writer.add(1, 1, {"a": 1.0})
