@@ -11,17 +11,21 @@ manifests, the record and the loader's function of n agree.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nmoe.config import file as configs
+from nmoe.config.amend import amended, following
+from nmoe.config.sections import Config
 from nmoe.data.holes import skipped, with_hole
 from nmoe.errors import RunError
 from nmoe.records.attempts import Attempts, Event
 from nmoe.records.manifests import manifest
-from nmoe.records.reader import Run
+from nmoe.records.reader import Amendment, Run
 from nmoe.records.root import Root
+from nmoe.train.schedule import tokens_of
 
 VERDICTS = ("hardware", "diverged", "skip", "rewind")
 Values = list[list[str]]  # of each rank: loss and norm of all ranks, sum of its own gradients
@@ -87,8 +91,9 @@ def decide(records: Attempts, root: Path, run: Run, attempt: int, bad: BadStepEr
     event("skip")
   else:
     step = _back(root, run.id, bad.step - config.train.checkpoint_every)
-    first = _samples(root, run.id, step)
-    stop = first + (bad.step - step) * config.sequences
+    tokens = _tokens(root, run.id, step)
+    later = tokens_after(config, run.amendments, step, tokens, bad.step)
+    first, stop = (t // config.data.seq_len for t in (tokens, later))
     changed = {"data.holes": with_hole(config.data.holes, first, stop)}
     samples = [int(n) for n in skipped([first, stop - 1], config.data.holes)]
     event("rewind", to=step, samples=samples)
@@ -96,10 +101,25 @@ def decide(records: Attempts, root: Path, run: Run, attempt: int, bad: BadStepEr
   return False
 
 
-def _samples(root: Path, run_id: str, step: int) -> int:
-  """That a run has seen by a checkpoint; 0: it begins anew."""
+def _tokens(root: Path, run_id: str, step: int) -> int:
+  """That a run has trained on by a checkpoint; 0: it begins anew."""
   folder = Root(root).checkpoints(run_id) / f"step_{step:08d}"
-  return manifest(folder)["samples"] if step else 0
+  return tokens_of(manifest(folder)) if step else 0
+
+
+def tokens_after(
+  config: Config, amendments: Sequence[Amendment], step: int, tokens: int, last: int
+) -> int:
+  """What a run has trained on by step `last`, from the tokens by `step` on: an amendment may change
+  the batch on the way.
+  """
+  while step < last:
+    batch = amended(config, amendments, tokens).schedule.batch_tokens
+    until, count = following(amendments, tokens), last - step
+    if until:
+      count = min(count, -((tokens - until) // batch))
+    step, tokens = step + count, tokens + count * batch
+  return tokens
 
 
 def _back(root: Path, run_id: str, limit: int) -> int:
@@ -110,5 +130,7 @@ def _back(root: Path, run_id: str, limit: int) -> int:
     if step <= limit:
       left = step
     else:
-      folder.rename(folder.with_name(f"{folder.name}.rewound-{limit}"))
+      aside = folder.with_name(f"{folder.name}.rewound-{limit}")
+      shutil.rmtree(aside, ignore_errors=True)  # of an earlier rewind to the same step
+      folder.rename(aside)
   return left

@@ -34,8 +34,9 @@ def tokens_of(manifest: dict[str, Any]) -> int:
 
   Before they stood in its manifest, all steps of a run were of one batch_tokens.
   """
-  batch = configs.loads(manifest["config"]).schedule.batch_tokens
-  return manifest.get("tokens", manifest["step"] * batch)
+  if "tokens" in manifest:
+    return manifest["tokens"]
+  return manifest["step"] * configs.loads(manifest["config"]).schedule.batch_tokens
 
 
 def lr_factor(tokens: int, config: ScheduleConfig, end: int | None = None) -> float:

@@ -13,7 +13,8 @@ from nmoe.data.prepared import open_data
 from nmoe.errors import CheckpointError, DivergedError
 from nmoe.records import checkpoint
 from nmoe.records.attempts import Attempts, Event
-from nmoe.train.badsteps import BadStepError
+from nmoe.records.reader import Amendment
+from nmoe.train.badsteps import BadStepError, decide
 from nmoe.train.guard import Guard
 from nmoe.train.passes import Passes
 from nmoe.train.retention import permanent
@@ -161,6 +162,34 @@ def test_spikes_against_numpy():
       found.append(int(guard.bad_step))
       guard.bad_step.fill_(-1)
   assert found == wanted and {20, 50, 51, 120} <= set(found)
+
+
+def repeated(lab, records, run: str, step: int) -> tuple[tuple[int, ...], ...]:
+  """The holes of a run with checkpoints of steps 3 and 5 whose `step` is bad twice."""
+  for at in (3, 5):
+    if at not in checkpoint.steps(lab.checkpoints(run)):
+      told = {"run": run, "tokens": 512 * at, "samples": SAMPLES * at}
+      checkpoint.save(lab.checkpoints(run), at, {"w": torch.zeros(1)}, 0, told)
+  bad = BadStepError("it is bad", step, [[float("nan")] * 3])
+  for _ in range(2):
+    assert not decide(records, lab.root, records.run(run), 1, bad)
+  return configs.loads(records.run(run).toml).data.holes
+
+
+def test_a_step_is_rewound_as_often_as_it_is_bad(lab, records):
+  """The second time at the same checkpoint, with other samples."""
+  run = lab.record(prod__bad_step="rewind")
+  assert repeated(lab, records, run, 6) == ((24, 24),)
+  assert checkpoint.steps(lab.checkpoints(run)) == [3]
+  assert repeated(lab, records, run, 6) == ((24, 24), (48, 24))
+  assert checkpoint.steps(lab.checkpoints(run)) == [3]
+
+
+def test_a_rewind_leaves_out_the_batches_that_an_amendment_made(lab, records):
+  """Steps 4 and 5 have 8 samples each, and step 6, which begins at 2,560 tokens, has 16."""
+  run = lab.record(prod__bad_step="rewind")
+  records.amend(run, [Amendment(2560, "schedule.batch_tokens", "1024", "larger", "me", 0.0)], 0)
+  assert repeated(lab, records, run, 6) == ((24, 32),)
 
 
 def test_holes_are_a_pure_function_of_n(lab):
