@@ -323,6 +323,10 @@ class Config:
     inner = p.bf16_first_layers <= layer < self.model.num_layers - p.bf16_last_layers
     return self.target.dtype in ("fp8", "nvfp4") and chosen and inner
 
+  def finishing(self, tokens: int) -> bool:
+    """Whether quantized products run forward in bf16 after so many tokens."""
+    return 0 < self.precision.finish_tokens <= tokens
+
   @property
   def node_ranks(self) -> int:
     """Ranks on one host."""

@@ -30,6 +30,7 @@ from nmoe.model.decoder import Model
 from nmoe.records import checkpoint
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
+from nmoe.train.schedule import tokens_of
 from nmoe.train.startup import parser
 
 PROMPTS = (
@@ -80,12 +81,16 @@ def _run(root: Path, run_id: str) -> Run:
 def load_model(
   config: Config, target: Target, ranks: parallel.Parallel, folder: Path, step: int
 ) -> Model:
-  """The model of a checkpoint on the target's device, without an optimizer."""
+  """The model of a checkpoint on the target's device, in the arithmetic of its tokens, without an
+  optimizer.
+  """
   with torch.device("meta"):
     model = Model(config, target.ops, ranks.rdep)
   model.to_empty(device=target.device)
   model.init_weights(config.train.seed)
   checkpoint.load(folder, step, model.state_dict(), ranks.first_expert, ranks.saving)
+  written = checkpoint.manifest(folder / f"step_{step:08d}")
+  model.set_forward_bf16(configs.loads(written["config"]).finishing(tokens_of(written)))
   return model
 
 

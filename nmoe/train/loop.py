@@ -164,7 +164,7 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     if session.evaluations.due(state.step, end.step):
       clock.start("eval")
       session.watchdog.enter("evaluating")
-      watch.add(state, session.evaluations.values(state.step, end.step, state.model))
+      watch.add(state, evaluated(session, state, end.step))
     kept = session.kept(state.tokens)
     if due(state.step, c.train.checkpoint_every, end.step) or kept:
       clock.start("checkpoint")
@@ -179,10 +179,16 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     save(session, state, watch, why)
     return None
   if begun == end.step and ranks.any(not watch.evaluated(begun)):
-    watch.add(state, session.evaluations.values(begun, begun, state.model))
+    watch.add(state, evaluated(session, state, begun))
   session.checkpoints.wait()
   told = {"unigram_bpb": unigram_bpb(session.data), **session.evaluations.items}
   return watch.results(state) | told
+
+
+def evaluated(session: Session, state: TrainState, last: int) -> dict[str, float]:
+  """What is measured of the state, by tag, in the arithmetic of its tokens."""
+  state.model.set_forward_bf16(session.config.finishing(state.tokens))
+  return session.evaluations.values(state.step, last, state.model)
 
 
 def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:

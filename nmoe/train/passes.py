@@ -40,7 +40,7 @@ class Passes:
     """This rank's sum of losses, tokens per expert [MoE layers, E], and the losses [T] of the last
     micro-batch. tokens, targets: int64 [sequences of this rank's batch, S].
     """
-    self.state.model.set_forward_bf16(self._finishing())
+    self.state.model.set_forward_bf16(self.config.finishing(self.state.tokens))
     self._count_step(tokens)
     self.flight.start(self.state.step + 1)
     seen = self.state.tokens // self.config.data.seq_len
@@ -92,7 +92,3 @@ class Passes:
     self.state.model.zero_grad()
     self.flight.forget()
     self.routing.forget()
-
-  def _finishing(self) -> bool:
-    """Whether the step belongs to the recipe's forward-bf16 finish (precision.finish_tokens)."""
-    return 0 < self.config.precision.finish_tokens <= self.state.tokens

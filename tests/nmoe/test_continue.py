@@ -5,11 +5,15 @@ import torch
 from labs import Lab
 
 from nmoe.config import file as configs
-from nmoe.data.loader import Loader, Prefetcher
+from nmoe.data.loader import Loader, Prefetcher, Validation
 from nmoe.data.prepared import open_data
+from nmoe.distributed.parallel import Parallel
+from nmoe.evals.heldout import evaluate
+from nmoe.machine.target import select
 from nmoe.records import checkpoint, metrics
 from nmoe.records.metrics import Metrics
 from nmoe.train import loop as train
+from nmoe.train.evaluate import load_model
 from nmoe.train.routing import RoutingRecorder
 
 TRUNK = {
@@ -123,7 +127,25 @@ def test_the_forward_bf16_finish_begins_at_its_token(lab, fed, monkeypatch):
   told = []
   monkeypatch.setattr(train.Model, "set_forward_bf16", lambda self, on: told.append(on))
   assert lab.attempt(run) == 0
-  assert told == [False] * 3 + [True] * 2
+  assert told == [False] * 3 + [True] * 2 + [True], "the steps, and the evaluation at the end"
+
+
+def test_a_checkpoint_is_evaluated_in_the_arithmetic_of_its_tokens(lab):
+  """The loss that a run measures on its way and that of the checkpoint, before the finish and in
+  it: the same bits.
+  """
+  keys = {"target__dtype": "nvfp4", "target__emulate_blockscale": True}
+  keys |= {"train__eval_every": 1, "train__checkpoint_every": 1, "train__keep_checkpoints": 99}
+  run = lab.record(**keys, precision__finish_tokens=3_584, schedule__total_tokens=5_120)
+  assert lab.attempt(run) == 0
+  config, data = configs.loads(lab.run(run).toml), open_data(lab.data)
+  validation = Validation(data, seq_len=config.data.seq_len, tokens=config.data.val_tokens)
+  found = []
+  for step in range(1, 11):
+    ranks = Parallel()
+    model = load_model(config, select(config), ranks, lab.checkpoints(run), step)
+    found.append(evaluate(model, validation, config.train.micro_batch, ranks)["val/loss"])
+  assert found == metrics.read(lab.root, run)["val/loss"][2].tolist()
 
 
 @pytest.mark.faults
