@@ -65,13 +65,14 @@ def write(root: Path, run: str, every_s: float, seconds: float) -> None:
   while time.monotonic() < end:
     step += 10
     writer.add(step, 1000 * step, values)
-    began, error = time.perf_counter(), ""
+    began, used, error = time.perf_counter(), time.process_time(), ""
     try:
       writer.flush()
     except RecordError as refused:
       error = str(refused)
-    took, beside = time.perf_counter() - began, writer.beside.exists()
-    sys.stdout.write(json.dumps({"s": took, "beside": beside, "error": error}) + "\n")
+    took, cpu = time.perf_counter() - began, time.process_time() - used
+    line = {"s": took, "cpu": cpu, "beside": writer.beside.exists(), "error": error}
+    sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
     time.sleep(max(0.0, every_s - took))
 
@@ -119,13 +120,16 @@ def flush(minutes: float) -> None:
       heaps.append([page.ask(HEAP) / 1e6 for page in pages])
       assert not any(page.errors for page in pages), [page.errors for page in pages]
     told = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
-    took = sorted(line["s"] for line in told)
+    told.sort(key=lambda line: line["s"])
+    took = [line["s"] for line in told]
+    slow = [f"{1000 * line['s']:.0f} ({1000 * line['cpu']:.0f} of CPU)" for line in told[-3:]]
     errors = [line["error"] for line in told if line["error"]]
     beside = sum(line["beside"] for line in told)
     asked = [sum("/api/series" in url for url in page.requests) for page in pages]
   sys.stdout.write(
     f"{len(took)} flushes in {minutes:g} min: median {1000 * statistics.median(took):.0f} ms, "
-    f"worst {1000 * took[-1]:.0f} ms; {beside} kept beside; {len(errors)} errors {errors[:1]}; "
+    f"99 % {1000 * took[int(0.99 * len(took))]:.0f} ms, worst {', '.join(slow)} ms; load average "
+    f"{os.getloadavg()[0]:.1f}; {beside} kept beside; {len(errors)} errors {errors[:1]}; "
     f"{asked} refreshes of the three pages, heaps {_mb(heaps[2])} MB then, {_mb(heaps[-1])} now\n"
   )
 

@@ -8,13 +8,12 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-import plotly.graph_objects as go
-
 from nmoe import files
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
 from stages.judge.paired import Paired
 from stages.report import details, figures, mixtures, production, sweep
+from stages.report.drawing import Figure
 from stages.report.evaluations import NOTE, answers
 from stages.report.findings import Arm, Cell, Findings, gather, measure_of
 from stages.report.page import definitions, facts, folded, page, section, table
@@ -57,7 +56,7 @@ def render(found: Findings, folder: Path) -> str:
     _runs(found),
     _provenance(found, folder),
   )
-  return page(f"{found.experiment.id}: {found.verdict}", sections, _plotly())
+  return page(f"{found.experiment.id}: {found.verdict}", sections, _script())
 
 
 def _measured(found: Findings, root: Path) -> tuple[str, ...]:
@@ -77,9 +76,8 @@ def _production(found: Findings, root: Path) -> str:
   return section("Production", *html, note=production.NOTE)
 
 
-def _plotly() -> str:
-  """The part of plotly.js that draws our figures: a third of the whole."""
-  name = "static/plotly-cartesian.min.js"
+def _script() -> str:
+  name = "static/report.js"
   return (resources.files("stages.report") / name).read_text(encoding="utf-8")
 
 
@@ -194,7 +192,7 @@ def _cell(cell: Cell) -> str:
   return f"{escape(cell.number)}{aside}"
 
 
-def _differences(found: Findings, d: Paired) -> go.Figure:
+def _differences(found: Findings, d: Paired) -> Figure:
   claim = found.claim
   values = [
     dict(zip((r.seed for r in a.runs), a.values(claim.metric), strict=True)) for a in found.arms
@@ -316,11 +314,5 @@ def _provenance(found: Findings, folder: Path) -> str:
   return repeat + section("Provenance", definitions(details.provenance(found)), patch)
 
 
-def _figure(name: str, figure: go.Figure | None) -> str:
-  """A plot's place and its data; plotly.js itself is in the page once, after all of them."""
-  if figure is None:
-    return ""
-  config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
-  drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
-  drawn = drawn.replace("<script>", '<script type="module">', 1)
-  return f'<div class="figure">{drawn}</div>'
+def _figure(name: str, figure: Figure | None) -> str:
+  return figure.html(name) if figure else ""

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
 from nmoe.records.reader import Experiment
-from stages.report.figures import COLORS, finish
+from stages.report.drawing import Curve, Dots, Figure, Panel, Shades
+from stages.report.figures import COLORS
 
 MODEL_HEAD = ("left one out", "RMSE", "skill", "rank correlation")
 PROOF_HEAD = ("proposed against", "difference, bits per byte", "95 %", "seeds", "verdict")
@@ -69,51 +67,47 @@ def rows(experiment: Experiment) -> list[list[str]]:
   ]
 
 
-def figure(experiment: Experiment) -> go.Figure:
+def figure(experiment: Experiment) -> Figure:
   """Of two sources the share of one against the objective, of more a panel a pair of shares with
   the objective as color; then what the law predicts of each mixture, left out, against what was
   seen.
   """
   c = experiment.conclusion
   swarm = [m for m in c["mixtures"] if not m["size"] and all(map(math.isfinite, m["bpb"]))]
-  pairs = list(combinations(c["sources"], 2))
-  planes = [("share of " + c["sources"][0], "objective")] if len(pairs) == 1 else pairs
-  titles = [" and ".join(pair) for pair in planes] + ["left one out: predicted and seen"]
-  drawn = make_subplots(1, len(planes) + 1, subplot_titles=titles, horizontal_spacing=0.07)
   values = [_objective(c, m) for m in swarm]
-  texts = [f"{m['arm']} seed {m['seed']}: {v:.4f}" for m, v in zip(swarm, values, strict=True)]
-  style = {"mode": "markers", "showlegend": False, "hovertext": texts, "hoverinfo": "text"}
-  marks = {"size": 8, "line": {"width": 0.5, "color": "#1c2127"}}
-  for column, (a, b) in enumerate(planes, start=1):
-    if len(pairs) == 1:
-      x, y, color = [m[c["sources"][0]] for m in swarm], values, [_color(m) for m in swarm]
-      marker = marks | {"color": color}
-    else:
-      x, y = ([m[name] for m in swarm] for name in (a, b))
-      marker = marks | {"color": values, "colorscale": LOSSES, "showscale": column == 1}
-      marker["colorbar"] = {"title": "objective", "thickness": 10, "outlinewidth": 0}
-    drawn.add_trace(go.Scatter(x=x, y=y, marker=marker, **style), row=1, col=column)
-    drawn.update_xaxes(title_text=a, col=column)
-    drawn.update_yaxes(title_text=f"{b}, bits per byte" if len(pairs) == 1 else b, col=column)
-  _predictions(drawn, c["proposal"]["left_out"], len(planes) + 1)
-  return finish(drawn, 380)
+  tips = [f"{m['arm']} seed {m['seed']}: {v:.4f}" for m, v in zip(swarm, values, strict=True)]
+  pairs = list(combinations(c["sources"], 2))
+  scale = None
+  if len(pairs) == 1:
+    first = c["sources"][0]
+    dots = Dots([m[first] for m in swarm], values, list(map(_color, swarm)), tips=tips)
+    named = f"share of {first}"
+    panels = [Panel([dots], f"{named} and objective", named, "objective, bits per byte")]
+  else:
+    scale = Shades("objective", LOSSES, min(values, default=0.0), max(values, default=1.0))
+    colors = list(map(scale.color, values))
+    panels = [
+      Panel([Dots([m[a] for m in swarm], [m[b] for m in swarm], colors, tips=tips)], title, a, b)
+      for a, b in pairs
+      for title in (f"{a} and {b}",)
+    ]
+  predicted = _predictions(c["proposal"]["left_out"])
+  return Figure([*panels, *predicted], 340, scale=scale)
 
 
-def _predictions(drawn: go.Figure, pairs: list[list[float]], column: int) -> None:
+def _predictions(pairs: list[list[float]]) -> list[Panel]:
   """Seen against predicted, and the line on which they are equal."""
   if not pairs:
-    return
+    return []
   said, seen = zip(*pairs, strict=True)
   ends = [min(*said, *seen), max(*said, *seen)]
-  line = {"color": COLORS[0], "width": 1, "dash": "dash"}
-  equal = go.Scatter(x=ends, y=ends, mode="lines", line=line, showlegend=False)
-  points = go.Scatter(
-    x=said, y=seen, mode="markers", marker={"color": COLORS[1], "size": 7}, showlegend=False
-  )
-  drawn.add_trace(equal, row=1, col=column)
-  drawn.add_trace(points, row=1, col=column)
-  drawn.update_xaxes(title_text="predicted by the law of the others", col=column)
-  drawn.update_yaxes(title_text="seen", col=column)
+  tips = [f"predicted {a:.4f}, seen {b:.4f}" for a, b in pairs]
+  marks = [
+    Curve(ends, ends, COLORS[0], width=1, dash="5 4"),
+    Dots(said, seen, [COLORS[1]], size=7, tips=tips),
+  ]
+  title = "left one out: predicted and seen"
+  return [Panel(marks, title, "predicted by the law of the others", "seen")]
 
 
 def _objective(c: Mapping[str, Any], m: Mapping[str, Any]) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
-:root { --ink: #1c2127; --soft: #5f6873; --line: #e3e6ea; --tint: #f6f7f9; --accent: #1f5fbf; }
+:root { --ink: #1c2127; --soft: #5f6873; --line: #e3e6ea; --faint: #edeff2; --tint: #f6f7f9;
+  --accent: #1f5fbf; }
 * { box-sizing: border-box; }
 html { font: 15px/1.55 ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif;
   color: var(--ink);
@@ -55,15 +56,32 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 28px; font-
   margin: 12px 0; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
-.figure { margin: 10px 0 0; min-height: 120px; }
+.figure { margin: 14px 0 0; break-inside: avoid; }
+.panels { display: grid; gap: 16px 28px; }
+.panels > svg { display: block; width: 100%; height: auto; }
+.figure text { font: 11.5px ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif;
+  fill: var(--soft); font-variant-numeric: tabular-nums; }
+.figure text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
+.plot polyline { fill: none; stroke-linejoin: round; }
+.area { fill: none; pointer-events: all; }
+.grid { stroke: var(--faint); fill: none; }
+.axis, .tick { stroke: var(--line); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; justify-content: flex-end;
+  font-size: 12.5px; color: var(--soft); margin: 0 0 6px; }
+.legend i { display: inline-block; vertical-align: middle; margin: 0 6px 2px 0; }
+.legend .line { width: 18px; }
+.legend .dot { width: 9px; height: 9px; border-radius: 9px; }
+.legend .bar { width: 11px; height: 11px; border-radius: 2px; }
+.legend .shades { width: 110px; height: 9px; border-radius: 2px; margin: 0 4px 2px; }
 .note { font-size: 13px; color: var(--soft); margin: 8px 0 0; max-width: none; }
+@media (max-width: 800px) { .panels { grid-template-columns: 1fr !important; } }
 @media print { body { padding: 0; } h2 { break-after: avoid; } }
 """
 
 
 def page(title: str, sections: Iterable[str], script: str) -> str:
   """A whole document that loads nothing: style and script are inside it. The script stands last, so
-  that the text is painted before it is read; what uses it is a module, which runs after it.
+  that text and plots are painted before it is read.
   """
   body = "\n".join(section for section in sections if section)
   return (

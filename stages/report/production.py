@@ -6,11 +6,10 @@ import time
 from html import escape
 from pathlib import Path
 
-import plotly.graph_objects as go
-
 from nmoe.records import metrics
 from nmoe.records.goodput import BUCKETS, Production, production
-from stages.report.figures import COLORS, PHASE_COLORS, finish
+from stages.report.drawing import Bars, Curve, Figure, Panel, Rule
+from stages.report.figures import COLORS, ORANGE, PHASE_COLORS, thin
 from stages.report.findings import Findings
 from stages.report.page import definitions, facts, table
 
@@ -22,7 +21,7 @@ NOTE = (
 QUIET = ("launch", "checkpoint", "permanent", "override")  # events that no line marks
 
 
-def parts(found: Findings, root: Path) -> list[tuple[str, go.Figure | str]]:
+def parts(found: Findings, root: Path) -> list[tuple[str, Figure | str]]:
   """Name -> figure, and pieces of HTML under the name ""; none for another stage's experiment."""
   if found.experiment.stage != "prod" or not found.runs:
     return []
@@ -47,45 +46,33 @@ def _numbers(seen: Production) -> str:
   return facts(pairs)
 
 
-def _timeline(seen: Production) -> go.Figure:
+def _timeline(seen: Production) -> Figure:
   """The spans of the wall time, a colour a bucket."""
-  figure, begun = go.Figure(), seen.spans[0].begin
+  begun, marks = seen.spans[0].begin, []
   for bucket, color in zip(BUCKETS, PHASE_COLORS, strict=True):
-    spans = [span for span in seen.spans if span.bucket == bucket]
-    if not spans:
-      continue
-    figure.add_trace(
-      go.Bar(
-        x=[span.seconds for span in spans],
-        base=[span.begin - begun for span in spans],
-        y=["wall time"] * len(spans),
-        name=f"{bucket}, {seen.seconds[bucket]:,.1f} s",
-        orientation="h",
-        marker_color=color,
-        width=0.55,
-        hovertemplate=f"{bucket}: %{{x:.1f}} s from %{{base:.1f}}<extra></extra>",
-      )
-    )
-  figure.update_layout(barmode="overlay", legend_traceorder="normal")
-  figure.update_xaxes(title_text="seconds since the first launch")
-  figure.update_yaxes(showgrid=False)
-  return finish(figure, 190)
+    bars = [
+      (0, s.begin - begun, s.seconds, "", f"{bucket}: {s.seconds:.1f} s from {s.begin - begun:.1f}")
+      for s in seen.spans
+      if s.bucket == bucket
+    ]
+    marks += [Bars(bars, color, f"{bucket}, {seen.seconds[bucket]:,.1f} s")] if bars else []
+  panel = Panel(marks, x="seconds since the first launch", rows=["wall time"])
+  return Figure([panel], 120)
 
 
-def _marked_loss(seen: Production, root: Path) -> go.Figure | None:
+def _marked_loss(seen: Production, root: Path) -> Figure | None:
   logged = metrics.read(root, seen.run.id, ["train/loss"])
   if not logged:
     return None
   steps, _, losses = logged["train/loss"]
-  line = {"color": COLORS[1], "width": 1.6}
-  figure = go.Figure(go.Scatter(x=steps, y=losses, mode="lines", line=line, showlegend=False))
-  for event in seen.events:
-    if event.kind not in QUIET:
-      figure.add_vline(event.step, line={"color": COLORS[2], "dash": "dot"})
-      figure.add_annotation(x=event.step, y=1, yref="paper", text=event.kind, showarrow=False)
-  figure.update_xaxes(title_text="step")
-  figure.update_yaxes(title_text="training loss")
-  return finish(figure, 280)
+  steps, losses = thin(steps, losses)
+  rules = [
+    Rule(event.step, ORANGE, "2 3", event.kind) for event in seen.events if event.kind not in QUIET
+  ]
+  ends = (float(steps[0]), max(float(steps[-1]), float(steps[0]) + 1, *(rule.x for rule in rules)))
+  line = Curve(steps, losses, COLORS[1], "training loss", width=1.6)
+  panel = Panel([line], "training loss", "step", x_range=ends, rules=rules)
+  return Figure([panel], 280, key=False)
 
 
 def _tables(seen: Production) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+import numpy as np
 
 from nmoe.records.reader import Experiment
 from stages.judge.transfer import WINDOW
-from stages.report.figures import COLORS, finish
+from stages.report.drawing import Cells, Curve, Dots, Figure, Panel, Rule, Shades
+from stages.report.figures import COLORS, ORANGE
 
 HEAD = ("group", "state", "shift, octaves", "regret, nats", "exponent", "noise, nats", "why")
 SEGMENTS = 41  # points of a parabola that is drawn
@@ -108,88 +108,79 @@ def _line(
   return Line(group, scale, seed, points, diverged, (x, level), parabola)
 
 
-def figure(experiment: Experiment) -> go.Figure:
+def figure(experiment: Experiment) -> Figure:
   """A panel a group: losses over log2 of the rate, a color a scale, parabolas and optima."""
   found = lines(experiment)
-  names = list(dict.fromkeys(line.group for line in found))
-  panels = make_subplots(1, len(names), subplot_titles=names, horizontal_spacing=0.05)
   scales = list(dict.fromkeys(line.scale for line in found))
   colors = {scale: COLORS[i % len(COLORS)] for i, scale in enumerate(scales)}
-  shown: set[str] = set()
-  first_seed = found[0].seed if found else 0
-  for line in found:
-    place = {"row": 1, "col": names.index(line.group) + 1}
-    common = {"legendgroup": line.scale, "name": line.scale, "hovertext": f"seed {line.seed}"}
-    common["opacity"] = 1.0 if line.seed == first_seed else 0.3
-    for trace in _traces(line, colors[line.scale]):
-      first = line.scale not in shown and trace.mode == "markers"
-      shown |= {line.scale} if first else set()
-      panels.add_trace(trace.update(common | {"showlegend": first}), **place)
-  panels.update_xaxes(title_text="log2 of rate / base's")
-  panels.update_yaxes(title_text="held-out loss, nats", col=1)
-  for column, name in enumerate(names, start=1):
-    panels.update_yaxes(range=_reach([line for line in found if line.group == name]), col=column)
-  return finish(panels, 380)
+  first = found[0].seed if found else 0
+  panels = []
+  for name in dict.fromkeys(line.group for line in found):
+    of = [line for line in found if line.group == name]
+    marks = [
+      mark
+      for line in of
+      for mark in _marks(line, colors[line.scale], 1.0 if line.seed == first else 0.3)
+    ]
+    x, y = "log2 of rate / base's", "" if panels else "held-out loss, nats"
+    panels.append(Panel(marks, name, x, y, y_range=_reach(of)))
+  return Figure(panels, 320)
 
 
-def _traces(line: Line, color: str) -> list[go.Scatter]:
+def _marks(line: Line, color: str, opacity: float) -> list[Curve | Dots]:
   """Points, the parabola through them, and the optimum on it."""
-  marks = (
-    (line.points, {"mode": "markers", "marker": {"color": color, "size": 6}}),
-    (line.parabola, {"mode": "lines", "line": {"color": color, "width": 1.3}}),
-    (
-      (line.optimum,) if line.optimum else (),
-      {"mode": "markers", "marker": {"color": color, "size": 11, "symbol": "diamond-open"}},
-    ),
-  )
-  return [
-    go.Scatter(x=[x for x, _ in of], y=[y for _, y in of], **style) for of, style in marks if of
+  what = f"{line.group}, {line.scale}, seed {line.seed}"
+  tips = [f"{what}: {y:.4f} at {x:+.3g}" for x, y in line.points]
+  xs, ys = _columns(line.points)
+  marks: list[Curve | Dots] = [
+    Dots(xs, ys, [color], line.scale, size=6, tips=tips, opacity=opacity)
   ]
+  if line.optimum:
+    x, y = line.optimum
+    tip = f"{what}: optimum {y:.4f} at {x:+.3g}"
+    marks.insert(0, Curve(*_columns(line.parabola), color, width=1.3, opacity=opacity))
+    marks.append(Dots([x], [y], [color], size=11, shape="open", tips=[tip], opacity=opacity))
+  return marks
 
 
-def _reach(found: Sequence[Line]) -> list[float] | None:
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+  return [x for x, _ in points], [y for _, y in points]
+
+
+def _reach(found: Sequence[Line]) -> tuple[float, float] | None:
   """Of the losses, without the worst quarter: far from the optimum they tell nothing."""
   losses = sorted(loss for line in found for _, loss in line.points)
   if not losses:
     return None
   top = losses[(3 * (len(losses) - 1)) // 4]
   pad = 0.1 * (top - losses[0]) or 0.1
-  return [losses[0] - pad, top + pad]
+  return losses[0] - pad, top + pad
 
 
-def shifts(experiment: Experiment) -> go.Figure:
+def shifts(experiment: Experiment) -> Figure | None:
   """The shift of every group's and control's optimum with its interval, and the limit on it."""
   c = experiment.conclusion
   found = [g for g in (*c["groups"], *c["controls"]) if g["shift"]["n"]]
-  drawn = go.Figure()
-  for g in found:
-    low, high = (g["shift"][key] for key in ("low", "high"))
-    known = math.isfinite(high)
-    bars = {"array": [high - g["shift"]["mean"] if known else 0], "thickness": 2, "width": 7}
-    state = g["state"] or "measured"
-    drawn.add_trace(
-      go.Scatter(
-        x=[g["shift"]["mean"]],
-        y=[f"{g['name']}: {state}"],
-        error_x={"type": "data", **bars} if known else None,
-        mode="markers",
-        marker={"size": 11, "symbol": "diamond", "color": STATES.get(state, COLORS[0])},
-        hovertext=_interval(g["shift"]),
-        showlegend=False,
-      )
-    )
-  for edge in (-c["limits"]["max_shift"], c["limits"]["max_shift"]):
-    drawn.add_vline(x=edge, line={"color": "#c2571a", "width": 1.5, "dash": "dash"})
-  drawn.add_vline(x=0, line={"color": "#1c2127", "width": 1})
+  marks = []
+  for row, g in enumerate(found):
+    mean, high = (g["shift"][key] for key in ("mean", "high"))
+    half = high - mean if math.isfinite(high) else 0.0
+    color, tips = STATES.get(g["state"], COLORS[0]), [_interval(g["shift"])]
+    marks.append(Dots([mean], [row], [color], size=11, shape="diamond", tips=tips, half=half))
+  limit = c["limits"]["max_shift"]
   known = [abs(g["shift"][key]) for g in found for key in ("low", "high") if g["state"] in PLACED]
-  reach = 1.2 * max([2 * c["limits"]["max_shift"], *filter(math.isfinite, known)])
-  title = "shift of the optimum from base to the largest scale, octaves"
-  drawn.update_xaxes(title_text=title, range=[-reach, reach])
-  drawn.update_yaxes(autorange="reversed", showgrid=False)
-  return finish(drawn, 130 + 34 * len(found))
+  reach = 1.2 * max([2 * limit, *filter(math.isfinite, known)])
+  panel = Panel(
+    marks,
+    x="shift of the optimum from base to the largest scale, octaves",
+    x_range=(-reach, reach),
+    rows=[f"{g['name']}: {g['state'] or 'measured'}" for g in found],
+    rules=[Rule(0.0), *(Rule(x, ORANGE, "5 4", "limit") for x in (-limit, limit))],
+  )
+  return Figure([panel], 92 + 30 * len(found)) if found else None
 
 
-def coords_figure(experiment: Experiment) -> go.Figure | None:
+def coords_figure(experiment: Experiment) -> Figure | None:
   """The slope of every class of tensors by optimizer and axis; what is out has a mark."""
   slopes = experiment.conclusion["coords"].get("slopes", ())
   if not slopes:
@@ -198,18 +189,16 @@ def coords_figure(experiment: Experiment) -> go.Figure | None:
   names = list(dict.fromkeys(s["name"] for s in slopes))
   by_place = {(s["name"], f"{s['axis']}, {s['optimizer']}"): s for s in slopes}
   cells = [[by_place.get((name, column)) for column in columns] for name in names]
-  values = [[s["interval"]["mean"] if s else None for s in row] for row in cells]
+  values = np.array([[s["interval"]["mean"] if s else math.nan for s in row] for row in cells])
   texts = [
     ["" if s is None else f"{_interval(s['interval'])}{' out' if s['out'] else ''}" for s in row]
     for row in cells
   ]
-  heat = go.Heatmap(x=columns, y=names, z=values, text=texts, texttemplate="%{text}", xgap=2)
-  heat.update(ygap=1, colorscale=SLOPES, zmid=0, zmin=-0.6, zmax=0.6, hoverinfo="skip")
-  heat.update(colorbar={"title": "slope", "thickness": 10, "outlinewidth": 0, "len": 0.9})
-  drawn = go.Figure(heat)
-  drawn.update_yaxes(autorange="reversed", showgrid=False)
-  drawn.update_xaxes(showgrid=False, side="top")
-  return finish(drawn, 110 + 22 * len(names))
+  tips = [[f"{name}, {column}" for column in columns] for name in names]
+  edges = [c - 0.5 for c in range(len(columns) + 1)]
+  shades = Shades("slope", SLOPES, -0.6, 0.6)
+  panel = Panel([Cells(values, edges, shades, tips, texts, space=2)], rows=names, columns=columns)
+  return Figure([panel], 70 + 21 * len(names), scale=shades)
 
 
 def _interval(i: Mapping[str, float] | None) -> str:

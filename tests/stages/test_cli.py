@@ -100,7 +100,7 @@ def test_help_is_instant():
     assert word in done.stdout
   imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
   assert "typer" in imported
-  assert not imported & {"torch", "numpy", "datasets", "duckdb", "plotly", "tiktoken"}
+  assert not imported & {"torch", "numpy", "datasets", "duckdb", "tiktoken"}
   before = os.times()
   assert shell("--help").returncode == 0
   after = os.times()
