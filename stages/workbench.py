@@ -10,18 +10,16 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
-from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.mixture import load_mixture
+from nmoe.data.prepare import prepare
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.files import resolved
 from nmoe.records.experiments import Experiments
-from nmoe.records.provenance import provenance
-from nmoe.records.reader import ArmRecord, Branch, Hypothesis
+from nmoe.records.provenance import REPO, provenance
+from nmoe.records.reader import ArmRecord, Branch, Hypothesis, Point
 from nmoe.records.root import Root
 from stages.admission import admit, admit_with_data
-from stages.judge.table import Point
 from stages.text import plain
-
-REPO = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nmoe.config.rules import validate
 from nmoe.config.sections import SECTIONS, Config, leaves
 from nmoe.errors import ConfigError
 from nmoe.files import resolved
-from nmoe.tables import nearest, parsed, typed
+from nmoe.tables import nearest, parsed, read, typed
 
 MAX_CHAIN = 100  # files that extend one another
 PATHS = (("data", "mixture"), ("data", "tokenizer"), ("eval", "suite"))
@@ -131,24 +131,19 @@ def _origins(table: Mapping[str, Any], name: str) -> dict[str, str]:
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
   """The merged table of a file and what it extends, and the file that each key came from."""
   by = f" (extended by {chain[-1]})" if chain else ""
+  what = f"configuration{by}"
   if len(chain) > MAX_CHAIN:
     raise ConfigError(f"{path}: extends more than {MAX_CHAIN} files in a row{by}; merge some")
   try:
     path = resolved(path)
-    if path.exists() and not path.is_file():
-      raise ConfigError(f"{path}: cannot be read{by}: it is no regular file")
   except (OSError, ValueError) as error:
-    raise ConfigError(f"{str(path)!r}: cannot be read{by}: {error}") from error
+    raise ConfigError(f"{str(path)!r}: the {what} cannot be read: {error}") from error
   if not path.name.isprintable() or os.fsencode(path.name).decode(errors="replace") != path.name:
-    raise ConfigError(f"{str(path)!r}: cannot be read{by}: rename it, in printable UTF-8")
+    raise ConfigError(f"{str(path)!r}: the {what} cannot be read: rename it, in printable UTF-8")
   if path in chain:
     names = " -> ".join(p.name for p in (*chain, path))
     raise ConfigError(f"{path}: extends itself ({names}); break the circle")
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f"{path}: cannot be read{by}: {error}") from error
-  table = parsed(text, str(path))
+  table = parsed(read(path, what), str(path))
   parent = table.pop("extends", None)
   table.pop("evidence", None)  # of a sweep's transfer.toml: for people and a launch, not for a run
   for section, key in PATHS:

@@ -251,6 +251,11 @@ def checkpoint_bytes(config: Config) -> int:
   return total
 
 
+def kept_bytes(config: Config) -> int:
+  """Of the checkpoints that lie there at once: those kept, and one that is being written."""
+  return checkpoint_bytes(config) * (config.train.keep_checkpoints + 1)
+
+
 def _grad_width(config: Config) -> int:
   return 4 if config.micro_batches > 1 else parameter_width(config)
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from nmoe import files
 from nmoe.data.hashes import HASHES, Hashes
-from nmoe.data.mixture import FilesSource, Mixture, Source, load_mixture
+from nmoe.data.mixture import FilesSource, Mixture, Source
 from nmoe.data.shards import (
   FORMAT,
   SplitWriter,
@@ -44,8 +44,6 @@ from nmoe.data.sources import Document, Skip, reader
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
 from nmoe.records.root import Root
-
-__all__ = ["Progress", "load_mixture", "prepare"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a source's name, the documents read so far and the bytes of text read so far."""
@@ -164,12 +162,12 @@ def _write_source(
     raise DataError(
       f"source {source.name!r} has no document to train on "
       f"({splits['heldout']['documents']} held out, {rest}); correct its paths or text_field, "
-      f"or remove it from the mixture{_one_document(source, splits, skipped)}"
+      f"or remove it from the mixture{_one_document(source, splits)}"
     )
   return {"skipped": dict(skipped), **splits}
 
 
-def _one_document(source: Source, splits: dict[str, dict], skipped: Counter[str]) -> str:
+def _one_document(source: Source, splits: dict[str, dict]) -> str:
   """What to do about a source of one document, which is held out or not as a whole."""
   if sum(split["documents"] for split in splits.values()) != 1:
     return ""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nmoe.data.permutation import mix
 from nmoe.data.shards import Stream, open_stream, read_manifest
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
@@ -29,7 +30,7 @@ FILTER_BITS = 24
 
 _LOWER = np.arange(256, dtype=np.uint8)
 _LOWER[ord("A") : ord("Z") + 1] += 32
-_LETTER = np.array([chr(b).isalnum() or b >= 0x80 for b in range(0x80)] + [True] * 0x80)
+_LETTER = np.array([chr(b).isalnum() for b in range(0x80)] + [True] * 0x80)
 _DRAW = np.random.default_rng(13)
 _PLACES = _DRAW.integers(1 << 63, size=LONGEST, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _TURNS = _DRAW.integers(1 << 63, size=N, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -59,20 +60,13 @@ def ngrams(text: bytes) -> np.ndarray:
   firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
   place = np.arange(int(lengths.sum())) - np.repeat(firsts, lengths)
   weighted = (_LOWER[data[letter]].astype(np.uint64) + np.uint64(1)) * _PLACES[place % LONGEST]
-  words = _mixed(np.add.reduceat(weighted, firsts))
+  words = mix(np.add.reduceat(weighted, firsts))
   count = len(words) - N + 1
   total = np.zeros(count, dtype=np.uint64)
   for k in range(N):
     total += words[k : k + count] * _TURNS[k]
   document = np.cumsum(data == 0)[starts]
-  return _mixed(total[document[:count] == document[N - 1 :]])
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-  """The finaliser of SplitMix64 (Steele et al. 2014)."""
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
+  return mix(total[document[:count] == document[N - 1 :]])
 
 
 def own_text(document: Document) -> bytes:

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nmoe import files
-from nmoe.config.parameters import num_parameters
+from nmoe.config.plan import kept_bytes
 from nmoe.config.sections import Config
 from nmoe.machine.versions import installed, pip_line, python_clauses, requirements, satisfies
 from nmoe.records.provenance import REPO
@@ -76,14 +76,13 @@ def _packages(extra: str, needed: bool) -> Iterator[Check]:
 
 def _shadows() -> Iterator[Check]:
   """Our top-level packages must be those beside this file: `kernels` is a common name."""
-  home = Path(__file__).resolve().parents[2]
   owners = metadata.packages_distributions()
   for name in OURS:
     spec = importlib.util.find_spec(name)
     origin = Path(spec.origin).resolve() if spec and spec.origin else None
     foreign = sorted(set(owners.get(name, ())) - {"nmoe"})
-    if origin is None or origin.parent != home / name:
-      found = f"{origin or 'nothing'} instead of {home / name}"
+    if origin is None or origin.parent != REPO / name:
+      found = f"{origin or 'nothing'} instead of {REPO / name}"
     elif foreign:
       found = f"{origin.parent}, also installed by {', '.join(foreign)}"
     else:
@@ -149,18 +148,11 @@ def _disk(config: Config) -> Check:
     remedy = f"make {place} writable, or set run.root (or NMOE_ROOT) to a folder that is"
     return Check(name, False, f"{root}: {error}", remedy)
   free = shutil.disk_usage(place).free
-  need = num_parameters(config) * _bytes_per_parameter(config)
-  need *= config.train.keep_checkpoints + 1
+  need = kept_bytes(config)
   found = f"{root}: {free / 1e9:,.1f} GB free, checkpoints take {need / 1e9:,.1f} GB"
   return Check(
     name, free > need, found, "free space, lower train.keep_checkpoints or move run.root"
   )
-
-
-def _bytes_per_parameter(config: Config) -> int:
-  """Of a checkpoint under AdamW: weight, fp32 master if the weight is bf16, two moments."""
-  weight = 4 if config.target.dtype == "fp32" else 2 + 4
-  return weight + 2 * (4 if config.optim.moments == "fp32" else 2)
 
 
 def _locks(root: Path) -> Check:

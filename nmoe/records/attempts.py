@@ -6,7 +6,6 @@ Its number counts a run's attempts; the highest is the one that may write (a fen
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nmoe import files
 from nmoe.errors import FencedError
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Amendment, Reader, Run
@@ -176,6 +176,6 @@ class Attempts(Experiments, History):
 
   def artifact(self, run_id: str, path: Path) -> None:
     """Record a generated file by its hash."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = files.sha256(path)
     with self._writing() as db:
       db.execute("INSERT OR REPLACE INTO artifacts VALUES (?,?,?)", (run_id, str(path), digest))

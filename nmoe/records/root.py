@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nmoe.records.manifests import steps
+
 DEFAULT_ROOT = ".nmoe"  # of configurations and commands alike, where NMOE_ROOT is not set
 
 
@@ -66,8 +68,7 @@ class Root:
 
   def checkpoint_steps(self, run_id: str) -> list[int]:
     """Of the run's finished checkpoints, ascending."""
-    folders = self.checkpoints(run_id).glob("step_*")
-    return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdecimal() and f.is_dir())
+    return steps(self.checkpoints(run_id))
 
   @property
   def locks(self) -> Path:

@@ -123,6 +123,18 @@ def _central(theta: float, df: int) -> float:
   return 2 / math.pi * (theta + sine * total) if df % 2 else sine * total
 
 
+def rejected(ps: Sequence[float], level: float) -> list[bool]:
+  """Which hypotheses are rejected at a level, all errors together: Holm's step-down (1979). The
+  smallest p is held against level / n, the next against level / (n − 1), … until one stands.
+  """
+  found = [False] * len(ps)
+  for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+    if ps[i] > level / (len(ps) - rank):
+      break
+    found[i] = True
+  return found
+
+
 def number(value: float, sign: str = "") -> str:
   text = f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
   return text.replace("-", "−")

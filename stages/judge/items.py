@@ -15,7 +15,7 @@ import numpy as np
 
 from nmoe.errors import RecordError
 from nmoe.evals.measure import Items, per_document
-from stages.judge.intervals import two_sided_p
+from stages.judge.intervals import rejected, two_sided_p
 
 ALPHA = 0.05
 
@@ -53,7 +53,7 @@ def task_differences(
     mean = float(d.mean())
     p = two_sided(mean, error, freedom)
     found.append(TaskDifference(task, measure, *d.shape, mean, error, p, False))
-  apart = holm([t.p for t in found])
+  apart = rejected([t.p for t in found], ALPHA)
   return [
     TaskDifference(**{**vars(t), "told_apart": told}) for t, told in zip(found, apart, strict=True)
   ]
@@ -95,13 +95,3 @@ def two_sided(mean: float, error: float, freedom: int) -> float:
   if error == 0:
     return 0.0
   return two_sided_p(mean / error, freedom)
-
-
-def holm(ps: Sequence[float]) -> list[bool]:
-  """Which hypotheses are rejected at ALPHA, all errors together."""
-  rejected = [False] * len(ps)
-  for rank, i in enumerate(np.argsort(ps, kind="stable").tolist()):
-    if ps[i] > ALPHA / (len(ps) - rank):
-      break
-    rejected[i] = True
-  return rejected

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Point = Mapping[str, float | int | str]
+from nmoe.records.reader import Point
 
 
 @dataclass(frozen=True)

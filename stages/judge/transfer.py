@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.judge.intervals import Interval, interval_of, number, student_t, upper_tail
+from stages.judge.intervals import Interval, interval_of, number, rejected, student_t, upper_tail
 
 Seeds = Mapping[int, Mapping[float, float]]  # seed -> x -> loss in nats, NaN where a run diverged
 WINDOW = 2.0  # octaves on either side of the best point, or one step of a coarser grid
@@ -248,10 +248,8 @@ def holm(groups: Sequence[Group], limits: Limits) -> list[Group]:
   """Decide the groups that were tested, each error rate over all of them (Holm 1979)."""
   level = (1 - limits.confidence) / 2
   tested = [g for g in groups if not g.state]
-  equal, moved = (
-    _passed([g.p_equal for g in tested], level),
-    _passed([g.p_moved for g in tested], level),
-  )
+  equal = rejected([g.p_equal for g in tested], level)
+  moved = rejected([g.p_moved for g in tested], level)
   states = {}
   for g, same, other in zip(tested, equal, moved, strict=True):
     found = f"shift {_shown(g.shift)} octaves, regret {_shown(g.regret)} nats"
@@ -262,16 +260,6 @@ def holm(groups: Sequence[Group], limits: Limits) -> list[Group]:
     else:
       states[g.name] = _said(g, "undecided", f"{found}: neither within nor beyond the limits.")
   return [states.get(g.name, g) for g in groups]
-
-
-def _passed(values: Sequence[float], level: float) -> list[bool]:
-  """Holm's step-down: the smallest p against level / n, the next against level / (n − 1), …"""
-  passed = [False] * len(values)
-  for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-    if values[i] > level / (len(values) - rank):
-      break
-    passed[i] = True
-  return passed
 
 
 def with_control(group: Group, control: Group, limits: Limits) -> Group:

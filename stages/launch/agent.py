@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -153,9 +153,8 @@ def main() -> int:
   parser.add_argument("--head", default="127.0.0.1:0", help="the first host, and a port")
   parser.add_argument("--address", help="by which others reach this host; default: torch finds it")
   options = parser.parse_args()
-  reader = History(options.root)
-  config = configs.loads(reader.run(options.run).toml, f"run {options.run}", env={})
-  reader.close()
+  with closing(History(options.root)) as records:
+    config = configs.loads(records.run(options.run).toml, f"run {options.run}", env={})
   told = config.prod.notify if options.node == 0 else ""
   agent = made(config, options)
   try:

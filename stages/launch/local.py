@@ -28,6 +28,7 @@ from kernels.arch import environment
 from kernels.tools import build
 from nmoe.config.sections import Config
 from nmoe.config.shapes import kernel_shapes
+from nmoe.records.provenance import REPO
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry
 
@@ -35,7 +36,6 @@ GRACE_S = 30.0  # a rank may live this long after another one failed
 SAVE_S = 900.0  # a run that is told to stop may take this long to save its state
 POLL_S = 0.2  # every rank is looked at this often
 SPINS = "5000"  # of a thread of libgomp that waits; its own default is 300,000
-REPO = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from nmoe.config.sections import Config
 from nmoe.errors import RunError
+from nmoe.records.provenance import REPO
 from nmoe.records.root import Root
-from stages.launch.local import REPO, SAVE_S
+from stages.launch.local import SAVE_S
 
 MARGIN_S = 60  # Slurm sends a signal up to this much late
 SUBMIT_S = 60

@@ -75,7 +75,7 @@ def _cited(config: Config, name: str, records: Reader) -> Evidence:
   if cited.verdict != "confirmed":
     verdict = cited.verdict or f"not concluded ({cited.status})"
     return Evidence(name, cited.id, f"is {verdict}; only what was confirmed can be cited")
-  won = _variant(config, cited, records) if cited.stage == "ablate" else _transfer(config, cited)
+  won = _variant(cited, records) if cited.stage == "ablate" else _transfer(config, cited)
   runs = [run for run in records.runs(cited.id) if cited.stage != "ablate" or run.arm == "variant"]
   if not runs:
     return Evidence(name, cited.id, "has no run of what won; run it again")
@@ -88,7 +88,7 @@ def _cited(config: Config, name: str, records: Reader) -> Evidence:
   return Evidence(name, cited.id, apart=", ".join(apart[1]))
 
 
-def _variant(config: Config, cited: Experiment, records: Reader) -> dict[str, Any]:
+def _variant(cited: Experiment, records: Reader) -> dict[str, Any]:
   """What the confirmed variant of an ablation has in place of its baseline's."""
   runs = {run.arm: run for run in records.runs(cited.id)}
   arms = [_config(runs[arm]) for arm in ("baseline", "variant") if arm in runs]

@@ -24,12 +24,11 @@ from nmoe.errors import NmoeError
 from nmoe.records import metrics
 from nmoe.records.attempts import History
 from nmoe.records.goodput import production
-from nmoe.records.provenance import provenance
+from nmoe.records.provenance import code_version
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
 from stages.prod.evidence import CHECKS, Evidence, evidence
 from stages.text import plain
-from stages.workbench import REPO
 
 HOST_FAILURES = 6.5e-3 / 86400  # of a host, each second
 MFU = 0.3  # assumed where nothing was measured
@@ -86,11 +85,6 @@ class Plan:
     """Bytes/s that let a write end in half an interval."""
     return 2 * self.checkpoint_bytes / self.interval_s
 
-  @property
-  def storage_bytes(self) -> int:
-    """Of the checkpoints that lie there at once: those kept, and one that is being written."""
-    return self.checkpoint_bytes * (self.config.train.keep_checkpoints + 1)
-
 
 def plan(config: Config, path: Path, rate: float = 0.0) -> Plan:
   """rate: tokens/s to reckon with; 0: those of a run of this model on as many ranks, newest bench
@@ -112,13 +106,10 @@ def _records(config: Config, path: Path) -> tuple[list[Evidence], list[Run]]:
   if not root.experiments_db.exists():
     lack = f"{root.path} has no records yet"
     return [Evidence(name, "", lack) for name in (*config.prod.evidence, *CHECKS)], []
-  records = Reader(root.path)
-  try:
+  with closing(Reader(root.path)) as records:
     experiments = sorted(records.list(), key=lambda one: one.stage != "bench")
     runs = [run for one in experiments for run in reversed(records.runs(one.id))]
-    return evidence(config, path, records, provenance(REPO)[2]), runs
-  finally:
-    records.close()
+    return evidence(config, path, records, code_version()), runs
 
 
 def _measured(config: Config, runs: list[Run]) -> tuple[Figure, Run] | None:
@@ -235,22 +226,22 @@ def _saving(p: Plan) -> list[tuple[str, str, str]]:
   every = p.config.train.checkpoint_every
   rows = [
     ("checkpoint stall", f"{p.stall.value:.3g} s", p.stall.source),
-    ("interval", _interval(p, p.interval_s, p.interval_steps), "sqrt(2 · stall · MTTF)"),
+    ("interval", _interval(p.interval_s, p.interval_steps), "sqrt(2 · stall · MTTF)"),
   ]
   if every and p.rate is not None:
     own = every * p.step_s
     source = f"train.checkpoint_every: {p.share(own):.2%} of the time trains"
-    rows.append(("interval now", _interval(p, own, every), source))
+    rows.append(("interval now", _interval(own, every), source))
   keep = p.config.train.keep_checkpoints
   return [
     *rows,
     ("a checkpoint", _gb(p.checkpoint_bytes), "weights, masters, moments"),
     ("storage rate", f"{_gb(p.storage_rate)}/s", "a write ends in half an interval"),
-    ("storage", _gb(p.storage_bytes), f"{keep} kept, one being written"),
+    ("storage", _gb(plans.kept_bytes(p.config)), f"{keep} kept, one being written"),
   ]
 
 
-def _interval(p: Plan, seconds: float, steps: int) -> str:
+def _interval(seconds: float, steps: int) -> str:
   return f"{_minutes(seconds)}, {steps:,} steps" if steps else _minutes(seconds)
 
 

@@ -36,7 +36,6 @@ PREFLIGHT = "nmoe.bench.preflight"
 POLL_S = 2.0  # a scheduler is asked this often
 LEAVE_S = 120.0  # a job whose ranks have said all may take this long to leave its queue
 SLOW = 0.9  # of the median rate: slower is a straggler
-STATE_BYTES = 16  # of a parameter in a checkpoint, at most: weight, two moments, fp32 copy
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def check(path: Path, console: Console) -> list[Finding]:
         done = elsewhere(config, run.id, bench, line.idle)
         line.end(done.status)
       work.check([done])
-      needed = STATE_BYTES * plan.parameters(config).total * (config.train.keep_checkpoints + 1)
-      findings = list(judged(done.results["ranks"], needed))
+      findings = list(judged(done.results["ranks"], plan.kept_bytes(config)))
       faults = [one for one in findings if one.fault]
       verdict = "refuted" if faults else "confirmed"
       rows = {"rows": [vars(one) for one in findings]}

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.mixture import load_mixture
+from nmoe.data.prepare import prepare
 from nmoe.data.shards import Stream
 from nmoe.data.tokenizer import get
 from nmoe.errors import DataError

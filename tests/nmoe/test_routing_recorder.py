@@ -9,7 +9,8 @@ import torch
 from labs import open_lab
 
 from nmoe.data.loader import Loader
-from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.mixture import load_mixture
+from nmoe.data.prepare import prepare
 from nmoe.data.prepared import open_data
 from nmoe.data.tokenizer import get
 from nmoe.distributed.parallel import Parallel

@@ -20,8 +20,8 @@ from nmoe.records.reader import Hypothesis
 from nmoe.records.root import Root
 from stages import ablate
 from stages.comparable import check_one_suite
-from stages.judge.intervals import student_t, two_sided_p
-from stages.judge.items import clustered_error, holm, task_differences
+from stages.judge.intervals import rejected, student_t, two_sided_p
+from stages.judge.items import clustered_error, task_differences
 from stages.report.evaluations import answers
 from stages.report.findings import Arm, gather
 
@@ -59,10 +59,10 @@ def test_the_error_covers_seeds_and_documents():
 
 
 def test_holm_by_hand():
-  assert holm([0.03, 0.001, 0.02]) == [True, True, True]
-  assert holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.03 > 0.05 / 2
-  assert holm([0.01, 0.02, 0.04]) == [True, True, True]
-  assert holm([0.02, 0.5]) == [True, False]
+  assert rejected([0.03, 0.001, 0.02], 0.05) == [True, True, True]
+  assert rejected([0.01, 0.04, 0.03], 0.05) == [True, False, False]  # 0.03 > 0.05 / 2
+  assert rejected([0.01, 0.02, 0.04], 0.05) == [True, True, True]
+  assert rejected([0.02, 0.5], 0.05) == [True, False]
 
 
 def test_differences_of_tasks():
