@@ -18,10 +18,6 @@ class Places(NamedTuple):
   # end, padding included
 
   @property
-  def start_E(self) -> Tensor:
-    return self.edge_RL1[:, :-1].flatten()
-
-  @property
   def end_R(self) -> Tensor:
     return self.edge_RL1[:, -1]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from nmoe.config import file as configs
 from nmoe.config.sections import fingerprint
-from nmoe.data.prepare import load_mixture, prepare
+from nmoe.data.mixture import load_mixture
+from nmoe.data.prepare import prepare
 from nmoe.data.prepared import open_data
 from nmoe.data.tokenizer import get
 from nmoe.distributed.parallel import Parallel
@@ -82,6 +84,7 @@ checkpoint_every = 3
 threads = 1
 """
 STEPS = 12
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w13|w2)")
 MIXTURE = """
 [mixture]
 holdout = 0.1
@@ -102,6 +105,19 @@ def write_files(folder: Path) -> Path:
   (folder / "mixture.toml").write_text(MIXTURE)
   (folder / "tiny.toml").write_text(TINY.format(root=folder / "root"))
   return folder / "tiny.toml"
+
+
+def whole_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """A checkpoint's experts, one by one, as a model of one rank holds them; a copy."""
+  whole: dict[str, Tensor] = {}
+  experts: dict[str, dict[int, Tensor]] = {}
+  for name, tensor in state.items():
+    if one := EXPERT.fullmatch(name):
+      experts.setdefault(f"{one[1]}.{one[3]}", {})[int(one[2])] = tensor
+    else:
+      whole[name] = tensor
+  stacks = {name: torch.stack([one[e] for e in sorted(one)]) for name, one in experts.items()}
+  return whole | stacks
 
 
 def write_variant(path: Path, name: str, body: str) -> Path:

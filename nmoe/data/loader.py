@@ -125,10 +125,6 @@ class Loader:
     rows = self.samples(np.arange(first, first + local, dtype=np.uint64))
     return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
-  def document_starts(self, n: int) -> np.ndarray:
-    """int64 positions 1 .. seq_len - 1 of sample n's inputs at which another document begins."""
-    return np.flatnonzero(self.sample(n)[: self.seq_len - 1] == self.data.tokenizer.eot) + 1
-
   def epochs(self, tokens: int) -> dict[str, float]:
     """How often each source has been read through after `tokens` of training, by its shares."""
     starts = np.minimum(self._first_P * 1.0, tokens / self.seq_len)

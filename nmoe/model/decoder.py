@@ -33,7 +33,7 @@ from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.model.init import NormalInit
 from nmoe.model.recompute import Source, source
-from nmoe.model.router import Router, balance_loss, global_balance_loss, update_bias
+from nmoe.model.router import Router, balance_loss, global_balance_loss
 
 
 class ModelOutput(NamedTuple):
@@ -404,11 +404,6 @@ def copies_of(model: nn.Module) -> dict[str, Copies]:
     if isinstance(module, (Linear, Mlp, Experts)) and module.recipe.copies is not None
     for name, _ in module.named_parameters(recurse=False)
   }
-
-
-def update_router_bias(model: Model, count_LE: Tensor, rate: float) -> None:
-  """One step of bias balancing from the step's global counts; see nmoe.model.router.update_bias."""
-  update_bias(model.routers, count_LE, rate)
 
 
 def recipe_for(config: Config, name: str, layer: int) -> Recipe:

@@ -43,7 +43,6 @@ RENAMED = {
 }
 BLOCKS = {"mlp": "mlp", "moe.shared": "mlp.shared_experts", "moe.experts": "mlp.experts"}
 _EXPERT = re.compile(r"moe\.experts\.(\d+)")
-_ONE = re.compile(r"(.*\.experts)\.(\d+)\.(w13|w2)")
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -112,19 +111,6 @@ def state_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if name.endswith("router.weight"):
       shapes[name.replace("weight", "bias")] = shape[:1]
   return shapes
-
-
-def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-  """Experts one by one -> whole, by ascending id; a copy of them."""
-  whole: dict[str, Tensor] = {}
-  experts: dict[str, dict[int, Tensor]] = {}
-  for name, tensor in state.items():
-    if one := _ONE.fullmatch(name):
-      experts.setdefault(f"{one[1]}.{one[3]}", {})[int(one[2])] = tensor
-    else:
-      whole[name] = tensor
-  stacks = {name: torch.stack([one[e] for e in sorted(one)]) for name, one in experts.items()}
-  return whole | stacks
 
 
 def _layer(name: str) -> tuple[str, str]:

@@ -394,11 +394,6 @@ class Experiments(Reader):
     """Whether this process holds the run."""
     return run_id in self._locks
 
-  def attach(self, experiment_id: str, run_id: str, arm: str) -> None:
-    """Count an existing run as a member of another experiment too; twice is the same as once."""
-    with self._writing() as db:
-      self._join(db, experiment_id, run_id, arm)
-
   def find_finished(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
   ) -> Run | None:

@@ -50,7 +50,8 @@ from nmoe.errors import (
   TargetError,
 )
 from nmoe.machine.target import Target
-from nmoe.model.decoder import Model, update_router_bias
+from nmoe.model.decoder import Model
+from nmoe.model.router import update_bias
 from nmoe.records import attempts, checkpoint, postmortem
 from nmoe.records.attempts import Attempts
 from nmoe.records.heartbeat import Heartbeat
@@ -153,7 +154,7 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     if ranks.ranks > 1:
       clock.start("gather")
       ranks.gather_weights(state.model)
-    update_router_bias(state.model, counts, 0.0 if skip else c.moe.bias_update_rate)
+    update_bias(state.model.routers, counts, 0.0 if skip else c.moe.bias_update_rate)
     state.step, state.tokens = state.step + 1, state.tokens + c.schedule.batch_tokens
     clock.start("log")
     watch.add(state, passes.flight.stop())

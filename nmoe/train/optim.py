@@ -27,7 +27,7 @@ from kernels.ops import Ops
 from nmoe.config import scaling
 from nmoe.config.parameters import Span, parameter_group
 from nmoe.config.sections import Config
-from nmoe.errors import CheckpointError, RunError
+from nmoe.errors import RunError
 from nmoe.model.decoder import Rows, copies_of, matrix_blocks
 from nmoe.records.checkpoint import Part
 
@@ -256,24 +256,6 @@ class Optimizer:
           whole = len(slot.param)
           part = tensor if len(tensor) == whole else Part.of(tensor, slot.rows.start, whole)
           yield f"{slot.name}.{name}", part
-
-  @torch.no_grad()
-  def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-    """Copy a state in.
-
-    Raises CheckpointError naming the first key that is missing, unknown or of another shape.
-    """
-    own = self.state_dict()
-    for key in sorted(own.keys() ^ state.keys()):
-      fault = "is missing" if key in own else "is not of this optimizer"
-      raise CheckpointError(f"optimizer state {key} {fault}; load a checkpoint of the same [optim]")
-    for key, tensor in own.items():
-      if tensor.shape != state[key].shape:
-        raise CheckpointError(
-          f"optimizer state {key} has shape {list(state[key].shape)}, the model wants "
-          f"{list(tensor.shape)}; load a checkpoint of the same [model] and [moe]"
-        )
-      tensor.copy_(state[key])
 
 
 def _got_tokens(grad: Tensor) -> Tensor:

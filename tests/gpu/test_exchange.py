@@ -69,11 +69,10 @@ def layer(kind: str, fused: bool, alignment: int = 1, payload: str = "bf16"):
     mover.send(1, x_TD, None, route, 0, format.x)
   kept = []
   for r, mover in enumerate(exchanges):
-    mine = slice(r * E // RANKS, (r + 1) * E // RANKS)
     rows, _, origin = mover.receive(
       mover.capacity, format.x
     )  # rows beyond end_R[r], or all, are zero
-    offset = torch.cat([where.start_E[mine], where.end_R[r : r + 1]]).int()
+    offset = where.edge_RL1[r].int()
     y, state = grouped_mlp_forward(rows, offset, *weights[r], Recipe(), True)
     y = mover.multiply(y, origin) if isinstance(y, Product) else y
     mover.reply(1, origin, y, None, routes[r], 0)

@@ -38,7 +38,7 @@ def test_places(count: list[list[int]], alignment: int) -> None:
     end = 0
     for e in range(owner * held, (owner + 1) * held):
       end = math.ceil(end / alignment) * alignment
-      assert found.start_E[e] == end
+      assert found.edge_RL1[owner, e - owner * held] == end
       for source in range(num_ranks):
         assert found.base_RE[source, e] == end
         end += count[source][e]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from labs import whole_experts
 from model_configs import tiny
 from safetensors.torch import save_file
 
@@ -21,7 +22,7 @@ from nmoe.model import export, imports
 from nmoe.model.decoder import Model
 from nmoe.model.export import Source, compare_tensors, write_folder
 from nmoe.model.imports import import_folder
-from nmoe.model.names import stack_experts, to_hf
+from nmoe.model.names import to_hf
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
 
@@ -111,7 +112,7 @@ def test_one_and_two_writers_export_and_import_the_same_bits(tmp_path):
     digests.append(import_folder(out, Root(tmp_path / "root")).digest)
   assert files[0] == files[1] and digests[0] == digests[1]
   back = checkpoint.read(Root(tmp_path / "root").imported(digests[0]) / "step_00000000")
-  whole = stack_experts(back)
+  whole = whole_experts(back)
   assert whole.keys() == state.keys()
   assert all(torch.equal(whole[name], state[name]) for name in state)
 

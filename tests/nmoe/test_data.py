@@ -273,14 +273,6 @@ def test_samples_are_the_text(folder, data):
     assert np.array_equal(row, streams[s][at])
 
 
-def test_document_starts_follow_separators(data):
-  loader = Loader(data, seq_len=512, seed=0)
-  for n in range(20):
-    inputs = loader.sample(n)[:-1].tolist()
-    expected = [i + 1 for i, t in enumerate(inputs[:-1]) if t == BYTE.eot]
-    assert loader.document_starts(n).tolist() == expected
-
-
 def test_epochs_are_counted_by_samples_drawn():
   loader = Loader(in_memory([8000, 1000], weights=[1.0, 3.0]), seq_len=8, seed=0)
   source, epoch, _ = loader.locate(np.arange(CYCLE))

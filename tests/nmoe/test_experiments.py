@@ -36,18 +36,20 @@ HYPOTHESIS = {
 REPO = Path(__file__).resolve().parents[2]
 
 
+RECORD = {
+  "toml": "[model]\ndim = 1\n",
+  "fingerprint": "f" * 16,
+  "data_digest": "d",
+  "commit": "c",
+  "diff": "",
+  "code_version": "v",
+  "environment": {"torch": "2.13"},
+  "target": "cpu",
+}
+
+
 def start(db, experiment_id, seed=0, arm="baseline", **changed):
-  record = {
-    "toml": "[model]\ndim = 1\n",
-    "fingerprint": "f" * 16,
-    "data_digest": "d",
-    "commit": "c",
-    "diff": "",
-    "code_version": "v",
-    "environment": {"torch": "2.13"},
-    "target": "cpu",
-  }
-  return db.start_run(experiment_id, arm, seed, **(record | changed))
+  return db.start_run(experiment_id, arm, seed, **(RECORD | changed))
 
 
 def child(root, code):
@@ -142,12 +144,12 @@ def test_a_run_counts_in_several_experiments(tmp_path):
   db = Experiments(tmp_path)
   one, two = db.create("one", **HYPOTHESIS), db.create("two", **HYPOTHESIS)
   run = start(db, one.id)
-  db.attach(two.id, run.id, "control")
-  db.attach(two.id, run.id, "control")
+  for _ in range(2):
+    assert db.find_or_start(two.id, "control", run.seed, **RECORD).id == run.id
   assert [(r.id, r.experiment_id, r.arm) for r in db.runs(two.id)] == [(run.id, two.id, "control")]
   assert db.run(run.id).arm == "baseline"
   with pytest.raises(RecordError, match="FOREIGN KEY"):
-    db.attach("three-1", run.id, "control")
+    db.find_or_start("three-1", "control", run.seed, **RECORD)
 
 
 def test_a_live_run_cannot_be_claimed_and_its_owner_is_named(tmp_path):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from labs import same_bits
+from labs import same_bits, whole_experts
 from model_configs import tiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from nmoe.errors import CheckpointError, ConfigError
 from nmoe.model.decoder import Model
 from nmoe.model.hf_config import hf_config
 from nmoe.model.imports import import_folder, read_config, values_of
-from nmoe.model.names import stack_experts, to_hf
+from nmoe.model.names import to_hf
 from nmoe.model.safetensors import BLOCK, dequantized
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
@@ -59,7 +59,7 @@ def folder_of(tmp_path, config, change=None, name="hf"):
 
 
 def state_at(root, digest):
-  return stack_experts(checkpoint.read(root.imported(digest) / "step_00000000"))
+  return whole_experts(checkpoint.read(root.imported(digest) / "step_00000000"))
 
 
 def same(state, model):

@@ -104,7 +104,9 @@ def test_the_old_root_goes_on(root):
   db.link(first.id, "tiny-1", "refines")
   second = db.create("tiny-muon", "ablate", first.hypotheses)
   assert second.id == "tiny-muon-2"
-  db.attach(second.id, done[0].id, "baseline")
+  names = "toml fingerprint data_digest commit diff code_version environment target".split()
+  record = {name: getattr(done[0], name) for name in names}
+  assert db.find_or_start(second.id, "baseline", done[0].seed, **record).finished
   db.conclude(first.id, "confirmed", {"reason": "again"})
   db.close()
   assert counts(root / "experiments.db") == {"experiments": 5, "runs": 6, "members": 9, "links": 2}

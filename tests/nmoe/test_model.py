@@ -20,11 +20,10 @@ from nmoe.model.decoder import (
   matrix_blocks,
   parameter_group,
   rope_tables,
-  update_router_bias,
 )
 from nmoe.model.hf_config import hf_config
 from nmoe.model.names import to_hf
-from nmoe.model.router import balance_loss
+from nmoe.model.router import balance_loss, update_bias
 
 ORACLE = {
   "plain": {},
@@ -256,8 +255,8 @@ def test_bias_update_moves_load_towards_the_mean():
   config = tiny()
   model = build(config)
   count_LE = torch.tensor([[10, 20, 30, 20, 20, 20, 20, 20], [0, 0, 0, 0, 0, 0, 0, 8]])
-  update_router_bias(model, count_LE, 0.5)
-  update_router_bias(model, count_LE, 0.5)
+  update_bias(model.routers, count_LE, 0.5)
+  update_bias(model.routers, count_LE, 0.5)
   assert model.routers[0].bias.tolist() == [1, 0, -1, 0, 0, 0, 0, 0]
   assert model.routers[1].bias.tolist() == [1] * 7 + [-1]
 

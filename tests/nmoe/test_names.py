@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from labs import whole_experts
 from model_configs import tiny
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -14,7 +15,7 @@ from kernels import reference
 from nmoe.errors import CheckpointError
 from nmoe.model.decoder import Model
 from nmoe.model.hf_config import hf_config
-from nmoe.model.names import from_hf, stack_experts, to_hf
+from nmoe.model.names import from_hf, to_hf
 from nmoe.records.checkpoint import split_experts
 
 CONFIGS = {
@@ -47,7 +48,7 @@ def test_round_trip(name):
     back = dict(from_hf(hf, config))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
-  stacked = stack_experts(split)
+  stacked = whole_experts(split)
   assert all(torch.equal(stacked[key], state[key]) for key in state)
 
 

@@ -30,7 +30,8 @@ from nmoe.distributed.parallel import Parallel, Shared
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.machine.target import select
-from nmoe.model.decoder import Model, parameter_group, update_router_bias
+from nmoe.model.decoder import Model, parameter_group
+from nmoe.model.router import update_bias
 from nmoe.records.checkpoint import split_experts
 from nmoe.train.optim import Optimizer, clip_factor
 
@@ -98,7 +99,7 @@ def train(group, num_ranks: int, capacity: float, expert_ranks: int, beside: boo
     norms.append({k: float(v) for k, v in norm.items()})
     optimizer.step(1.0, clip_factor(norm["all"], config.optim.clip_norm))
     together.gather_weights(model)
-    update_router_bias(model, together.sum(counts), config.moe.bias_update_rate)
+    update_bias(model.routers, together.sum(counts), config.moe.bias_update_rate)
   named = {name: p.detach() for name, p in model.named_parameters()}
   weights = {
     name: p.numpy().copy() for name, p in split_experts(named, together.first_expert).items()

@@ -9,12 +9,13 @@ from contextlib import closing
 
 import pytest
 import torch
+from labs import whole_experts
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.model.export import Source, compare_tensors, unfinished, write_folder
-from nmoe.model.names import from_hf, stack_experts
+from nmoe.model.names import from_hf
 from nmoe.model.safetensors import Folder, ShardWriter
 from nmoe.records import checkpoint
 from nmoe.records.reader import Reader
@@ -34,7 +35,7 @@ def exported(lab, out, level=None, dtype=None, shard_gb=5.0, **values):
 def weights(lab, run) -> dict[str, torch.Tensor]:
   """What a checkpoint says of weights and biases, read whole."""
   state = lab.state(run)
-  return stack_experts({n: x for n, x in state.items() if checkpoint.kind(n) in KINDS})
+  return whole_experts({n: x for n, x in state.items() if checkpoint.kind(n) in KINDS})
 
 
 KINDS = ("weights", "router biases")
