@@ -504,7 +504,7 @@ def prod_amend(run: str, file: File, root: Root = ROOT) -> None:
   """Change a run's schedule from some tokens on: [[amend]] at_tokens, key, value, reason."""
   from stages.prod import amend
 
-  amend.amend(run, file, root.resolve(), _console())
+  amend.amend(run, file, resolved(root), _console())
 
 
 @prod_app.command("stop")

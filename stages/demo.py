@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data import topics
@@ -231,11 +231,8 @@ def killed_once(root: Path, after: int) -> Iterator[None]:
 
 
 def restarted(root: Path, run_id: str) -> bool:
-  records = History(root)
-  try:
+  with closing(History(root)) as records:
     return any(event.kind == "restart" for event in records.events(run_id))
-  finally:
-    records.close()
 
 
 @contextmanager

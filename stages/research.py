@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def rerun(run_id: str, root: Path, console: Console) -> Path:
 
   RunError if it has not completed, or if the code has changed since, naming both versions.
   """
-  old = Reader(root).run(run_id)
+  with closing(Reader(root)) as records:
+    old = records.run(run_id)
   if old.status != "completed":
     raise RunError(f"run {run_id} is {old.status}; only a completed run can be repeated")
   losses(root, old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -134,12 +135,12 @@ def doctor(path: Path | None, console: Console) -> int:
 
 def experiments(root: Path, console: Console) -> None:
   """Every experiment, newest first. Older are runs that were there before the hypothesis."""
-  records = Reader(root)
+  with closing(Reader(root)) as records:
+    counts, listed = records.counts(), records.list()
   table = Table()
   for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
     table.add_column(column, overflow="fold", max_width=40 if column == "experiment" else None)
-  counts = records.counts()
-  for e in records.list():
+  for e in listed:
     count = counts.get(e.id, Counts(0, 0, 0))
     more = f" (+ {len(e.hypotheses) - 1} more)" if len(e.hypotheses) > 1 else ""
     older = f" ({count.older} older)" if count.older else ""
@@ -150,17 +151,18 @@ def experiments(root: Path, console: Console) -> None:
 
 def experiment(root: Path, name: str, console: Console) -> None:
   """One experiment: hypotheses, numbers, runs, links."""
-  records = Reader(root)
-  found = records.find(name)
+  with closing(Reader(root)) as records:
+    found = records.find(name)
+    runs, links = records.runs(found.id), records.links(found.id)
   console.print(terminal_summary(root, found.id))
   table = Table()
   for column in ("run", "arm", "seed", "status", "fingerprint", "commit", "error"):
     table.add_column(column, overflow="fold", no_wrap=column == "run")
-  for run in records.runs(found.id):
+  for run in runs:
     row = (run.id, run.arm, run.seed, run.status, run.fingerprint, run.commit[:10], run.error)
     table.add_row(*map(plain, row))
   console.print(table)
-  for link in records.links(found.id):
+  for link in links:
     console.print(plain(f"{link.from_id} {link.relation} {link.to_id}: {link.note}"))
 
 

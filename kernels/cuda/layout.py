@@ -3,10 +3,11 @@ sync.
 
 The N = T·K entries are cut into at most 128 blocks and each block into 8 contiguous pieces, one per
 warp.
-  1. `Histogram`: each block counts its entries per expert -> count[block, expert]. Sums of integers
-     only. 2. `Place`: each block adds up the counts of all blocks (for the experts' offsets) and of
-     those before it, counts again per warp, and then every warp walks its piece in order, 32
-     entries at a time:
+  1. `Histogram`: each block counts its entries per expert -> count[block, expert]: sums of
+     integers.
+  2. `Place`: each block adds up the counts of all blocks (for the experts' offsets) and of those
+     before it, counts again per warp, and then every warp walks its piece in order, 32 entries at a
+     time:
        row = offset[e] + entries of e in earlier blocks, warps and rounds + those in lower lanes
        (match.any).
 Every position is a sum of integer counts, so it doesn't depend on timing. Reads expert_TK twice,

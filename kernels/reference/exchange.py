@@ -167,7 +167,7 @@ class Exchange:
 
 
 def packed(x_TD: Tensor, format: str) -> Tensor:
-  """uint8 [T, …]: the rows' bytes without padding, as kernels.buffers orders them."""
+  """uint8 [T, …]: the rows' bytes without padding, as kernels.sizes orders them."""
   q = quantize_rows(x_TD, format, quantize)
   parts = (q.data, q.scale) if q.tensor_scale is None else (q.data, q.tensor_scale, q.scale)
   return torch.cat([part.view(torch.uint8) for part in parts], 1)

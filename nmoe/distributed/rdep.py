@@ -5,9 +5,9 @@ R ranks; expert e lives on rank e // (E/R). A layer's forward pass on every rank
               same [R, E] matrix and compute the same places: expert-major, then source rank, then
               token, then k.
   2. dispatch write each row (t, k) of x to its place in its owner's buffer, as it is or, as
-              rdep.payload says, quantized at the source (kernels.buffers) and dequantized there.
+              rdep.payload says, quantized at the source (kernels.sizes) and dequantized there.
   3. experts  the owner runs the grouped products over the rows where they lie, or copies them out
-              first (nmoe.distributed.heap says when).
+              first (nmoe.config.buffers says when).
   4. return   write each result to back[t·K + k] of the rank that it came from: by the exchange's
               reply, or, with `exchange.fused`, by the last product itself.
   5. combine  y[t] = Σ_k gate[t, k] · back[t, k] in fp32, k ascending.
@@ -16,7 +16,7 @@ per row; the products of the weights' gradients come after, while rows travel. A
 function of the routing, so N ranks multiply the same rows in the same order as one.
 
 Payload. With "mxfp8" the dispatched rows, x and dy, have 33 bytes per 32 elements; with "nvfp4" x
-has 18 and a scale per row, dy is MXFP8 (kernels.buffers says why). The returned rows stay bf16
+has 18 and a scale per row, dy is MXFP8 (kernels.sizes says why). The returned rows stay bf16
 (DeepSeek-V3, arXiv 2412.19437 section 3.3). An owner's dequantized rows are exact in bf16 (infinite
 from 1.9375 · 2^127 on in MXFP8, above 1.96875 · 2^127 in NVFP4). Recipe "fp8", which quantizes x's
 along D again, finds MXFP8's values again, but rounds NVFP4's once more, as recipe "nvfp4" does. One

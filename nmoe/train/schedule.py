@@ -125,7 +125,7 @@ def remarks(config: Config) -> list[str]:
       f"data.val_tokens = {d.val_tokens:,} is rounded to {windows * d.seq_len:,}, {windows:,} "
       f"windows of seq_len {d.seq_len:,}"
     )
-  for key in ("eval_every", "checkpoint_every", "flight_every"):
+  for key in ("eval_every", "checkpoint_every", "flight_every", "routing_every"):
     every = getattr(config.train, key)
     if every > config.steps:
       found.append(f"train.{key} = {every:,} is reached by none of the {config.steps:,} steps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ class End:
 
 def begin(root: Path, run_id: str, engine: str, job_id: str = "", nodes: Sequence[str] = ()) -> int:
   """Record the next attempt of a run; its number."""
-  records = Attempts(root)
-  try:
+  with closing(Attempts(root)) as records:
     run = records.run(run_id)
     if run.status == "completed":
       raise RecordError(f"run {run_id} is completed")
@@ -61,14 +61,11 @@ def begin(root: Path, run_id: str, engine: str, job_id: str = "", nodes: Sequenc
     return records.begin(
       run_id, engine=engine, job_id=job_id, nodes=hosts, commit=run.commit, step=step
     )
-  finally:
-    records.close()
 
 
 def settle(root: Path, run_id: str, number: int) -> End:
   """What became of an attempt whose processes have ended, as the records say it; recorded."""
-  records = Attempts(root)
-  try:
+  with closing(Attempts(root)) as records:
     run = records.run(run_id)
     end = judged(root, records, run, number)
     step = newest_step(root, run_id)
@@ -84,8 +81,6 @@ def settle(root: Path, run_id: str, number: int) -> End:
       records.artifact(run_id, path)
     notify.deliver(root, run_id, configs.loads(run.toml, f"run {run_id}", env={}).prod.notify)
     return end
-  finally:
-    records.close()
 
 
 def permanent(root: Path, run_id: str) -> list[Path]:
@@ -107,9 +102,8 @@ def status_of(root: Path, run_id: str, number: int, timeout_s: float = 120.0) ->
   """The exit status of an attempt that another host settles; AGAIN if it has not in time."""
   deadline = time.monotonic() + timeout_s
   while time.monotonic() < deadline:
-    records = History(root)
-    found = next(a for a in records.attempts(run_id) if a.number == number)
-    records.close()
+    with closing(History(root)) as records:
+      found = next(a for a in records.attempts(run_id) if a.number == number)
     if found.outcome:
       return found.exit
     time.sleep(1.0)

@@ -27,8 +27,7 @@ def generate(config: Config, run_id: str, root: Path, preflight: bool = False) -
   folder = Root(root).prod(run_id)
   folder.mkdir(parents=True, exist_ok=True)
   Root(root).logs(run_id).mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
-  records = Attempts(root)
-  try:
+  with closing(Attempts(root)) as records:
     if config.launch.engine == "slurm":
       path, text = folder / "job.sbatch", slurm.script(config, run_id, root, preflight=preflight)
     else:
@@ -36,8 +35,6 @@ def generate(config: Config, run_id: str, root: Path, preflight: bool = False) -
       path, text = folder / "jobset.json", jobset.text(config, run_id, root, first, preflight)
     path.write_text(text)
     records.artifact(run_id, path)
-  finally:
-    records.close()
   return path
 
 
@@ -54,9 +51,8 @@ def submit(config: Config, path: Path, console: Console) -> Callable[[], bool]:
 
 def node(run_id: str, root: Path, attempt: int, head: str, number: int) -> None:
   """Become the agent of this host. Does not return."""
-  reader = History(root)
-  config = configs.loads(reader.run(run_id).toml, f"run {run_id}", env={})
-  reader.close()
+  with closing(History(root)) as records:
+    config = configs.loads(records.run(run_id).toml, f"run {run_id}", env={})
   place = ["--root", str(root), "--run", run_id, "--attempt", str(attempt)]
   place += ["--nodes", str(config.nodes), "--node", str(number), "--head", head]
   command = [sys.executable, "-P", "-m", "stages.launch.agent", *place]

@@ -138,9 +138,8 @@ def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:
       bench.experiments.link(one.experiment, experiment.id, "supports", note)
   lacking = {one.what: one.lack for one in found if one.lack}
   if lacking:
-    records = Attempts(bench.root)
-    records.event(run.id, 0, "override", detail={"reason": reason, "without": lacking})
-    records.close()
+    with closing(Attempts(bench.root)) as records:
+      records.event(run.id, 0, "override", detail={"reason": reason, "without": lacking})
 
 
 def _show_evidence(found: list[Evidence], console: Console) -> None:
@@ -206,15 +205,13 @@ def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> b
   """Run the agent of this host until it ends; whether an interrupt was passed on as SIGTERM."""
   logs = Root(root).logs(run.id)
   logs.mkdir(parents=True, exist_ok=True)
-  env = local.child_environment(root, config)
-  env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
   arguments = ["--root", str(root), "--run", run.id, "--attempt", str(number)]
   arguments += ["--address", "127.0.0.1"]
   command = local.child_command("stages.launch.agent", arguments)
   told = False
   with ExitStack() as cleanup, local.interruptible():
     cleanup.callback(local.terminate, local.compile_beside(root, config, logs))
-    agent = local.spawn(command, env, logs / "agent.txt")
+    agent = local.spawn(command, hosts.environment(config, root), logs / "agent.txt")
     cleanup.callback(agent.kill)
     while agent.poll() is None:
       try:
@@ -239,18 +236,16 @@ def _follow(root: Path, run_id: str, number: int, line: Line) -> None:
 
 
 def _restarts(root: Path, run_id: str) -> str:
-  records = History(root)
-  attempts, events = records.attempts(run_id), records.events(run_id)
-  records.close()
+  with closing(History(root)) as records:
+    attempts, events = records.attempts(run_id), records.events(run_id)
   restarts = sum(event.kind == "restart" for event in events)
   return f"{len(attempts)} attempts, {restarts} restarts within them"
 
 
 def stop(run_id: str, root: Path, console: Console) -> None:
   """Ask a run to save its state and leave; it does at its next log. RecordError: no such run."""
-  records = History(root)
-  run = records.run(run_id)
-  records.close()
+  with closing(History(root)) as records:
+    run = records.run(run_id)
   if run.status != "running":
     raise RunError(f"run {run_id} is {run.status}; there is nothing to stop")
   request = Root(root).stop_request(run_id)

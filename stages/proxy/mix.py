@@ -124,7 +124,8 @@ class Mix:
 
   def proposal(self, table: Table) -> mixture.Proposal:
     """From the first seed's swarm and the anchors' noise over seeds."""
-    swarm = [r for r in table.results if r.seed == self.seed and r.arm in self.swarm()]
+    drawn = self.swarm()
+    swarm = [r for r in table.results if r.seed == self.seed and r.arm in drawn]
     used = [(r, self.losses(r)) for r in swarm if not r.diverged]
     known = [sd for sd in self.noise(table).values() if math.isfinite(sd)]
     if len(used) < len(self.sources) + 2 or not known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -65,9 +66,8 @@ def recorded(root: Path, name: str) -> dict[str, list[Run]]:
   found: dict[str, list[Run]] = defaultdict(list)
   if not Root(root).experiments_db.exists():
     return found
-  records = Reader(root)
-  newest = next((e for e in records.list() if (e.name, e.stage) == (name, "proxy")), None)
-  for run in records.runs(newest.id) if newest else ():
-    found[run.arm.rpartition(" ")[0].partition(" ")[2]].append(run)
-  records.close()
+  with closing(Reader(root)) as records:
+    newest = next((e for e in records.list() if (e.name, e.stage) == (name, "proxy")), None)
+    for run in records.runs(newest.id) if newest else ():
+      found[run.arm.rpartition(" ")[0].partition(" ")[2]].append(run)
   return found

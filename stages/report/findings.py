@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -206,19 +207,18 @@ class Findings:
 
 def gather(root: Path, name: str) -> Findings:
   """Read an experiment, its newest run of every arm and seed, and what they logged."""
-  records = Reader(root)
-  experiment = records.find(name)
-  newest: dict[str, dict[int, Run]] = {}
-  for run in records.runs(experiment.id):
-    newest.setdefault(run.arm, {})[run.seed] = run
-  arms = []
-  for arm, by_seed in newest.items():
-    runs = tuple(by_seed[seed] for seed in sorted(by_seed))
-    arms.append(Arm(arm, runs, tuple(metrics.read(root, run.id) for run in runs)))
-  links = tuple(records.links(experiment.id))
-  moves = tuple(move for arm in arms for run in arm.runs for move in _moves(records, run))
-  exports = tuple(x for arm in arms for run in arm.runs for x in records.exports(run.id))
-  records.close()
+  with closing(Reader(root)) as records:
+    experiment = records.find(name)
+    newest: dict[str, dict[int, Run]] = {}
+    for run in records.runs(experiment.id):
+      newest.setdefault(run.arm, {})[run.seed] = run
+    arms = []
+    for arm, by_seed in newest.items():
+      runs = tuple(by_seed[seed] for seed in sorted(by_seed))
+      arms.append(Arm(arm, runs, tuple(metrics.read(root, run.id) for run in runs)))
+    links = tuple(records.links(experiment.id))
+    moves = tuple(move for arm in arms for run in arm.runs for move in _moves(records, run))
+    exports = tuple(x for arm in arms for run in arm.runs for x in records.exports(run.id))
   seeds = tuple(sorted(set.intersection(*map(set, newest.values())))) if newest else ()
   asked = (h.metric for h in experiment.hypotheses if measured(h.metric))
   keys = dict.fromkeys([*RESULTS, *asked])
