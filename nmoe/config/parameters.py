@@ -1,4 +1,4 @@
-"""The parameters of a configuration: names, shapes, groups, dtype, and who owns which rows.
+"""The parameters of a configuration: names, shapes, groups, dtype, bytes, and who owns which rows.
 
 Of what several ranks hold, the owner alone keeps the fp32 masters and the moments and computes the
 update (ZeRO, arXiv 1910.02054). Matrices have one owner, so that Muon needs no other rank (as in
@@ -110,6 +110,24 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
   """
   part = name.removesuffix(".weight").rpartition(".")[2]
   return len(shape) > 1 and part not in ("embed", "head", "router")
+
+
+def checkpoint_bytes(config: Config) -> int:
+  """Of a checkpoint's tensors: weights, masters and moments, each once, whatever the ranks."""
+  o, width = config.optim, parameter_width(config)
+  moment, total = 2 if o.moments == "bf16" else 4, 0
+  for name, shape in parameter_shapes(config).items():
+    group = parameter_group(name)
+    own = 4 if group == "router" else width
+    chosen = {"expert": o.experts, "router": "adamw", "dense": o.matrices}[group]
+    moments = 1 if chosen == "muon" and is_matrix(name, shape) else 2
+    total += math.prod(shape) * (own + 4 * (own < 4) + moments * moment)
+  return total
+
+
+def kept_bytes(config: Config) -> int:
+  """Of the checkpoints that lie there at once: those kept, and one that is being written."""
+  return checkpoint_bytes(config) * (config.train.keep_checkpoints + 1)
 
 
 def owners(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[dict[str, Span]]:

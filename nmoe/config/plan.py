@@ -238,24 +238,6 @@ def rdep_bytes(config: Config) -> RdepBytes:
   return RdepBytes(*(buffer_layout(c, received).nbytes for received in (c.rows, None, worst)))
 
 
-def checkpoint_bytes(config: Config) -> int:
-  """Of a checkpoint's tensors: weights, masters and moments, each once, whatever the ranks."""
-  o, width = config.optim, parameter_width(config)
-  moment, total = 2 if o.moments == "bf16" else 4, 0
-  for name, shape in parameter_shapes(config).items():
-    part = _part(name, shape)
-    own = 4 if part == "router" else width
-    chosen = o.experts if part == "experts" else "adamw" if part == "router" else o.matrices
-    moments = 1 if chosen == "muon" and is_matrix(name, shape) else 2
-    total += math.prod(shape) * (own + 4 * (own < 4) + moments * moment)
-  return total
-
-
-def kept_bytes(config: Config) -> int:
-  """Of the checkpoints that lie there at once: those kept, and one that is being written."""
-  return checkpoint_bytes(config) * (config.train.keep_checkpoints + 1)
-
-
 def _grad_width(config: Config) -> int:
   return 4 if config.micro_batches > 1 else parameter_width(config)
 

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nmoe import files
-from nmoe.config.plan import kept_bytes
+from nmoe.config.parameters import kept_bytes
 from nmoe.config.sections import Config
 from nmoe.machine.versions import installed, pip_line, python_clauses, requirements, satisfies
 from nmoe.records.provenance import REPO

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nmoe.config import file as configs
+from nmoe.config import parameters
 from nmoe.config import plan as plans
 from nmoe.config.sections import Config, diff, kind
 from nmoe.errors import NmoeError
@@ -96,7 +97,7 @@ def plan(config: Config, path: Path, rate: float = 0.0) -> Plan:
   mttf = _mttf(config, runs)
   interval_s = young(stall.value, mttf.value)
   speed = Figure(rate, "given") if rate else measured[0] if measured else _assumed(config)
-  size = plans.checkpoint_bytes(config)
+  size = parameters.checkpoint_bytes(config)
   return Plan(config, speed, stall, mttf, interval_s, size, found)
 
 
@@ -237,7 +238,7 @@ def _saving(p: Plan) -> list[tuple[str, str, str]]:
     *rows,
     ("a checkpoint", _gb(p.checkpoint_bytes), "weights, masters, moments"),
     ("storage rate", f"{_gb(p.storage_rate)}/s", "a write ends in half an interval"),
-    ("storage", _gb(plans.kept_bytes(p.config)), f"{keep} kept, one being written"),
+    ("storage", _gb(parameters.kept_bytes(p.config)), f"{keep} kept, one being written"),
   ]
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nmoe.config import file as configs
-from nmoe.config import plan
+from nmoe.config.parameters import kept_bytes
 from nmoe.config.sections import Config
 from nmoe.errors import RunError
 from nmoe.records.reader import Run
@@ -66,7 +66,7 @@ def check(path: Path, console: Console) -> list[Finding]:
         done = elsewhere(config, run.id, bench, line.idle)
         line.end(done.status)
       work.check([done])
-      findings = list(judged(done.results["ranks"], plan.kept_bytes(config)))
+      findings = list(judged(done.results["ranks"], kept_bytes(config)))
       faults = [one for one in findings if one.fault]
       verdict = "refuted" if faults else "confirmed"
       rows = {"rows": [vars(one) for one in findings]}

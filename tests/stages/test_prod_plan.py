@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.config.file import changed
-from nmoe.config.plan import checkpoint_bytes
+from nmoe.config.parameters import checkpoint_bytes
 from nmoe.config.sections import fingerprint
 from nmoe.errors import ConfigError
 from nmoe.records import checkpoint
