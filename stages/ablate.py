@@ -32,7 +32,7 @@ def run(baseline: Path, variant: Path, seeds: int | None, console: Console) -> P
   asked = hypothesis_of(other)
   judge = partial(paired.judge, asked)
   with Workbench.open(other.run.root, console) as bench:
-    arms = (bench.arm("baseline", base), bench.arm("variant", other))
+    arms = bench.arms({"baseline": base, "variant": other})
     check_different(*arms)
     study = Study(other.experiment.name, "ablate", (asked,), arms, seeds_of(other), judge)
     return carry_out(study, bench).report

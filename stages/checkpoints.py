@@ -1,5 +1,5 @@
-"""A run's checkpoint by name, and what of an evaluation or export can be refused at once: without
-torch, whose import takes seconds.
+"""A run's checkpoint by name, and what of an evaluation, import or export can be refused at once:
+without torch, whose import takes seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from nmoe.config import file as configs
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.evals.suites import Suite, items_digest, suite_of
 from nmoe.model.hf_config import model_type_of
+from nmoe.model.hf_folder import described_in
 from nmoe.records.manifests import manifest, steps
 from nmoe.records.reader import Reader
 from nmoe.records.root import Root
@@ -61,3 +62,14 @@ def exportable(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise CheckpointError(f"{out} is there already; name an empty or new folder")
   return path
+
+
+def importable(folder: Path, out: Path) -> None:
+  """ConfigError or CheckpointError for a folder that is no model of ours, or a file that cannot be
+  written.
+  """
+  if out.exists():
+    raise ConfigError(f"{out} is there already; name a new file")
+  if not out.absolute().parent.is_dir():
+    raise ConfigError(f"{out.absolute().parent} is no folder; name a file of one that is there")
+  described_in(folder)

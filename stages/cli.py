@@ -119,6 +119,9 @@ def research_run(
 @proxy_app.command("coords")
 def proxy_coords(sweep: Sweep) -> None:
   """A few steps at several widths and depths on the cpu: does each tensor move as it should?"""
+  from stages.proxy.file import load_sweep
+
+  load_sweep(sweep)  # what needs no torch is refused at once
   from stages.proxy import coords
 
   raise typer.Exit(coords.run(sweep, _console()))
@@ -138,9 +141,14 @@ def proxy_sweep(
 
     (planned.show if plan else planned.build_kernels)(sweep, _console())
     return
+  from stages import workbench
+  from stages.proxy import grid
+
+  console = _console()
+  workbench.check(grid.loaded(sweep).base, console)  # what needs no torch is refused at once
   from stages.proxy import sweep as stage
 
-  stage.run(sweep, _console())
+  stage.run(sweep, console)
 
 
 @proxy_app.command("mix")
@@ -291,6 +299,9 @@ def import_(
   root: Root = ROOT,
 ) -> None:
   """Read a HuggingFace folder: its weights into the root, its configuration into a file."""
+  from stages.checkpoints import importable
+
+  importable(folder, out)  # what needs no torch is refused at once
   from stages import imports
 
   imports.run(folder, out, resolved(root), _console())
@@ -417,9 +428,14 @@ def check_resume(
   steps: Annotated[int, typer.Option(min=8, help="Steps of the shortened run.")] = 12,
 ) -> None:
   """Kill a short run of this configuration twice: bit-equal, or at other ranks the same model?"""
+  from stages import workbench
+  from stages.proofs.shortened import resumable
+
+  numbers, console = () if ranks is None else _numbers(ranks), _console()
+  workbench.check(resumable(config, steps, numbers)[0], console)  # needs no torch
   from stages.proofs import check_resume as check
 
-  check.resume(config, steps, _console(), () if ranks is None else _numbers(ranks))
+  check.resume(config, steps, console, numbers)
 
 
 @prod_app.command("plan")
@@ -535,9 +551,14 @@ def check_ep(
   steps: Annotated[int, typer.Option(min=3)] = 6,
 ) -> None:
   """Train a few steps at several numbers of ranks: is it the same model, bit-repeatable?"""
+  from stages import workbench
+  from stages.proofs.shortened import comparable
+
+  numbers, console = _numbers(ranks), _console()
+  workbench.check(comparable(config, numbers, steps)[numbers[0]], console)  # needs no torch
   from stages.proofs import check_ep as parity
 
-  parity.ep(config, _numbers(ranks), steps, _console())
+  parity.ep(config, numbers, steps, console)
 
 
 def _numbers(ranks: str) -> list[int]:

@@ -10,13 +10,13 @@ from nmoe.config import file as configs
 from nmoe.errors import ConfigError
 from nmoe.model.imports import import_folder
 from nmoe.records.root import Root
+from stages.checkpoints import importable
 from stages.text import plain
 
 
 def run(folder: Path, out: Path, root: Path, console: Console) -> None:
   """Store the weights in the root, write the configuration and say what was left out."""
-  if out.exists():
-    raise ConfigError(f"{out} is there already; name a new file")
+  importable(folder, out)
   with console.status(plain(f"reading {folder}")):
     found = import_folder(folder, Root(root))
   try:

@@ -12,6 +12,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.data.mixture import load_mixture
 from nmoe.data.prepare import prepare
+from nmoe.data.sources import check_there
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.files import resolved
 from nmoe.records.experiments import Experiments
@@ -76,6 +77,16 @@ class Workbench:
     records.wait_longer()
     return cls(folder, records, console, commit, patch, code_version, anew)
 
+  def arms(self, configs: Mapping[str, Config]) -> tuple[Arm, ...]:
+    """Prepare the arms' data, by name, once none of them can be seen to fail.
+
+    What arm raises, and for any arm before the first one's data are prepared.
+    """
+    for config in configs.values():
+      admit(config, Root(self.root))
+      check_there(load_mixture(config.data.mixture).sources)
+    return tuple(self.arm(name, config) for name, config in configs.items())
+
   def arm(self, name: str, config: Config) -> Arm:
     """Prepare the arm's data (or find it prepared).
 
@@ -93,6 +104,15 @@ class Workbench:
     begins = ", ".join(str(branch) for _, branch in sorted(arm.branches.items()))
     computation = fingerprint(arm.at_seed(0), arm.data.name, begins)
     return ArmRecord(arm.name, arm.point, f"{computation}-{self.code_version}")
+
+
+def check(config: Config, console: Console) -> None:
+  """Raise what keeps a configuration's run from its first step; its data are prepared.
+
+  For a command that needs torch, before it imports that.
+  """
+  with Workbench.open(config.run.root, console) as bench:
+    bench.arm("checked", config)
 
 
 def prepared(

@@ -40,7 +40,7 @@ from nmoe.data.shards import (
   read_manifest,
   write_manifest,
 )
-from nmoe.data.sources import Document, Skip, reader
+from nmoe.data.sources import Document, Skip, check_there, reader
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
 from nmoe.records.root import Root
@@ -75,6 +75,7 @@ def prepare(
   Raises DataError when a source is missing, unreadable or empty, or when writing fails; nothing
   unfinished becomes visible then. Several processes may prepare at once.
   """
+  check_there(mixture.sources)
   store = Root(Path(root)).data
   entries = []
   with Hashes(store / HASHES, anew) as hash_of:

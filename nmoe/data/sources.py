@@ -11,7 +11,7 @@ the `datasets` library takes a second to import, and the embedded text must not 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -62,6 +62,13 @@ def find_files(source: FilesSource) -> list[Path]:
       raise DataError(f"source {source.name!r}: no file matches {pattern}; correct its paths")
     found.update(matches)
   return [Path(p) for p in sorted(found)]
+
+
+def check_there(sources: Iterable[Source]) -> None:
+  """DataError when a path of one matches no file: hours may pass before its turn to be read."""
+  for source in sources:
+    if isinstance(source, FilesSource):
+      find_files(source)
 
 
 def read_bytes(path: Path) -> bytes:

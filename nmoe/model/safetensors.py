@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nmoe.errors import CheckpointError
+from nmoe.model.hf_folder import INDEX, SINGLE, weight_map
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MAPPED = 1 << 28  # bytes of files that a reader keeps in memory
 FLOATS, FP8 = ("BF16", "F32", "F16"), ("F8_E4M3",)
@@ -128,7 +127,7 @@ class Folder(Mapping[str, Tensor]):
   def __init__(self, folder: Path):
     self.folder, self._open, self._stack = folder, {}, ExitStack()
     self._mapped = 0  # bytes read since the files were opened
-    self._places = self._places_of(self._files())
+    self._places = self._places_of(weight_map(folder))
     self._scales = {
       name
       for name in self._places
@@ -189,20 +188,6 @@ class Folder(Mapping[str, Tensor]):
     if file not in self._open:
       self._open[file] = self._stack.enter_context(safe_open(self.folder / file, "pt"))
     return self._open[file]
-
-  def _files(self) -> dict[str, str] | None:
-    """The index's name -> file, or None where one file holds all."""
-    index = self.folder / INDEX
-    if not index.is_file():
-      if not (self.folder / SINGLE).is_file():
-        raise CheckpointError(f"{self.folder} has neither {INDEX} nor {SINGLE}; is it a model's?")
-      return None
-    try:
-      return dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise CheckpointError(
-        f"{index} cannot be read ({error!r}); fetch the folder again"
-      ) from error
 
   def _places_of(self, weight_map: dict[str, str] | None) -> dict[str, str]:
     held: dict[str, str] = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
-from nmoe.errors import ConfigError, RunError
+from nmoe.errors import RunError
 from nmoe.records import checkpoint
 from nmoe.records.metrics import read
 from nmoe.records.reader import Run
@@ -30,7 +30,7 @@ from nmoe.records.root import Root
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
-from stages.proofs.shortened import claim, named, shortened
+from stages.proofs.shortened import claim, comparable, named
 from stages.runs import Work, carrying
 from stages.workbench import Arm, Workbench
 
@@ -88,8 +88,8 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   The largest number runs twice and must repeat bit for bit. Prints the table and stores it as an
   experiment of stage "check". RunError if a claim does not hold, ConfigError if ranks don't fit.
   """
-  config = shortened(configs.load(path), steps)
-  arms, most = {r: at_ranks(config, r) for r in ranks}, max(ranks)
+  arms, most = comparable(path, ranks, steps), max(ranks)
+  config = arms[most]
   with Workbench.open(config.run.root, console, anew=True) as bench:
     data = bench.arm("data", arms[ranks[0]]).data
     planned = {r: Arm(f"{r} ranks", arms[r], data) for r in ranks}
@@ -118,33 +118,6 @@ def _train(work: Work, arm: Arm, display: Display, trace: Path | None = None) ->
   run = work.start(arm, arm.config.train.seed)
   first = checkpoint.directory(work.bench.root, run.id) / FIRST
   return work.execute(Job(run.id, arm.config, trace=trace, first=first), display)
-
-
-def at_ranks(config: Config, ranks: int) -> Config:
-  """The configuration over `ranks` ranks: the same global batches, micro-batches at most as large
-  in all. ConfigError with the numbers that fit if this one doesn't.
-
-  Where rdep.group is set, experts lie over the largest divisor of it that divides the ranks.
-  """
-  sequences, experts = config.sequences, config.moe.num_experts
-  group = {r: math.gcd(config.rdep.group, r) for r in (ranks, *range(1, sequences + 1))}
-  if ranks < 1 or experts % group[ranks] or sequences % ranks:
-    fitting = [r for r in range(1, sequences + 1) if not (experts % group[r] or sequences % r)]
-    raise ConfigError(
-      f"{ranks} ranks, or {group[ranks]} with one set of experts, do not divide {sequences} "
-      f"sequences and num_experts {experts}; choose from {', '.join(map(str, fitting))}"
-    )
-  micro = max(1, config.train.micro_batch * config.launch.ranks // ranks)
-  return configs.changed(
-    config,
-    {
-      "launch.ranks": ranks,
-      "launch.ranks_per_node": 0,
-      "rdep.group": group[ranks],
-      "train.micro_batch": math.gcd(micro, sequences // ranks),
-      "train.cuda_graph": config.train.cuda_graph and ranks == 1,
-    },
-  )
 
 
 def _claims(

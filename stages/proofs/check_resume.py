@@ -19,9 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from nmoe.config import file as configs
-from nmoe.config.sections import Config
-from nmoe.errors import ConfigError, RunError
+from nmoe.errors import RunError
 from nmoe.records import checkpoint
 from nmoe.records.metrics import Series, read
 from nmoe.records.reader import Run
@@ -30,7 +28,7 @@ from stages.launch import local as launch
 from stages.launch.display import Display
 from stages.launch.local import Job, Launcher
 from stages.proofs import check_ep as parity
-from stages.proofs.shortened import claim, named, shortened
+from stages.proofs.shortened import claim, named, resumable
 from stages.runs import Work, carrying
 from stages.workbench import Arm, Workbench
 
@@ -77,7 +75,7 @@ def resume(
   there is one; none: launch.ranks. Prints tables and stores them as an experiment of stage "check".
   RunError if anything differs; ConfigError, before anything runs, if the ranks don't fit.
   """
-  first, *others = attempts(killable(configs.load(path), steps, ranks), ranks)
+  first, *others = resumable(path, steps, ranks)
   kills = (steps // 2, 3 * steps // 4)
   with Workbench.open(first.run.root, console, anew=True) as bench:
     arm = bench.arm("uninterrupted", first)
@@ -119,30 +117,6 @@ def _judge(
   reason += f"the run is {same if equal else 'another one'}."
   numbers = {"rows": [vars(row) for row in (*rows, *claims)]}
   return Judgement("confirmed" if equal else "refuted", reason, numbers)
-
-
-def attempts(config: Config, ranks: Sequence[int]) -> list[Config]:
-  """The configuration from the start, after the first kill and after the second.
-
-  ConfigError if a number of ranks does not fit it, or if there are more numbers than attempts.
-  """
-  if len(ranks) > 3:
-    raise ConfigError(
-      f"{len(ranks)} numbers of ranks ({', '.join(map(str, ranks))}): a run that is killed twice "
-      "has three attempts; give one to three numbers"
-    )
-  found = [parity.at_ranks(config, r) for r in ranks] or [config]
-  return (found + 2 * found[-1:])[:3]
-
-
-def killable(config: Config, steps: int, ranks: Sequence[int] = ()) -> Config:
-  """The configuration with `steps` steps: warm-up and decay a quarter each, a checkpoint at every
-  fourth part less one step, so that a kill costs some steps.
-
-  If ranks change, at every step, and all are kept.
-  """
-  every, keep = (1, steps) if len(set(ranks)) > 1 else (max(1, steps // 4 - 1), 2)
-  return shortened(config, steps, steps // 4, every, keep)
 
 
 def compare(root: Path, a: Run, b: Run, step: int) -> list[Row]:

@@ -18,16 +18,13 @@ from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
 from stages.launch import local as launch
 from stages.proxy.file import load_sweep
-from stages.proxy.recommend import check_target
-from stages.proxy.sweep import Sweep
+from stages.proxy.grid import Sweep, loaded
 from stages.text import plain
 
 
 def show(path: Path, console: Console) -> None:
-  file = load_sweep(path)
-  check_target(file)
-  sweep = Sweep(file, {scale.name: scale for scale in file.scales}, Path(), {})
-  sweep.check_budget()
+  file = loaded(path)
+  sweep = Sweep.planned(file)
   runs = recorded(Path(file.base.run.root), file.sweep.name)
   table = Table(title=plain(file.sweep.statement, "bold"), title_justify="left")
   for column in ("group", "scale", "registered", "at most", "tokens", "seconds", "recorded"):

@@ -20,7 +20,8 @@ from nmoe.data.tokenizer import get
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.model.decoder import Model
 from nmoe.model.hf_config import hf_config
-from nmoe.model.imports import import_folder, read_config, values_of
+from nmoe.model.hf_folder import read_config, values_of
+from nmoe.model.imports import import_folder
 from nmoe.model.names import to_hf
 from nmoe.model.safetensors import BLOCK, dequantized
 from nmoe.records import checkpoint

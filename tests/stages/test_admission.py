@@ -6,15 +6,17 @@ import sys
 import time
 
 import pytest
-from labs import write_variant
+from labs import MIXTURE, write_variant
 from rich.console import Console
 
 from nmoe.errors import CheckpointError, ConfigError, DataError, NmoeError, RunError, TargetError
 from nmoe.machine import driver
+from nmoe.records.root import Root
 from nmoe.train import loop
-from stages import research
+from stages import ablate, research
 
 pytestmark = pytest.mark.faults
+SOURCE = MIXTURE[MIXTURE.index("[[source]]") :]
 SLACK = 8  # of a machine that others use too
 
 
@@ -116,6 +118,32 @@ def test_it_is_refused_before_a_run_is_recorded(lab, launches, what):
   assert launches.ids == []
   assert [e.id for e in lab.records.list()] == [lab.experiment.id]
   assert lab.records.runs(lab.experiment.id) == []
+
+
+MISSING = {
+  "a mixture": (ConfigError, "other.toml: the mixture cannot be read", None),
+  "text": (DataError, "no file matches .*lost.jsonl", MIXTURE.replace("text.jsonl", "lost.jsonl")),
+  "text of a second source": (
+    DataError,
+    "no file matches .*lost.jsonl",
+    MIXTURE + SOURCE.replace("text", "more").replace("more.jsonl", "lost.jsonl"),
+  ),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_what_a_variant_lacks_is_told_before_anything_is_prepared(lab, launches, what):
+  """The baseline's text may take hours; so may the first source of a mixture."""
+  error, said, text = MISSING[what]
+  base = lab.file.parent / "mixture.toml"
+  base.write_text(MIXTURE.replace("holdout = 0.1", "holdout = 0.3"))  # is not prepared so far
+  if text:
+    (lab.file.parent / "other.toml").write_text(text)
+  known = set(Root(lab.root).data.rglob("*"))
+  variant = write_variant(lab.file, "variant", '[data]\nmixture = "other.toml"\n')
+  with pytest.raises(error, match=said):
+    ablate.run(lab.file, variant, 1, Console(file=io.StringIO()))
+  assert launches.ids == [] and set(Root(lab.root).data.rglob("*")) == known
 
 
 @pytest.mark.parametrize("arch, found", [("sm_90a", (10, 0)), ("sm_100a", (9, 0))])

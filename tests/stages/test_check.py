@@ -16,6 +16,7 @@ from nmoe.records.metrics import Metrics, read
 from stages.launch.display import Display
 from stages.proofs import check_ep as parity
 from stages.proofs import check_resume as check
+from stages.proofs import shortened
 
 
 def test_killed_twice_and_bit_identical(lab):
@@ -168,7 +169,7 @@ def test_ranks_that_do_not_fit_stop_before_anything_runs(lab, launches, ranks, s
 
 
 def test_the_last_number_of_ranks_stays(lab):
-  made = {tuple(r): check.attempts(lab.config, r) for r in ([], [1, 2], [2, 4, 1], [2])}
+  made = {tuple(r): shortened.attempts(lab.config, r) for r in ([], [1, 2], [2, 4, 1], [2])}
   found = {r: [c.launch.ranks for c in configurations] for r, configurations in made.items()}
   assert found == {(): [1, 1, 1], (1, 2): [1, 2, 2], (2, 4, 1): [2, 4, 1], (2,): [2, 2, 2]}
   assert made[()] == [lab.config] * 3
@@ -214,7 +215,7 @@ def test_an_interrupted_check_says_that_it_starts_anew(lab, launches, command):
 
 
 def test_the_shortened_schedule_has_all_its_phases(lab):
-  config = check.killable(lab.config, 12)
+  config = shortened.killable(lab.config, 12)
   s = config.schedule
   assert (s.total_tokens, s.warmup_tokens, s.decay_tokens) == (6144, 1536, 1536)
   assert (config.train.checkpoint_every, config.train.keep_checkpoints) == (2, 2)
@@ -222,6 +223,6 @@ def test_the_shortened_schedule_has_all_its_phases(lab):
 
 def test_the_checkpoints_that_a_change_of_ranks_is_judged_by_are_kept(lab):
   """Of steps 24 // 2 and two steps later, wherever the kill falls."""
-  assert check.killable(lab.config, 24, [2, 2]).train.checkpoint_every == 5
-  train = check.killable(lab.config, 24, [1, 2]).train
+  assert shortened.killable(lab.config, 24, [2, 2]).train.checkpoint_every == 5
+  train = shortened.killable(lab.config, 24, [1, 2]).train
   assert (train.checkpoint_every, train.keep_checkpoints) == (1, 24)

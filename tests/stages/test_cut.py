@@ -8,8 +8,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import leaves
 from nmoe.model.agreement import alone
 from stages.proofs.bench_rdep import layer_config
-from stages.proofs.check_ep import at_ranks
-from stages.proofs.shortened import shortened
+from stages.proofs.shortened import at_ranks, shortened
 from stages.proxy import coords
 from stages.proxy.file import CoordsKeys
 

@@ -21,6 +21,7 @@ from nmoe.records.metrics import Metrics, read
 from nmoe.train.optim import Optimizer
 from nmoe.train.session import TrainState
 from stages.proofs import check_ep as parity
+from stages.proofs import shortened
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_certificate_holds_on_1_2_and_4_ranks(file):
   """Experts lie over two ranks: over all of 2, and over each half of 4."""
   body = "[rdep]\ngroup = 2\n[launch]\nranks = 4\n[train]\nmicro_batch = 2\n"
   replicas = write_variant(file, "replicas", body)
-  made = parity.at_ranks(configs.load(replicas, env={}), 4)
+  made = shortened.at_ranks(configs.load(replicas, env={}), 4)
   assert (made.launch.ranks, made.expert_ranks) == (4, 2)
   claims = parity.ep(replicas, [1, 2, 4], 4, Console(quiet=True))
   assert all(claim.holds for claim in claims)
@@ -47,21 +48,21 @@ def test_the_certificate_holds_on_1_2_and_4_ranks(file):
 
 def test_ranks_that_do_not_fit_are_refused_with_those_that_do(file):
   with pytest.raises(ConfigError, match="choose from 1, 2, 4, 8"):
-    parity.at_ranks(configs.load(file, env={}), 3)
+    shortened.at_ranks(configs.load(file, env={}), 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_batches_divide_what_a_rank_gets(lab, ranks):
   """20 sequences in micro-batches of 10 on one rank: on four ranks 5 each, one at a time."""
   values = {"schedule.batch_tokens": 20 * 64, "train.micro_batch": 10}
-  made = parity.at_ranks(configs.changed(lab.config, values), ranks)
+  made = shortened.at_ranks(configs.changed(lab.config, values), ranks)
   assert made.train.micro_batch == {1: 10, 2: 5, 4: 1}[ranks]
 
 
 @pytest.mark.parametrize("ranks", [0, -2])
 def test_no_ranks_are_refused(lab, ranks):
   with pytest.raises(ConfigError, match=f"{ranks} ranks.*choose from 1, 2, 4$"):
-    parity.at_ranks(lab.config, ranks)
+    shortened.at_ranks(lab.config, ranks)
 
 
 def test_a_deviation_is_found_and_named():

@@ -17,7 +17,7 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records.root import Root
 from stages.judge.intervals import Interval
 from stages.judge.table import Result, Table
-from stages.proxy import coords, plan, recommend, sweep
+from stages.proxy import coords, grid, plan, recommend, sweep
 from stages.proxy.file import load_sweep
 from stages.report import sweep as report
 from stages.study import Outcome
@@ -151,7 +151,7 @@ def test_a_class_that_is_out_stops_the_sweep(write, lab, launches, checks):
 def test_controls_differ_in_the_rule_alone(write):
   both = ('control = ["off"]', 'control = ["off", "embed_only"]')
   file = load_sweep(write(a=both))
-  found = sweep.Sweep(file, {s.name: s for s in file.scales}, Path(), {})
+  found = grid.Sweep.planned(file)
   arms = {a.point["group"]: a for a, _ in found.first() if a.point["scale"] == "width2"}
   joint, off, embed = (arms[name].config for name in ("joint", "off", "embed_only"))
   assert diff(joint, off) == {"scaling.rule": ("completep-moe", "none")}
@@ -178,7 +178,7 @@ def planned(write, loss, **replaced):
   path = write(**replaced)
   file = load_sweep(path)
   bench = Workbench.open(file.base.run.root, console())
-  found = sweep.Sweep.of(file, bench)
+  found = grid.Sweep.of(file, bench)
   pairs, results = found.first(), []
   while pairs:
     for arm, seed in pairs:
@@ -335,7 +335,7 @@ def test_seconds_that_are_spent_end_the_sweep(write):
   first = table.results[: len(found.first())]
   assert found.further(Table(first))
   path = write(a=SIX, b=("runs = 40", "runs = 40\ndevice_seconds = 100"))
-  limited = sweep.Sweep(load_sweep(path), found.scales, found.data, {})
+  limited = grid.Sweep(load_sweep(path), found.scales, found.data, {})
   spent = [replace(r, values={**r.values, "wall_s": 100 / 18}) for r in first]
   assert limited.further(Table(tuple(spent[:-1])))
   assert limited.further(Table(tuple(spent))) == ()
@@ -343,8 +343,8 @@ def test_seconds_that_are_spent_end_the_sweep(write):
 
 def test_what_may_stand_behind_a_shift_is_said():
   calm = {"optim/clipped": 0.1, "load/dead": 0.0}
-  assert sweep.confounded({"base": calm}) == ""
-  said = sweep.confounded({"base": calm, "width8": {"optim/clipped": 0.4, "load/dead": 2.0}})
+  assert grid.confounded({"base": calm}) == ""
+  said = grid.confounded({"base": calm, "width8": {"optim/clipped": 0.4, "load/dead": 2.0}})
   assert "40 % of the steps at width8 were clipped" in said
   assert "2 experts of a run at width8 were dead" in said
 
