@@ -1,6 +1,7 @@
 """The rules a parser can hold: arrows, rooms, circles, sizes, a reference and a test a kernel."""
 
 import ast
+import re
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -251,6 +252,16 @@ def test_functions_are_short(floor):
   trees = [tree for name, tree in TREES.items() if name.split(".")[0] == floor]
   lengths = [length(f) for tree in trees for f in functions(tree) if not is_device(f)]
   assert statistics.median(lengths) <= MEDIAN_FUNCTION
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_floor_s_readme_names_every_module(floor):
+  """In backticks, by its last name; of kernels/ only what stands beside its rooms."""
+  quoted = re.findall(r"`([^`]+)`", (ROOT / floor / "README.md").read_text(encoding="utf-8"))
+  words = {word.removesuffix(".py") for text in quoted for word in re.split(r"[/ ]", text)}
+  modules = [name for name in TREES if floor != "kernels" or name.count(".") == 1]
+  last = {name.rpartition(".")[2] for name in modules if name.startswith(f"{floor}.")}
+  assert sorted(last - words) == []
 
 
 def exported(package: str) -> set[str]:
