@@ -1,5 +1,7 @@
 """The command line. Commands import what they need when they run, so that `nmoe --help` is
 instant.
+
+One file: every word that can be typed, and what answers it, stand side by side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The runs of an experiment: found finished, continued, or executed from their start."""
+"""The runs of an experiment: found finished, continued, or executed from their start.
+
+One file: one run and several side by side go through the same steps of one `Work`.
+"""
 
 from __future__ import annotations
 

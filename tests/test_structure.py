@@ -25,7 +25,8 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "research ablate proxy checkpoints evals export imports proofs prod demo cli"
   ).split(),
 }
-MAX_FILE, MAX_FUNCTION, MEDIAN_FUNCTION = 600, 80, 15
+LONG_FILE, MAX_FILE = 400, 600  # lines; a long file's docstring says why it is one thing
+MAX_FUNCTION, MEDIAN_FUNCTION = 80, 15
 LAZY = {"stages.cli"}  # imports inside its commands, so that --help is instant
 APART = {  # a target picks one of the two by name; production never imports the oracle
   "kernels.cuda": {"kernels.reference"},
@@ -238,7 +239,10 @@ def test_imports_stand_at_the_top(name):
 def test_sizes(name):
   path = ROOT / (name.replace(".", "/") + ".py")
   path = path if path.is_file() else path.with_suffix("") / "__init__.py"
-  assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+  lines = len(path.read_text(encoding="utf-8").splitlines())
+  assert lines <= MAX_FILE
+  says_why = re.search(r"one (file|thing)", ast.get_docstring(TREES[name]) or "", re.IGNORECASE)
+  assert lines <= LONG_FILE or says_why
   long = [
     f"{function.name}: {length(function)} lines"
     for function in functions(TREES[name])

@@ -1,6 +1,8 @@
 """What was asked, what was run, what came out: the records of a root, for those who only read.
 
 A claim is a chain: hypothesis -> experiment -> runs -> conclusion, and links between experiments.
+
+One file: what a row holds, how it is read, and whether a run that stands as running still does.
 """
 
 from __future__ import annotations
