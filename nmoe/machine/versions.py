@@ -1,6 +1,9 @@
 """The versions that nmoe asks for, read from its own project file, and those that are installed.
 
 A pre-release counts (4.0.0b36), and a local part (2.13.0+cu130) does not.
+
+NVSHMEM stands here and in no extra: torch's CUDA wheel pins an older one, so that pip would refuse
+to install both. It goes on top: `pip install --no-deps nvidia-nvshmem-cu13==3.8.0`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from packaging.requirements import Requirement as Line
 from packaging.specifiers import SpecifierSet
 
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+NVSHMEM = "nvidia-nvshmem-cu13==3.8.0"  # needed with the extra `cuda`
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,13 @@ def satisfies(version: str, clauses: str) -> bool:
 
 
 def requirements() -> list[Requirement]:
-  """Every requirement, from the checkout's project file or, without one, the installed metadata."""
+  """Every requirement, from the checkout's project file or, without one, the installed metadata;
+  NVSHMEM as one of the extra `cuda`.
+  """
+  return [*_declared(), _requirement(NVSHMEM, "cuda")]
+
+
+def _declared() -> list[Requirement]:
   if _PROJECT.is_file():
     project = tomli.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
     extras = {"": project["dependencies"], **project["optional-dependencies"]}
@@ -62,7 +72,8 @@ def installed(name: str) -> str | None:
 
 def pip_line(wanted: list[Requirement]) -> str:
   """The command that installs the requirements."""
-  return "pip install " + " ".join(f"'{r.line}'" for r in wanted)
+  alone = "--no-deps " if [r.line for r in wanted] == [NVSHMEM] else ""
+  return f"pip install {alone}" + " ".join(f"'{r.line}'" for r in wanted)
 
 
 def _requirement(line: str, extra: str) -> Requirement:

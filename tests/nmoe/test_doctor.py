@@ -140,4 +140,4 @@ def test_nvshmem_reports_its_version(no_probe, tmp_path, monkeypatch):
   small = {"data.seq_len": 32, "train.micro_batch": 1, "schedule.batch_tokens": 64}
   c = config(tmp_path, **small, **{"target.arch": "sm_90a", "launch.ranks": 2})
   check = found(doctor.examine(c), "nvshmem library")
-  assert not check.ok and check.remedy == "pip install 'nvidia-nvshmem-cu13==3.8.0'"
+  assert not check.ok and check.remedy == "pip install --no-deps 'nvidia-nvshmem-cu13==3.8.0'"

@@ -14,8 +14,15 @@ from nmoe.config.file import changed, load
 from nmoe.config.sections import Config
 from nmoe.errors import TargetError
 from nmoe.machine import target
-from nmoe.machine.versions import Requirement, python_clauses, requirements, satisfies
+from nmoe.machine.versions import (
+  NVSHMEM,
+  Requirement,
+  python_clauses,
+  requirements,
+  satisfies,
+)
 from nmoe.model.decoder import Model
+from nmoe.records.provenance import REPO
 
 SMALL = {"data.seq_len": 32, "train.micro_batch": 1, "schedule.batch_tokens": 128}
 
@@ -176,13 +183,23 @@ def test_versions_compare_by_release(version, clauses, ok):
   assert satisfies(version, clauses) == ok
 
 
+def test_torch_pins_another_nvshmem():
+  """pip refuses an extra that asks for ours beside torch's CUDA wheel, so it is installed after."""
+  name, _, version = NVSHMEM.partition("==")
+  assert f'"{name}' not in (REPO / "pyproject.toml").read_text()
+  for file in ("Dockerfile", ".ci/run"):
+    assert f"--no-deps {NVSHMEM}" in (REPO / file).read_text()
+  assert f'LIBRARY = "{version}"' in (REPO / "kernels/cuda/symmetric.py").read_text()
+
+
 def test_requirements_are_the_project_files(monkeypatch, tmp_path):
   """The checkout's file and an installed wheel's metadata say the same."""
   from_file = requirements()
   assert Requirement("torch", "torch==2.13.0", "") in from_file
   assert Requirement("nvidia-cutlass-dsl", "nvidia-cutlass-dsl[cu13]==4.8.1", "cuda") in from_file
   assert python_clauses() == ">=3.11,<3.15"
-  lines = [f'{r.line}; extra == "{r.extra}"' if r.extra else r.line for r in from_file]
+  declared = [r for r in from_file if r.line != NVSHMEM]
+  lines = [f'{r.line}; extra == "{r.extra}"' if r.extra else r.line for r in declared]
   monkeypatch.setattr("nmoe.machine.versions._PROJECT", tmp_path / "pyproject.toml")
   about = Message()
   for extra in {r.extra for r in from_file if r.extra}:
