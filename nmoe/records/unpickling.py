@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,19 @@ _BROKEN_PICKLE = (  # what pickle's documentation says that a damaged one may ra
 )
 
 
+def _member(kind: type[Enum], name: str) -> Enum:
+  """What Python 3.11.0 to 3.11.3 pickle a member of an enumeration as: getattr(kind, name)."""
+  if isinstance(kind, type) and issubclass(kind, Enum):
+    return kind[name]
+  raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which is no enumeration")
+
+
 class _Metadata(pickle.Unpickler):
   """Reads what DCP describes tensors with; anything else in the pickle is refused."""
 
   def find_class(self, module: str, name: str) -> Any:
+    if (module, name) == ("builtins", "getattr"):
+      return _member
     dtypes = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
     if dtypes or (module, name) in _METADATA_NAMES:
       return super().find_class(module, name)

@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import warnings
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from labs import same_bits
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nmoe.errors import CheckpointError, CorruptError, DiskFullError, FencedError
 from nmoe.records import checkpoint
@@ -304,6 +305,34 @@ def test_the_metadata_of_a_checkpoint_is_no_code(saved, call):
       case "stored":
         checkpoint.Stored.open(path)
   assert not ran.exists()
+
+
+class Old(pickle.Pickler):
+  """As Python 3.11.0 to 3.11.3 pickle members of enumerations; Debian 12 has 3.11.2."""
+
+  def reducer_override(self, of):
+    return (getattr, (type(of), of.name)) if isinstance(of, Enum) else NotImplemented
+
+
+@pytest.mark.faults
+def test_a_checkpoint_that_debians_python_wrote(saved):
+  """Every one was refused there: its description names getattr. Of anything else it still is."""
+  path = saved / "step_00000020"
+  metadata = pickle.loads((path / ".metadata").read_bytes())
+  with (path / ".metadata").open("wb") as file:
+    Old(file).dump(metadata)
+  assert b"getattr" in (path / ".metadata").read_bytes()
+  resealed(path)
+  check_intact(saved, 20)
+  (path / ".metadata").write_bytes(pickle.dumps(Attribute()))
+  resealed(path)
+  with pytest.raises(CheckpointError, match="load_state.*is no enumeration"):
+    checkpoint.read(path)
+
+
+class Attribute:
+  def __reduce__(self):
+    return getattr, (Metadata, "load_state")
 
 
 @pytest.mark.faults
