@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 import time
 from contextlib import closing
@@ -66,8 +67,16 @@ def read(path: Path) -> list[Amendment]:
   found = table.get("amend")
   if table.keys() != {"amend"} or not isinstance(found, list) or not found:
     raise ConfigError(f"{path}: holds {sorted(table)}; it must hold tables [[amend]] and no other")
-  who, now = f"{getpass.getuser()}@{socket.gethostname()}", time.time()
+  who, now = f"{_user()}@{socket.gethostname()}", time.time()
   return [_one(each, f"{path}: amend {n}", who, now) for n, each in enumerate(found, start=1)]
+
+
+def _user() -> str:
+  """Who amends: by name, or by number where a container has no name for it."""
+  try:
+    return getpass.getuser()
+  except (KeyError, OSError):  # OSError from Python 3.13 on
+    return f"user {os.getuid()}"
 
 
 def _one(table: Any, where: str, who: str, now: float) -> Amendment:

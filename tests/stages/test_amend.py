@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 from contextlib import closing
 
@@ -19,7 +20,7 @@ from nmoe.records.attempts import Attempts
 from nmoe.records.manifests import digest
 from nmoe.records.reader import Amendment
 from nmoe.train import loop
-from stages.prod.amend import amend
+from stages.prod.amend import amend, read
 from stages.prod.attempt import begin, settle
 
 RATES = ("dense", "router", "expert")
@@ -114,6 +115,19 @@ def test_amendments_are_audited(lab, tmp_path):
     assert [event.kind for event in records.events(run)] == ["amend"] * 3
     with pytest.raises(RecordError, match="never rewritten"), records._writing() as db:
       db.execute("DELETE FROM amendments")
+
+
+def test_a_user_without_a_name_amends(lab, tmp_path, monkeypatch):
+  """docker run --user 1234: getpass knows no such user (KeyError; OSError from Python 3.13 on)."""
+  run = lab.record()
+  for error in (KeyError("getpwuid(): uid not found: 1234"), OSError("No username set")):
+
+    def unknown(error=error):
+      raise error
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    assert read(halved(tmp_path))[0].who.startswith(f"user {os.getuid()}@")
+  assert "0.005" in told(run, halved(tmp_path), lab)
 
 
 @pytest.mark.parametrize(
