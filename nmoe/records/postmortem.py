@@ -5,6 +5,9 @@ K being the restart of its host's agent. A rank that hangs leaves the stacks of 
 (nmoe.train.watchdog), and so does one that waits for a lost one until its agent ends it; one that
 fails leaves its traceback, one that is killed nothing. Who waits for others is not at fault: the
 odd one out is the suspect (as in ByteRobust, arXiv 2509.16293).
+
+Beside them a host's agent leaves what its GPUs said then (nmoe.machine.gpus), and where rank 0 asks
+for it, because a rank has become slow, in {root}/runs/RUN/attempt_N.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nmoe import files
 from nmoe.records.root import Root
 
 LAST = 20  # lines of a log that are kept
+GPUS = "gpus.json"  # of a host, beside the logs of a restart
 ME = re.compile(r"^rank (\d+) of (\d+) on (\S+)$", re.MULTILINE)
 FRAME = re.compile(r'^  File "(.+)", line (\d+),? in (\S+)$', re.MULTILINE)
 EXIT = re.compile(r"^local rank (\d+), pid (\d+): exit status (-?\d+)$", re.MULTILINE)
@@ -54,13 +59,14 @@ class LastWords:
 @dataclass(frozen=True)
 class PostMortem:
   """suspect: a rank, -1 if none stands out. exits: (local rank, exit status, pid) that the agent
-  saw, over the whole attempt.
+  saw, over the whole attempt. hosts: what their GPUs said (nmoe.machine.gpus.Look); none on a CPU.
   """
 
   suspect: int
   why: str
   ranks: tuple[LastWords, ...]
   exits: tuple[tuple[int, int, int], ...]
+  hosts: tuple[dict[str, Any], ...] = ()
 
 
 def write(root: Path, run_id: str, attempt: int, before: int = 0) -> tuple[Path, PostMortem] | None:
@@ -75,8 +81,11 @@ def write(root: Path, run_id: str, attempt: int, before: int = 0) -> tuple[Path,
   agent = Root(root).logs(run_id) / "agent.txt"
   text = agent.read_text(errors="replace") if agent.exists() else ""
   exits = tuple((int(m[1]), int(m[3]), int(m[2])) for m in EXIT.finditer(text))
-  found = PostMortem(*suspect(ranks), tuple(ranks), exits)
-  restart = logs[0].parents[1].name.removeprefix("attempt_")
+  restarts = sorted({log.parents[1] for log in logs})
+  hosts = tuple(filter(None, map(_gpus, restarts)))
+  rank, why = suspect(ranks)
+  found = PostMortem(rank, why + "".join(map(xids, hosts)), tuple(ranks), exits, hosts)
+  restart = restarts[0].name.removeprefix("attempt_")
   path = Root(root).prod(run_id) / f"attempt_{attempt}" / f"post_mortem_{restart}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(asdict(found), indent=1))
@@ -90,6 +99,39 @@ def written(root: Path, run_id: str, attempt: int, before: int = 0) -> dict[str,
     return {}
   path, found = made
   return {"post_mortem": str(path), "suspect": found.suspect, "why": found.why}
+
+
+def xids(host: dict[str, Any]) -> str:
+  """What the driver told of a host's GPUs, for a sentence; "" if nothing."""
+  told = {f"Xid {one['code']} of {one['bus']}": one["text"] for one in host["xids"]}
+  return "".join(f"; {host['host']}: {what} ({text})" for what, text in told.items())
+
+
+def ask(root: Path, run_id: str, attempt: int, step: int) -> str:
+  """Have the agents of all hosts write what their GPUs say now; the files, by a pattern."""
+  request = Root(root).look_request(run_id)
+  request.parent.mkdir(parents=True, exist_ok=True)
+  files.replace(request, json.dumps({"attempt": attempt, "step": step}))
+  return str(look_file(root, run_id, attempt, step, "*"))
+
+
+def asked(root: Path, run_id: str) -> tuple[int, int]:
+  """(attempt, step) of the newest `ask`; (0, 0): there was none."""
+  try:
+    found = json.loads(Root(root).look_request(run_id).read_text())
+    return found["attempt"], found["step"]
+  except FileNotFoundError:
+    return 0, 0
+
+
+def look_file(root: Path, run_id: str, attempt: int, step: int, host: str) -> Path:
+  return Root(root).prod(run_id) / f"attempt_{attempt}" / f"gpus_step_{step}_{host}.json"
+
+
+def _gpus(restart: Path) -> dict[str, Any]:
+  """What a host's GPUs said when a restart's ranks ended; {} if nobody asked."""
+  path = restart / GPUS
+  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _of(host: Path, before: int) -> list[Path]:

@@ -106,3 +106,7 @@ class Root:
   def traces(self, experiment_id: str) -> Path:
     """The profiles of an experiment's runs."""
     return self.path / "traces" / experiment_id
+
+  def look_request(self, run_id: str) -> Path:
+    """The step at which the agents of a production run are asked what their GPUs say."""
+    return self.prod(run_id) / "look.json"

@@ -276,6 +276,7 @@ def execute(
     watchdog=watchdog,
     until=following(run.amendments, tokens),
     event=partial(experiments.event, run.id, options.attempt) if recorded else nothing,
+    look=partial(postmortem.ask, root, run.id, options.attempt) if recorded else nothing,
     first=options.first,
   )
   startup.end("ranks_and_data")

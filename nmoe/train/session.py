@@ -70,6 +70,7 @@ class Session:
   replay: Replay | None = None  # on rank 0: a bad step that is computed again
   judge: Callable[[BadStepError], bool] = lambda bad: False  # on rank 0: does the run end with it?
   event: Callable[..., None] = nothing  # records one of a production run: kind, step=, detail=
+  look: Callable[[int], str | None] = nothing  # has hosts look at their GPUs; where they write it
   first: Path | None = None  # a folder for the state before and after the first step
   stop: bool = False  # set by SIGTERM or a vanished parent: checkpoint and leave
 

@@ -107,6 +107,7 @@ class Watch:
     for rank in self.stragglers.add(seconds):
       if self.target.device.type == "cuda":
         detail = {"step_s": seconds[rank], "best_s": self.stragglers.best[rank]}
+        detail |= {"gpus": self.session.look(step)}
         self.session.event("straggler", step=step, rank=rank, detail=detail)
     return tags(told)
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -36,6 +38,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
+from nmoe.machine import gpus
+from nmoe.records import postmortem
 from nmoe.records.attempts import History
 from nmoe.records.root import Root
 from stages.launch import notify
@@ -47,30 +51,8 @@ START_S = 1800  # hosts may come this late to the rendezvous
 LOOK_S = 0.5  # ranks are looked at this often
 LEAVE_S = 3.0  # ranks that miss one may take this long to say why they end
 STACKS_S = 1.0  # and this long to write their stacks
+LOOK_GPUS_S = 12.0  # and GPUs may take this long to say how they are, beside all of it
 GONE_S = 30.0  # what is killed may take this long to give a GPU's memory back
-
-
-class Agent(LocalElasticAgent):
-  """torch's agent, which does not wait for ranks that wait for a lost one."""
-
-  def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-    ranks = self._ranks()
-    lost = {number: rank for number, rank in enumerate(ranks) if rank.poll()}
-    for number, rank in lost.items():
-      sys.stderr.write(f"local rank {number}, pid {rank.pid}: exit status {rank.returncode}\n")
-    if lost:
-      end(ranks)
-    return super()._monitor_workers(worker_group)
-
-  def _stop_workers(self, worker_group: WorkerGroup) -> None:
-    """Before a restart: another host may have asked for it."""
-    end(self._ranks())
-    super()._stop_workers(worker_group)
-
-  def _ranks(self) -> list[subprocess.Popen]:
-    """The processes of this host's ranks."""
-    handlers = self._pcontext.subprocess_handlers
-    return [handlers[local_rank].proc for local_rank in sorted(handlers)]
 
 
 class Logs(DefaultLogsSpecs):
@@ -79,11 +61,76 @@ class Logs(DefaultLogsSpecs):
   """
 
   starts = 0
+  folder = Path()  # of the newest start
 
   def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
     count = {"TORCHELASTIC_RESTART_COUNT": str(self.starts)}
     self.starts += 1
-    return super().reify({local_rank: env | count for local_rank, env in envs.items()})
+    made = super().reify({local_rank: env | count for local_rank, env in envs.items()})
+    self.folder = Path(next(iter(made.stderrs.values()))).parents[1]
+    return made
+
+
+class Looks:
+  """What this host's GPUs say when its ranks end or when rank 0 asks: each once, into a file, in a
+  thread that nobody waits for longer than LOOK_GPUS_S. On a CPU there is nothing to ask.
+  """
+
+  def __init__(self, options: argparse.Namespace, arch: str):
+    self.place = options.root, options.run
+    self.attempt = options.attempt if arch != "cpu" else 0
+    self.done: set[Path] = set()
+
+  def when_asked(self) -> None:
+    """Begin what rank 0 asks for, if it does."""
+    attempt, step = postmortem.asked(*self.place) if self.attempt else (0, 0)
+    if attempt and attempt == self.attempt:
+      self.begin(postmortem.look_file(*self.place, attempt, step, socket.gethostname()))
+
+  def begin(self, path: Path) -> threading.Thread | None:
+    """Begin to write a look, unless it was before; None: there is nothing to wait for."""
+    if not self.attempt or path in self.done:
+      return None
+    self.done.add(path)
+    thread = threading.Thread(target=gpus.write, args=(path,), daemon=True)
+    thread.start()
+    return thread
+
+
+class Agent(LocalElasticAgent):
+  """torch's agent, which does not wait for ranks that wait for a lost one."""
+
+  def __init__(self, spec: WorkerSpec, logs: Logs, looks: Looks):
+    super().__init__(spec, logs, shutdown_timeout=SAVE_S)
+    self.logs, self.looks = logs, looks
+
+  def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    ranks = self._ranks()
+    lost = {number: rank for number, rank in enumerate(ranks) if rank.poll()}
+    for number, rank in lost.items():
+      sys.stderr.write(f"local rank {number}, pid {rank.pid}: exit status {rank.returncode}\n")
+    if lost:
+      self._end(ranks)
+    self.looks.when_asked()
+    return super()._monitor_workers(worker_group)
+
+  def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    """Before a restart: another host may have asked for it."""
+    self._end(self._ranks())
+    super()._stop_workers(worker_group)
+
+  def _end(self, ranks: Sequence[subprocess.Popen]) -> None:
+    """End the ranks; meanwhile the GPUs say how they are."""
+    look = self.looks.begin(self.logs.folder / postmortem.GPUS)
+    begun = time.monotonic()
+    end(ranks)
+    if look is not None:
+      look.join(max(0.0, begun + LOOK_GPUS_S - time.monotonic()))
+
+  def _ranks(self) -> list[subprocess.Popen]:
+    """The processes of this host's ranks."""
+    handlers = self._pcontext.subprocess_handlers
+    return [handlers[local_rank].proc for local_rank in sorted(handlers)]
 
 
 def end(ranks: Sequence[subprocess.Popen]) -> None:
@@ -129,7 +176,8 @@ def made(config: Config, options: argparse.Namespace) -> Agent:
     monitor_interval=LOOK_S,
     local_addr=options.address,
   )
-  return Agent(spec, Logs(str(logs), redirects=Std.ALL), shutdown_timeout=SAVE_S)
+  looks = Looks(options, config.target.arch)
+  return Agent(spec, Logs(str(logs), redirects=Std.ALL), looks)
 
 
 def command(options: argparse.Namespace) -> list[str]:
