@@ -359,6 +359,38 @@ def test_curves_can_be_means_of_what_is_shown(page, served, made):
   assert page.errors == []
 
 
+@pytest.mark.parametrize(
+  "module, script, told",
+  [
+    (
+      "charts",
+      "m.apart([[1, NaN], [2, 3], [1, NaN], [1, NaN]].map(y => ({ y, dash: [] })))"
+      ".map(c => c.dash)",
+      [[], [], [6, 6], [6, 12]],
+    ),
+    (
+      "charts",
+      "[[], [1, null], [1, null, 2], [1, 2, null, 3]].map(m.few)",
+      [True, True, True, False],
+    ),
+    (
+      "format",
+      "[2e-4, -2e-4, 2.51e-5, 0.25, -3, 0].map(v => m.short(v))",
+      ["2e-4", "−2e-4", "2.51e-5", "0.25", "−3", "0"],
+    ),
+    (
+      "format",
+      "[-0.04, 0.04, -0.06, 0].map(v => m.measure({ factor: 1, format: ',.1f' }, v, true))",
+      ["0.0", "0.0", "−0.1", "0"],
+    ),
+  ],
+)
+def test_curves_and_numbers_can_be_told_apart(page, served, module, script, told):
+  page.open(f"{served}/static/index.html")
+  page.wait("document.readyState == 'complete'")
+  assert page.ask(f"import('/static/{module}.js').then(m => {script})") == told
+
+
 def test_an_address_gives_the_same_selection_and_zoom_in_a_new_profile(
   browser, page, served, made, tmp_path
 ):

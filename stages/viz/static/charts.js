@@ -48,6 +48,24 @@ function extent(u, range, skip, log) {
   return [low - pad, high + pad];
 }
 
+// One or two values make no line that could be seen.
+export function few(y) {
+  let known = 0;
+  for (let i = 0; i < y.length && known < 3; i++) known += y[i] !== null;
+  return known < 3;
+}
+
+// Curves of which an earlier one has every value are dashed, so that both are seen.
+export function apart(curves) {
+  const same = (a, b) => a.length === b.length && a.every((v, i) => Object.is(v, b[i]));
+  return curves.map((curve, i) => {
+    const under = curves.slice(0, i).filter((other) => same(curve.y, other.y)).length;
+    return under ? { ...curve, dash: [6, 6 * under] } : curve;
+  });
+}
+
+const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];  // ticks of what is counted
+
 function axis(size, space, format) {
   return {
     stroke: ink("--soft"),
@@ -78,7 +96,7 @@ function options(props, width, say) {
       x: { time: false, range: (u, a, b) => props.range || (a === b ? [a - 1, b + 1] : [a, b]) },
       y: { distr: log ? 3 : 1, range: (u) => extent(u, props.range, skip, log) },
     },
-    axes: [{ ...axis(24, 64, props.xText || ((v) => xText(xKind, v))), splits: props.splits }, axis(52, 36, (v) => short(v, 3))],
+    axes: [{ ...axis(24, 64, props.xText || ((v) => xText(xKind, v))), splits: props.splits }, { ...axis(52, 36, (v) => short(v, 3)), ...(props.whole ? { incrs: WHOLE } : {}) }],
     bands,
     series: [{}, ...curves.map((curve, i) => ({
       label: curve.label,
@@ -88,7 +106,7 @@ function options(props, width, say) {
       alpha: curve.alpha ?? 1,
       dash: curve.dash || dash(i),
       spanGaps: curve.points !== false,
-      points: { show: curve.points || undefined, size: 5 },
+      points: { show: curve.points || ((u, k) => few(u.data[k])), size: 5 },
     }))],
     hooks: {
       setCursor: [read],

@@ -22,7 +22,7 @@ export function short(x, digits = 4) {
   for (const [unit, scale] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
     if (size >= scale * 0.99995) return trim(x / scale, Math.min(digits, 3)) + unit;
   }
-  if (size < 1e-3) return x.toExponential(2).replace("-", "−").replace("e−", "e-");
+  if (size < 1e-3) return x.toExponential(2).replace(/\.?0+e/, "e").replace(/^-/, "−");
   return trim(x, digits);
 }
 
@@ -39,6 +39,7 @@ export function measure(of, x, sign = false) {
   const [, comma, digits, kind] = /^(,?)\.(\d+)([fg])$/.exec(of.format);
   let text = kind === "f" ? Math.abs(value).toFixed(+digits) : trim(Math.abs(value), +digits);
   if (comma) text = text.replace(/\B(?=(\d{3})+(?!\d))/g, ",");
+  if (/^[0.]+$/.test(text)) return text;  // rounds to nothing: no sign
   return (value < 0 ? "−" : sign ? "+" : "") + text;
 }
 

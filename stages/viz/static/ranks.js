@@ -23,10 +23,10 @@ export function Ranks({ id, query }) {
   return html`<h1>Ranks of <span class="mono">${id}</span></h1>
     <div class="bar"><${Choice} name="x" value=${kind} of=${{ tokens: "tokens", step: "steps", time: "time" }} /></div>
     <${Summary} of=${of} />
-    <${HeatMap} ...${map} title="how late a rank was in its slowest phase" scale=${["0", "20 % of the time between logs"]} value=${delay}
+    <${HeatMap} ...${map} title="how late a rank was in its slowest phase" scale=${["0", "≥ 20 % of the time between logs"]} value=${delay}
       shade=${(v) => v / 0.2}
       tip=${(r, k) => `rank ${r} at ${xText(kind, x[k])}: ${percent(delay(r, k))} above the median in ${of.names[where(r, k)]}`} />
-    ${rows && html`<${HeatMap} ...${map} title="rows that a rank's experts received over the mean" scale=${["1", "1.5 × mean"]} value=${even}
+    ${rows && html`<${HeatMap} ...${map} title="rows that a rank's experts received over the mean" scale=${["1", "≥ 1.5 × mean"]} value=${even}
       shade=${(v) => (v - 1) / 0.5} tip=${(r, k) => `rank ${r} at ${xText(kind, x[k])}: ${short(even(r, k), 3)} × mean`} />`}
     <h2>Slowest against median, by phase</h2><${Phases} of=${of} />
     <h2>Every rank, means over the run</h2><${Every} of=${of} />`;

@@ -1,7 +1,7 @@
 // Where tokens went: every MoE layer over time, then the experts of one layer.
 import { html } from "/static/preact-htm.js";
 import { change, getJson, getExperts, getSeries, hits, search, useLive } from "/static/api.js";
-import { HeatMap, Lines, around, rising } from "/static/charts.js";
+import { HeatMap, Lines, apart, around, rising } from "/static/charts.js";
 import { color, short, xText } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
@@ -35,7 +35,7 @@ function Layers({ id, query, layers, tags, names }) {
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
     <${Facts} pairs=${[["MoE layers", layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
       ["that layer", layers[worst]], ["layer shown below", layer]]} />
-    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", "4 × mean"]}
+    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", "≥ 4 × mean"]}
       rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => (v - 1) / 3} stops=${rising()} cell=${18}
       rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 3)} picked=${layers.indexOf(layer)}
       onPick=${(r) => change({ layer: layers[r] })}
@@ -48,8 +48,8 @@ function Layers({ id, query, layers, tags, names }) {
 // Of each kind of map: its title, a value's place in 0..1 given the mean of its step, and its words.
 const ratio = (v, mean) => 0.5 + 0.5 * Math.max(-1, Math.min(1, Math.log2(Math.max(v / mean, 0.01)) / 2));
 const KINDS = {
-  count: ["load of each expert over the mean", ratio, "tokens", ["¼", "4 × mean"]],
-  gate: ["sum of an expert's gates over the mean, sampled", ratio, "× mean", ["¼", "4 × mean"]],
+  count: ["load of each expert over the mean", ratio, "tokens", ["≤ ¼", "≥ 4 × mean"]],
+  gate: ["sum of an expert's gates over the mean, sampled", ratio, "× mean", ["≤ ¼", "≥ 4 × mean"]],
   bias: ["bias of each expert in the router's choice", null, "", null],
 };
 
@@ -103,7 +103,7 @@ function Sources({ id, layer, sources }) {
   const step = known[0][1].steps[known[0][1].n - 1];
   const at = (r, e) => (totals[r] ? (rows[r][e] * experts) / totals[r] : NaN);
   return html`<${HeatMap} title="each source's tokens by expert, over an even share" note=${`sampled at step ${short(step)}`}
-    rows=${known.length} columns=${experts} value=${at} shade=${(v) => ratio(v, 1)} stops=${around()} cell=${22} scale=${["¼", "4 × even"]}
+    rows=${known.length} columns=${experts} value=${at} shade=${(v) => ratio(v, 1)} stops=${around()} cell=${22} scale=${["≤ ¼", "≥ 4 × even"]}
     left=${known.reduce((n, [name]) => Math.max(n, name.length), 0) * 6.5 + 14} rowLabel=${(r) => known[r][0]} columnLabel=${(e) => `${e}`}
     tip=${(r, e) => `${known[r][0]} → expert ${e}: ${short(rows[r][e])} of its ${short(totals[r])} choices, ${short(at(r, e), 3)} × even`} />`;
 }
@@ -124,8 +124,8 @@ function Health({ id, layer, query, tags }) {
   const panels = Object.fromEntries(state.data.map((p) => [p.tag, p]));
   const drawn = GROUPS.map(([title, names]) => [title, names.map((name) => panels[`moe/${layer}/${name}`]).filter((p) => p?.x.length)]);
   return html`<div class="panels" data-ready="yes">${drawn.filter(([, of]) => of.length).map(([title, of]) => {
-    const curves = of.map((p, i) => ({ y: p.curves[0].y, label: WORDS[p.tag.split("/")[2]] || title, color: color(i), dash: [] }));
-    return html`<div><${Lines} key=${title + layer} title=${title} x=${of[0].x} curves=${curves} ...${curveProps(query)} />
-      ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [c.label, c.color])} />`}</div>`;
+    const curves = apart(of.map((p, i) => ({ y: p.curves[0].y, label: WORDS[p.tag.split("/")[2]] || title, color: color(i), dash: [] })));
+    return html`<div><${Lines} key=${title + layer} title=${title} x=${of[0].x} curves=${curves} whole=${/^dead/.test(title)} ...${curveProps(query)} />
+      ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [c.label, c.color, c.dash])} />`}</div>`;
   })}</div>`;
 }

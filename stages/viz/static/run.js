@@ -1,7 +1,7 @@
 // One run: its state, its curves in groups, its configuration, log and provenance.
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
-import { Lines, smoothed } from "/static/charts.js";
+import { Lines, apart, smoothed } from "/static/charts.js";
 import { at, color, grey, measure, seconds, short, when } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
@@ -110,12 +110,12 @@ function Group({ title, panels, errors, starts, planned, query }) {
   const x = Float64Array.from([...new Set(panels.flatMap((p) => [...p.x]))].sort((a, b) => a - b));
   const place = new Map([...x].map((v, i) => [v, i]));
   const share = curveProps(query).smooth;
-  const curves = panels.filter((p) => p.curves.length).map((p, i) => {
+  const curves = apart(panels.filter((p) => p.curves.length).map((p, i) => {
     const y = new Float32Array(x.length).fill(NaN);
     const of = share && p.x.length > 40 ? smoothed(p.curves[0].y, share) : p.curves[0].y;
     p.x.forEach((v, k) => { y[place.get(v)] = of[k]; });
     return { y, label: p.tag, color: color(i), dash: [], points: p.x.length < 40, width: i && p.x.length < 60 ? 2 : 1, last: p.curves[0].last?.[1] };
-  });
+  }));
   if (planned) {
     curves.push({ y: new Float32Array(x.length).fill(planned), label: "plan", color: grey(), dash: [6, 3], points: false, last: planned });
   }
@@ -134,7 +134,7 @@ function Group({ title, panels, errors, starts, planned, query }) {
   const last = curves.length === 1 ? short(curves[0].last, 5) : "";
   const skip = /loss|bits|norm/.test(title) ? 0.05 : 0;
   return html`<div><${Lines} title=${title} x=${x} curves=${[...curves, ...edges]} bands=${bands.length ? bands : undefined}
-      skip=${skip} note=${last} marks=${marksOf(starts, query)} ...${curveProps(query)} />
+      skip=${skip} note=${last} whole=${/^rounds/.test(title)} marks=${marksOf(starts, query)} ...${curveProps(query)} />
     ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [`${c.label}  ${short(c.last, 4)}`, c.color, c.dash])} />`}</div>`;
 }
 

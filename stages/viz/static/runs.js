@@ -101,7 +101,7 @@ function Table({ data, shown, chosen, toggle, at, query }) {
     ${text}${query.sort === key ? " ↑" : query.sort === "-" + key ? " ↓" : ""}</th>`;
   return html`<div class="list scroll"><table><thead><tr><th></th>${head("id", "run")}
     ${head("experiment", "experiment")}${head("arm", "arm")}${head("seed", "seed", "num")}
-    ${head("status", "status")}${COLUMNS.map((key) => head(key, HEADS[key], "num"))}<th>loss</th></tr></thead>
+    ${head("status", "status")}${COLUMNS.map((key) => head(key, HEADS[key], "num"))}<th>its curve</th></tr></thead>
     <tbody>${rows.map((r, i) => html`<tr key=${r.id} class=${i === at ? "at" : ""}>
       <td><button class="swatch" aria-label=${"select " + r.id} aria-pressed=${chosen.includes(r.id)}
         style=${{ background: colors[r.id] || "", borderColor: colors[r.id] || "" }}
