@@ -37,25 +37,37 @@ FIGURES = {  # tag -> format of its last value, factor, label where it is no mea
 }
 TASK = re.compile(r"eval/([^/]+)/(acc|acc_se|bpb|bpb_se)")
 TASKS = 12  # shown of an evaluation
+MOST_LESS = 3 + len(FIGURES) + TASKS  # lines that a picture can do without
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 72  # of a curve at most, in characters
 BESIDE = 42  # what stands before a curve
 
 
 def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0) -> None:
-  """Show a run, or the newest, until it ends or the process is interrupted.
+  """Show a run, or the newest, until it ends or the process is interrupted. A pipe or a terminal
+  that cannot move its cursor gets two pictures: of now, and of the end.
 
   Raises RecordError if the records cannot be read or have no such run.
   """
-  run = find(live.snapshot(), run_id)
-  with Screen(console=console, auto_refresh=False) as screen:
-    while True:
+  seen = live.snapshot()
+  run = find(seen, run_id)
+  if console.is_terminal and not console.is_dumb_terminal:
+    with Screen(console=console, auto_refresh=False) as screen:
+      while run.status == "running":
+        screen.update(fitting(live, seen, run, console), refresh=True)
+        time.sleep(every_s)
+        seen = live.snapshot()
+        run = find(seen, run.id)
+      screen.update(picture(live, seen, run, console.width), refresh=True)
+    return
+  console.print(picture(live, seen, run, console.width))
+  if run.status == "running":
+    while run.status == "running":
+      time.sleep(every_s)
       seen = live.snapshot()
       run = find(seen, run.id)
-      screen.update(picture(live, seen, run, console.width), refresh=True)
-      if run.status != "running":
-        return
-      time.sleep(every_s)
+    console.print()
+    console.print(picture(live, seen, run, console.width))
 
 
 def find(seen: Snapshot, run_id: str | None) -> Run:
@@ -69,12 +81,31 @@ def find(seen: Snapshot, run_id: str | None) -> Run:
   return run
 
 
-def picture(live: Live, seen: Snapshot, run: Run, width: int) -> Group:
-  """All that a terminal of so many columns shows."""
+def fitting(live: Live, seen: Snapshot, run: Run, console: Console) -> Group:
+  """The picture, without what matters least where the terminal is too low for all of it."""
+  drawn, less = picture(live, seen, run, console.width), 0
+  while less < MOST_LESS and (over := _lines(console, drawn) - (console.height - 1)) > 0:
+    less += over
+    drawn = picture(live, seen, run, console.width, less)
+  return drawn
+
+
+def _lines(console: Console, drawn: Group) -> int:
+  return len(console.render_lines(drawn, pad=False))
+
+
+def picture(live: Live, seen: Snapshot, run: Run, width: int, less: int = 0) -> Group:
+  """All that a terminal of so many columns shows; `less`: lines that are left out of it, if there
+  are as many: empty ones, tasks of an evaluation from the fourth, figures from the fifth.
+  """
   file = live.file(run.id)
   tags = file.tags()
   tasks = [tag for tag in tags if TASK.fullmatch(tag)]
   logged = file.read([*FIGURES, *goodput.LOGGED, *_tags(tags, "time/"), *_loads(tags), *tasks])
+  empty = [] if less else [Text()]
+  named = len(_tasks(_measured(seen, run, logged)))
+  most = max(3, min(named, TASKS) - max(0, less - 2))
+  figures = max(4, len(FIGURES.keys() & logged.keys()) - max(0, less - 2 - max(0, named - most)))
   parts = [_head(run, logged.get("train/loss"))]
   if seen.notice:
     parts.append(plain(seen.notice, "yellow"))
@@ -84,9 +115,9 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int) -> Group:
     wide = max(8, min(WIDTH, width - BESIDE))
     parts += [
       _progress(run, logged, max(8, min(wide, width - 62))),
-      Text(),
-      _figures(logged, wide),
-      Text(),
+      *empty,
+      _figures(logged, wide, figures),
+      *empty,
     ]
     parts += _phases({tag: logged[tag] for tag in _tags(tags, "time/") if tag in logged})
     parts += _router({tag: logged[tag] for tag in _loads(tags) if tag in logged})
@@ -94,8 +125,7 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int) -> Group:
   else:
     parts.append(plain("nothing logged yet", "dim"))
   parts += _production(live, seen, run, logged)
-  parts += _evaluations(seen, run, {tag: logged[tag] for tag in tasks if tag in logged})
-  return Group(*parts)
+  return Group(*parts, *_evaluations(_measured(seen, run, logged), most, empty))
 
 
 def _tags(tags: Sequence[str], prefix: str) -> list[str]:
@@ -141,16 +171,16 @@ def human(count: float) -> str:
   return f"{count:.3g}"
 
 
-def _figures(logged: dict[str, Logged], wide: int) -> Table:
+def _figures(logged: dict[str, Logged], wide: int, most: int) -> Table:
   table = Table.grid(padding=(0, 2))
   table.add_column(width=24, no_wrap=True, overflow="ellipsis")
   table.add_column(justify="right", width=11, no_wrap=True)
   table.add_column(no_wrap=True)
-  for tag, (form, factor, name) in FIGURES.items():
-    if tag in logged:
-      label = name or MEASURES[tag].label.split(",")[0]
-      value = logged[tag].value
-      table.add_row(plain(label), f"{factor * value[-1]:{form}}", plain(curve(value, wide), "blue"))
+  for tag in [tag for tag in FIGURES if tag in logged][:most]:
+    form, factor, name = FIGURES[tag]
+    label = name or MEASURES[tag].label.split(",")[0]
+    value = logged[tag].value
+    table.add_row(plain(label), f"{factor * value[-1]:{form}}", plain(curve(value, wide), "blue"))
   return table
 
 
@@ -221,25 +251,40 @@ def _production(live: Live, seen: Snapshot, run: Run, logged: dict[str, Logged])
   return parts
 
 
-def _evaluations(seen: Snapshot, run: Run, logged: dict[str, Logged]) -> list[Table]:
-  """The newest value of every task with its standard error."""
-  last = {tag: (int(rows.step[-1]), float(rows.value[-1])) for tag, rows in logged.items()}
+def _measured(seen: Snapshot, run: Run, logged: dict[str, Logged]) -> dict[str, tuple[int, float]]:
+  """tag -> (step, value), the newest of what an evaluation measured in the loop or after it."""
+  last = {
+    tag: (int(rows.step[-1]), float(rows.value[-1]))
+    for tag, rows in logged.items()
+    if TASK.fullmatch(tag)
+  }
   for one in sorted(seen.evaluations.get(run.id, []), key=lambda e: e.step):
     of = {tag: (one.step, value) for tag, value in one.results.items() if TASK.fullmatch(tag)}
     last |= {tag: new for tag, new in of.items() if last.get(tag, (-1,))[0] <= new[0]}
-  tasks = sorted({TASK.fullmatch(tag)[1] for tag in last})
+  return last
+
+
+def _tasks(last: dict[str, tuple[int, float]]) -> list[str]:
+  return sorted({TASK.fullmatch(tag)[1] for tag in last})
+
+
+def _evaluations(
+  last: dict[str, tuple[int, float]], most: int, empty: list[Text]
+) -> list[Text | Table]:
+  """The newest value of every task with its standard error."""
+  tasks = _tasks(last)
   if not tasks:
     return []
   table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
   for name in ("task", "accuracy", "bits per byte", "step"):
     table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-  for task in tasks[:TASKS]:
+  for task in tasks[:most]:
     step = max(last[f"eval/{task}/{m}"][0] for m in ("acc", "bpb") if f"eval/{task}/{m}" in last)
     cells = (_with_error(last, f"eval/{task}/{name}") for name in ("acc", "bpb"))
     table.add_row(plain(task), *cells, f"{step:,}")
-  if len(tasks) > TASKS:
-    table.add_row(plain(f"and {len(tasks) - TASKS} more", "dim"))
-  return [Text(), table]
+  if len(tasks) > most:
+    table.add_row(plain(f"and {len(tasks) - most} more", "dim"))
+  return [*empty, table]
 
 
 def _with_error(last: dict[str, tuple[int, float]], tag: str) -> str:

@@ -1,5 +1,8 @@
 """`nmoe watch`: the figures that the terminal shows are those of the records."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -13,7 +16,7 @@ from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Evaluation
 from stages import watch
-from stages.watch import BLOCKS, curve, picture
+from stages.watch import BLOCKS, FIGURES, curve, fitting, picture
 
 
 @pytest.fixture
@@ -96,6 +99,41 @@ def test_watching_ends_with_the_run_and_the_newest_is_the_default(root, live):
   console = Console(record=True, width=140)
   watch.watch(live, None, console)
   assert ids["variant", 0] in console.export_text()
+
+
+@pytest.mark.parametrize("width, height", [(60, 20), (80, 20), (120, 20), (80, 24)])
+def test_a_low_terminal_shows_what_matters_most(root, live, width, height):
+  """The late rank, goodput and the last event stay; figures and tasks make room."""
+  run = make(root, seeds=(0,))["baseline", 0]
+  history = Attempts(root)
+  number = history.begin(run, engine="local", job_id="", nodes=["a"], commit="c", step=0)
+  history.started(run, number, 0, "a", {"startup": {}})
+  writer = Metrics(root, run)
+  values = {tag: 1.0 for tag in FIGURES} | {f"eval/t{i}/acc": 0.5 for i in range(14)}
+  values |= {f"rank/{r}/{p}_s": 1.0 + (r == 1) * (p == "load") for r in range(3) for p in PHASES}
+  writer.add(42, 4200, values)
+  writer.flush()
+  seen = live.snapshot()
+  console = Console(record=True, width=width, height=height, file=io.StringIO())
+  console.print(fitting(live, seen, seen.run(run), console))
+  text = console.export_text()
+  assert len(text.rstrip("\n").splitlines()) < height
+  words = " ".join(text.split())
+  for part in ("training loss", "rank 1 is 1 s above the median", "goodput", ": launch", "t0"):
+    assert part in words, part
+
+
+def test_a_pipe_gets_whole_lines_of_now_and_of_the_end(root, live, monkeypatch):
+  run = make(root, seeds=(0,))["variant", 0]
+  states = iter(("running", "running", "completed"))
+  found = watch.find
+  monkeypatch.setattr(watch, "find", lambda *of: replace(found(*of), status=next(states)))
+  monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+  written = io.StringIO()
+  watch.watch(live, run, Console(file=written, width=100))
+  heads = [line for line in written.getvalue().splitlines() if line.startswith(run)]
+  assert ["running" in line for line in heads] == [True, False]
+  assert written.getvalue().endswith("\n") and "\x1b" not in written.getvalue()
 
 
 def test_an_unknown_run_is_refused_with_the_newest(root, live):

@@ -106,7 +106,7 @@ function options(props, width, say) {
       alpha: curve.alpha ?? 1,
       dash: curve.dash || dash(i),
       spanGaps: curve.points !== false,
-      points: { show: curve.points || ((u, k) => few(u.data[k])), size: 5 },
+      points: { show: curve.points || ((u, k) => few(u.data[k])), size: 5, fill: curve.color || color(i) },
     }))],
     hooks: {
       setCursor: [read],
