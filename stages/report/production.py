@@ -9,7 +9,7 @@ from pathlib import Path
 from nmoe.records import metrics
 from nmoe.records.goodput import BUCKETS, Production, production
 from stages.report.drawing import Bars, Curve, Figure, Panel, Rule
-from stages.report.figures import COLORS, ORANGE, PHASE_COLORS, thin
+from stages.report.figures import COLORS, ORANGE, thin
 from stages.report.findings import Findings
 from stages.report.page import definitions, facts, table
 
@@ -18,6 +18,18 @@ NOTE = (
   "the time in a queue. The bar is the wall time from the first launch; below it, training loss "
   "with the steps at which something happened."
 )
+COLOR_OF = {  # a bucket's, as in the dashboard
+  "stepping": "#0072b2",
+  "save stall": "#cc79a7",
+  "eval": "#009e73",
+  "lost steps": "#d55e00",
+  "hang wait": "#e69f00",
+  "starting": "#b4bbc4",
+  "compiling": "#8d6e63",
+  "loading": "#56b4e9",
+  "queued": "#6a6fb5",
+  "stopped": "#7a7a7a",
+}
 QUIET = ("launch", "checkpoint", "permanent", "override")  # events that no line marks
 
 
@@ -49,13 +61,15 @@ def _numbers(seen: Production) -> str:
 def _timeline(seen: Production) -> Figure:
   """The spans of the wall time, a colour a bucket."""
   begun, marks = seen.spans[0].begin, []
-  for bucket, color in zip(BUCKETS, PHASE_COLORS, strict=True):
+  for bucket in BUCKETS:
     bars = [
       (0, s.begin - begun, s.seconds, "", f"{bucket}: {s.seconds:.1f} s from {s.begin - begun:.1f}")
       for s in seen.spans
       if s.bucket == bucket
     ]
-    marks += [Bars(bars, color, f"{bucket}, {seen.seconds[bucket]:,.1f} s")] if bars else []
+    marks += (
+      [Bars(bars, COLOR_OF[bucket], f"{bucket}, {seen.seconds[bucket]:,.1f} s")] if bars else []
+    )
   panel = Panel(marks, x="seconds since the first launch", rows=["wall time"])
   return Figure([panel], 120)
 

@@ -153,8 +153,9 @@ def _reach(found: Sequence[Line]) -> tuple[float, float] | None:
   if not losses:
     return None
   top = losses[(3 * (len(losses) - 1)) // 4]
-  pad = 0.1 * (top - losses[0]) or 0.1
-  return losses[0] - pad, top + pad
+  low = min([losses[0], *(line.optimum[1] for line in found if line.optimum)])
+  pad = 0.1 * (top - low) or 0.1
+  return low - pad, top + pad
 
 
 def shifts(experiment: Experiment) -> Figure | None:

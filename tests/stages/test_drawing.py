@@ -26,6 +26,7 @@ from stages.report.drawing import (
   ticks,
 )
 from stages.report.figures import FLIGHT_SCALE, LOAD_SCALE, PHASE_COLORS, PHASES
+from stages.report.production import COLOR_OF
 
 GREYS = ((0.0, "#000000"), (1.0, "#ffffff"))
 
@@ -138,7 +139,8 @@ def test_what_stands_on_a_colour_can_be_read(stops):
 
 
 def test_every_phase_and_bucket_has_a_colour_of_its_own():
-  assert len(set(PHASE_COLORS)) == len(PHASE_COLORS) == len(PHASES) >= len(BUCKETS)
+  assert len(set(PHASE_COLORS)) == len(PHASE_COLORS) == len(PHASES)
+  assert set(COLOR_OF) == set(BUCKETS) and len(set(COLOR_OF.values())) == len(BUCKETS)
 
 
 def test_what_rules_say_does_not_overlap():
@@ -203,6 +205,8 @@ def test_a_sweep_has_its_points_parabolas_and_optima():
     assert optimum.find("title").text.endswith("optimum 2.0000 at +0.1")
     (parabola,) = plot.iter("polyline")
     x, y = points(plot, parabola)
+    low = float(plot.get("data-range").split()[2])
+    assert low < 2.0, "the optimum, lower than every point, is inside"
     np.testing.assert_allclose(y, 2 + 0.05 * (x - 0.1) ** 2, atol=0.003)
 
 
