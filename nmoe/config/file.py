@@ -103,20 +103,25 @@ def to_toml(config: Config) -> str:
   for section in fields(config):
     lines.append(f"[{section.name}]")
     part = getattr(config, section.name)
-    lines += [f"{leaf.name} = {_toml_value(getattr(part, leaf.name))}" for leaf in fields(part)]
+    lines += [f"{leaf.name} = {toml_value(getattr(part, leaf.name))}" for leaf in fields(part)]
     lines.append("")
   return "\n".join(lines)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+  """A value in TOML as `loads` reads it back: nothing in it is taken for a variable."""
   if isinstance(value, bool):
     return "true" if value else "false"
   if isinstance(value, str):
-    escaped = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return escaped.replace("${", "$${")
-  if isinstance(value, tuple):
-    return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return quoted(value).replace("${", "$${")
+  if isinstance(value, (tuple, list)):
+    return "[" + ", ".join(toml_value(v) for v in value) + "]"
   return repr(value)
+
+
+def quoted(text: str) -> str:
+  """A string in TOML, whatever its characters."""
+  return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _origins(table: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -228,13 +228,8 @@ def _toml(values: Mapping[str, Any], folder: Path, table: Mapping[str, Any], whe
   sections: dict[str, list[str]] = {}
   for key, value in (rest | dict(values)).items():
     section, name = key.split(".")
-    sections.setdefault(section, []).append(f"{name} = {_value(value)}")
+    sections.setdefault(section, []).append(f"{name} = {configs.toml_value(value)}")
   return "\n".join(f"[{s}]\n" + "\n".join(lines) + "\n" for s, lines in sections.items())
-
-
-def _value(value: Any) -> str:
-  """In TOML; nothing in it is taken for a variable."""
-  return json.dumps(value).replace("${", "$${")
 
 
 def _tokenizer(folder: Path, table: Mapping[str, Any]) -> str:

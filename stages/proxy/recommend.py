@@ -53,13 +53,13 @@ def write_transfer(file: SweepFile, outcome: Outcome, bench: Workbench) -> Path:
   configs.changed(target, keys)  # what is written is valid
   text = [
     f"# The rates of {outcome.experiment.id} for {goal.name}.",
-    f"extends = {_text(goal)}",
+    f"extends = {configs.quoted(str(goal))}",
     "",
   ]
   for section in dict.fromkeys(key.split(".")[0] for key in keys):
-    lines = [f"{k.split('.')[1]} = {_text(v)}" for k, v in keys.items() if k.startswith(section)]
-    text += [f"[{section}]", *lines, ""]
-  evidence = {
+    own = {k.split(".")[1]: value for k, value in keys.items() if k.startswith(f"{section}.")}
+    text += [f"[{section}]", *_lines(own), ""]
+  evidence: dict[str, Any] = {
     "experiment": outcome.experiment.id,
     "code_version": bench.code_version,
     "data": bench.arm("base", file.base).data.name,
@@ -69,14 +69,12 @@ def write_transfer(file: SweepFile, outcome: Outcome, bench: Workbench) -> Path:
     **{f"swept_{axis}": _swept(axis, file) for axis in _SIZES},
     **{f"corrected_{axis}": power for axis, power in corrections.items()},
   }
-  text += ["[evidence]", *(f"{key} = {_text(value)}" for key, value in evidence.items())]
   for group in sweep["groups"]:
-    low, high = (group["shift"][key] for key in ("low", "high"))
-    text += [f"{group['name']} = {_text(group['state'])}"]
-    text += [f"{group['name']}_shift_octaves = [{_finite(low)}, {_finite(high)}]"]
+    evidence[group["name"]] = group["state"]
+    evidence[f"{group['name']}_shift_octaves"] = [group["shift"][key] for key in ("low", "high")]
     if group["exponent"] is not None:
-      low, high = (group["exponent"][key] for key in ("low", "high"))
-      text += [f"{group['name']}_exponent = [{_finite(low)}, {_finite(high)}]"]
+      evidence[f"{group['name']}_exponent"] = [group["exponent"][key] for key in ("low", "high")]
+  text += ["[evidence]", *_lines(evidence)]
   path = Root(bench.root).report(outcome.experiment.id) / "transfer.toml"
   path.write_text("\n".join(text) + "\n", encoding="utf-8")
   return path
@@ -140,11 +138,5 @@ def _optimum(group: Mapping[str, Any]) -> float:
   return sum(known) / len(known) if group["state"] in PLACED and known else 0.0
 
 
-def _finite(value: float) -> str:
-  return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
-
-
-def _text(value: object) -> str:
-  if isinstance(value, (str, Path)):
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
-  return repr(value)
+def _lines(values: Mapping[str, Any]) -> list[str]:
+  return [f"{key} = {configs.toml_value(value)}" for key, value in values.items()]

@@ -20,7 +20,7 @@ from nmoe.data.tokenizer import get
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.model.decoder import Model
 from nmoe.model.hf_config import hf_config
-from nmoe.model.hf_folder import read_config, values_of
+from nmoe.model.hf_folder import described_in, read_config, values_of
 from nmoe.model.imports import import_folder
 from nmoe.model.names import to_hf
 from nmoe.model.safetensors import BLOCK, dequantized
@@ -209,6 +209,12 @@ def test_a_folder_of_another_model_is_refused_naming_the_key(tmp_path, name):
   (tmp_path / "config.json").write_text(json.dumps(hf_config(tiny(), 96, "float32") | change))
   with pytest.raises(ConfigError, match=message):
     values_of(read_config(tmp_path), "config.json")
+
+
+def test_a_folder_may_have_any_name_that_people_give(tmp_path):
+  name = 'moon 🌙 "${HOME}" \\x'
+  folder = folder_of(tmp_path, tiny(), name=name)
+  assert described_in(folder).config.experiment.name == name
 
 
 def test_a_missing_key_is_not_guessed():
