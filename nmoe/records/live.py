@@ -31,7 +31,7 @@ import numpy as np
 
 from nmoe.errors import RecordError
 from nmoe.records.attempts import Attempt, Event, History
-from nmoe.records.metrics import COUNT, Row, rows_beside
+from nmoe.records.metrics import COUNT, Row, is_locked, rows_beside
 from nmoe.records.reader import Evaluation, Experiment, Link, Run, decoded_run
 from nmoe.records.root import Root
 
@@ -211,7 +211,7 @@ class LiveFile:
       early, self._stamp, self.trouble = [], stamp, str(error)
     except duckdb.Error as error:  # a locked file is tried again, a corrupt one when it changes
       self.trouble = _explained(self.path, error)
-      self._stamp = None if _locked(error) else stamp
+      self._stamp = None if is_locked(error) else stamp
     else:
       if new:
         self._keep()
@@ -454,7 +454,7 @@ def _attach(db: duckdb.DuckDBPyConnection, path: Path, name: str) -> None:
       db.execute(f"ATTACH '{place}' AS {name} (READ_ONLY)")
       return
     except duckdb.Error as error:
-      if not _locked(error) or time.monotonic() > deadline:
+      if not is_locked(error) or time.monotonic() > deadline:
         raise
     time.sleep(0.02)
 
@@ -562,12 +562,8 @@ def _of_ranks(db: duckdb.DuckDBPyConnection, parts: int) -> RankValues | None:
   return RankValues(*columns, dict(zip(names.tolist(), values, strict=True)))
 
 
-def _locked(error: duckdb.Error) -> bool:
-  return "Conflicting lock" in str(error) or "Could not set lock" in str(error)
-
-
 def _explained(path: Path, error: duckdb.Error) -> str:
   text = str(error).splitlines()[0]
-  if _locked(error):
+  if is_locked(error):
     return f"{path.name} is locked by another process; what was read before is shown"
   return f"{path.name} cannot be read ({text[:160]}); the run's record and checkpoints are apart"

@@ -264,7 +264,7 @@ def _create(path: Path) -> None:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     beside.rename(path)
   except duckdb.Error as error:
-    raise RecordError(f"{path}: {str(error).splitlines()[0]}; {_remedy(str(error))}") from error
+    raise RecordError(f"{path}: {str(error).splitlines()[0]}; {_remedy(error)}") from error
   except OSError as error:
     raise RecordError(
       f"{path}: cannot be created ({error.strerror}); set run.root (NMOE_ROOT) to a writable folder"
@@ -322,8 +322,8 @@ def _opened(
       yield db
       db.execute("COMMIT")
   except duckdb.Error as error:
-    kind = LockedError if _locked(str(error)) else RecordError
-    raise kind(f"{path}: {str(error).splitlines()[0]}; {_remedy(str(error))}") from error
+    kind = LockedError if is_locked(error) else RecordError
+    raise kind(f"{path}: {str(error).splitlines()[0]}; {_remedy(error)}") from error
 
 
 def _connect(path: Path, read_only: bool, timeout_s: float) -> duckdb.DuckDBPyConnection:
@@ -333,17 +333,19 @@ def _connect(path: Path, read_only: bool, timeout_s: float) -> duckdb.DuckDBPyCo
     try:
       return duckdb.connect(str(path), read_only=read_only, config={"threads": 1})
     except duckdb.Error as error:
-      if not _locked(str(error)) or time.monotonic() > deadline:
+      if not is_locked(error) or time.monotonic() > deadline:
         raise
     time.sleep(0.02)
 
 
-def _locked(message: str) -> bool:
-  return "Conflicting lock" in message or "Could not set lock" in message
+def is_locked(error: duckdb.Error) -> bool:
+  """Whether another process has the file open just now: DuckDB has no error class for it."""
+  return "Conflicting lock" in str(error) or "Could not set lock" in str(error)
 
 
-def _remedy(message: str) -> str:
-  if _locked(message):
+def _remedy(error: duckdb.Error) -> str:
+  message = str(error)
+  if is_locked(error):
     return (
       "it stayed locked: close the process that has it open, or, if none has, put run.root on a "
       "filesystem with file locks"
