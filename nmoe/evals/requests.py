@@ -141,7 +141,7 @@ def read_task(folder: Path, task: str, limit: int) -> list[Document]:
       f"{path} was changed: sha256 {found[:12]}, the manifest has {wanted[:12]}; delete {folder} "
       "and prepare the items again"
     )
-  lines = data.decode().splitlines()
+  lines = data.decode().removesuffix("\n").split("\n")  # others stand in items too
   try:
     return [_document(json.loads(line)) for line in lines[: limit or None]]
   except KeyError as error:

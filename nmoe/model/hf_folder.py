@@ -101,6 +101,10 @@ def weight_map(folder: Path) -> dict[str, str] | None:
   if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
     raise CheckpointError(f"{index}: weight_map must name a file for each tensor; fetch it again")
   for file in sorted(set(found.values())):
+    if file != Path(file).name or len(file) > 200:
+      raise CheckpointError(
+        f"{index}: {file!r:.80} is no name of a file in {folder}; fetch it again"
+      )
     if not (folder / file).is_file():
       raise CheckpointError(f"{folder / file} is not there; fetch the folder again")
   return found

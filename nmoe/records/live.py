@@ -30,6 +30,7 @@ import duckdb
 import numpy as np
 
 from nmoe.errors import RecordError
+from nmoe.files import resolved
 from nmoe.records.attempts import Attempt, Event, History
 from nmoe.records.metrics import COUNT, Row, is_locked, rows_beside
 from nmoe.records.reader import Evaluation, Experiment, Link, Run, decoded_run
@@ -346,7 +347,7 @@ class Live:
   """
 
   def __init__(self, root: Path, cache: Path):
-    self.root = root.resolve()
+    self.root = resolved(root)
     self.paths = Root(self.root)
     self.cache = cache / hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
     self._files: dict[str, LiveFile] = {}

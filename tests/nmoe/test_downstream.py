@@ -408,3 +408,40 @@ def test_a_metric_of_a_suite_needs_the_suite(lab):
     changed(lab.config, {"experiment.metric": "eval/quick/bpb"})
   made = changed(lab.config, {"experiment.metric": "eval/quick/bpb", "eval.suite": "quick"})
   assert made.eval.suite == "quick"
+
+
+ITEM = {"task": "t", "context": "c", "choices": ["a", "b"], "gold": 0}
+NO_ITEMS = {
+  "a path": ITEM | {"task": "../../x"},
+  "a NUL": ITEM | {"task": "a\0"},
+  "a long name": ITEM | {"task": "a" * 300},
+  "gold in words": ITEM | {"gold": "0"},
+  "gold true": ITEM | {"gold": True},
+  "choices in one": ITEM | {"choices": "ab"},
+  "a number": ITEM | {"context": 5},
+  "a lone surrogate": ITEM | {"context": "\ud83d"},
+  "brackets": "[" * 100_000,
+  "another encoding": json.dumps(ITEM).encode() + b"\xe9",
+  "nothing": "",
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", NO_ITEMS)
+def test_lines_that_are_no_items_are_one_error_and_write_nothing(tmp_path, what):
+  """A task's name was part of a path; other values ended in a traceback, or were asked."""
+  line = NO_ITEMS[what]
+  text = line if isinstance(line, (str, bytes)) else json.dumps(line)
+  path = tmp_path / "items.jsonl"
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(DataError, match="items.jsonl"):
+    prepare(path, tmp_path / "root")
+  assert list(tmp_path.rglob("*")) == [path]
+
+
+@pytest.mark.faults
+def test_a_separator_of_lines_inside_an_item_is_text(tmp_path):
+  path = tmp_path / "items.jsonl"
+  path.write_text(json.dumps(ITEM | {"context": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+  (found,) = read_task(prepare(path, tmp_path / "root"), "t", 0)
+  assert found.contexts == ("a\u2028b",) * 2

@@ -352,3 +352,46 @@ def test_a_folder_s_tokenizer_comes_along(lab, tmp_path):
   shutil.rmtree(Root(lab.root).imported(found.digest))
   file.unlink()
   assert import_folder(out, Root(lab.root)).config.data.tokenizer == "byte"
+
+
+NO_CONFIGS = {
+  "a list": "[]",
+  "brackets": "[" * 100_000,
+  "a kind in a list": {"model_type": ["deepseek_v3"]},
+  "a number in words": {"rms_norm_eps": "small"},
+  "NaN": {"routed_scaling_factor": float("nan")},
+  "no length": {"max_position_embeddings": None},
+  "RoPE in a list": {"rope_parameters": [1]},
+  "YaRN without its factor": {
+    "rope_parameters": {"type": "yarn", "mscale": 1, "mscale_all_dim": 1}
+  },
+  "theta in a table": {"rope_parameters": None, "rope_theta": {}},
+}
+NO_INDEXES = {
+  "a number": {"weight_map": {"a": 5}},
+  "brackets": "[" * 100_000,
+  "a path": {"weight_map": {"a": "../model.safetensors"}},
+  "a long name": {"weight_map": {"a": "x" * 5000}},
+  "a file that is gone": {"weight_map": {"a": "gone.safetensors"}},
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", NO_CONFIGS)
+def test_a_config_of_other_values_is_one_error(tmp_path, root, what):
+  folder, wrong = folder_of(tmp_path, tiny()), NO_CONFIGS[what]
+  path = folder / "config.json"
+  told = wrong if isinstance(wrong, str) else json.dumps(json.loads(path.read_text()) | wrong)
+  path.write_text(told)
+  with pytest.raises(ConfigError, match="config.json"):
+    import_folder(folder, root)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", NO_INDEXES)
+def test_an_index_of_other_values_is_one_error(tmp_path, root, what):
+  folder, wrong = folder_of(tmp_path, tiny()), NO_INDEXES[what]
+  text = wrong if isinstance(wrong, str) else json.dumps(wrong)
+  (folder / "model.safetensors.index.json").write_text(text)
+  with pytest.raises(CheckpointError, match="index.json|gone.safetensors"):
+    import_folder(folder, root)

@@ -36,6 +36,8 @@ COMMANDS = [  # FILE.toml is not there, lost.toml is a configuration whose mixtu
   "report nothing",
   "viz --root nowhere",
   f"watch {RUN}",
+  "watch --root loop",
+  "viz --root loop",
   f"rerun {RUN}",
   "prep-evals FILE.jsonl",
   f"eval {RUN}",
@@ -122,6 +124,7 @@ def told(tmp_path_factory):
   """Command -> its status and what it said, all in one process in which torch is out of reach."""
   folder = tmp_path_factory.mktemp("refusals")
   tiny = write_files(folder)
+  (folder / "loop").symlink_to("loop")
   lost = '[data]\nmixture = "nowhere.toml"\n'
   write_variant(tiny, "lost", lost + DECAYS)
   write_variant(tiny, "long", DECAYS)
