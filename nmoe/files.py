@@ -35,6 +35,12 @@ def resolved(path: str | Path) -> Path:
     ) from error
 
 
+def check_out(path: Path | None) -> None:
+  """ConfigError if an --out cannot become a file: before what is to stand there is measured."""
+  if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    raise ConfigError(f"--out {path} is no file of a folder that is there; name another")
+
+
 def existing(path: Path) -> Path:
   """The path itself or the nearest folder above it that is there."""
   path = path.absolute()

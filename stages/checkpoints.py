@@ -4,6 +4,7 @@ without torch, whose import takes seconds.
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +23,8 @@ LEVELS = (None, "full", "layers", "tensors")
 
 def step_folder(name: str, step: int | None, root: Path) -> Path:
   """The folder of a run's checkpoint, the newest if no step is named; or `name` is that folder."""
+  if len(name) > 4000 or max(map(len, os.fsencode(name).split(b"/"))) > 255:
+    raise ConfigError(f"{name:.60}… is longer than any run or folder; name one")
   if (Path(name) / "manifest.json").is_file():
     if step is not None:
       raise ConfigError(f"--step {step}: {name} is one step's folder; leave --step out")

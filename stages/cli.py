@@ -443,9 +443,7 @@ def check_resume(
 @prod_app.command("plan")
 def prod_plan(
   config: File,
-  tokens_per_s: Annotated[
-    float, typer.Option(min=0, max=1e15, help="To reckon with; 0: as measured.")
-  ] = 0.0,
+  tokens_per_s: Annotated[float, typer.Option(help="To reckon with; 0: as measured.")] = 0.0,
 ) -> None:
   """Days, device hours, interval of checkpoints, storage, evidence; starts nothing."""
   from stages.prod import plan

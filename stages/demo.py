@@ -21,7 +21,7 @@ from pydoc_data import topics
 
 from rich.console import Console
 
-from nmoe.errors import NmoeError
+from nmoe.errors import ConfigError, NmoeError
 from nmoe.evals.sources import prepare
 from nmoe.records.attempts import History
 from nmoe.records.provenance import REPO
@@ -240,7 +240,10 @@ def beside(root: Path) -> Iterator[None]:
   """Make the root in a process of its own for as long as the block lasts; its output is kept in
   `{root}.log`. A later call goes on where it was stopped.
   """
-  root.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"{root.parent} cannot be made ({error}); name another --cache") from error
   command = [sys.executable, "-m", "stages.demo", str(root.resolve())]
   with root.with_suffix(".log").open("a") as log:
     maker = subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

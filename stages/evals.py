@@ -16,12 +16,12 @@ from rich.table import Column, Table
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import get as get_tokenizer
-from nmoe.errors import ConfigError, RunError, TargetError
+from nmoe.errors import RunError, TargetError
 from nmoe.evals.contamination import Contamination, contamination, texts_of
 from nmoe.evals.contamination import write as write_contamination
 from nmoe.evals.requests import read_manifest, read_task
 from nmoe.evals.sources import prepare
-from nmoe.files import replace
+from nmoe.files import check_out, replace
 from nmoe.machine import driver
 from nmoe.records.experiments import Experiments
 from nmoe.records.manifests import manifest
@@ -97,8 +97,7 @@ def run(
     suite, limit = config.eval.suite, limit or config.eval.limit
   suite = suite or "quick"
   answerable(suite, limit, root)
-  if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-    raise ConfigError(f"--out {out} is no file of a folder that is there; name another")
+  check_out(out)
   told = _measured(found.id, config, step, suite, limit, root, console)
   with closing(Experiments(root)) as records:
     records.add_evaluation(

@@ -21,7 +21,7 @@ from nmoe.config import file as configs
 from nmoe.config import parameters
 from nmoe.config import plan as plans
 from nmoe.config.sections import Config, diff, kind
-from nmoe.errors import NmoeError
+from nmoe.errors import ConfigError, NmoeError
 from nmoe.records import metrics
 from nmoe.records.attempts import History
 from nmoe.records.goodput import production
@@ -191,6 +191,8 @@ def advice(config: Config, path: Path) -> str:
 
 def show(path: Path, console: Console, rate: float = 0.0) -> Plan:
   """Print the plan of a configuration. Starts and writes nothing."""
+  if not 0 <= rate < math.inf:
+    raise ConfigError(f"--tokens-per-s {rate:g} must be finite, and 0 or more")
   config = configs.load(path)
   found = plan(config, path, rate)
   table = Table(title=plain(f"{path}: {config.steps:,} steps"), title_justify="left")

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kernels.arch import ARCHS, environment
 from nmoe.errors import ConfigError, RunError
+from nmoe.files import check_out
 from nmoe.records.provenance import REPO
 from nmoe.records.root import Root
 from stages.launch.local import parent_environment
@@ -35,6 +36,7 @@ def measure(
   Kernels that the root's cache lacks are compiled first. ConfigError for an unknown arch, RunError
   with the child's last words if it fails.
   """
+  check_out(out)
   if arch not in ARCHS:
     raise ConfigError(f"{arch!r} has no kernels to measure; pass --arch {' or '.join(ARCHS)}")
   command = [sys.executable, "-m", "kernels.tools.bench", "--repeats", str(repeats), *names]

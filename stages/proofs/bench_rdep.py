@@ -16,6 +16,7 @@ from nmoe.config import file as configs
 from nmoe.config.cut import few_steps
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
+from nmoe.files import check_out
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
@@ -46,6 +47,7 @@ def rdep(
   None stands for what the configuration says; shape is one of SHAPES. Prints a table and writes
   the same numbers to `out`. ConfigError if it cannot be measured, RunError if a rank fails.
   """
+  check_out(out)
   config = layer_config(configs.load(path), path, ranks, tokens, shape)
   with Workbench.open(config.run.root, console, anew=True) as bench:
     found = _measured(bench, config, path, repeats)

@@ -19,6 +19,7 @@ from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
+from nmoe.files import check_out
 from nmoe.records.metrics import Series, read
 from nmoe.records.provenance import REPO
 from nmoe.records.reader import Run
@@ -76,6 +77,7 @@ def step(
 
   against: measurements of earlier runs, of one configuration.
   """
+  check_out(out)
   config = configs.load(path)
   before = [_earlier(path) for path in against]
   config = shortened(config, steps, keep=0)

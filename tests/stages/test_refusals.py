@@ -11,6 +11,7 @@ from labs import write_files, write_variant
 pytestmark = pytest.mark.faults
 REPO = Path(__file__).parents[2]
 RUN = "20260101-000000-0000"  # that no root has
+LONG = "x" * 300  # no file system takes it
 COMMANDS = [  # FILE.toml is not there, lost.toml is a configuration whose mixture is not
   "research run FILE.toml",
   "research run lost.toml",
@@ -48,12 +49,16 @@ COMMANDS = [  # FILE.toml is not there, lost.toml is a configuration whose mixtu
   "import other tiny.toml",
   "import whole nowhere/out.toml",
   f"export {RUN} out",
+  f"export {LONG} out",
   f"export {RUN} out --dtype fp8",
   "doctor FILE.toml",
   "experiments show nothing",
   "bench step FILE.toml",
   "bench step lost.toml",
+  "bench step tiny.toml --out nowhere/x",
   "bench rdep FILE.toml",
+  "bench rdep tiny.toml --out nowhere/x",
+  "bench kernels --arch sm_100a --out nowhere/x",
   "bench rdep tiny.toml --ranks 3",
   "bench kernels --arch sm_80",
   "check resume FILE.toml",
@@ -63,6 +68,9 @@ COMMANDS = [  # FILE.toml is not there, lost.toml is a configuration whose mixtu
   "check ep lost.toml",
   "check ep tiny.toml --ranks 1,3",
   "prod plan FILE.toml",
+  "prod plan tiny.toml --tokens-per-s nan",
+  "prod plan tiny.toml --tokens-per-s inf",
+  "prod plan tiny.toml --tokens-per-s -5",
   "prod launch FILE.toml",
   "prod launch lost.toml --without-evidence test",
   "prod check FILE.toml",
