@@ -338,6 +338,7 @@ class Exchange:
     self.full_address = torch.tensor([self.full.data_ptr()]).to(device)
     self.placed = torch.cuda.Event() if pinned else None
     self.mine.origin_C.fill_(-1)
+    self.address_C = torch.empty(self.capacity, dtype=torch.int64, device=device)  # never freed
     self.stream = torch.cuda.Stream(device, priority=-1) if pinned else None
     self.blocks: int | None = BLOCKS
     self.fused = FUSED
@@ -424,8 +425,9 @@ class Exchange:
       return gemms.rows(*product)
     back_R, back_gate_R = self.table[BACK], self.table[BACK_GATE]
     row_bytes = self.dim * self.dtype.itemsize
-    address = scatter.addresses(origin_C, back_R, back_gate_R, gate_C, self.rows, row_bytes)
-    scatter.rows(*product, address)
+    to = self.address_C[: origin_C.shape[0]]
+    scatter.addresses(origin_C, back_R, back_gate_R, gate_C, self.rows, row_bytes, to)
+    scatter.rows(*product, to)
     return None
 
   def reply(

@@ -232,6 +232,11 @@ def weight_grad(
 
   A transposed view serves as out; index int32 [N] gathers the rows of a. With `add` out is fp32 and
   the product is added to it: one addition an element, 0 for an expert without rows.
+
+  QuACK's kernels start before the one before them has ended, and wait for its end before they load
+  operands. An expert without rows has none: its zeros are written at once. So out must not be
+  memory that a kernel of QuACK launched right before still reads, as memory freed behind its launch
+  is: free it behind this call.
   """
   tile = config("weight", a.shape[1], b.shape[1])
   more = {"add_to_output": True} if add else {}

@@ -209,7 +209,8 @@ def rows(a: Tensor, w: Tensor, offset: Tensor, address: Tensor) -> None:
   """Write a [N, I] · w[e]ᵀ, w [E, O, I] (a transposed view serves), row n to address[n].
 
   a and w bf16, offset int32 [E + 1], address int64 [N]: multiples of 16 that the GPU can write O
-  elements at, or 0. Rows beyond offset[-1] are not written.
+  elements at, or 0. Rows beyond offset[-1] are not written. The addresses must stay what they are
+  until what is launched next has ended (gemms.weight_grad).
   """
   gemms.check_operands(a=a, w=w)
   num_rows, width = a.shape[0], w.shape[1]
@@ -279,15 +280,17 @@ def addresses(
   gate_C: Tensor | None,
   items: int,
   row_bytes: int,
-) -> Tensor:
-  """int64 [C]: where the rows of these origins go back to, 0 for origin -1; gates are stored too.
+  address_C: Tensor,
+) -> None:
+  """Into address_C int64 [C]: where the rows of these origins go back to, 0 for origin -1.
+
+  Gates are stored there too.
 
   origin int32 is rank · items + item; back_R and back_gate_R int64 are the ranks' addresses of item
   0's row and of its fp32 gate gradient; gate_C fp32 [C] or None.
   """
-  check_device(check_same_device(origin_C, back_R, back_gate_R))
-  address = origin_C.new_empty(origin_C.shape, dtype=torch.int64)
+  check_device(check_same_device(origin_C, back_R, back_gate_R, address_C))
+  check(address_C.shape == origin_C.shape, f"addresses of {origin_C.shape}: {address_C.shape}")
   if origin_C.numel():
     run = compile_addresses(gate_C is not None)
-    run(origin_C, back_R, back_gate_R, gate_C, address, items, row_bytes)
-  return address
+    run(origin_C, back_R, back_gate_R, gate_C, address_C, items, row_bytes)

@@ -61,7 +61,9 @@ def test_addresses_are_those_of_the_origins(gates):
   origin = torch.randperm(ranks * items, device="cuda").int()[:120]
   origin[::7] = -1
   gate = torch.rand(len(origin), device="cuda") if gates else None
-  address = scatter.addresses(origin, *tables, gate, items, row_bytes).tolist()
+  found = torch.empty(len(origin), dtype=torch.int64, device="cuda")
+  scatter.addresses(origin, *tables, gate, items, row_bytes, found)
+  address = found.tolist()
   want = [torch.full((items,), -1.0) for _ in range(ranks)]
   for row, place in enumerate(origin.tolist()):
     source, item = divmod(place, items)
