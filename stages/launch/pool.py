@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -50,13 +50,16 @@ class Worker:
     builders = launch.compile_beside(self.root, job.config, log.parent)
     handle.cleanup.callback(launch.terminate, builders)
     arguments = ["--root", str(self.root), "--run", job.run]
-    self.process.stdin.write(json.dumps({"log": str(log), "arguments": arguments}).encode() + b"\n")
-    self.process.stdin.flush()
+    told = json.dumps({"log": str(log), "arguments": arguments}).encode() + b"\n"
+    with suppress(BrokenPipeError):  # it is dead, as the handle says
+      self.process.stdin.write(told)
+      self.process.stdin.flush()
     return handle
 
   def close(self) -> None:
     """End the process: it leaves at the end of its input, at once if it is between two runs."""
-    self.process.stdin.close()
+    with suppress(BrokenPipeError):  # it died before it read its last job
+      self.process.stdin.close()
     launch.terminate([self.process])
     self.cleanup.close()
 

@@ -433,7 +433,7 @@ def test_a_run_that_other_code_left_unfinished_is_named(lab, variant, launches, 
 
 
 def test_bad_files(lab, tmp_path_factory, launches):
-  with pytest.raises(ConfigError, match="none.toml: cannot be read"):
+  with pytest.raises(ConfigError, match="none.toml: the configuration cannot be read"):
     call(lab, lab.file.with_name("none.toml"))
   folder = tmp_path_factory.mktemp("empty")
   base = write_files(folder)
