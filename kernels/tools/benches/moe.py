@@ -239,10 +239,10 @@ class Owner:
 
   def __init__(self, moe: Moe):
     self.moe, items, held = moe, moe.rows, moe.num_experts // 2
-    self.exchange = exchanges(moe, 1)[0]
     order = layout(torch.cat([skewed_routing(moe) for _ in range(2)]), moe.num_experts)
     self.offset = order.offset_E1[: held + 1]
     self.origin = order.source_N[: int(self.offset[-1])]  # rank · items + t · K + k
+    self.exchange = exchanges(moe, len(self.origin))[0]
     assert self.exchange.rows == items
     self.gate = torch.rand(len(self.origin), device="cuda")
     self.act = [normal(len(self.origin), moe.width) for _ in range(SETS)]
