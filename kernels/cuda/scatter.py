@@ -284,7 +284,7 @@ def addresses(
 ) -> None:
   """Into address_C int64 [C]: where the rows of these origins go back to, 0 for origin -1.
 
-  Gates are stored there too.
+  Each row's gate is stored where it came from.
 
   origin int32 is rank · items + item; back_R and back_gate_R int64 are the ranks' addresses of item
   0's row and of its fp32 gate gradient; gate_C fp32 [C] or None.

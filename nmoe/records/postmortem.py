@@ -88,7 +88,7 @@ def write(root: Path, run_id: str, attempt: int, before: int = 0) -> tuple[Path,
   restart = restarts[0].name.removeprefix("attempt_")
   path = Root(root).prod(run_id) / f"attempt_{attempt}" / f"post_mortem_{restart}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(asdict(found), indent=1))
+  files.replace(path, json.dumps(asdict(found), indent=1))
   return path, found
 
 
