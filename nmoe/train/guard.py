@@ -31,17 +31,13 @@ class Guard:
     """What a checkpoint saves, so that a step is judged alike after a restart."""
     return {"guard.losses": self.losses, "guard.count": self.count} if self.sigma else {}
 
-  def factor(
-    self, step: int, loss: Tensor, norm: Tensor, own: Tensor | None = None, skip: bool = False
-  ) -> Tensor:
-    """The clip factor as a 0-d tensor; NaN from the first bad step on, and for one to skip.
+  def factor(self, step: int, loss: Tensor, norm: Tensor, own: Tensor | None = None) -> Tensor:
+    """The clip factor as a 0-d tensor; NaN from the first bad step on.
 
     The optimizer does nothing under a NaN factor, so the state stays that of the last good step
     until the host looks (`check`). On cpu looking is free and happens here. own: see `kept`.
     """
     scale = clip_factor(norm, self.clip_norm)
-    if skip:
-      return torch.full_like(scale, torch.nan)
     good = torch.isfinite(loss) & torch.isfinite(norm) & ~self._spike(loss)
     first = ~good & (self.bad_step < 0)
     self.bad_step = torch.where(first, step, self.bad_step)

@@ -146,11 +146,13 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     ranks.reduce_gradients(state.model)
     loss, counts = ranks.sum(loss) / c.schedule.batch_tokens, ranks.sum(counts)
     norms = state.optimizer.grad_norms(ranks.sum)
-    skip = state.step + 1 in c.train.skip_steps
-    scale = guard.factor(state.step, loss, norms["all"], ranks.own, skip)
     clock.start("step")
     factor = lr_factor(state.tokens, c.schedule, end.tokens)
-    state.optimizer.step(factor, scale)
+    skip = state.step + 1 in c.train.skip_steps
+    if skip:
+      state.optimizer.zero_grad()
+    else:
+      state.optimizer.step(factor, guard.factor(state.step, loss, norms["all"], ranks.own))
     if ranks.ranks > 1:
       clock.start("gather")
       ranks.gather_weights(state.model)

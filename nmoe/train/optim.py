@@ -175,7 +175,8 @@ class Optimizer:
 
     lr_factor multiplies the learning rates (nmoe.train.schedule). grad_scale, 0-d fp32 on the
     device, multiplies the gradients (`clip_factor`); if it is NaN, parameters and moments stay as
-    they are.
+    they are, and only the count of steps goes on: the host, which learns of it later, drops this
+    state. A step to leave out is no `step` but a `zero_grad`, so that it counts for nothing.
     """
     self.steps += 1
     for batch in self.adamw.values():

@@ -117,6 +117,7 @@ def test_a_skipped_step_changes_nothing(lab, records, not_finite):
   assert lab.attempt(other) == 0 and not same_bits(lab.state(run), lab.state(other))
   written = checkpoint.manifest(lab.checkpoints(run) / "step_00000012")
   assert configs.loads(written["config"], env={}).train.skip_steps == (BAD,)
+  assert lab.state(run)["optimizer.steps"] == 12 - 1  # AdamW's bias correction counts updates
 
 
 def test_a_rewind_leaves_out_its_samples(lab, records, poisoned):
