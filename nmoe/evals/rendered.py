@@ -125,7 +125,9 @@ def read_bundle(folder: Path) -> dict[str, Task]:
   """
   absent = [name for name in FILES if not (folder / name).exists()]
   if absent:
-    raise DataError(f"{folder} has no {', '.join(absent)}; is it DCLM's evaluation bundle?")
+    inside = [path.parent.name for path in folder.glob(f"*/{FILES[0]}")]
+    remedy = f"name the folder {inside[0]} in it" if inside else "is it DCLM's evaluation bundle?"
+    raise DataError(f"{folder} has no {', '.join(absent)}; {remedy}")
   try:
     listed = yaml.safe_load((folder / FILES[0]).read_text(encoding="utf-8"))["icl_tasks"]
     with (folder / FILES[1]).open(encoding="utf-8", newline="") as stream:

@@ -76,6 +76,91 @@ def test_prompts_of_a_bundle(tmp_path):
   assert text.documents[4].contexts[0].endswith("\n\nc4") and text.documents[4].answers == (" d4",)
 
 
+A, ROWS = "\nAnswer: ", 12
+PUBLISHED = {  # label: file, examples, kind, delimiter, chance in percent
+  "hellaswag_zeroshot": ("language_understanding/hellaswag", 0, 0, None, 25),
+  "jeopardy": ("world_knowledge/jeopardy_all", 10, 2, A, 0),
+  "bigbench_qa_wikidata": ("world_knowledge/bigbench_qa_wikidata", 10, 2, None, 0),
+  "arc_easy": ("world_knowledge/arc_easy", 10, 0, A, 25),
+  "arc_challenge": ("world_knowledge/arc_challenge", 10, 0, A, 25),
+  "copa": ("commonsense_reasoning/copa", 0, 0, None, 50),
+  "commonsense_qa": ("commonsense_reasoning/commonsense_qa", 10, 0, None, 20),
+  "piqa": ("commonsense_reasoning/piqa", 10, 0, A, 50),
+  "openbook_qa": ("commonsense_reasoning/openbook_qa", 0, 0, None, 25),
+  "lambada_openai": ("language_understanding/lambada_openai", 0, 2, None, 0),
+  "hellaswag": ("language_understanding/hellaswag", 10, 0, None, 25),
+  "winograd": ("language_understanding/winograd_wsc", 0, 1, None, 50),
+  "winogrande": ("language_understanding/winogrande", 0, 1, None, 50),
+  "bigbench_dyck_languages": ("symbolic_problem_solving/bigbench_dyck_languages", 10, 2, None, 0),
+  "agi_eval_lsat_ar": ("symbolic_problem_solving/agi_eval_lsat_ar", 3, 0, None, 20),
+  "bigbench_cs_algorithms": ("symbolic_problem_solving/bigbench_cs_algorithms", 10, 2, None, 0),
+  "bigbench_operators": ("symbolic_problem_solving/bigbench_operators", 10, 2, None, 0),
+  "bigbench_repeat_copy_logic": (
+    "symbolic_problem_solving/bigbench_repeat_copy_logic",
+    10,
+    2,
+    None,
+    0,
+  ),
+  "squad": ("reading_comprehension/squad", 10, 2, None, 0),
+  "coqa": ("reading_comprehension/coqa", 0, 2, None, 0),
+  "boolq": ("reading_comprehension/boolq", 10, 0, A, 62),
+  "bigbench_language_identification": (
+    "language_understanding/bigbench_language_identification",
+    10,
+    0,
+    None,
+    9.1,
+  ),
+}
+
+
+def published(folder):
+  """The bundle's files as DCLM publishes them, with a dozen made-up items each: sub-folders, YAML
+  with comments, a table with quoted commas and rows of tasks that CORE has not.
+  """
+  head = "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?"
+  rows = [
+    f"{head},Description",
+    'mmlu_zeroshot,world knowledge,multiple choice,0,14042,25,,"A, B."',
+  ]
+  tasks = ["icl_tasks:"]
+  for label, (file, shots, kind, delimiter, chance) in PUBLISHED.items():
+    tasks += ["-", f"  label: {label}", f"  dataset_uri: {file}.jsonl", f"  num_fewshot: [{shots}]"]
+    tasks += [f"  icl_task_type: {KINDS[kind]}"]
+    if delimiter:
+      tasks += ['  continuation_delimiter: "\\nAnswer: " # this separates questions from answers']
+    rows += [f'{label},a category,a type,{shots},{ROWS},{chance},,"{label}, of {ROWS} items."']
+    path = folder / "eval_data" / f"{file}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    more = {"category": "word origins"} if label == "jeopardy" else {}
+    path.write_text("".join(json.dumps(item(KINDS[kind], i) | more) + "\n" for i in range(ROWS)))
+  (folder / "core.yaml").write_text("\n".join(tasks) + "\n")
+  (folder / "eval_meta_data.csv").write_text("\n".join(rows) + "\n")
+  return folder
+
+
+def test_the_bundle_as_it_is_published(tmp_path):
+  """All of CORE's tasks, with their own examples, delimiter, measure and chance."""
+  tasks = read_bundle(published(tmp_path / "eval_bundle"))
+  assert tasks.keys() == set(CORE) == {f"core_{label}" for label in PUBLISHED}
+  for label, (_, shots, kind, delimiter, chance) in PUBLISHED.items():
+    about, own = tasks[f"core_{label}"], item(KINDS[kind], 3)
+    assert about.chance == chance / 100 and len(about.documents) == ROWS
+    assert about.primary == ("acc" if KINDS[kind] == "language_modeling" else "acc_token")
+    document = about.documents[3]
+    assert document.contexts[0][: document.shots].count("\n\n") == shots
+    asked = [own["context"].strip()] if kind == 2 else own.get("context_options") or [own["query"]]
+    told = own.get("choices") or [own["continuation"]]
+    wanted = {question + (delimiter or " ") + answer for question in asked for answer in told}
+    whole = zip(document.contexts, document.answers, strict=True)
+    assert {context[document.shots :] + answer for context, answer in whole} == wanted
+    assert document.gold == own.get("gold", 0)
+  inside = tmp_path / "eval_bundle"
+  with pytest.raises(DataError, match="has no core.yaml.*; name the folder eval_bundle in it"):
+    prepare(f"bundle:{inside.parent}", tmp_path / "root")
+
+
 def test_an_item_is_never_among_its_own_examples(tmp_path):
   folder = bundle(tmp_path / "b", ["arc_easy"], count=9, shots=8)
   path = folder / "eval_data" / "arc_easy.jsonl"
