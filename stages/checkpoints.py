@@ -64,6 +64,11 @@ def exportable(
     raise ConfigError(f"{out} lies in the checkpoint {path}; name another folder")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise CheckpointError(f"{out} is there already; name an empty or new folder")
+  if out.is_symlink() or os.path.ismount(out) or out.resolve() == Path.cwd():
+    raise ConfigError(
+      f"{out} cannot be replaced by the finished folder, as a link, a mount or the folder that you "
+      "are in; name a new folder in it"
+    )
   return path
 
 

@@ -24,7 +24,7 @@ from nmoe.errors import CheckpointError
 from nmoe.files import existing
 from nmoe.model.hf_config import Dtype, generation_config, hf_config, model_type_of, positions
 from nmoe.model.names import from_hf, state_shapes, to_hf
-from nmoe.model.safetensors import Entry, Folder, ShardWriter
+from nmoe.model.safetensors import Entry, Folder, ShardWriter, check_finite
 from nmoe.records import checkpoint
 
 TORCH: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -148,6 +148,7 @@ def write_folder(source: Source, folder: Path, shard_bytes: int) -> ShardWriter:
   writer = ShardWriter(folder, entries, shard_bytes)
   for part in source.parts():
     for name, tensor in _named(source, source.read(part)).items():
+      check_finite(source.path, name, tensor)
       writer.write(name, tensor)
   writer.finish()
   write_json(folder / "config.json", config)

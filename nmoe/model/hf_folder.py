@@ -45,7 +45,11 @@ READ = (
   "model_type q_lora_rank tie_word_embeddings initializer_range rope_theta rope_scaling "
   "rope_parameters max_position_embeddings scoring_func topk_method n_group topk_group hidden_act "
   "attention_bias mlp_bias moe_layer_freq rope_interleave num_key_value_heads torch_dtype dtype "
-  "eos_token_id"
+  "eos_token_id partial_rotary_factor original_max_position_embeddings"
+).split()
+ROPE = (
+  "rope_type rope_theta factor original_max_position_embeddings mscale mscale_all_dim beta_fast "
+  "beta_slow attention_factor partial_rotary_factor truncate"
 ).split()
 HARMLESS = (  # of running, serving and other training than ours
   "architectures auto_map transformers_version bos_token_id pad_token_id use_cache head_dim "
@@ -59,6 +63,7 @@ NEEDED = {  # key -> its only value; absent: the same
   "moe_layer_freq": 1,
   "rope_interleave": True,
 }
+ROPE_NEEDED = {"partial_rotary_factor": 1, "truncate": True}
 HARMONY = (tokenizer.O200K_VOCAB, tokenizer.O200K_EOT)
 SEQ_LEN = 4096  # of a run that goes on, or what the model was made for
 
@@ -81,7 +86,8 @@ def described_in(folder: Path) -> Described:
   where = str(folder / "config.json")
   config = configs.loads(_toml(values_of(table, where), folder, table, where), where)
   weight_map(folder)
-  unknown = sorted(table.keys() - REQUIRED.keys() - {*READ, *HARMLESS})
+  of_rope = {f"rope_parameters.{key}" for key in _rope_told(table, where).keys() - set(ROPE)}
+  unknown = sorted(of_rope | table.keys() - REQUIRED.keys() - {*READ, *HARMLESS})
   return Described(config, table["model_type"] == "deepseek_v2", unknown)
 
 
@@ -127,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def values_of(table: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Our dotted keys from config.json. ConfigError for what is missing or contradicts our model."""
-  missing = [key for key in REQUIRED if key not in table]
+  missing = [key for key in REQUIRED if table.get(key) is None]
   if missing:
     raise ConfigError(
       f"{where}: {', '.join(missing)} missing; the class's defaults are not guessed"
@@ -136,7 +142,7 @@ def values_of(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     if table.get(key, value) != value:
       raise ConfigError(f"{where}: {key} = {table[key]!r}, our model has {value!r}")
   heads = table["num_attention_heads"]
-  if table.get("num_key_value_heads", heads) != heads:
+  if table.get("num_key_value_heads") not in (None, heads):
     raise ConfigError(
       f"{where}: num_key_value_heads = {table['num_key_value_heads']!r}, not {heads}"
     )
@@ -144,7 +150,8 @@ def values_of(table: Mapping[str, Any], where: str) -> dict[str, Any]:
   for key in ("rms_norm_eps", "routed_scaling_factor"):
     values[REQUIRED[key]] = _number(where, key, table[key])
   values["model.q_lora_rank"] = table.get("q_lora_rank") or 0
-  values["model.tie_embeddings"] = table.get("tie_word_embeddings", False)
+  tied = table.get("tie_word_embeddings")
+  values["model.tie_embeddings"] = False if tied is None else tied
   values["model.init_std"] = _number(
     where, "initializer_range", table.get("initializer_range", 0.006)
   )
@@ -178,23 +185,41 @@ def _routing(table: Mapping[str, Any], where: str) -> dict[str, Any]:
   return {"moe.score": score, **groups}
 
 
+def _rope_told(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """RoPE's parameters from the places where they may stand. ConfigError where two contradict."""
+  beside = {key: table.get(key) for key in ROPE if key in READ}
+  places = {"rope_parameters": table.get("rope_parameters") or {}}
+  places |= {"rope_scaling": table.get("rope_scaling") or {}, "the top level": beside}
+  told: dict[str, Any] = {}
+  for place, parameters in places.items():
+    if not isinstance(parameters, dict):
+      raise ConfigError(f"{where}: RoPE's parameters must be a table, not {parameters!r:.60}")
+    for key, value in parameters.items():
+      name = "rope_type" if key == "type" else key
+      if value is not None and told.setdefault(name, value) != value:
+        raise ConfigError(
+          f"{where}: {name} = {value!r:.60} in {place}, but {told[name]!r:.60} elsewhere"
+        )
+  return told
+
+
 def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-  told = table.get("rope_parameters") or table.get("rope_scaling") or {}
-  if not isinstance(told, dict):
-    raise ConfigError(f"{where}: RoPE's parameters must be a table, not {told!r}")
-  theta = told.get("rope_theta", table.get("rope_theta"))
-  if theta is None:
+  told = _rope_told(table, where)
+  for key, value in ROPE_NEEDED.items():
+    if told.get(key, value) != value:
+      raise ConfigError(f"{where}: RoPE's {key} = {told[key]!r:.60}, our model has {value!r}")
+  if "rope_theta" not in told:
     raise ConfigError(f"{where}: rope_theta is missing; the class's default is not guessed")
-  values: dict[str, Any] = {"model.rope_theta": _number(where, "rope_theta", theta)}
-  kind = told.get("rope_type", told.get("type", "default"))
+  values = {"model.rope_theta": _number(where, "rope_theta", told["rope_theta"])}
+  kind = told.get("rope_type", "default")
   if kind == "default":
     return values
   scales = (told.get("mscale", 1.0), told.get("mscale_all_dim", 0.0))
-  plain = told.get("attention_factor") == 1.0
-  if kind != "yarn" or not (scales[0] == scales[1] and (scales[0] or plain)):
+  factor = told.get("attention_factor", 1.0 if scales[0] else None)  # of cos and sin
+  if kind != "yarn" or scales[0] != scales[1] or factor != 1.0:
     raise ConfigError(
-      f"{where}: RoPE of type {kind!r} with mscale {scales[0]} and mscale_all_dim {scales[1]}; "
-      "ours is 'default', or 'yarn' with both equal"
+      f"{where}: RoPE of type {kind!r:.60} with mscale {scales[0]} and mscale_all_dim {scales[1]}, "
+      f"attention_factor {factor}; ours is 'default', or 'yarn' with both equal and a factor of 1.0"
     )
   for key in ("factor", "original_max_position_embeddings"):
     if key not in told:

@@ -30,7 +30,7 @@ from nmoe.errors import CheckpointError
 from nmoe.model.export import check_room
 from nmoe.model.hf_folder import described_in
 from nmoe.model.names import computed, from_hf, state_shapes
-from nmoe.model.safetensors import Folder
+from nmoe.model.safetensors import Folder, check_finite
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
 
@@ -72,6 +72,7 @@ def _store(folder: Path, root: Root, config: Config, state: Iterator[tuple[str, 
   def hashed() -> Iterator[tuple[str, Tensor]]:
     for name, tensor in state:
       weight = _stored(name, tensor, fp32).contiguous()
+      check_finite(folder, name, weight)
       told.update(name.encode())
       told.update(weight.view(-1).view(torch.uint8).numpy())
       yield name, weight

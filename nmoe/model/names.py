@@ -42,7 +42,9 @@ RENAMED = {
   "moe.router.bias": "mlp.gate.e_score_correction_bias",
 }
 BLOCKS = {"mlp": "mlp", "moe.shared": "mlp.shared_experts", "moe.experts": "mlp.experts"}
+PAIR = ("gate", "up")
 _EXPERT = re.compile(r"moe\.experts\.(\d+)")
+_MTP = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")  # it joins two states
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -78,6 +80,9 @@ def from_hf(
   wrongly shaped tensor; for an unexpected one after the last.
   """
   left = set(hf) - set(computed(hf, config))
+  if config.model.tie_embeddings:
+    _check_tied(hf)
+    left.discard(TOP["head.weight"])
   for name, shape in state_shapes(config).items():
     if without_bias and name.endswith("router.bias"):
       tensor = torch.zeros(shape)
@@ -86,8 +91,6 @@ def from_hf(
     if tuple(tensor.shape) != shape:
       raise CheckpointError(f"{name} would be {tuple(tensor.shape)}, the model needs {shape}")
     yield name, tensor
-  if config.model.tie_embeddings:
-    left.discard("lm_head.weight")
   if left:
     raise CheckpointError(
       f"{len(left)} tensors have no place in this model, the first is {min(left)!r}; "
@@ -95,11 +98,25 @@ def from_hf(
     )
 
 
+def _check_tied(hf: Mapping[str, Tensor]) -> None:
+  """A head that is there all the same must be the embedding: theirs is else not tied."""
+  head, embedding = TOP["head.weight"], TOP["embed.weight"]
+  if head not in hf or embedding not in hf:
+    return
+  own, shared = hf[head], hf[embedding]
+  if not own.is_meta and not torch.equal(own, shared.to(own.dtype)):
+    raise CheckpointError(
+      f"config.json says tie_word_embeddings, but {head!r} differs from {embedding!r}; set it to "
+      "false"
+    )
+
+
 def computed(names: Mapping[str, Tensor], config: Config) -> list[str]:
   """The tensors that a model needs not be given: RoPE's frequencies, and the layers of
-  multi-token prediction (model.layers.{num_layers}.…).
+  multi-token prediction, behind the model's own.
   """
-  mtp = f"model.layers.{config.model.num_layers}."
+  joins = [m for m in map(_MTP.fullmatch, names) if m and int(m[1]) >= config.model.num_layers]
+  mtp = tuple(f"model.layers.{join[1]}." for join in joins)
   return [name for name in names if name.startswith(mtp) or _COMPUTED.fullmatch(name)]
 
 
@@ -137,28 +154,31 @@ def _gather(name: str, shape: tuple[int, ...], hf: Mapping[str, Tensor], left: s
   if block != "moe.experts":
     return _matrix(prefix, weight, hf, left)
   if f"{prefix}down_proj" in hf:
-    return _stacked(prefix, weight, hf, left)
+    return _stacked(prefix, weight, shape, hf, left)
   out = None
   for e in range(shape[0]):
     parts = _parts(f"{prefix}{e}.", weight, hf, left)
-    rows, columns = parts[0].shape
+    found = (len(parts) * len(parts[0]), parts[0].shape[1])
+    if found != shape[1:]:
+      raise CheckpointError(f"{prefix}{e}: {weight} would be {found}, the model needs {shape[1:]}")
     if out is None:
-      out = parts[0].new_empty(shape[0], len(parts) * rows, columns)
-    if (len(parts) * rows, columns) != out.shape[1:]:
-      raise CheckpointError(
-        f"{prefix}{e}: {weight} would be {(len(parts) * rows, columns)}, expert 0 has "
-        f"{tuple(out[0].shape)}"
-      )
+      out = parts[0].new_empty(shape)
     for i, part in enumerate(parts):  # no matrix of its own in between
       out[e, i :: len(parts)] = part
   return out
 
 
-def _stacked(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:
+def _stacked(
+  prefix: str, weight: str, shape: tuple[int, ...], hf: Mapping[str, Tensor], left: set[str]
+) -> Tensor:
   """From fused experts: gate_up_proj [E, 2F, D], gate rows before up rows; down_proj [E, D, F]."""
+  name = f"{prefix}{'down_proj' if weight == 'w2' else 'gate_up_proj'}"
+  fused = _take(name, hf, left)
+  if tuple(fused.shape) != shape:
+    raise CheckpointError(f"{name!r} is {tuple(fused.shape)}, the model needs {shape}")
   if weight == "w2":
-    return _take(f"{prefix}down_proj", hf, left)
-  gate, up = _take(f"{prefix}gate_up_proj", hf, left).chunk(2, dim=1)
+    return fused
+  gate, up = fused.chunk(2, dim=1)
   return torch.stack([gate, up], dim=2).flatten(1, 2)
 
 
@@ -168,17 +188,16 @@ def _matrix(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) 
 
 
 def _parts(prefix: str, weight: str, hf: Mapping[str, Tensor], left: set[str]) -> list[Tensor]:
-  """The matrices whose rows take turns in ours: gate and up, or down alone."""
-  if weight == "w2":
-    return [_take(f"{prefix}down_proj.weight", hf, left)]
-  gate = _take(f"{prefix}gate_proj.weight", hf, left)
-  up = _take(f"{prefix}up_proj.weight", hf, left)
-  if gate.shape != up.shape:
-    raise CheckpointError(
-      f"{prefix}gate_proj.weight is {tuple(gate.shape)}, {prefix}up_proj.weight {tuple(up.shape)}; "
-      "they must agree"
-    )
-  return [gate, up]
+  """The matrices of one shape whose rows take turns in ours: gate and up, or down alone."""
+  names = [f"{prefix}{part}_proj.weight" for part in (("down",) if weight == "w2" else PAIR)]
+  parts = [_take(name, hf, left) for name in names]
+  for name, part in zip(names, parts, strict=True):
+    if part.ndim != 2:
+      raise CheckpointError(f"{name!r} is {tuple(part.shape)}; a matrix is needed")
+  if parts[0].shape != parts[-1].shape:
+    said = ", ".join(f"{n} is {tuple(p.shape)}" for n, p in zip(names, parts, strict=True))
+    raise CheckpointError(f"{said}; they must agree")
+  return parts
 
 
 def _take(name: str, hf: Mapping[str, Tensor], left: set[str]) -> Tensor:

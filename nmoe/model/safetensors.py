@@ -22,7 +22,7 @@ from nmoe.model.hf_folder import INDEX, SINGLE, weight_map
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MAPPED = 1 << 28  # bytes of files that a reader keeps in memory
-FLOATS, FP8 = ("BF16", "F32", "F16"), ("F8_E4M3",)
+FLOATS, FP8, SCALES = ("BF16", "F32", "F16"), ("F8_E4M3",), ("BF16", "F32", "F16", "F8_E8M0")
 BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 
 
@@ -158,6 +158,10 @@ class Folder(Mapping[str, Tensor]):
       )
     if scale in self._scales:
       scales = self._opened(self._places[scale]).get_slice(scale)
+      if (kind := scales.get_dtype()) not in SCALES:
+        raise CheckpointError(
+          f"{self.folder}: {scale!r} is of type {kind}; scales are {', '.join(SCALES)}"
+        )
       _check_scales(name, shape, scales.get_shape())
     return torch.empty(shape, device="meta")
 
@@ -211,17 +215,27 @@ class Folder(Mapping[str, Tensor]):
     return held
 
 
+def check_finite(where: Path, name: str, tensor: Tensor) -> None:
+  """CheckpointError for a NaN or an infinite number; makes no tensor of its own."""
+  if not all(map(torch.isfinite, tensor.aminmax())):
+    raise CheckpointError(
+      f"{where}: {name} has numbers that are not finite; it is no trained model"
+    )
+
+
 def dequantized(name: str, weight: Tensor, scale: Tensor) -> Tensor:
   """weight [O, I] in fp8 times its scales [⌈O / 128⌉, ⌈I / 128⌉], rounded to bf16."""
-  rows, columns = weight.shape
   _check_scales(name, weight.shape, scale.shape)
+  rows, columns = weight.shape
   wide = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
   return (weight.float() * wide).bfloat16()
 
 
 def _check_scales(name: str, weight: Sequence[int], scale: Sequence[int]) -> None:
-  wanted = [-(-size // BLOCK) for size in weight]
-  if len(weight) != 2 or list(scale) != wanted:
+  if len(weight) != 2:
+    raise CheckpointError(f"{name}: an fp8 weight {tuple(weight)} is no matrix of {BLOCK}-blocks")
+  wanted = tuple(-(-size // BLOCK) for size in weight)
+  if tuple(scale) != wanted:
     raise CheckpointError(
-      f"{name}: an fp8 weight {tuple(weight)} has scales {tuple(scale)}, {tuple(wanted)} are needed"
+      f"{name}: an fp8 weight {tuple(weight)} has scales {tuple(scale)}, {wanted} are needed"
     )

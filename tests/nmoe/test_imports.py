@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -116,6 +117,7 @@ def test_frequencies_and_layers_of_multi_token_prediction_are_listed(tmp_path, r
     "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
     "model.layers.3.eh_proj.weight": torch.ones(2, 2),
     "model.layers.3.mlp.experts.0.up_proj.weight": torch.ones(2, 2),
+    "model.layers.4.eh_proj.weight": torch.ones(2, 2),
   }
   found = import_folder(folder_of(tmp_path, tiny(), lambda tensors: tensors | more), root)
   assert found.left == sorted(more)
@@ -155,6 +157,11 @@ def test_fp8_blocks_with_a_ragged_edge(tmp_path, root):
 
 
 EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
+FIRST, SHARED, NORM = (
+  EXPERT.replace(".5.", ".0."),
+  "model.layers.2.mlp.shared_experts",
+  "model.norm.weight",
+)
 BROKEN = {
   "deleted": (lambda t: {k: v for k, v in t.items() if k != EXPERT}, f"'{EXPERT}' is missing"),
   "renamed": (
@@ -167,6 +174,42 @@ BROKEN = {
     lambda t: {k: v for k, v in t.items() if "e_score" not in k},
     "e_score_correction_bias' is missing",
   ),
+  "expert 0 transposed": (
+    lambda t: t | {FIRST: t[FIRST].T.contiguous()},
+    "layers.2.mlp.experts.0: w2 would be .20, 32., the model needs .32, 20.",
+  ),
+  "an expert of vectors": (
+    lambda t: t | {FIRST.replace("down", p): torch.ones(5) for p in ("gate", "up")},
+    "experts.0.gate_proj.weight' is .5,.; a matrix is needed",
+  ),
+  "shared experts of numbers": (
+    lambda t: t | {f"{SHARED}.{p}_proj.weight": torch.ones(()) for p in ("gate", "up")},
+    "shared_experts.gate_proj.weight' is ..; a matrix is needed",
+  ),
+  "fused experts of another width": (
+    lambda t: (
+      {n: v for n, v in t.items() if "mlp.experts" not in n}
+      | {f"model.layers.{i}.mlp.experts.gate_up_proj": torch.ones(8, 41, 32) for i in (1, 2)}
+      | {f"model.layers.{i}.mlp.experts.down_proj": torch.ones(8, 32, 20) for i in (1, 2)}
+    ),
+    "layers.1.mlp.experts.gate_up_proj' is .8, 41, 32., the model needs .8, 40, 32.",
+  ),
+  "a norm in fp8": (
+    lambda t: t | {NORM: t[NORM].to(torch.float8_e4m3fn)} | {NORM + "_scale_inv": torch.ones(1)},
+    "norm.weight: an fp8 weight .32,. is no matrix",
+  ),
+  "a layer too many": (
+    lambda t: t | {n.replace("layers.2", "layers.3"): v.clone() for n, v in t.items()},
+    "tensors have no place.*the first is 'model.layers.3",
+  ),
+  "scales in integers": (
+    lambda t: (
+      t
+      | {EXPERT: t[EXPERT].to(torch.float8_e4m3fn)}
+      | {EXPERT + "_scale_inv": torch.ones(1, 1, dtype=torch.int32)}
+    ),
+    "down_proj.weight_scale_inv' is of type I32; scales are BF16",
+  ),
 }
 
 
@@ -178,6 +221,47 @@ def test_a_broken_folder_is_refused_by_name_and_nothing_is_written(tmp_path, roo
   assert not root.path.exists()
 
 
+def spoilt(name, value):
+  """Tensors whose `name` has one number that is `value`."""
+
+  def change(tensors):
+    tensors[name].view(-1)[0] = value
+    return tensors
+
+  return change
+
+
+UNFIT = {
+  "NaN": (spoilt(EXPERT, math.nan), {}, "layers.2.moe.experts.w2 has numbers that are not finite"),
+  "infinite": (spoilt("lm_head.weight", -math.inf), {}, "head.weight has numbers that are not"),
+  "a head of its own": (
+    lambda tensors: tensors,
+    {"tie_word_embeddings": True},
+    "tie_word_embeddings.*'lm_head.weight' differs from 'model.embed_tokens.weight'",
+  ),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", UNFIT)
+def test_numbers_that_cannot_be_the_model_s_are_refused_and_nothing_is_left(tmp_path, root, name):
+  change, values, message = UNFIT[name]
+  folder = folder_of(tmp_path, tiny(), change)
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | values))
+  with pytest.raises(CheckpointError, match=message):
+    import_folder(folder, root)
+  assert not list(root.imports.iterdir())
+
+
+YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 1e4,
+  "factor": 4.0,
+  "original_max_position_embeddings": 8,
+  "mscale": 1.0,
+  "mscale_all_dim": 1.0,
+}
 CONTRADICTIONS = {
   "llama": ({"model_type": "llama"}, "model_type = 'llama' is another architecture"),
   "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu', our model has 'silu'"),
@@ -200,6 +284,18 @@ CONTRADICTIONS = {
     },
     "mscale 1.0 and mscale_all_dim 0.5",
   ),
+  "attention_factor": ({"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor 2"),
+  "a ramp of its own": ({"rope_parameters": YARN | {"truncate": False}}, "truncate = False"),
+  "half of the dimensions": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+  "two kinds of RoPE": (
+    {"rope_scaling": YARN},
+    "rope_type = 'yarn' in rope_scaling, but 'default' elsewhere",
+  ),
+  "two thetas": ({"rope_theta": 5e5}, "rope_theta = 500000.0 in the top level, but 10000.0"),
+  "two lengths": (
+    {"rope_parameters": YARN, "original_max_position_embeddings": 4},
+    "original_max_position_embeddings = 4 in the top level, but 8",
+  ),
 }
 
 
@@ -215,6 +311,14 @@ def test_a_folder_may_have_any_name_that_people_give(tmp_path):
   name = 'moon 🌙 "${HOME}" \\x'
   folder = folder_of(tmp_path, tiny(), name=name)
   assert described_in(folder).config.experiment.name == name
+
+
+def test_what_is_not_understood_of_rope_is_listed(tmp_path):
+  folder = folder_of(tmp_path, tiny())
+  table = json.loads((folder / "config.json").read_text())
+  table |= {"rope_parameters": YARN | {"ntk": 3}, "rope_scaling": None, "swiglu_limit": 7}
+  (folder / "config.json").write_text(json.dumps(table))
+  assert described_in(folder).unknown == ["rope_parameters.ntk", "swiglu_limit"]
 
 
 def test_a_missing_key_is_not_guessed():
@@ -365,6 +469,9 @@ NO_CONFIGS = {
   "YaRN without its factor": {
     "rope_parameters": {"type": "yarn", "mscale": 1, "mscale_all_dim": 1}
   },
+  "no width": {"hidden_size": None},
+  "no number of experts": {"n_routed_experts": None},
+  "RoPE's kind in a list": {"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 1e4}},
   "theta in a table": {"rope_parameters": None, "rope_theta": {}},
 }
 NO_INDEXES = {
@@ -383,8 +490,9 @@ def test_a_config_of_other_values_is_one_error(tmp_path, root, what):
   path = folder / "config.json"
   told = wrong if isinstance(wrong, str) else json.dumps(json.loads(path.read_text()) | wrong)
   path.write_text(told)
-  with pytest.raises(ConfigError, match="config.json"):
+  with pytest.raises(ConfigError, match="config.json") as said:
     import_folder(folder, root)
+  assert "TOML" not in str(said.value)
 
 
 @pytest.mark.faults

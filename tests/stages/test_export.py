@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from nmoe.model.safetensors import Folder, ShardWriter
 from nmoe.records import checkpoint
 from nmoe.records.reader import Reader
 from stages import export
-from stages.checkpoints import step_folder
+from stages.checkpoints import exportable, step_folder
 
 
 def exported(lab, out, level=None, dtype=None, shard_gb=5.0, **values):
@@ -172,6 +174,38 @@ def test_a_folder_in_the_way_is_left_as_it_is(lab, tmp_path):
   assert not out.with_name("out.partial").exists()
   with pytest.raises(CheckpointError, match="mine is there already"), unfinished(out / "mine"):
     pass
+
+
+def test_places_that_no_folder_can_replace_are_refused_at_once(lab, tmp_path, monkeypatch):
+  """The finished folder is renamed to its place: not to this one, a link, or a mount's root."""
+  run = lab.record()
+  lab.attempt(run)
+  place = tmp_path / "place"
+  place.mkdir()
+  (tmp_path / "link").symlink_to(place)
+  monkeypatch.chdir(place)
+  monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mount")
+  (tmp_path / "mount").mkdir()
+  for out in (Path("."), place, tmp_path / "link", tmp_path / "mount"):
+    with pytest.raises(ConfigError, match=f"{out} .*; name a new folder in it"):
+      exportable(run, out, None, None, None, lab.root)
+
+
+def test_numbers_that_are_not_finite_are_not_exported(lab, tmp_path, monkeypatch):
+  """A checkpoint never has them; a file that was changed on disk and hashed anew may."""
+  read = Source.read
+
+  def spoilt(self, names):
+    state = read(self, names)
+    for name, tensor in state.items():
+      if name == "layers.1.moe.experts.w2":
+        tensor.view(-1)[7] = math.nan
+    return state
+
+  monkeypatch.setattr(Source, "read", spoilt)
+  with pytest.raises(CheckpointError, match="experts.0.down_proj.weight has numbers that are not"):
+    exported(lab, tmp_path / "out", level="tensors")
+  assert not list(tmp_path.glob("out*"))
 
 
 def test_a_changed_file_is_seen(lab, tmp_path):
