@@ -21,6 +21,7 @@ widths = [2, 4, 8]
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -129,6 +130,18 @@ class SweepFile:
     return found.pop() if len(found) == 1 else ""
 
   @property
+  def asked(self) -> str:
+    """The statement with all that decides on it, so that what was asked before the first run is
+    not another question after the last.
+    """
+    v, controls = self.verdict, " and ".join(self.sweep.control)
+    moved = (
+      f"; {controls} must move by {v.min_control_shift:g} octaves" if controls else "; no control"
+    )
+    limits = f"at most {v.max_shift:g} octaves and {v.max_regret:g} nats of regret{moved}"
+    return f"{self.sweep.statement} Judged by: {limits}; rates: {', '.join(self.sweep.vary)}."
+
+  @property
   def limits(self) -> Limits:
     v = self.verdict
     return Limits(v.max_shift, v.max_regret, v.min_control_shift)
@@ -152,9 +165,7 @@ def load_sweep(path: Path) -> SweepFile:
   scales = [ScalePlan("base", 1.0, ruled)]
   for number, entry in enumerate(entries, start=1):
     scales.append(scaled(f"{path}: scale {number}", entry, base))
-  names = [scale.name for scale in scales]
-  if len(set(names)) < len(names):
-    raise ConfigError(f"{path}: two scales are both {names[-1]!r}; each needs its own factor")
+  _check_scales(path, scales)
   return SweepFile(path, text, **parts, base=base, scales=tuple(scales))
 
 
@@ -192,6 +203,23 @@ def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
     )
 
 
+def _check_scales(path: Path, scales: list[ScalePlan]) -> None:
+  """ConfigError unless they are different, and grow from the base to the last."""
+  names = [scale.name for scale in scales]
+  if len(set(names)) < len(names):
+    raise ConfigError(f"{path}: two scales are both {names[-1]!r}; each needs its own factor")
+  ruled = scales[0].config
+  for before, scale in itertools.pairwise(scales):
+    if scale.config == ruled:
+      raise ConfigError(f"{path}: scale {scale.name!r} is the base itself; choose another factor")
+    along = scale.axes == before.axes or before is scales[0]
+    if along and scale.axes and abs(math.log(scale.ratio)) <= abs(math.log(before.ratio)):
+      raise ConfigError(
+        f"{path}: scale {scale.name!r} comes after {before.name!r}; write scales from the one next "
+        "to the base to the farthest, which is the one that is judged"
+      )
+
+
 def check_told(path: Path, section: str, keys: Any) -> None:
   """ConfigError unless name and statement say something that a record can hold."""
   for key in ("name", "statement"):
@@ -206,6 +234,10 @@ def _check_coords(path: Path, coords: CoordsKeys) -> None:
     if not factors or min(factors) < 1:
       raise ConfigError(
         f"{path}: coords.{key} = {list(factors)} must have factors on the base, 1 or more"
+      )
+    if len(set(factors)) < 2:
+      raise ConfigError(
+        f"{path}: coords.{key} = {list(factors)} has no slope; give two different factors at least"
       )
 
 

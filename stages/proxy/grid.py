@@ -131,13 +131,14 @@ class Sweep:
   def further(self, table: Table) -> Sequence[tuple[Arm, int]]:
     """Points beyond the edge where a best one lies; when all lie inside, the other seeds."""
     budget = self.file.budget
-    room = budget.runs - len(table.results)
     if budget.device_seconds and _seconds(table) >= budget.device_seconds:
       return ()
-    grids = seen(table)
+    return self._asked(seen(table))[: budget.runs - len(table.results)]
+
+  def _asked(self, grids: Mapping[tuple[str, str], transfer.Seeds]) -> list[tuple[Arm, int]]:
+    """What would follow under any budget."""
     more = [p for line in self.lines() if (p := self._beyond(line, grids[line]))]
-    pairs = [(self.arm(place), self.seeds[0]) for place in more] or self._repeats(grids)
-    return pairs[:room]
+    return [(self.arm(place), self.seeds[0]) for place in more] or self._repeats(grids)
 
   def _beyond(self, line: tuple[str, str], seeds: transfer.Seeds) -> Place | None:
     """The next point outward, if the best or every point so far asks for one."""
@@ -190,7 +191,19 @@ class Sweep:
       "coords": self.coords,
       "sweep": self.file.text,
     }
-    return Judgement(found.verdict, f"{found.reason} {confounded(health)}".strip(), numbers)
+    notes = (found.reason, self._cut_short(table, grids), confounded(health))
+    return Judgement(found.verdict, " ".join(filter(None, notes)), numbers)
+
+  def _cut_short(self, table: Table, grids: Mapping[tuple[str, str], transfer.Seeds]) -> str:
+    """What the budget kept from being run; "" if nothing."""
+    if not (missing := self._asked(grids)):
+      return ""
+    b, seconds = self.file.budget, _seconds(table)
+    limit = f"{seconds:,.0f} s of {b.device_seconds:,g} s, " if b.device_seconds else ""
+    return (
+      f"The budget ended the sweep ({limit}{len(table.results)} of {b.runs} runs) before what its "
+      f"points ask for, {len(missing)} more at least; raise it and call again."
+    )
 
   def _health(self, table: Table) -> dict[str, dict[str, float]]:
     """What else may differ between scales, mean over the joint points that completed."""

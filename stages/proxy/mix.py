@@ -77,6 +77,13 @@ class Mix:
     return weights / weights.sum()
 
   @property
+  def asked(self) -> str:
+    """The statement with the objective that decides on it: another one is another question."""
+    weights = zip(self.sources, self.objective.tolist(), strict=True)
+    shown = " + ".join(f"{weight:.3g} {name}" for name, weight in weights)
+    return f"{self.keys.statement} Objective: {shown} (held-out bits per byte)."
+
+  @property
   def seed(self) -> int:
     return self.base.train.seed
 
@@ -201,7 +208,7 @@ def run(path: Path, console: Console) -> Path:
   base = configs.load(path.parent / keys.base)
   with Workbench.open(base.run.root, console) as bench:
     mix = prepared(path, keys, budget, base, bench.arm("base", base).data)
-    asked = Hypothesis(keys.statement, "val/bpb", "lower", 0.0)
+    asked = Hypothesis(mix.asked, "val/bpb", "lower", 0.0)
     study = Study(
       keys.name, "proxy", (asked,), mix.first(), (mix.seed,), mix.judge, mix.further, False
     )

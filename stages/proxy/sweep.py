@@ -23,7 +23,7 @@ def run(path: Path, console: Console) -> Path:
   with Workbench.open(file.base.run.root, console) as bench:
     sweep = Sweep.of(file, bench)
     sweep.coords = coords.evidence(file, bench)
-    asked = Hypothesis(file.sweep.statement, METRIC, "none", file.verdict.max_regret)
+    asked = Hypothesis(file.asked, METRIC, "none", file.verdict.max_regret)
     study = Study(
       file.sweep.name,
       "proxy",

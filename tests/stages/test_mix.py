@@ -88,6 +88,19 @@ def test_from_the_file_to_a_verdict(write, lab, launches):
   assert len(launches.ids) == count
 
 
+def test_another_objective_is_another_question(write, lab, launches):
+  """The swarm is found; the verdict by the first objective stands."""
+  path = write("target_tokens = 1000", "target_tokens = 4096")
+  mix.run(path, console())
+  first, swarm = lab.records.find("swarm-1"), 8 + 3
+  path.write_text(path.read_text().replace("[0.5, 0.5]", "[1.0, 0.0]"))
+  count = len(launches.ids)
+  mix.run(path, console())
+  assert lab.records.find("swarm").id == "swarm-2"
+  assert lab.records.find("swarm-1").conclusion == first.conclusion
+  assert len(lab.records.runs("swarm-2")) - (len(launches.ids) - count) >= swarm
+
+
 def simulated(write, lab, loss, large=None, objective="[0.5, 0.5]", target=1000):
   """A swarm whose losses are made up, to its verdict; `large`: those of the larger size."""
   path = write("mixtures = 8", "mixtures = 24")

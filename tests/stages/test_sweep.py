@@ -173,6 +173,27 @@ def test_a_killed_sweep_goes_on(write, lab, launches):
   assert len({(run.arm, run.seed) for run in runs}) == len(runs)
 
 
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ("[budget]", "[verdict]\nmax_shift = 9.0\n[budget]"),
+    ("[budget]", "[verdict]\nmin_control_shift = 0.0\n[budget]"),
+    ('control = ["off"]', "control = []"),
+  ],
+)
+def test_a_limit_that_changes_after_the_runs_is_another_question(write, lab, launches, old, new):
+  """The verdict that was given stands, the new question says what it is a second look at."""
+  sweep.run(write(), console())
+  first, runs = lab.records.find("rates-1"), len(launches.ids)
+  sweep.run(write(a=(old, new)), console())
+  again, second = lab.records.find("rates-1"), lab.records.find("rates")
+  assert len(launches.ids) == runs and second.id == "rates-2"
+  assert (again.verdict, again.conclusion) == (first.verdict, first.conclusion)
+  assert [(link.to_id, link.relation) for link in lab.records.links("rates-2")] == [
+    ("rates-1", "refines")
+  ]
+
+
 def planned(write, loss, **replaced):
   """The sweep, and rounds of its further points on made-up losses until there are none."""
   path = write(**replaced)
@@ -339,6 +360,12 @@ def test_seconds_that_are_spent_end_the_sweep(write):
   spent = [replace(r, values={**r.values, "wall_s": 100 / 18}) for r in first]
   assert limited.further(Table(tuple(spent[:-1])))
   assert limited.further(Table(tuple(spent))) == ()
+  said = limited.judge(Table(tuple(spent))).reason
+  ended = (
+    "The budget ended the sweep (100 s of 100 s, 18 of 40 runs) before what its points ask for"
+  )
+  assert f"{ended}, 1 more at least; raise it" in said
+  assert "budget" not in found.judge(table).reason
 
 
 def test_what_may_stand_behind_a_shift_is_said():
@@ -359,6 +386,12 @@ def test_what_may_stand_behind_a_shift_is_said():
     (("width = 2", '"model.v_dim" = 32'), "model.v_dim = 32, 16 at the base; head dims stay"),
     (("[[scale]]\nwidth = 2", ""), r"needs at least one \[\[scale\]\]"),
     (("[[scale]]\nwidth = 2", "[[scale]]\nwidth = 2\n[[scale]]\nwidth = 2"), "two scales are both"),
+    (
+      ("width = 2", "width = 4\n[[scale]]\nwidth = 2"),
+      "scale 'width2' comes after 'width4'; write",
+    ),
+    (("width = 2", "width = 1"), "scale 'width1' is the base itself"),
+    (("[budget]", "[coords]\nwidths = [2]\n[budget]"), r"coords.widths = \[2\] has no slope; give"),
     (("[budget]\nruns = 40", ""), "budget.runs is missing"),
     (("[sweep]", "[swep]"), r"unknown section \[swep\]; did you mean 'sweep'"),
   ],
