@@ -407,7 +407,12 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return []
   rough = (high - low) / most
   power = 10.0 ** math.floor(math.log10(rough))
-  step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough * (1 - 1e-9))
+  sizes = [power * k for k in (0.5, 1, 2, 5, 10)]
+  finer, step = next(p for p in pairwise(sizes) if p[1] >= rough * (1 - 1e-9))
+  return multiples(step, low, high) or multiples(finer, low, high)  # 0.2 to 4.4 has none of 5
+
+
+def multiples(step: float, low: float, high: float) -> list[float]:
   first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
   return [k * step for k in range(first, last + 1)]
 

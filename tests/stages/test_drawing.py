@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from drawings import panels, points
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nmoe.records.goodput import BUCKETS
@@ -58,6 +58,7 @@ def test_a_curve_of_one_point_is_seen():
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e12), st.integers(2, 12))
+@example(0.2, 4.2, 2)  # between two multiples of its own step
 def test_ticks_are_round_even_inside_and_told_apart(low, span, most):
   high = low + span
   if high - low < 1e-6 * max(abs(low), abs(high)):
