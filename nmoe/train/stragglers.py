@@ -1,13 +1,15 @@
 """Ranks that become slower than they were, from what all tell rank 0 at each log: so one file has
 the phases and rows of every rank, and who looks at a run of many ranks opens no other.
 
-A rank's score is the least time that its optimizer took so far over the time that it took now: that
-phase waits for nobody. A rank is a straggler whose score stays below SLOW for LOGS logs while most
-ranks keep theirs (NVRx's individual score). What was slow from the start `nmoe prod check` finds.
+A rank's score is the time that its optimizer took at its best over the time that it took now: that
+phase waits for nobody. Its best is the least median of LOGS logs in a row, since a single log can be
+wrong. A rank is a straggler whose score stays below SLOW for LOGS logs while most ranks keep theirs
+(NVRx's individual score). What was slow from the start `nmoe prod check` finds.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
@@ -25,6 +27,7 @@ class Stragglers:
   """Of `ranks` ranks."""
 
   def __init__(self, ranks: int):
+    self.last = [deque(maxlen=LOGS) for _ in range(ranks)]
     self.best = [float("inf")] * ranks
     self.since = [0] * ranks
 
@@ -32,7 +35,10 @@ class Stragglers:
     """seconds: of the optimizer a step, by rank, since the last log. The ranks that become
     stragglers with it.
     """
-    self.best = [min(best, s) for best, s in zip(self.best, seconds, strict=True)]
+    for rank, s in enumerate(seconds):
+      self.last[rank].append(s)
+      if len(self.last[rank]) == LOGS:
+        self.best[rank] = min(self.best[rank], median(self.last[rank]))
     scores = [best / max(s, 1e-9) for best, s in zip(self.best, seconds, strict=True)]
     steady = median(scores) >= SLOW
     late = [steady and score < SLOW for score in scores]
