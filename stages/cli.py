@@ -511,9 +511,9 @@ def prod_status(
   root: Root = ROOT,
 ) -> None:
   """What a production run is doing, its attempts and events."""
-  from stages.prod import launching
+  from stages.prod import status
 
-  health = launching.status(run, resolved(root), _console())
+  health = status.status(run, resolved(root), _console())
   raise typer.Exit(health if check else 0)
 
 

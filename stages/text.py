@@ -18,3 +18,8 @@ def visible(text: str) -> str:
 def plain(value: object, style: str = "") -> Text:
   """A value as text without markup."""
   return Text(visible(str(value)), style=style)
+
+
+def counted(number: int, what: str) -> str:
+  """ "1 host", "2 hosts": a number of things whose name takes an s."""
+  return f"{number:,} {what}{'' if number == 1 else 's'}"

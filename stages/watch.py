@@ -53,7 +53,7 @@ def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0
   run = find(seen, run_id)
   if console.is_terminal and not console.is_dumb_terminal:
     with Screen(console=console, auto_refresh=False) as screen:
-      while run.status == "running":
+      while run.live:
         screen.update(fitting(live, seen, run, console), refresh=True)
         time.sleep(every_s)
         seen = live.snapshot()
@@ -61,8 +61,8 @@ def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0
       screen.update(picture(live, seen, run, console.width), refresh=True)
     return
   console.print(picture(live, seen, run, console.width))
-  if run.status == "running":
-    while run.status == "running":
+  if run.live:
+    while run.live:
       time.sleep(every_s)
       seen = live.snapshot()
       run = find(seen, run.id)

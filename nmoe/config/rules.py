@@ -100,6 +100,11 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   need = f"does not divide launch.ranks {ranks}; choose one of {_divisors(ranks)}, or 0"
   yield "launch.ranks_per_node", ranks % c.node_ranks != 0, need
   need = (
+    f'makes {c.nodes} hosts of {ranks} ranks, and launch.engine "local" starts ranks on this one '
+    'alone; set the engine to "slurm" or "jobset", or ranks_per_node to 0'
+  )
+  yield "launch.ranks_per_node", c.launch.engine == "local" and c.nodes > 1, need
+  need = (
     f"of ranks on several hosts ({c.node_ranks} a host): experts lie inside a host; set it to one "
     f"of {_divisors(math.gcd(shared, c.node_ranks))}"
   )

@@ -16,6 +16,7 @@ from typing import Any
 
 from nmoe import files
 from nmoe.errors import FencedError
+from nmoe.records import launches
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Amendment, Reader, Run
 
@@ -133,6 +134,7 @@ class Attempts(Experiments, History):
         "WHERE run_id = ? AND number = ?",
         (time.time(), outcome, exit_status, step, run_id, number),
       )
+    launches.end(self.root, run_id, number)
 
   def started(
     self,

@@ -26,6 +26,7 @@ import numpy as np
 from nmoe.records import metrics
 from nmoe.records.attempts import Attempt, Event, History
 from nmoe.records.heartbeat import Heartbeat
+from nmoe.records.launches import Launch
 from nmoe.records.live import Logged
 from nmoe.records.metrics import Timed
 from nmoe.records.reader import Amendment, Link, Run
@@ -77,6 +78,7 @@ class Account:
   events: list[Event]
   checkpoints: list[int]  # steps
   heartbeat: Heartbeat | None
+  launch: Launch | None
   spans: list[Span]
   seconds: dict[str, float]
   step: int  # the last that is logged
@@ -114,7 +116,7 @@ class Account:
     """To the end, at the pace so far with all losses but the time between attempts; None: not known
     or over.
     """
-    if self.run.status != "running" or self.tokens == 0:
+    if not self.run.live or self.tokens == 0:
       return None
     busy = self.wall_s - self.seconds["queued"] - self.seconds["stopped"]
     return (self.total_tokens - self.tokens) * busy / self.tokens
@@ -156,9 +158,11 @@ def account(
   """The same of records and metrics that were read before. logged: the rows of LOGGED."""
   beat = Heartbeat.read(Root(root).heartbeat(run.id))
   steps = Root(root).checkpoint_steps(run.id)
-  live = run.status == "running"
-  end = (time.time() if now is None else now) if live else _ended(attempts, beat)
-  line = _Line(attempts, events, _saved(logged), steps[-1] if steps else 0, beat, live, end)
+  launch = Launch.read(root, run.id)
+  end = (time.time() if now is None else now) if run.live else _ended(attempts, beat)
+  up = run.status == "running" and (beat is None or beat.state not in ("starting", "loading"))
+  newest = steps[-1] if steps else 0
+  line = _Line(attempts, events, _saved(logged), newest, beat, launch, run.live, up, end)
   spans = line.spans()
   losses = logged.get("train/loss")
   return Account(
@@ -167,6 +171,7 @@ def account(
     events=events,
     checkpoints=steps,
     heartbeat=beat,
+    launch=launch,
     spans=spans,
     seconds=_seconds(spans, logged),
     step=int(losses.step[-1]) if losses is not None else 0,
@@ -206,14 +211,18 @@ def _seconds(spans: Sequence[Span], logged: Mapping[str, Timed | Logged]) -> dic
 
 @dataclass
 class _Line:
-  """The wall, filled from its begin on. saved: step -> when; newest: the last checkpoint's step."""
+  """The wall, filled from its begin on. saved: step -> when; newest: the last checkpoint's step;
+  up: its ranks train.
+  """
 
   attempts: Sequence[Attempt]
   events: Sequence[Event]
   saved: dict[int, float]
   newest: int
   beat: Heartbeat | None
+  launch: Launch | None
   live: bool
+  up: bool
   end: float
   found: list[Span] = field(default_factory=list)
   at: float = 0.0
@@ -244,7 +253,8 @@ class _Line:
         self._life(life, lives[i + 1 :], attempt)
     if last and self.live:
       began = any(life.attempt == number for life in lives)
-      self._to(self.end, "stepping" if began else "starting", number)
+      bucket = "starting" if not began else "stepping" if self.up else "hang wait"
+      self._to(self.end, bucket, number)
     elif attempt.ended:
       self._to(attempt.ended, "save stall" if attempt.outcome in LEFT else "hang wait", number)
 
@@ -258,15 +268,24 @@ class _Line:
       birth += startup.get(phase, 0.0)
       self._to(birth, bucket, number)
     self._to(life.time, "loading", number)
-    if not later and self.live:
+    if not later and self.up:
       return
     if not later and attempt.outcome == "completed":
       self._to(max(self.saved.values(), default=attempt.ended), "stepping", number)
       return
     self._to(self._kept(life, later), "stepping", number)
-    sign = later[0].detail.get("reached_at", 0.0) if later else self.beat.time if self.beat else 0.0
+    sign = later[0].detail.get("reached_at", 0.0) if later else self._last_sign(number)
     if attempt.outcome not in LEFT or (later and later[0].attempt == number):
       self._to(sign, "lost steps", number)
+
+  def _last_sign(self, attempt: int) -> float:
+    """Of ranks after which none trained: their heartbeat, unless those that start have written it
+    since.
+    """
+    signs = [self.beat.time] if self.beat else []
+    if self.launch is not None and self.launch.attempt == attempt and self.launch.lost:
+      signs.append(self.launch.lost)
+    return min(signs, default=0.0)
 
   def _kept(self, life: Event, later: list[Event]) -> float:
     """When a life had the last step that belongs to the final lineage."""

@@ -36,7 +36,9 @@ class Entry(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-  """What the file says: the newest logged step, when and by whom it was written, one of STATES."""
+  """What the file says: the newest logged step, when and by whom it was written, one of STATES and
+  the seconds that it may last (nmoe.train.watchdog).
+  """
 
   entry: Entry
   time: float  # seconds since 1970
@@ -44,6 +46,7 @@ class Heartbeat(NamedTuple):
   pid: int
   attempt: int
   state: str = "stepping"
+  limit_s: float = 0.0
 
   @classmethod
   def read(cls, path: Path) -> Heartbeat | None:

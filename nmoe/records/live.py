@@ -33,7 +33,7 @@ from nmoe.errors import RecordError
 from nmoe.files import resolved
 from nmoe.records.attempts import Attempt, Event, History
 from nmoe.records.metrics import COUNT, Row, is_locked, rows_beside
-from nmoe.records.reader import Evaluation, Experiment, Link, Run, decoded_run
+from nmoe.records.reader import LIVE, Evaluation, Experiment, Link, Run, decoded_run
 from nmoe.records.root import Root
 
 OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
@@ -363,7 +363,7 @@ class Live:
     with self._lock:
       known, when = self._seen
       records = (*self._snapshot.runs, *self._snapshot.experiments)
-      running = any(one.status == "running" for one in records)
+      running = any(one.status in LIVE for one in records)
       late = time.monotonic() - when > LIVENESS_S and (running or self._snapshot.notice)
       if stamps != known or late:
         self._snapshot = self._read()

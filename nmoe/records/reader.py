@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 from nmoe import files
 from nmoe.errors import RecordError
+from nmoe.records.launches import Launch
 from nmoe.records.migrations import MIGRATIONS, migrate, version
 from nmoe.records.owner import lives
 from nmoe.records.root import Root
 
 Point = Mapping[str, float | int | str]
+LIVE = ("running", "starting", "restarting")  # statuses of a run; the last two as `Reader` sees it
 
 RUN_SQL = """
   SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
@@ -157,6 +159,11 @@ class Run:
   amendments: tuple[Amendment, ...] = ()  # by tokens; of a run that nmoe.records.attempts read
 
   @property
+  def live(self) -> bool:
+    """Whether it has ranks, or a launch that starts them."""
+    return self.status in LIVE
+
+  @property
   def finished(self) -> bool:
     """Whether it has an outcome: it completed or diverged."""
     return self.status == "completed" or "diverged" in self.results
@@ -246,9 +253,9 @@ class Reader:
   """The records of one root, opened read-only: it creates, changes and locks nothing.
 
   Those of an older schema are read from a copy in memory, which shows them as they were then.
-  A run or an experiment whose owner died reads as "interrupted", whatever its row says. Raises
-  RecordError if the root has no database, or one that cannot be read: locked, corrupt or of another
-  schema.
+  A run or an experiment whose owner died reads as "interrupted", whatever its row says, and a run
+  whose ranks its launch replaces as "restarting". Raises RecordError if the root has no database,
+  or one that cannot be read: locked, corrupt or of another schema.
   """
 
   def __init__(self, root: str | Path, timeout_s: float = 10.0):
@@ -362,9 +369,15 @@ class Reader:
     return self._seen(decoded_run(rows[0]))
 
   def _seen(self, run: Run) -> Run:
-    """The run with the status that its lock tells: "running" needs an owner that holds it."""
+    """The run with the status that is true: "running" needs an owner that holds its lock; where it
+    has none, or failed, a launch that lives is "starting" or "restarting" its ranks.
+    """
     if run.status == "running" and not _owned(Root(self.root).lock(run.id), run):
-      return replace(run, status="interrupted")
+      run = replace(run, status="interrupted")
+    if run.status in ("interrupted", "failed") and not run.finished:
+      launch = Launch.read(self.root, run.id)
+      if launch is not None and launch.lives:
+        return replace(run, status=launch.status)
     return run
 
   def _experiments(self, rows: Sequence[sqlite3.Row]) -> list[Experiment]:

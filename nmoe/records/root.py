@@ -95,6 +95,10 @@ class Root:
     """How far a production run is, written by rank 0."""
     return self.prod(run_id) / "heartbeat.json"
 
+  def launch(self, run_id: str) -> Path:
+    """What the launch of a production run says of itself (nmoe.records.launches)."""
+    return self.prod(run_id) / "launch.json"
+
   def stop_request(self, run_id: str) -> Path:
     """While this file exists, a production run saves and leaves."""
     return self.prod(run_id) / "stop"

@@ -35,7 +35,7 @@ class Progress:
     self._line = -LINE_S
     self.before = None if heartbeat is None else Heartbeat.read(heartbeat)
     self._entry = Entry(0, 0, 0.0, 0.0, 0.0) if self.before is None else self.before.entry
-    self._state = ""
+    self._state, self._limit_s = "", 0.0
     if fd is not None:
       os.set_blocking(fd, False)
 
@@ -59,8 +59,9 @@ class Progress:
         return False
     return self.tell(entry._asdict())
 
-  def enter(self, state: str) -> None:
-    """The run is in one of nmoe.records.heartbeat.STATES from now on."""
+  def enter(self, state: str, limit_s: float = 0.0) -> None:
+    """The run is in one of nmoe.records.heartbeat.STATES from now on, for limit_s at most."""
+    self._limit_s = limit_s
     if state != self._state:
       self._state = state
       self._beat()
@@ -74,7 +75,7 @@ class Progress:
       return False
     self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
     said = (time.time(), socket.gethostname(), os.getpid(), self.attempt)
-    Heartbeat(self._entry, *said, self._state).write(self.heartbeat)
+    Heartbeat(self._entry, *said, self._state, self._limit_s).write(self.heartbeat)
     return True
 
   def tell(self, message: dict[str, Any]) -> bool:

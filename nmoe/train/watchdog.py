@@ -44,8 +44,9 @@ class Watchdog:
   def enter(self, state: str) -> None:
     """The run is in `state` from now on, or begins another step."""
     step_s = statistics.median(self._steps) if self._steps else 0.0
-    no_longer_than(limit(state, self.hang_s, step_s, self.log_every))
-    self.progress.enter(state)
+    seconds = limit(state, self.hang_s, step_s, self.log_every)
+    no_longer_than(seconds)
+    self.progress.enter(state, seconds)
 
   def measured(self, step_s: float) -> None:
     """Steps since the last log took this long each."""

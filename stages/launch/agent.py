@@ -39,8 +39,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.machine import gpus
-from nmoe.records import postmortem
+from nmoe.records import launches, postmortem
 from nmoe.records.attempts import History
+from nmoe.records.launches import Launch
 from nmoe.records.root import Root
 from stages.launch import notify
 from stages.launch.child import STACKS
@@ -97,12 +98,55 @@ class Looks:
     return thread
 
 
+class Sign:
+  """That the launch lives, for those who ask while it has no ranks: the first host's agent says it
+  every EVERY_S, as a context; those of other hosts, and of a preflight, say nothing.
+  """
+
+  def __init__(self, options: argparse.Namespace):
+    self.place, now = (options.root, options.run), time.time()
+    before = Launch.read(*self.place)
+    known = before is not None and before.attempt == options.attempt
+    began = before.began if known else now
+    self.said = Launch(options.attempt, began, now, socket.gethostname(), os.getpid())
+    self.silent = options.node > 0 or not options.attempt
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._repeat, daemon=True)
+
+  def __enter__(self) -> Sign:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._ended.set()
+    self._thread.join()
+
+  def lost(self, start: int) -> None:
+    """The ranks of a start of this host, counted from 1, are gone or miss one."""
+    if start != self.said.restarts:
+      self.said = self.said._replace(lost=time.time(), restarts=start)
+      self._say()
+
+  def _say(self) -> None:
+    self.said = self.said._replace(time=time.time())
+    try:
+      if not self.silent:
+        self.said.write(*self.place)
+    except OSError as error:
+      sys.stderr.write(f"{error}: nobody is told that the launch lives\n")
+
+  def _repeat(self) -> None:
+    self._say()
+    while not self._ended.wait(launches.EVERY_S):
+      self._say()
+
+
 class Agent(LocalElasticAgent):
   """torch's agent, which does not wait for ranks that wait for a lost one."""
 
-  def __init__(self, spec: WorkerSpec, logs: Logs, looks: Looks):
+  def __init__(self, spec: WorkerSpec, logs: Logs, looks: Looks, sign: Sign):
     super().__init__(spec, logs, shutdown_timeout=SAVE_S)
-    self.logs, self.looks = logs, looks
+    self.logs, self.looks, self.sign = logs, looks, sign
 
   def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
     ranks = self._ranks()
@@ -121,6 +165,7 @@ class Agent(LocalElasticAgent):
 
   def _end(self, ranks: Sequence[subprocess.Popen]) -> None:
     """End the ranks; meanwhile the GPUs say how they are."""
+    self.sign.lost(self.logs.starts)
     look = self.looks.begin(self.logs.folder / postmortem.GPUS)
     begun = time.monotonic()
     end(ranks)
@@ -148,7 +193,7 @@ def end(ranks: Sequence[subprocess.Popen]) -> None:
         rank.wait(max(0.0, deadline - time.monotonic()))
 
 
-def made(config: Config, options: argparse.Namespace) -> Agent:
+def made(config: Config, options: argparse.Namespace, sign: Sign) -> Agent:
   """The agent of this host, which meets those of the others.
 
   is_host is always given: torch would decide by the host name who serves the rendezvous, and where
@@ -177,7 +222,7 @@ def made(config: Config, options: argparse.Namespace) -> Agent:
     local_addr=options.address,
   )
   looks = Looks(options, config.target.arch)
-  return Agent(spec, Logs(str(logs), redirects=Std.ALL), looks)
+  return Agent(spec, Logs(str(logs), redirects=Std.ALL), looks, sign)
 
 
 def command(options: argparse.Namespace) -> list[str]:
@@ -203,10 +248,10 @@ def main() -> int:
   options = parser.parse_args()
   with closing(History(options.root)) as records:
     config = configs.loads(records.run(options.run).toml, f"run {options.run}", env={})
-  told = config.prod.notify if options.node == 0 else ""
-  agent = made(config, options)
+  told, sign = config.prod.notify if options.node == 0 else "", Sign(options)
+  agent = made(config, options, sign)
   try:
-    with notify.telling(options.root, options.run, told):
+    with sign, notify.telling(options.root, options.run, told):
       result = agent.run()
   except SignalException as error:
     sys.stderr.write(f"{error}\n")

@@ -45,7 +45,7 @@ def amend(run_id: str, path: Path, root: Path, console: Console) -> None:
   if found.heartbeat is not None:
     reached += max(0, found.heartbeat.entry.step - found.step) * config.schedule.batch_tokens
   margin = 2 * config.train.log_every * config.schedule.batch_tokens
-  tokens = reached + (margin if found.run.status == "running" else 0)
+  tokens = reached + (margin if found.run.live else 0)
   for one in amendments:
     rules.check(config, one, tokens, str(path))
   with closing(Attempts(root)) as records:
@@ -55,7 +55,7 @@ def amend(run_id: str, path: Path, root: Path, console: Console) -> None:
       f"run {run_id}: {one.key} = {one.value} from {one.at_tokens} tokens on ({one.reason})",
       markup=False,
     )
-  if found.run.status == "running":
+  if found.run.live:
     request = Root(root).stop_request(run_id)
     request.parent.mkdir(parents=True, exist_ok=True)
     request.write_text(json.dumps({"amend": len(amendments), "host": socket.gethostname()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from nmoe.config import file as configs
 from nmoe.errors import CheckpointError, RecordError
 from nmoe.records import manifests, postmortem
 from nmoe.records.attempts import Attempt, Attempts, History
+from nmoe.records.condition import AGAIN
+from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from stages.launch import notify
+from stages.text import counted
 
-DONE, AGAIN, NEVER = 0, 75, 76  # exit statuses: over; to be queued again; never to be queued again
+DONE, NEVER = 0, 76  # exit statuses: over; never to be queued again
 FINAL = ("diverged", "refused", "disk full")  # events that say how their attempt ended
 STATUS = {
   "completed": DONE,
@@ -58,9 +62,12 @@ def begin(root: Path, run_id: str, engine: str, job_id: str = "", nodes: Sequenc
     Root(root).stop_request(run_id).unlink(missing_ok=True)
     hosts = list(nodes) or [socket.gethostname()]
     step = newest_step(root, run_id)
-    return records.begin(
+    number = records.begin(
       run_id, engine=engine, job_id=job_id, nodes=hosts, commit=run.commit, step=step
     )
+  now, pid = time.time(), os.getpid() if engine == "local" else 0  # a script's begin ends at once
+  Launch(number, now, now, socket.gethostname(), pid).write(root, run_id)
+  return number
 
 
 def settle(root: Path, run_id: str, number: int) -> End:
@@ -128,11 +135,15 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
     return End("stopped" if asked.exists() else "preempted", "it was told to leave, and saved")
   config = configs.loads(run.toml, f"run {run.id}", env={})
   why = run.error or "a rank died without a word: see the logs"
+  asked = Root(root).stop_request(run.id)
+  if asked.exists() and "amend" not in asked.read_text():
+    return End("stopped", f"it was told to leave when its ranks had failed: {why}")
   if stuck(attempts, newest_step(root, run.id), config.prod.no_progress):
     n = config.prod.no_progress
-    return End("no progress", f"{n} attempts in a row ended without a newer checkpoint: {why}")
+    row = f"{n} attempts in a row" if n > 1 else "an attempt"
+    return End("no progress", f"{row} ended without a newer checkpoint: {why}")
   if len(attempts) >= config.prod.max_attempts:
-    return End("no progress", f"{len(attempts)} attempts (prod.max_attempts): {why}")
+    return End("no progress", f"{counted(len(attempts), 'attempt')} (prod.max_attempts): {why}")
   return End("crashed", why)
 
 

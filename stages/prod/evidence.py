@@ -51,9 +51,19 @@ class Evidence:
   lack: str = ""
   apart: str = ""
 
+  def __str__(self) -> str:
+    if self.lack:
+      return f"evidence {self.what}: missing: {self.lack}"
+    passed = f"{self.experiment} is confirmed" if self.what not in CHECKS else self.experiment
+    return f"evidence {self.what}: {passed}" + f", with another {self.apart}" * bool(self.apart)
 
-def evidence(config: Config, path: Path, records: Reader, code_version: str) -> list[Evidence]:
-  """All that a launch of the configuration rests on, what is missing among it."""
+
+def evidence(
+  config: Config, path: Path, records: Reader | None, code_version: str
+) -> list[Evidence]:
+  """All that a launch of the configuration rests on, what is missing among it. records: None, where
+  there are none yet.
+  """
   found = [_cited(config, name, records) for name in config.prod.evidence]
   if not found:
     found.append(
@@ -61,11 +71,15 @@ def evidence(config: Config, path: Path, records: Reader, code_version: str) -> 
     )
   for name, command in CHECKS.items():
     if name != "check-ep" or config.launch.ranks > 1:
-      found.append(_checked(config, name, command.format(path=path), records, code_version))
+      few = f" --ranks 1,{config.launch.ranks}" * (name == "check-ep" and config.launch.ranks < 4)
+      ask = command.format(path=path) + few
+      found.append(_checked(config, name, ask, records, code_version))
   return found
 
 
-def _cited(config: Config, name: str, records: Reader) -> Evidence:
+def _cited(config: Config, name: str, records: Reader | None) -> Evidence:
+  if records is None:
+    return Evidence(name, "", f"{config.run.root} has no records yet; run the experiment there")
   try:
     cited = records.find(name)
   except NmoeError as error:
@@ -139,10 +153,10 @@ def _config(run: Run) -> Config:
 
 
 def _checked(
-  config: Config, name: str, command: str, records: Reader, code_version: str
+  config: Config, name: str, command: str, records: Reader | None, code_version: str
 ) -> Evidence:
   stale = ""
-  for experiment in _checks(name, records):
+  for experiment in _checks(name, records) if records is not None else ():
     runs = records.runs(experiment.id)
     if not runs or not all(_same_model(config, run) for run in runs):
       continue

@@ -1,4 +1,4 @@
-"""`nmoe prod launch`, `status`, `stop`: a run that rests on evidence, and what it is doing now.
+"""`nmoe prod launch` and `stop`: a run that rests on evidence.
 
 Launching a configuration again goes on with its run. The local engine is here: this process starts
 torch's agent, follows the run's heartbeat, and begins the next attempt when one crashed.
@@ -12,18 +12,15 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from nmoe import files
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
-from nmoe.records.goodput import Production, production
 from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
@@ -33,12 +30,12 @@ from stages.launch.display import Display, Line
 from stages.prod import hosts
 from stages.prod.attempt import DONE, End, begin, newest_step, settle
 from stages.prod.evidence import Evidence, evidence
-from stages.prod.plan import advice, stall_of, young
+from stages.prod.plan import advice
 from stages.runs import Work, taken_up, under_way
+from stages.text import counted
 from stages.workbench import Arm, Workbench, hypothesis_of
 
 POLL_S = 0.5
-HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `status --check`
 
 
 def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bool = False) -> int:
@@ -56,9 +53,10 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
     )
   with Workbench.open(config.run.root, console) as bench:
     found = evidence(config, path, bench.experiments, bench.code_version)
-    _show_evidence(found, console)
     lacking = [one for one in found if one.lack]
-    if lacking and not without_evidence:
+    refused = lacking and not without_evidence  # the error says then what is missing
+    _show([one for one in found if not (one.lack and refused)], console)
+    if refused:
       lines = "\n".join(f"  {one.what}: {one.lack}" for one in lacking)
       raise ConfigError(
         f"{path}: a launch rests on evidence, and this is missing:\n{lines}\n"
@@ -142,11 +140,9 @@ def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:
       records.event(run.id, 0, "override", detail={"reason": reason, "without": lacking})
 
 
-def _show_evidence(found: list[Evidence], console: Console) -> None:
+def _show(found: list[Evidence], console: Console) -> None:
   for one in found:
-    passed = f"{one.experiment} passed" + (f", with another {one.apart}" if one.apart else "")
-    text = f"evidence {one.what}: {one.lack or passed}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(one), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -239,81 +235,17 @@ def _restarts(root: Path, run_id: str) -> str:
   with closing(History(root)) as records:
     attempts, events = records.attempts(run_id), records.events(run_id)
   restarts = sum(event.kind == "restart" for event in events)
-  return f"{len(attempts)} attempts, {restarts} restarts within them"
+  within = "it" if len(attempts) == 1 else "them"
+  return f"{counted(len(attempts), 'attempt')}, {counted(restarts, 'restart')} within {within}"
 
 
 def stop(run_id: str, root: Path, console: Console) -> None:
   """Ask a run to save its state and leave; it does at its next log. RecordError: no such run."""
   with closing(History(root)) as records:
     run = records.run(run_id)
-  if run.status != "running":
+  if not run.live:
     raise RunError(f"run {run_id} is {run.status}; there is nothing to stop")
   request = Root(root).stop_request(run_id)
   request.parent.mkdir(parents=True, exist_ok=True)
   request.write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
   console.print(f"run {run_id} saves its state and leaves at its next log", markup=False)
-
-
-def status(run_id: str | None, root: Path, console: Console) -> int:
-  """Print what a production run is doing, by default the newest; HEALTHY, UNKNOWN or SICK."""
-  with closing(History(root)) as records:
-    run = records.run(run_id) if run_id else _newest(records)
-  found = production(root, run.id)
-  attempts, events, beat = found.attempts, found.events, found.heartbeat
-  config = configs.loads(run.toml, f"run {run.id}", env={})
-  told = "no sign of life yet"
-  age = float("inf")
-  if beat is not None:
-    age = time.time() - beat.time
-    told = f"{beat.entry}; {beat.state}, {age:.0f} s ago on {beat.host}"
-  console.print(f"run {run.id}: {run.status}; {told}", markup=False, highlight=False)
-  table = Table()
-  for column in ("attempt", "engine", "hosts", "from step", "to step", "outcome"):
-    table.add_column(column)
-  for a in attempts:
-    steps = str(a.first_step), str(a.last_step) if a.ended else ""
-    table.add_row(str(a.number), a.engine, str(len(a.nodes)), *steps, a.outcome or "under way")
-  console.print(table)
-  _show_goodput(found, console)
-  _show_failures(found, config, console)
-  for event in events[-10:]:
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
-    text = f"{when} attempt {event.attempt} step {event.step}: {event.kind} {event.detail or ''}"
-    console.print(text, markup=False, highlight=False)
-  return health(run, age, config.prod.stale_s)
-
-
-def _show_goodput(found: Production, console: Console) -> None:
-  parts = ", ".join(f"{name} {s:,.1f} s" for name, s in found.seconds.items() if s)
-  text = f"goodput {found.goodput:.1%}, ETTR {found.ettr:.1%} of {found.wall_s:,.1f} s: {parts}"
-  if found.left_s is not None:
-    text += f"; {timedelta(seconds=round(found.left_s))} left at this pace"
-  console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_failures(found: Production, config: Config, console: Console) -> None:
-  """How often it failed, and the interval of checkpoints that this asks for."""
-  if found.mttf_s is None or found.step == 0:
-    return
-  interval_s = young(stall_of(config, found.run).value, found.mttf_s)
-  steps = max(1, round(interval_s * found.step / max(found.seconds["stepping"], 1e-9)))
-  each = timedelta(seconds=round(found.mttf_s))
-  told = f"{found.failures} failures, one in {each}; by Young's formula "
-  told += f"train.checkpoint_every = {steps}, it is {config.train.checkpoint_every}"
-  console.print(told, markup=False, highlight=False, soft_wrap=True)
-
-
-def health(run: Run, age_s: float, stale_s: float) -> int:
-  """What a monitor is told: a run that is over is healthy, one that failed or is silent is sick."""
-  if run.status == "completed":
-    return HEALTHY
-  if run.status == "running":
-    return HEALTHY if age_s <= stale_s else UNKNOWN if age_s == float("inf") else SICK
-  return SICK if run.status == "failed" else UNKNOWN
-
-
-def _newest(records: History) -> Run:
-  for experiment in records.list():
-    if experiment.stage == "prod" and (runs := records.runs(experiment.id)):
-      return runs[-1]
-  raise RunError(f"{records.path}: no production run; `nmoe prod launch CONFIG` starts one")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,8 @@ from nmoe.records.goodput import production
 from nmoe.records.provenance import code_version
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
-from stages.prod.evidence import CHECKS, Evidence, evidence
-from stages.text import plain
+from stages.prod.evidence import Evidence, evidence
+from stages.text import counted, plain
 
 HOST_FAILURES = 6.5e-3 / 86400  # of a host, each second
 MFU = 0.3  # assumed where nothing was measured
@@ -105,8 +104,7 @@ def _records(config: Config, path: Path) -> tuple[list[Evidence], list[Run]]:
   """The evidence, and the runs of the root: those of benches first, each kind newest first."""
   root = Root(Path(config.run.root).resolve())
   if not root.experiments_db.exists():
-    lack = f"{root.path} has no records yet"
-    return [Evidence(name, "", lack) for name in (*config.prod.evidence, *CHECKS)], []
+    return evidence(config, path, None, ""), []
   with closing(Reader(root.path)) as records:
     experiments = sorted(records.list(), key=lambda one: one.stage != "bench")
     runs = [run for one in experiments for run in reversed(records.runs(one.id))]
@@ -158,9 +156,9 @@ def _mttf(config: Config, runs: list[Run]) -> Figure:
     found = production(Path(config.run.root), run.id)
     if found.mttf_s is not None:
       own = configs.loads(run.toml, f"run {run.id}", env={}).nodes
-      told = f"{found.failures} failures of run {run.id}"
+      told = f"{counted(found.failures, 'failure')} of run {run.id}"
       return Figure(found.mttf_s * own / config.nodes, told)
-  told = f"a host fails every {1 / HOST_FAILURES / 86400:,.0f} days"
+  told = f"assumed: {HOST_FAILURES * 86400e3:.2g} failures in 1,000 days of a host"
   return Figure(1 / (HOST_FAILURES * config.nodes), told)
 
 
@@ -184,7 +182,7 @@ def advice(config: Config, path: Path) -> str:
   """The line for train.checkpoint_every that the plan comes to."""
   found = plan(config, path)
   if found.interval_steps:
-    told = f"train.checkpoint_every = {found.interval_steps}, {_minutes(found.interval_s)}"
+    told = f"train.checkpoint_every = {found.interval_steps}, {_long(found.interval_s)}"
     return f"set {told} by Young's formula (`nmoe prod plan {path}`)"
   return f"`nmoe prod plan {path}` says which interval"
 
@@ -202,55 +200,64 @@ def show(path: Path, console: Console, rate: float = 0.0) -> Plan:
     table.add_row(*map(plain, row))
   console.print(table)
   for one in found.evidence:
-    text = f"evidence {one.what}: " + (f"missing: {one.lack}" if one.lack else one.experiment)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(one), markup=False, highlight=False, soft_wrap=True)
   return found
 
 
 def _time(p: Plan, path: Path) -> list[tuple[str, str, str]]:
   c = p.config
-  on = f"{c.launch.ranks} ranks on {c.nodes} hosts, engine {c.launch.engine}"
+  on = f"{counted(c.launch.ranks, 'rank')} on {counted(c.nodes, 'host')}"
+  machines = ("machines", on, f"launch.engine = {c.launch.engine}")
   if p.rate is None:
     remedy = f"`nmoe bench step {path}` measures it; or give --tokens-per-s"
-    return [("machines", on, "launch.*"), ("tokens/s", "not known", remedy)]
+    return [machines, ("tokens/s", "not known", remedy)]
   hours, share = p.train_s / 3600, p.share(p.interval_s)
   work = f"{c.schedule.trained_tokens:,} tokens, {p.step_s:.3g} s a step"
-  each = timedelta(seconds=round(p.mttf.value))
   return [
-    ("machines", on, "launch.*"),
+    machines,
     ("tokens/s", f"{p.rate.value:,.0f}", p.rate.source),
-    ("days", f"{hours / 24 / share:,.2f}", work),
+    ("wall time", _long(p.train_s / share), work),
     ("device hours", f"{hours * c.launch.ranks / share:,.1f}", f"{share:.2%} of the time trains"),
-    ("failures", f"{p.train_s / p.mttf.value:.2g}", f"one in {each}: {p.mttf.source}"),
+    ("failures", f"{p.train_s / p.mttf.value:.2g} in that time", p.mttf.source),
   ]
 
 
 def _saving(p: Plan) -> list[tuple[str, str, str]]:
   every = p.config.train.checkpoint_every
+  young = f"Young: sqrt(2 · stall · {_long(p.mttf.value)} between failures)"
   rows = [
     ("checkpoint stall", f"{p.stall.value:.3g} s", p.stall.source),
-    ("interval", _interval(p.interval_s, p.interval_steps), "sqrt(2 · stall · MTTF)"),
+    ("best interval", _interval(p.interval_s, p.interval_steps), young),
   ]
-  if every and p.rate is not None:
-    own = every * p.step_s
-    source = f"train.checkpoint_every: {p.share(own):.2%} of the time trains"
-    rows.append(("interval now", _interval(own, every), source))
+  if every:
+    source, interval = "train.checkpoint_every", counted(every, "step")
+    if p.rate is not None:
+      own = every * p.step_s
+      source, interval = f"{source}: {p.share(own):.2%} of the time trains", _interval(own, every)
+    rows.append(("interval as set", interval, source))
   keep = p.config.train.keep_checkpoints
   return [
     *rows,
-    ("a checkpoint", _gb(p.checkpoint_bytes), "weights, masters, moments"),
-    ("storage rate", f"{_gb(p.storage_rate)}/s", "a write ends in half an interval"),
-    ("storage", _gb(parameters.kept_bytes(p.config)), f"{keep} kept, one being written"),
+    ("a checkpoint", _size(p.checkpoint_bytes), "weights, masters, moments"),
+    ("storage rate", f"{_size(p.storage_rate)}/s", "a write ends in half the best interval"),
+    ("storage", _size(parameters.kept_bytes(p.config)), f"{keep} kept, one being written"),
   ]
 
 
 def _interval(seconds: float, steps: int) -> str:
-  return f"{_minutes(seconds)}, {steps:,} steps" if steps else _minutes(seconds)
+  return f"{_long(seconds)}, {counted(steps, 'step')}" if steps else _long(seconds)
 
 
-def _minutes(seconds: float) -> str:
-  return f"{seconds / 60:.3g} min"
+def _long(seconds: float) -> str:
+  """A time in the unit that fits it."""
+  for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+    if seconds >= 2 * size:
+      return f"{seconds / size:,.3g} {unit}"
+  return f"{seconds:.3g} s"
 
 
-def _gb(num_bytes: float) -> str:
-  return f"{num_bytes / 1e9:.3g} GB"
+def _size(num_bytes: float) -> str:
+  for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    if num_bytes >= size:
+      return f"{num_bytes / size:.3g} {unit}"
+  return f"{num_bytes:.0f} B"

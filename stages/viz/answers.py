@@ -19,7 +19,7 @@ from nmoe.config import plan
 from nmoe.config.sections import SECTIONS, diff, kind
 from nmoe.config.sections import leaves as config_leaves
 from nmoe.errors import ConfigError
-from nmoe.records import goodput
+from nmoe.records import condition, goodput
 from nmoe.records.live import OVERVIEW, Live, Logged, Snapshot
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Experiment, Run
@@ -159,6 +159,7 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
   return plain(
     _brief(run)
     | {
+      "status": condition.status(found),
       "attempts": [asdict(a) for a in attempts],
       "events": [asdict(e) for e in events],
       "evidence": [asdict(link) for link in seen.links if link.to_id == run.experiment_id],
@@ -173,7 +174,7 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
       "tokens": found.tokens,
       "total_tokens": found.total_tokens,
       "tokens_per_s": None if speeds is None else float(np.median(speeds.value[-20:])),
-      "state": found.heartbeat.state if found.heartbeat else "",
+      "state": condition.state(found),
       "starts": starts(logged),
       "trouble": file.trouble,
     }

@@ -5,14 +5,25 @@ One of the two ranks here is the row of the faults that every `pytest` runs.
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from labs import same_bits
-from productions import Production, kinds, state_of, undisturbed, wait_until
+from productions import REPO, Production, kinds, state_of, undisturbed, wait_until
 
 pytestmark = pytest.mark.faults
 STEPS = 80
 SHORT = f"[schedule]\ntotal_tokens = {STEPS * 1024}\n"
+
+
+def trains_again(production: Production, said: list[tuple[int, str]]) -> bool:
+  """Whether it does; what `nmoe prod status --check` says meanwhile is added to `said`."""
+  told = [sys.executable, "-m", "stages.cli", "prod", "status", "--check"]
+  told += ["--root", str(production.root)]
+  done = subprocess.run(told, capture_output=True, text=True, cwd=REPO)
+  said.append((done.returncode, done.stdout + done.stderr))
+  return kinds(production.events()) == ["launch", "restart"]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.kills), 1])
@@ -23,13 +34,16 @@ def test_a_killed_rank(tmp_path, rank):
   production = Production(tmp_path, SHORT)
   production.wait_for(30)
   os.kill(production.rank(rank), signal.SIGKILL)
-  wait_until(lambda: kinds(production.events()) == ["launch", "restart"], 15, "trains again")
+  said = []
+  wait_until(lambda: trains_again(production, said), 15, "trains again")
+  assert [code for code, _ in said] == [0] * len(said), said  # no monitor is to alarm
+  assert any("restarting, attempt 1, restart 1, since" in told for _, told in said), said
   code, out = production.end()
   assert code == 0, out
   launch, restart = production.events()
   assert launch.step == 0 and restart.step >= 20 and restart.step % 20 == 0
   assert restart.detail["suspect"] == rank, restart.detail
-  assert "1 attempts, 1 restarts" in out
+  assert "1 attempt, 1 restart within it" in out
   (tmp_path / "undisturbed").mkdir()
   wanted = undisturbed(tmp_path / "undisturbed", STEPS)
   assert same_bits(state_of(production.root, production.run_id(), STEPS), wanted)

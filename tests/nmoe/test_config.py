@@ -377,6 +377,11 @@ def test_a_default_root_expands_too(tmp_path):
     ("launch.ranks", {"launch.ranks": 12}, "replicate the experts: rdep.group = one of 1, 2, 4"),
     ("rdep.group", {"launch.ranks": 8, "rdep.group": 3}, "num_experts 16: 0 (all), 1, 2, 4, 8"),
     ("rdep.group", {"launch.ranks": 6, "rdep.group": 4}, "must divide ranks 6"),
+    (
+      "launch.ranks_per_node",
+      {"launch.ranks": 2, "launch.ranks_per_node": 1, "rdep.group": 1},
+      '2 hosts of 2 ranks, and launch.engine "local" starts ranks on this one alone',
+    ),
     ("rdep.group", {"rdep.group": -1}, "must not be negative"),
     ("schedule.batch_tokens", {"schedule.batch_tokens": 4097}, "the nearest are 4096 and 8192"),
     ("schedule.batch_tokens", {"schedule.batch_tokens": 1}, "the nearest are 4096 and 8192"),

@@ -25,6 +25,7 @@ def large():
     {
       "launch.ranks": 16,
       "launch.ranks_per_node": 8,
+      "launch.engine": "slurm",
       "rdep.group": 8,
       "rdep.payload": "mxfp8",
       "train.micro_batch": 1,

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import socket
 import subprocess
 import sys
@@ -19,12 +20,15 @@ from nmoe.config.file import changed
 from nmoe.config.sections import fingerprint
 from nmoe.distributed.hosts import differences
 from nmoe.errors import ConfigError, FencedError, RecordError, RunError
+from nmoe.records import condition
 from nmoe.records.attempts import Attempt, Attempts, History, check_newest
+from nmoe.records.goodput import production
+from nmoe.records.launches import Launch
 from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat, Progress
 from stages.launch import jobset, slurm
-from stages.prod import hosts, launching, preflight
+from stages.prod import hosts, launching, preflight, status
 from stages.prod.attempt import begin, settle, stuck
 from stages.prod.evidence import evidence
 
@@ -181,7 +185,7 @@ def test_attempts_count_and_end(lab, records):
   end = settle(lab.root, run, first)
   assert (end.outcome, end.status) == ("preempted", 75)
   second = begin(lab.root, run, "local")
-  Root(lab.root).prod(run).mkdir(parents=True)
+  Root(lab.root).prod(run).mkdir(parents=True, exist_ok=True)
   Root(lab.root).stop_request(run).touch()
   records.event(run, second, "stop", step=9)
   end = settle(lab.root, run, second)
@@ -216,7 +220,7 @@ def test_a_newer_attempt_fences_an_older_one(lab, records):
   check_newest(lab.root, run, 0)  # a run without attempts
   with pytest.raises(FencedError, match="attempt 1 .* writes no more: attempt 2 has begun on b"):
     check_newest(lab.root, run, first)
-  Root(lab.root).prod(run).mkdir(parents=True)
+  Root(lab.root).prod(run).mkdir(parents=True, exist_ok=True)
   Root(lab.root).stop_request(run).touch()
   end = settle(lab.root, run, first)
   assert (end.outcome, end.status) == ("superseded", 76)
@@ -235,7 +239,7 @@ def test_another_host_s_fresh_heartbeat_keeps_a_launch_out(lab):
   """Even where its lock does not: locks of some filesystems hold for one host only."""
   run = lab.record()
   folder = Root(lab.root).prod(run)
-  folder.mkdir(parents=True)
+  folder.mkdir(parents=True, exist_ok=True)
   entry = Entry(1, 9, 2.0, 3.0, 4.0)
   number = begin(lab.root, run, "local", nodes=["elsewhere"])
   for age, ours, refused in ((1.0, False, True), (60.0, False, False), (1.0, True, False)):
@@ -331,14 +335,127 @@ def test_a_hang_ends_with_the_stacks():
   assert "the_line_that_hangs" in done.stderr and "Timeout" in done.stderr
 
 
+def condition_of(lab, run: str, age_s: float | None = None, state: str = "stepping", **said):
+  """(status, code for a monitor that finds 30 s too long) of a run whose heartbeat is so old."""
+  if age_s is not None:
+    path = Root(lab.root).heartbeat(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beat = Heartbeat(Entry(3, 9, 2.0, 1.0, 1.0), time.time() - age_s, "a", 1, 1, state)
+    beat._replace(**said).write(path)
+  found = production(lab.root, run)
+  return condition.status(found), condition.health(found, 30.0)
+
+
 def test_health(lab, records):
+  """Of what runs, a heartbeat that is older than it may be; a save may take longer than a step."""
   run = lab.record()
-  found = {}
-  for state in ("running", "failed", "completed"):
-    records.update_run(run, status=state)
-    at = records.run(run)
-    found[state] = [launching.health(at, age, 30.0) for age in (1.0, 60.0, float("inf"))]
-  assert found == {"running": [0, 2, 1], "failed": [2, 2, 2], "completed": [0, 0, 0]}
+  assert condition_of(lab, run) == ("interrupted", condition.UNKNOWN)
+  records.claim(run)
+  assert condition_of(lab, run) == ("running", condition.UNKNOWN)  # no sign yet
+  assert condition_of(lab, run, 1.0) == ("running", condition.HEALTHY)
+  assert condition_of(lab, run, 60.0) == ("running", condition.SICK)
+  assert condition_of(lab, run, 60.0, "saving", limit_s=90.0) == ("running", condition.HEALTHY)
+  assert condition_of(lab, run, 99.0, "saving", limit_s=90.0) == ("running", condition.SICK)
+  records.update_run(run, status="failed")
+  assert condition_of(lab, run, 1.0) == ("failed", condition.SICK)
+  records.update_run(run, status="completed")
+  assert condition_of(lab, run, 99.0) == ("completed", condition.HEALTHY)
+
+
+@pytest.mark.faults
+def test_ranks_that_are_replaced_are_no_failure(lab, records):
+  """As long as the launch lives and takes no longer than ranks may take to start; for all readers.
+  Whatever the ranks that were lost wrote into the record.
+  """
+  run = lab.record()
+  number = begin(lab.root, run, "local")
+  assert condition_of(lab, run) == ("starting", condition.HEALTHY)
+  records.update_run(run, status="failed", error="another rank stopped")
+  begun = Launch.read(lab.root, run)
+  lost = begun._replace(lost=time.time() - 7, restarts=2)
+  lost.write(lab.root, run)
+  assert condition_of(lab, run, 60.0) == ("restarting", condition.HEALTHY)
+  assert re.search(r"attempt 1, restart 2, since ..:..:.. UTC, 7 s", told_of(lab, run))
+  with closing(Reader(lab.root)) as reader:
+    assert [one.status for one in reader.runs(reader.run(run).experiment_id)] == ["restarting"]
+  launching.stop(run, lab.root, Console(file=io.StringIO()))  # it can be told to leave
+  lost._replace(lost=time.time() - 1801).write(lab.root, run)
+  assert condition_of(lab, run) == ("restarting", condition.SICK)
+  dead = subprocess.Popen(["true"])
+  dead.wait()
+  lost._replace(pid=dead.pid).write(lab.root, run)
+  assert condition_of(lab, run) == ("failed", condition.SICK)
+  lost._replace(host="elsewhere", time=time.time() - 20).write(lab.root, run)
+  assert condition_of(lab, run) == ("restarting", condition.HEALTHY)
+  lost._replace(host="elsewhere", time=time.time() - 40).write(lab.root, run)
+  assert condition_of(lab, run) == ("failed", condition.SICK)
+  lost.write(lab.root, run)
+  records.claim(run)  # the new ranks are there, and load
+  assert condition_of(lab, run, 60.0, "loading") == ("restarting", condition.HEALTHY)
+  assert condition_of(lab, run, 1.0) == ("running", condition.HEALTHY)
+  records.update_run(run, status="failed")
+  Root(lab.root).stop_request(run).unlink()
+  settle(lab.root, run, number)
+  assert condition_of(lab, run) == ("failed", condition.SICK)
+
+
+def test_what_a_scheduler_begins_again_is_not_failed(lab, records):
+  """Nobody can tell when; but for a full disk, which is not free again by itself."""
+  run = lab.record()
+  number = begin(lab.root, run, "slurm", nodes=["a"])
+  assert condition_of(lab, run) == ("starting", condition.HEALTHY)  # its agent is to come
+  records.update_run(run, status="failed")
+  settle(lab.root, run, number)
+  assert condition_of(lab, run) == ("crashed", condition.UNKNOWN)
+  assert "the next attempt is slurm's to begin" in told_of(lab, run)
+  number = begin(lab.root, run, "slurm", nodes=["a"])
+  assert condition_of(lab, run) == ("restarting", condition.HEALTHY)
+  records.event(run, number, "disk full", detail={"error": "No space left"})
+  settle(lab.root, run, number)
+  assert condition_of(lab, run) == ("failed", condition.SICK)
+
+
+def told_of(lab, run: str) -> str:
+  """What `nmoe prod status` prints."""
+  out = io.StringIO()
+  status.status(run, lab.root, Console(file=out, width=200))
+  return out.getvalue()
+
+
+def test_a_stop_is_heard_while_ranks_fail(lab, records):
+  """The request would go with the next attempt's begin."""
+  run = lab.record()
+  number = begin(lab.root, run, "local")
+  records.update_run(run, status="failed", error="planted")
+  launching.stop(run, lab.root, Console(file=io.StringIO()))
+  end = settle(lab.root, run, number)
+  assert (end.outcome, end.status) == ("stopped", 0) and "planted" in end.why
+
+
+def test_events_are_told_in_words(lab, records):
+  """No mark of Python's is in them."""
+  run = lab.record()
+  number = begin(lab.root, run, "local")
+  startup = {"imports": 3.0, "kernels": 0.5, "ranks_and_data": 1.25, "model": 0.25}
+  detail = {"startup": startup, "reached": 7, "reached_at": 0.0, "post_mortem": "/r/p.json"}
+  more = {"suspect": 1, "why": "it ended without a word"}
+  records.started(run, number, 0, "a", detail={"startup": startup})
+  records.started(run, number, 6, "a", detail=detail | more)
+  records.event(run, 0, "override", detail={"reason": "a test", "without": {"check-ep": "none"}})
+  records.event(run, number, "rewind", step=9, detail={"to": 6, "samples": [3, 5]})
+  records.event(run, number, "hardware", step=9, rank=1, detail={"values": [["0x1p+0"]]})
+  told = told_of(lab, run)
+  lines = [line.partition(" UTC, ")[2] for line in told.splitlines() if " UTC, attempt " in line]
+  assert lines == [
+    "attempt 1, step 0: launch: trains after 5.0 s (imports 3.0 s, kernels 0.5 s, "
+    "ranks and data 1.2 s, model 0.2 s)",
+    "attempt 1, step 6: restart: trains after 5.0 s (imports 3.0 s, kernels 0.5 s, "
+    "ranks and data 1.2 s, model 0.2 s); those before reached step 7 and were last seen at "
+    "00:00:00; suspect: rank 1; post mortem /r/p.json; it ended without a word",
+    "attempt 0, step 0: override: a test; without check-ep none",
+    "attempt 1, step 9: rewind: to 6; samples 3, 5",
+    "attempt 1, step 9: hardware of rank 1",
+  ]
 
 
 def said(rank: int, **other):

@@ -21,7 +21,7 @@ from nmoe.records.goodput import production
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Hypothesis
 from nmoe.records.root import Root
-from stages.prod import launching
+from stages.prod import launching, status
 from stages.prod.attempt import begin
 from stages.prod.plan import plan, show
 
@@ -90,7 +90,7 @@ def test_failures_are_those_of_an_earlier_launch(lab):
   values |= {"schedule.decay_tokens": 0, "rdep.group": 1, "train.checkpoint_every": 2}
   one_host = changed(lab.config, values)
   two_hosts = changed(one_host, {"launch.ranks_per_node": 1, "launch.engine": "slurm"})
-  assert "a host fails every 154 days" in plan(one_host, lab.file).mttf.source
+  assert "6.5 failures in 1,000 days of a host" in plan(one_host, lab.file).mttf.source
   with closing(Attempts(lab.root)) as records:
     experiment = records.create("prod", "prod", (Hypothesis("It trains.", "val/bpb", "none", 0.0),))
     run = records.start_run(
@@ -120,7 +120,7 @@ def test_failures_are_those_of_an_earlier_launch(lab):
   assert found.mttf.source == f"3 failures of run {run.id}"
   assert found.interval_s == pytest.approx((2 * 0.2 * 2 * mttf_s) ** 0.5)
   out = io.StringIO()
-  launching.status(run.id, lab.root, Console(file=out, width=200))
+  status.status(run.id, lab.root, Console(file=out, width=200))
   assert "3 failures, one in 0:00:0" in out.getvalue()
   assert "by Young's formula train.checkpoint_every = " in out.getvalue()
 

@@ -20,7 +20,7 @@ export function Production({ id, query, data }) {
   const share = p.total_tokens ? p.tokens / p.total_tokens : null;
   const percent = (v) => (v === null ? "—" : `${(100 * v).toFixed(1)} %`);
   return html`<h1>Production of <span class="mono">${id}</span></h1>
-    <p><${Status} run=${{ ...p, age_s: about?.age_s }} />${p.status === "running" && p.state ? html`<span class="soft"> · ${p.state}</span>` : ""}</p>
+    <p><${Status} run=${{ ...p, age_s: about?.age_s }} />${p.state ? html`<span class="soft"> · ${p.state}</span>` : ""}</p>
     ${p.error && html`<p class="notice bad">${p.error}</p>`}${p.trouble && html`<p class="notice">${p.trouble}</p>`}
     <${Facts} pairs=${[["goodput", percent(p.goodput)], ["ETTR: without the queue", percent(p.ettr)], ["wall time", seconds(p.wall_s)],
       ["attempts", p.attempts.length], ["step", p.step.toLocaleString("en")], ["tokens", short(p.tokens)], ["of the plan", percent(share)],

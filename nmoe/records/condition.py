@@ -1,0 +1,64 @@
+"""What a production run is doing now, and whether somebody is to be woken: one answer for all who
+show it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from nmoe.records.goodput import Account
+from nmoe.records.launches import START_S, Launch
+
+HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `nmoe prod status --check`
+AGAIN = 75  # the exit status of an attempt that is to be queued again
+
+
+def replacing(found: Account) -> Launch | None:
+  """The launch that lives while its run has no ranks, or ranks that do not train yet."""
+  beat, status = found.heartbeat, found.run.status
+  if status == "running" and (beat is None or beat.state not in ("starting", "loading")):
+    return None
+  return found.launch if found.run.live else None
+
+
+def state(found: Account) -> str:
+  """Of a run that is not over, in words: what its ranks do, or since when it has none."""
+  launch, beat = replacing(found), found.heartbeat
+  if launch is not None:
+    which = f"attempt {launch.attempt}" + f", restart {launch.restarts}" * bool(launch.restarts)
+    when = time.strftime("%H:%M:%S", time.gmtime(launch.since))
+    return f"{which}, since {when} UTC, {time.time() - launch.since:,.0f} s ago"
+  if found.run.status == "running" and beat is not None:
+    return beat.state
+  return f"the next attempt is {found.attempts[-1].engine}'s to begin" if queued(found) else ""
+
+
+def status(found: Account) -> str:
+  """The run's, in a word: "restarting" also while new ranks load."""
+  launch = replacing(found)
+  if launch is not None:
+    return launch.status
+  return found.attempts[-1].outcome if queued(found) else found.run.status
+
+
+def health(found: Account, stale_s: float) -> int:
+  """What a monitor is told. A run that is over is healthy, and so is one whose launch replaces its
+  ranks, for START_S. One that failed is sick, and one that is silent for longer than stale_s and
+  than its state may last (Heartbeat.limit_s). Of a stopped or a queued one nobody can tell.
+  """
+  launch, beat, run, now = replacing(found), found.heartbeat, found.run, time.time()
+  if run.status == "completed":
+    return HEALTHY
+  if launch is not None:
+    return HEALTHY if now - launch.since <= START_S else SICK
+  if run.status == "running" and beat is not None:
+    return HEALTHY if now - beat.time <= max(stale_s, beat.limit_s) else SICK
+  return SICK if run.status == "failed" and not queued(found) else UNKNOWN
+
+
+def queued(found: Account) -> bool:
+  """Whether a scheduler is to begin the next attempt: when, it alone knows."""
+  last = found.attempts[-1] if found.attempts else None
+  if last is None or last.engine == "local" or found.run.live or last.exit != AGAIN:
+    return False
+  return last.outcome != "disk full"
