@@ -2,9 +2,9 @@
 the phases and rows of every rank, and who looks at a run of many ranks opens no other.
 
 A rank's score is the time that its optimizer took at its best over the time that it took now: that
-phase waits for nobody. Its best is the least median of LOGS logs in a row, since a single log can be
-wrong. A rank is a straggler whose score stays below SLOW for LOGS logs while most ranks keep theirs
-(NVRx's individual score). What was slow from the start `nmoe prod check` finds.
+phase waits for nobody. Its best is the least median of LOGS logs in a row, since a single log can
+be wrong. A rank is a straggler whose score stays below SLOW for LOGS logs while most ranks keep
+theirs (NVRx's individual score). What was slow from the start `nmoe prod check` finds.
 """
 
 from __future__ import annotations
