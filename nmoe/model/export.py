@@ -130,8 +130,8 @@ def check_room(folder: Path, num_bytes: int) -> None:
   free = shutil.disk_usage(existing(folder)).free
   if num_bytes > free:
     raise CheckpointError(
-      f"{folder} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; make room or "
-      "name another place, then run again"
+      f"{folder} needs {num_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room or name "
+      "another place, then run again"
     )
 
 
@@ -144,7 +144,7 @@ def write_folder(source: Source, folder: Path, shard_bytes: int) -> ShardWriter:
   text = tokenizer.get(source.config.data.tokenizer)
   config = hf_config(source.config, text.eot, source.dtype)
   entries = list(_entries(source))
-  check_room(folder, sum(entry.num_bytes for entry in entries))
+  check_room(folder.parent, sum(entry.num_bytes for entry in entries))
   writer = ShardWriter(folder, entries, shard_bytes)
   for part in source.parts():
     for name, tensor in _named(source, source.read(part)).items():
