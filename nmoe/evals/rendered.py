@@ -14,6 +14,7 @@ import csv
 import json
 import random
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,16 @@ from nmoe.evals.suites import BIGBENCH, CORE
 SHOTS = 10  # of BIG-bench's tasks, as in CORE
 BLOCK = "bigbench/benchmark_tasks/"
 FILES = ("core.yaml", "eval_meta_data.csv", "eval_data")
+BROKEN = (  # what reading a file of other values than ours comes to
+  OSError,
+  EOFError,
+  zlib.error,
+  LookupError,
+  ValueError,
+  TypeError,
+  AttributeError,
+  RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,9 @@ def parted(question: str, delimiter: str, answer: str) -> tuple[str, str]:
 def question_of(
   questions: Sequence[str], delimiter: str, answers: Sequence[str], gold: int
 ) -> Question:
-  """Of as many questions as answers."""
+  """Of as many questions as answers. TypeError for a gold that is no number."""
+  if type(gold) is not int:
+    raise TypeError(f"gold {gold!r:.80} must be a whole number")
   pairs = [parted(q, delimiter, a) for q, a in zip(questions, answers, strict=True)]
   return Question(tuple(c for c, _ in pairs), tuple(a for _, a in pairs), gold)
 
@@ -92,7 +105,7 @@ def read_bigbench(path: Path) -> dict[str, Task]:
           missing.discard(name)
           if not missing:
             break
-  except (OSError, EOFError, KeyError, ValueError, TypeError, tarfile.TarError) as error:
+  except (*BROKEN, tarfile.TarError) as error:
     raise DataError(f"{path} is not the sdist of bigbench 1.0.0 ({error!r})") from error
   if missing:
     raise DataError(f"{path} is not the sdist of bigbench 1.0.0: it has no {min(missing)}")
@@ -131,30 +144,40 @@ def read_bundle(folder: Path) -> dict[str, Task]:
   try:
     listed = yaml.safe_load((folder / FILES[0]).read_text(encoding="utf-8"))["icl_tasks"]
     with (folder / FILES[1]).open(encoding="utf-8", newline="") as stream:
-      chances = {r["Eval Task"]: float(r["Random baseline"]) / 100 for r in csv.DictReader(stream)}
+      chances = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(stream)}
     return {
       f"core_{entry['label']}": _bundled(folder / FILES[2], entry, chances[entry["label"]])
       for entry in listed
       if f"core_{entry['label']}" in CORE
     }
-  except (OSError, KeyError, ValueError, TypeError, yaml.YAMLError) as error:
+  except (*BROKEN, yaml.YAMLError) as error:
     raise DataError(
       f"{folder}: {type(error).__name__}: {error}; fetch DCLM's evaluation bundle again"
     ) from error
 
 
-def _bundled(data: Path, entry: dict[str, Any], chance: float) -> Task:
+def _bundled(data: Path, entry: dict[str, Any], percent: str) -> Task:
   task, path = f"core_{entry['label']}", data / entry["dataset_uri"]
   kind, delimiter = entry["icl_task_type"], entry.get("continuation_delimiter", " ")
   lines = path.read_text(encoding="utf-8").split("\n")
   questions = [_question(kind, delimiter, json.loads(line), path) for line in lines if line.strip()]
-  documents = with_shots(task, questions, int(entry["num_fewshot"][0]))
-  return Task(documents, _primary(questions), chance)
+  if not questions:
+    raise ValueError(f"{path} has no items")
+  match entry["num_fewshot"]:
+    case [int(shots)] if shots >= 0:
+      documents = with_shots(task, questions, shots)
+    case other:
+      raise ValueError(f"task {task}: num_fewshot {other!r:.80} must be one number in a list")
+  if not 0 <= float(percent) < 100:
+    raise ValueError(f"task {task}: a random baseline {percent} is none of 0 to less than 100")
+  return Task(documents, _primary(questions), float(percent) / 100)
 
 
 def _question(kind: str, delimiter: str, item: dict[str, Any], path: Path) -> Question:
   if kind == "multiple_choice":
     choices = item["choices"]
+    if not isinstance(choices, list):
+      raise TypeError(f"{path}: choices {choices!r:.80} must be a list")
     return question_of([item["query"]] * len(choices), delimiter, choices, item["gold"])
   if kind == "schema":
     options = item["context_options"]

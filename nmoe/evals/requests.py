@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,9 @@ from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
 
 FORMAT = 2
+TASK_NAME = re.compile(r"[\w][\w .:+-]{0,99}")  # its file has it too
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which no UTF-8 has
+NAMES = "1 to 100 letters, digits, spaces or any of _.:+-"
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,19 @@ def check(task: str, documents: Sequence[Document]) -> None:
   if len(names) != len(documents):
     raise DataError(f"task {task} has {len(documents)} documents of {len(names)} names")
   for d in documents:
-    if not 0 <= d.gold < len(d.answers) or len(d.answers) != len(d.contexts):
-      raise DataError(f"task {task}, document {d.name}: gold {d.gold} of {len(d.answers)} answers")
+    if len(d.answers) != len(d.contexts):
+      raise DataError(
+        f"task {task}, document {d.name}: {len(d.contexts)} contexts of {len(d.answers)} answers"
+      )
+    if type(d.gold) is not int or not 0 <= d.gold < len(d.answers):
+      raise DataError(
+        f"task {task}, document {d.name}: gold {d.gold!r:.80} of {len(d.answers)} answers"
+      )
+    for text in {*d.contexts, *d.answers}:
+      if not isinstance(text, str) or SURROGATE.search(text):
+        raise DataError(
+          f"task {task}, document {d.name}: {text!r:.80} must be a string without lone surrogates"
+        )
     if not all(d.answers):
       raise DataError(f"task {task}, document {d.name} has an empty answer")
 
@@ -120,7 +135,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   """The manifest of prepared items, which must be what the folder's name says."""
   try:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise DataError(f"{folder}/manifest.json cannot be read ({error}); prepare again") from error
   if digest(manifest) != folder.name:
     raise DataError(f"{folder}/manifest.json was changed: its digest is {digest(manifest)}")
@@ -130,7 +145,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_task(folder: Path, task: str, limit: int) -> list[Document]:
   """The first `limit` documents of a prepared task (0: all), after its hash was checked."""
   path = folder / f"{task}.jsonl"
-  wanted = read_manifest(folder)["tasks"][task]["sha256"]
+  tasks = read_manifest(folder)["tasks"]
+  if task not in tasks:
+    raise DataError(
+      f"{folder}/manifest.json has no task {task}; delete {path}, and run `nmoe prep-evals` on "
+      "your own file"
+    )
+  wanted = tasks[task]["sha256"]
   try:
     data = path.read_bytes()
   except OSError as error:

