@@ -1,5 +1,5 @@
-"""GPU architectures, the environment that their compilers read, and the NVSHMEM that they need.
-Imports neither torch nor a CUDA package.
+"""GPU architectures and the environment that their compilers read. Imports neither torch nor a
+CUDA package.
 
 CuTeDSL and QuACK read their settings once, when they are imported. So a launcher puts
 `environment(...)` into the environment of the process that will import `kernels.cuda`; no other
@@ -24,8 +24,6 @@ ARCHS = {
   "sm_90a": Arch("sm_90a", (9, 0), 132, False),
   "sm_100a": Arch("sm_100a", (10, 0), 148, True),
 }
-
-NVSHMEM = "3.8.0"  # its library, which kernels.cuda.symmetric loads; torch brings an older one
 
 
 def environment(arch: str, cache_root: str | Path) -> dict[str, str]:

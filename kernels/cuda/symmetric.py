@@ -12,11 +12,12 @@ import torch.distributed as dist
 from cuda.core import Device
 from torch import Tensor
 
-from kernels.arch import NVSHMEM
 from kernels.cuda.exchange import Exchange
 from kernels.ops import KernelError, check
 
 __all__ = ["Exchange", "allocate", "release"]
+
+LIBRARY = "3.8.0"  # of NVSHMEM; torch brings an older one
 
 
 def allocate(nbytes: int, group: dist.ProcessGroup) -> list[Tensor]:
@@ -34,8 +35,8 @@ def own_block(nbytes: int, group: dist.ProcessGroup) -> Tensor:
   The first call joins the ranks and binds torch's current CUDA device to this process.
   """
   found = nvshmem.get_version().libnvshmem_version  # loads the library
-  pip = f"pip install --no-deps nvidia-nvshmem-cu13=={NVSHMEM}"
-  check(found == NVSHMEM, f"NVSHMEM {found} is loaded, {NVSHMEM} is needed; run `{pip}`")
+  pip = f"pip install --no-deps nvidia-nvshmem-cu13=={LIBRARY}"
+  check(found == LIBRARY, f"NVSHMEM {found} is loaded, {LIBRARY} is needed; run `{pip}`")
   if nvshmem.init_status() < nvshmem.InitStatus.STATUS_IS_INITIALIZED:
     _join(group)
   mine = nvshmem.tensor((nbytes,), dtype=torch.uint8)

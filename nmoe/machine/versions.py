@@ -3,7 +3,7 @@
 A pre-release counts (4.0.0b36), and a local part (2.13.0+cu130) does not.
 
 NVSHMEM stands here and in no extra: torch's CUDA wheel pins an older one, so that pip would refuse
-to install both. It goes on top, by the line of `pip_line`.
+to install both. It goes on top: `pip install --no-deps nvidia-nvshmem-cu13==3.8.0`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import tomli
 from packaging.requirements import Requirement as Line
 from packaging.specifiers import SpecifierSet
 
-from kernels import arch
-
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-NVSHMEM = f"nvidia-nvshmem-cu13=={arch.NVSHMEM}"  # needed with the extra `cuda`
+NVSHMEM = "nvidia-nvshmem-cu13==3.8.0"  # needed with the extra `cuda`
 
 
 @dataclass(frozen=True)
