@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 import numpy as np
 from chrome import chrome
-from roots import curves, fill
+from roots import curves, fill, start_run
 
 from nmoe.config import file as configs
 from nmoe.records.experiments import Experiments
@@ -45,14 +45,13 @@ def make(root: Path) -> None:
   records = Experiments(root)
   base = configs.load(REPO / "configs/moonlet/cpu.toml", env={})
   step = np.arange(1, STEPS + 1) * 10
-  facts = dict(data_digest="d", commit="", diff="", code_version="c", environment={}, target="cpu")
   for i in range(RUNS // 10):
     claim = Hypothesis(f"Change {i} helps.", "val/bpb", "lower", 0.005)
     experiment = records.create(f"change-{i}", "ablate", [claim])
     for seed, arm in product(range(5), ("baseline", "variant")):
       config = configs.changed(base, {"train.seed": seed, "optim.dense_lr": 1e-3 * (i + 1)})
       toml = configs.to_toml(config)
-      run = records.start_run(experiment.id, arm, seed, toml=toml, fingerprint=arm, **facts).id
+      run = start_run(records, experiment.id, arm, seed, toml=toml, fingerprint=arm).id
       shift = -0.01 * i if arm == "variant" else 0.0
       values = curves(step, seed, shift, LAYERS)
       values["val/bpb"] = values["train/bpb"]

@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 import uvicorn
 from chrome import chrome
-from roots import add_loads, curves, fill
+from roots import add_loads, curves, fill, start_run
 
 from nmoe.config import file as configs
 from nmoe.errors import RecordError
@@ -46,11 +46,9 @@ def make(root: Path) -> list[str]:
   claim = Hypothesis("It endures.", "val/bpb", "none", 0.0)
   experiment = records.create("long", "research", [claim])
   toml = configs.to_toml(configs.load(REPO / "configs/moonlet/cpu.toml", env={}))
-  facts = dict(toml=toml, fingerprint="f", data_digest="d", commit="", diff="", code_version="c")
-  facts |= dict(environment={}, target="cpu")
   ids = []
   for seed in range(RUNS):
-    ids.append(records.start_run(experiment.id, "arm", seed, **facts).id)
+    ids.append(start_run(records, experiment.id, "arm", seed, toml=toml).id)
     fill(root, ids[-1], 0, STEP, curves(STEP, seed, 0.0, LAYERS))
   add_loads(root, ids[-1], STEP[::50], LAYERS, EXPERTS)
   records.close()

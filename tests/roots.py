@@ -3,11 +3,14 @@
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 
+from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics
+from nmoe.records.reader import Run
 from nmoe.records.root import Root
 
 RUN = "20261123-142233-ab12"
@@ -28,6 +31,23 @@ db.execute("BEGIN EXCLUSIVE")
 db.execute("UPDATE runs SET error = hex(randomblob(200000))")
 os.kill(os.getpid(), 9)
 """
+
+
+RECORD = {
+  "toml": "[model]\ndim = 1\n",
+  "fingerprint": "f" * 16,
+  "data_digest": "d",
+  "commit": "",
+  "diff": "",
+  "code_version": "c",
+  "environment": {"torch": "2.13"},
+  "target": "cpu",
+}
+
+
+def start_run(records: Experiments, experiment_id: str, arm: str, seed: int, **facts: Any) -> Run:
+  """A made-up run; of what its record needs, only what matters is told."""
+  return records.start_run(experiment_id, arm, seed, **(RECORD | facts))
 
 
 def tree_hash(folder: Path) -> str:

@@ -19,6 +19,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from roots import RECORD, start_run
 
 from nmoe import files
 from nmoe.errors import RecordError
@@ -36,20 +37,8 @@ HYPOTHESIS = {
 REPO = Path(__file__).resolve().parents[2]
 
 
-RECORD = {
-  "toml": "[model]\ndim = 1\n",
-  "fingerprint": "f" * 16,
-  "data_digest": "d",
-  "commit": "c",
-  "diff": "",
-  "code_version": "v",
-  "environment": {"torch": "2.13"},
-  "target": "cpu",
-}
-
-
 def start(db, experiment_id, seed=0, arm="baseline", **changed):
-  return db.start_run(experiment_id, arm, seed, **(RECORD | changed))
+  return start_run(db, experiment_id, arm, seed, **changed)
 
 
 def child(root, code):

@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from roots import KILLED, RUN, SPILLED, tree_hash, write
+from roots import KILLED, RUN, SPILLED, start_run, tree_hash, write
 
 from nmoe.records import metrics
 from nmoe.records.experiments import Experiments
@@ -44,9 +44,8 @@ def with_runs(root: Path, count: int) -> list[str]:
   with_all = Experiments(root)
   claim = Hypothesis("It learns.", "val/bpb", "lower", 0.0)
   experiment = with_all.create("test", "research", [claim])
-  facts = dict(toml="", fingerprint="f", data_digest="d", commit="", diff="a long diff")
-  facts |= dict(code_version="c", environment={}, target="cpu")
-  ids = [with_all.start_run(experiment.id, "arm", seed, **facts).id for seed in range(count)]
+  told = {"diff": "a long diff"}
+  ids = [start_run(with_all, experiment.id, "arm", seed, **told).id for seed in range(count)]
   with_all.close()
   Experiments(root).close()
   return ids

@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from roots import start_run
 
 from nmoe.errors import RecordError
 from nmoe.records import migrations
@@ -278,10 +279,7 @@ def ask(db: Experiments, claim="c", computation="x", arms=("a",), seeds=(0,), gr
 
 
 def member(db: Experiments, experiment_id: str, arm: str, seed: int) -> None:
-  record = dict.fromkeys(("toml", "fingerprint", "data_digest", "commit", "diff"), "")
-  record |= {"code_version": "v", "environment": {}, "target": "cpu"}
-  run = db.start_run(experiment_id, arm, seed, **record)
-  db.update_run(run.id, status="completed")
+  db.update_run(start_run(db, experiment_id, arm, seed).id, status="completed")
 
 
 @pytest.mark.faults

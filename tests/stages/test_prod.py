@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from labs import write_variant
 from rich.console import Console
+from roots import start_run
 
 from nmoe.config import file as configs
 from nmoe.config.file import changed
@@ -46,19 +47,8 @@ def records(lab):
 def add_run(lab, records, experiment, arm, code="code", **values):
   """A completed run of the lab's configuration with keys replaced."""
   config = changed(lab.config, {key.replace("__", "."): value for key, value in values.items()})
-  run = records.start_run(
-    experiment.id,
-    arm,
-    0,
-    toml=configs.to_toml(config),
-    fingerprint=fingerprint(config, "data"),
-    data_digest="data",
-    code_version=code,
-    commit="",
-    diff="",
-    environment={},
-    target="cpu",
-  )
+  told = {"toml": configs.to_toml(config), "fingerprint": fingerprint(config, "data")}
+  run = start_run(records, experiment.id, arm, 0, **told, data_digest="data", code_version=code)
   records.update_run(run.id, status="completed")
 
 

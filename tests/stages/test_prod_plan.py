@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from roots import start_run
 
 from nmoe.config import file as configs
 from nmoe.config.file import changed
 from nmoe.config.parameters import checkpoint_bytes
-from nmoe.config.sections import fingerprint
 from nmoe.errors import ConfigError
 from nmoe.records import checkpoint
 from nmoe.records.attempts import Attempts
@@ -93,19 +93,7 @@ def test_failures_are_those_of_an_earlier_launch(lab):
   assert "6.5 failures in 1,000 days of a host" in plan(one_host, lab.file).mttf.source
   with closing(Attempts(lab.root)) as records:
     experiment = records.create("prod", "prod", (Hypothesis("It trains.", "val/bpb", "none", 0.0),))
-    run = records.start_run(
-      experiment.id,
-      "production",
-      0,
-      toml=configs.to_toml(two_hosts),
-      fingerprint=fingerprint(two_hosts, "data"),
-      data_digest="data",
-      code_version="code",
-      commit="",
-      diff="",
-      environment={},
-      target="cpu",
-    )
+    run = start_run(records, experiment.id, "production", 0, toml=configs.to_toml(two_hosts))
     number = begin(lab.root, run.id, "slurm", nodes=["a", "b"])
     for step in (0, 0, 4):
       records.started(run.id, number, step, "a")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from drawings import panels, points
 from rich.console import Console
+from roots import RECORD, start_run
 
 from nmoe.config import file as configs
 from nmoe.config.sections import fingerprint
@@ -31,6 +32,13 @@ REPO = Path(__file__).resolve().parents[2]
 BASE = REPO / "configs" / "moonlet" / "cpu.toml"
 STATEMENT = "Muon on attention and dense matrices lowers held-out bits per byte by at least 0.02."
 STEPS, BATCH, LAYERS = 300, 4096, 3
+FACTS = {  # that the page shows
+  "data_digest": "5f0c2d9e8a41",
+  "commit": "4794e4a8c3b1d2e5f60718293a4b5c6d7e8f9012",
+  "diff": "--- a/nmoe/x.py\n+++ b/nmoe/x.py\n-a < b\n+a & b\n",
+  "code_version": "0f1e2d3c4b5a",
+  "environment": {"python": "3.11.7", "torch": "2.13.0", "platform": "Linux-x86_64"},
+}
 
 
 def log_run(root, run, speed, rng):
@@ -78,19 +86,8 @@ def make(
     shared = rng.normal(0, 0.015)
     for i, arm in enumerate(arms):
       config = configs.changed(base, {"train.seed": seed, "optim.matrices": ("adamw", "muon")[i]})
-      run = db.start_run(
-        e.id,
-        arm,
-        seed,
-        toml=configs.to_toml(config),
-        fingerprint=fingerprint(config, "d"),
-        data_digest="5f0c2d9e8a41",
-        commit="4794e4a8c3b1d2e5f60718293a4b5c6d7e8f9012",
-        diff="--- a/nmoe/x.py\n+++ b/nmoe/x.py\n-a < b\n+a & b\n",
-        code_version="0f1e2d3c4b5a",
-        environment={"python": "3.11.7", "torch": "2.13.0", "platform": "Linux-x86_64"},
-        target="cpu",
-      )
+      told = {"toml": configs.to_toml(config), "fingerprint": fingerprint(config, "d")}
+      run = start_run(db, e.id, arm, seed, **told, **FACTS)
       log_run(root, run, 1 + 0.3 * i, rng)
       bpb = 2.31 + shared - effect * i + rng.normal(0, 0.003)
       results = {
@@ -279,8 +276,7 @@ def test_only_the_newest_run_of_a_seed_counts(tmp_path):
   name, _ = make(tmp_path, seeds=1)
   db = Experiments(tmp_path)
   old = next(r for r in db.runs(name) if r.arm == "variant")
-  names = "toml fingerprint data_digest commit diff code_version environment target".split()
-  record = {k: getattr(old, k) for k in names}
+  record = {k: getattr(old, k) for k in RECORD}
   new = db.start_run(name, "variant", 0, **record)
   db.update_run(new.id, status="completed", results={"val/bpb": 1.0})
   assert [r.id for r in gather(tmp_path, name).arms[1].runs] == [new.id]

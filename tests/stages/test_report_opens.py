@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chrome import chrome
-from roots import curves, fill
+from roots import curves, fill, start_run
 
 from nmoe.config import file as configs
 from nmoe.records.experiments import Experiments
@@ -31,11 +31,10 @@ def report(root):
   records = Experiments(root)
   claim = Hypothesis("Ten seeds tell.", "val/bpb", "lower", 0.005)
   experiment = records.create("ten", "ablate", [claim])
-  facts = dict(data_digest="d", commit="", diff="", code_version="c", environment={}, target="cpu")
   for seed, (arm, shift) in product(range(10), (("baseline", 0.0), ("variant", -0.03))):
     keys = {"train.seed": seed, "optim.dense_lr": 1e-3 - shift / 100}
     toml = configs.to_toml(configs.changed(configs.load(BASE, env={}), keys))
-    run = records.start_run(experiment.id, arm, seed, toml=toml, fingerprint=arm, **facts).id
+    run = start_run(records, experiment.id, arm, seed, toml=toml, fingerprint=arm).id
     values = curves(STEP, seed, shift, LAYERS)
     fill(root, run, 0, STEP, values | {"val/bpb": values["train/bpb"]})
     records.update_run(run, status="completed", results={"val/bpb": 1.2 + shift / 3})

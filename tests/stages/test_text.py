@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from labs import write_files
 from rich.console import Console
+from roots import start_run
 
 from nmoe.config import file as configs
 from nmoe.records.experiments import Experiments
@@ -27,9 +28,7 @@ def record(root: Path, text: str, arm: str = "arm") -> str:
   """An experiment in which every string that people or other libraries write is `text`."""
   db = Experiments(root)
   e = db.create(text, "ablate", [Hypothesis(text, "val/bpb", "lower", 0.0)])
-  rest = dict.fromkeys(("toml", "fingerprint", "data_digest", "commit", "diff"), "")
-  rest |= {"code_version": "v", "environment": {"torch": text}, "target": text}
-  run = db.start_run(e.id, arm, 0, **rest)
+  run = start_run(db, e.id, arm, 0, environment={"torch": text}, target=text)
   db.update_run(run.id, status="failed", error=text)
   db.conclude(e.id, "refuted", {"reason": text})
   db.link(e.id, e.id, "refines", text)

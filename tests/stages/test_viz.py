@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import anyio
 import numpy as np
 import pytest
-from roots import KILLED, SPILLED, tree_hash, write
+from roots import KILLED, SPILLED, start_run, tree_hash, write
 from starlette.testclient import TestClient
 
 from nmoe.config import file as configs
@@ -61,10 +61,7 @@ def make(root, seeds=(0, 1, 2), steps=range(1, 41)):
   for arm, seed in product(("baseline", "variant"), seeds):
     shift = -0.1 - 0.01 * seed if arm == "variant" else 0.0
     toml = TOML.format(k=2 if arm == "variant" else 1, seed=seed)
-    facts = dict(fingerprint=arm, data_digest="d", commit="", diff="", code_version="c")
-    run = records.start_run(
-      experiment.id, arm, seed, toml=toml, environment={"torch": "2.13"}, target="cpu", **facts
-    )
+    run = start_run(records, experiment.id, arm, seed, toml=toml, fingerprint=arm)
     writer = Metrics(root, run.id)
     for step in steps:
       values = {"train/loss": 3.0 + seed + shift, "val/bpb": 2.0 / step + shift}
@@ -337,13 +334,10 @@ def test_a_sweep_has_lines_parabolas_and_optima(root, tmp_path):
   ]
   arms = [ArmRecord(f"{p['group']} {p['scale']} {p['log2_rate']:+g}", p, "") for p in points]
   experiment = records.create("lr", "proxy", [claim], arms)
-  facts = dict(fingerprint="f", data_digest="d", commit="", diff="", code_version="c", toml="")
   for arm in arms:
     at = truth[arm.point["group"], arm.point["scale"]]
     for seed in (0, 1):
-      run = records.start_run(
-        experiment.id, arm.name, seed, environment={}, target="cpu", **facts
-      ).id
+      run = start_run(records, experiment.id, arm.name, seed).id
       loss = 3.0 + seed + 0.05 * (arm.point["log2_rate"] - at) ** 2
       records.update_run(run, status="completed", results={"val/loss": loss})
   records.close()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import uvicorn
 from chrome import chrome
-from roots import add_loads, curves, fill, tree_hash
+from roots import add_loads, curves, fill, start_run, tree_hash
 
 from nmoe.config import file as configs
 from nmoe.evals.measure import Items, write_items
@@ -36,12 +36,8 @@ LAYERS, EXPERTS, RANKS = 4, 16, 4
 
 
 def start(records, experiment, arm, seed, base, **keys):
-  config = configs.changed(base, {"train.seed": seed, **keys})
-  facts = dict(fingerprint=arm, data_digest="d", commit="", diff="", code_version="c")
-  toml = configs.to_toml(config)
-  return records.start_run(
-    experiment.id, arm, seed, toml=toml, environment={"torch": "2.13"}, target="cpu", **facts
-  ).id
+  toml = configs.to_toml(configs.changed(base, {"train.seed": seed, **keys}))
+  return start_run(records, experiment.id, arm, seed, toml=toml, fingerprint=arm).id
 
 
 @pytest.fixture(scope="module")
