@@ -170,7 +170,7 @@ class Run:
 
 
 class Counts(NamedTuple):
-  """Of the runs of an experiment. `older` had finished before its hypotheses were written."""
+  """Of the runs of an experiment. `older` had an outcome before its hypotheses were written."""
 
   completed: int
   runs: int
@@ -326,9 +326,10 @@ class Reader:
     """Of every experiment that has runs."""
     rows = self._read(
       """SELECT e.id, count(*) AS runs, sum(r.status = 'completed') AS completed,
-        sum(r.status IN ('completed', 'failed') AND r.updated <= e.created AND e.id != (
-          SELECT o.experiment_id FROM members o WHERE o.run_id = r.id ORDER BY o.rowid LIMIT 1
-        )) AS older
+        sum((r.status = 'completed' OR instr(r.results, '"diverged"')) AND r.updated <= e.created
+          AND e.id != (
+            SELECT o.experiment_id FROM members o WHERE o.run_id = r.id ORDER BY o.rowid LIMIT 1
+          )) AS older
       FROM members m JOIN runs r ON r.id = m.run_id JOIN experiments e ON e.id = m.experiment_id
       GROUP BY e.id"""
     )

@@ -94,7 +94,7 @@ def run(live: Live, seen: Snapshot, run: Run) -> Json:
   )
 
 
-def compare(live: Live, seen: Snapshot, a: Sequence[Run], b: Sequence[Run]) -> Json:
+def compare(live: Live, a: Sequence[Run], b: Sequence[Run]) -> Json:
   """Two groups of runs, paired by seed: results, curves of the difference, configurations."""
   pairs = pairs_of(a, b)
   rows = [row for key in MEASURES if (row := _result(key, a, b, pairs))]

@@ -19,6 +19,7 @@ from stages.viz.answers import Json, plain
 
 SHOWN = 8  # items of a task
 Pair = tuple[Mapping[str, Items], Mapping[str, Items]]
+Version = tuple[Path, int]  # a file, and when it was written: another one may take its place
 
 
 def flips(live: Live, pairs: Sequence[tuple[Run, Run]]) -> Json:
@@ -61,12 +62,12 @@ def _right(items: Items) -> np.ndarray:
 
 
 def _read(path: Path) -> dict[str, Items]:
-  return _read_once(path, path.stat().st_mtime_ns)
+  return _read_once((path, path.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=64)
-def _read_once(path: Path, mtime: int) -> dict[str, Items]:
-  return read_items(path)
+def _read_once(version: Version) -> dict[str, Items]:
+  return read_items(version[0])
 
 
 def _documents(evals: Path, task: str) -> list[Document]:

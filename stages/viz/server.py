@@ -124,7 +124,7 @@ class Server:
 
   def _compare(self, seen: Snapshot, request: Request) -> object:
     a, b = (_runs(seen, request.query_params.get(side, "").split(",")) for side in "ab")
-    return answers.compare(self.live, seen, a, b)
+    return answers.compare(self.live, a, b)
 
   def _flips(self, seen: Snapshot, request: Request) -> object:
     a, b = (_runs(seen, request.query_params.get(side, "").split(",")) for side in "ab")

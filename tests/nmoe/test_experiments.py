@@ -141,6 +141,21 @@ def test_a_run_counts_in_several_experiments(tmp_path):
     db.find_or_start("three-1", "control", run.seed, **RECORD)
 
 
+def test_runs_with_an_outcome_before_the_hypothesis_are_counted_as_older(tmp_path):
+  """A completed and a diverged one; one that failed is tried again, and is none."""
+  db = Experiments(tmp_path)
+  first = db.create("first", **HYPOTHESIS)
+  outcomes = [("completed", {"val/bpb": 1.0}), ("failed", {"diverged": 1}), ("failed", {})]
+  runs = [start(db, first.id, seed) for seed in range(3)]
+  for run, (status, results) in zip(runs, outcomes, strict=True):
+    db.update_run(run.id, status=status, results=results)
+  time.sleep(1.1)  # the records' clock counts whole seconds
+  second = db.create("second", **HYPOTHESIS)
+  for seed in range(3):
+    db.find_or_start(second.id, "baseline", seed, **RECORD)
+  assert db.counts() == {first.id: (1, 3, 0), second.id: (1, 3, 2)}
+
+
 def test_a_live_run_cannot_be_claimed_and_its_owner_is_named(tmp_path):
   db = Experiments(tmp_path)
   run = start(db, db.create("muon", **HYPOTHESIS).id)

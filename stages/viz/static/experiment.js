@@ -74,7 +74,7 @@ function Members({ e, metric, live }) {
       ${failed && html`<td class="wrap soft">${r.error}</td>`}</tr>`))}</tbody></table>`;
 }
 
-const TONES = { supports: "#009e73", refutes: "#d55e00", refines: "#0072b2", repeats: "#7a7a7a" };
+const TONES = { supports: "#009e73", refutes: "#d55e00", refines: "#0072b2", repeats: "#7a7a7a", continues: "#cc79a7" };
 const BOX = { width: 250, height: 46, gapX: 70, gapY: 16 };
 
 // Columns by depth: what an experiment bears on stands to its right.

@@ -7,6 +7,7 @@ import { CurveBar, Facts, Failed, Legend, curveKeys, curveProps, seriesQuery, us
 
 const HEALTH = ["load_max_over_mean", "load_p05", "load_p50", "load_p95", "dead", "entropy", "bias_range"];
 const PIXELS = 500;
+const LEAST_TOP = 2;  // of the layers' scale, × mean: so that a balanced run looks balanced
 
 export const layersOf = (tags) => [...new Set(tags.filter((tag) => /^moe\/\d+\/load_max_over_mean$/.test(tag))
   .map((tag) => +tag.split("/")[1]))].sort((a, b) => a - b);
@@ -31,12 +32,13 @@ function Layers({ id, query, layers, tags, names }) {
   const at = (r, k) => panels[r].curves[0]?.y[k] ?? NaN;
   const last = panels.map((p) => p.curves[0]?.last?.[1] ?? NaN);
   const worst = last.indexOf(Math.max(...last));
+  const top = panels.reduce((most, p) => (p.curves[0]?.y || []).reduce((a, v) => (v > a ? v : a), most), LEAST_TOP);
   return html`<h1>Router of <span class="mono">${id}</span></h1>
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
     <${Facts} pairs=${[["MoE layers", layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
       ["that layer", layers[worst]], ["layer shown below", layer]]} />
-    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", "≥ 4 × mean"]}
-      rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => (v - 1) / 3} stops=${rising()} cell=${18}
+    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", `${short(top, 3)} × mean, in octaves`]}
+      rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => Math.log2(v) / Math.log2(top)} stops=${rising()} cell=${18}
       rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 3)} picked=${layers.indexOf(layer)}
       onPick=${(r) => change({ layer: layers[r] })}
       tip=${(r, k) => `layer ${layers[r]} at ${xText(kind, x[k])}: ${short(at(r, k), 4)}`} />
