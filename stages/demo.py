@@ -2,7 +2,8 @@
 
 `python -m stages.demo ROOT` makes it, or goes on where it was: an ablation that answers questions
 while it trains, a sweep of the learning rate over two widths with its control, and a production run
-of two ranks of which one is killed. About two minutes on two quiet cores.
+that rests on the ablation and of whose two ranks one is killed. About two minutes on two quiet
+cores.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ top_k = 2
 num_shared = 1
 expert_dim = 32
 route_scale = 1.5
-bias_update_rate = 0.01
+bias_update_rate = 0.0
 [data]
 mixture = "mixture.toml"
 tokenizer = "byte"
@@ -100,13 +101,13 @@ threads = 1
 """
 VARIANT = """extends = "base.toml"
 [experiment]
-name = "four-experts"
-statement = "Four experts a token instead of two lower bits per byte by 0.02 or more."
-metric = "val/bpb"
+name = "balance"
+statement = "A bias for each expert keeps the fullest below the baseline's by a mean load or more."
+metric = "load/max_over_mean"
 direction = "lower"
-min_effect = 0.02
+min_effect = 1.0
 [moe]
-top_k = 4
+bias_update_rate = 0.01
 """
 SMALL = """extends = "base.toml"
 [experiment]
@@ -118,6 +119,8 @@ direction = "lower"
 dim = 32
 init_std = 0.1
 num_layers = 3
+[moe]
+bias_update_rate = 0.01
 [optim]
 dense_lr = 8e-3
 router_lr = 8e-3
@@ -154,6 +157,10 @@ PRODUCTION = """extends = "base.toml"
 [experiment]
 name = "production"
 statement = "The model trains to its end though a rank is killed."
+[prod]
+evidence = ["balance"]
+[moe]
+bias_update_rate = 0.01
 [schedule]
 total_tokens = {tokens}
 warmup_tokens = {warmup}

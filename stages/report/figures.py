@@ -22,7 +22,7 @@ from stages.report.drawing import (
 )
 from stages.report.findings import LEGS, Arm
 
-COLORS = ("#8a929c", "#1f5fbf", "#c2571a", "#0b7a5c", "#7a4fb5", "#b3366b")
+COLORS = ("#45494e", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # as in the dashboard
 LOAD_SCALE = ((0.0, "#f4f6f9"), (0.25, "#c5d7ee"), (0.6, "#4f86c9"), (1.0, "#12305e"))
 PHASES = (
   "load",
@@ -37,16 +37,16 @@ PHASES = (
   "checkpoint",
 )
 PHASE_COLORS = (
-  "#c9ced6",
-  "#7fa8dc",
-  "#1f5fbf",
-  "#55b1c9",
-  "#e0a86a",
-  "#12305e",
-  "#a6761d",
-  "#9aa3ae",
-  "#6fb39b",
-  "#b08fd0",
+  "#d3d7dc",
+  "#56b4e9",
+  "#0072b2",
+  "#0c5a44",
+  "#e69f00",
+  "#4e4167",
+  "#bc6616",
+  "#5a4c16",
+  "#009e73",
+  "#cc79a7",
 )
 FLIGHT_SCALE = ((0.0, "#a32626"), (0.35, "#e6b97a"), (0.6, "#f4f6f9"), (1.0, "#1f5fbf"))
 ORANGE = COLORS[2]

@@ -24,11 +24,11 @@ COLOR_OF = {  # a bucket's, as in the dashboard
   "eval": "#009e73",
   "lost steps": "#d55e00",
   "hang wait": "#e69f00",
-  "starting": "#b4bbc4",
-  "compiling": "#8d6e63",
+  "starting": "#d3d7dc",
+  "compiling": "#8a6a3a",
   "loading": "#56b4e9",
-  "queued": "#6a6fb5",
-  "stopped": "#7a7a7a",
+  "queued": "#4e4167",
+  "stopped": "#45494e",
 }
 QUIET = ("launch", "checkpoint", "permanent", "override")  # events that no line marks
 

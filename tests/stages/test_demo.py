@@ -26,7 +26,7 @@ def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_kill
   assert ablation["report"] and ablation["verdict"] == "inconclusive", "of one seed"
   sides = dict(zip("ab", (arm["runs"][0]["id"] for arm in ablation["arms"]), strict=True))
   own = [row[0] for row in ask("compare", **sides)["changes"]["rows"]]
-  assert [key for key in own if not key.startswith("experiment.")] == ["moe.top_k"]
+  assert [key for key in own if not key.startswith("experiment.")] == ["moe.bias_update_rate"]
   flips = ask("flips", **sides)
   assert flips["suite"] == "sentences" and flips["tasks"][0]["documents"] >= 20
   run = ask(f"run/{sides['a']}")
@@ -43,6 +43,8 @@ def test_the_demonstration_has_an_ablation_a_sweep_and_a_run_whose_rank_was_kill
     "completed",
     ["override", "launch", "restart", "permanent"],
   )
+  without = production["events"][0]["detail"]["without"]
+  assert without["balance"].startswith("is inconclusive"), "of one seed; else it would be cited"
   assert len(production["starts"]) == 1 and production["starts"][0]["step"] >= 2
   page = write_report(root, stages["prod"]).read_text(encoding="utf-8")
   seen = goodput.production(root, made)

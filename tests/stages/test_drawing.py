@@ -1,6 +1,9 @@
 """What a report draws, read back from the SVG."""
 
 import math
+import re
+from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nmoe.records.goodput import BUCKETS
-from stages.report import mixtures, sweep
+from stages.report import drawing, mixtures, sweep
 from stages.report.drawing import (
   Band,
   Bars,
@@ -25,7 +28,7 @@ from stages.report.drawing import (
   number,
   ticks,
 )
-from stages.report.figures import FLIGHT_SCALE, LOAD_SCALE, PHASE_COLORS, PHASES
+from stages.report.figures import COLORS, FLIGHT_SCALE, LOAD_SCALE, PHASE_COLORS, PHASES
 from stages.report.production import COLOR_OF
 
 GREYS = ((0.0, "#000000"), (1.0, "#ffffff"))
@@ -142,6 +145,60 @@ def test_what_stands_on_a_colour_can_be_read(stops):
 def test_every_phase_and_bucket_has_a_colour_of_its_own():
   assert len(set(PHASE_COLORS)) == len(PHASE_COLORS) == len(PHASES)
   assert set(COLOR_OF) == set(BUCKETS) and len(set(COLOR_OF.values())) == len(BUCKETS)
+
+
+# Linear sRGB as protanopes and deuteranopes see it (Machado, Oliveira and Fernandes 2009, table 1).
+VISIONS = {
+  "all cones": np.eye(3),
+  "no red ones": [
+    [0.152286, 1.052583, -0.204868],
+    [0.114503, 0.786281, 0.099216],
+    [-0.003882, -0.048116, 1.051998],
+  ],
+  "no green ones": [
+    [0.367322, 0.860646, -0.227968],
+    [0.280085, 0.672501, 0.047413],
+    [-0.011820, 0.042940, 0.968881],
+  ],
+}
+XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750]]
+XYZ += [[0.0193339, 0.1191920, 0.9503041]]  # of linear sRGB, IEC 61966-2-1
+
+
+def _lab(color, vision):
+  """CIE 1976 L*a*b* under D65; two colours a distance of 2.3 apart are just told apart."""
+  parts = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+  linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+  white = np.array(XYZ) @ np.ones(3)
+  x, y, z = np.cbrt(np.array(XYZ) @ np.clip(np.array(vision) @ linear, 0, 1) / white)
+  return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_colours_of_a_plot_are_told_apart_with_every_colour_vision(vision):
+  """Small things need six times the distance at which large ones side by side are told apart."""
+  palettes = {"phases": PHASE_COLORS, "buckets": COLOR_OF.values(), "arms": COLORS}
+  pages = (Path(drawing.__file__).parents[1] / "viz/static/format.js").read_text()
+  palettes |= {
+    theme: re.findall("#[0-9a-f]{6}", of)
+    for theme, of in re.findall(r"(light|dark): \[(.*?)\]", pages)
+  }
+  assert {theme: len(palettes[theme]) for theme in ("light", "dark")} == {"light": 7, "dark": 7}
+  for name, palette in palettes.items():
+    for a, b in combinations(palette, 2):
+      apart = np.linalg.norm(_lab(a, VISIONS[vision]) - _lab(b, VISIONS[vision]))
+      assert apart >= 15, f"{name}: {a} and {b} are {apart:.1f} apart"
+
+
+def test_pages_and_reports_have_the_same_colours():
+  static = Path(drawing.__file__).parents[1] / "viz/static"
+  run, prod = ((static / name).read_text() for name in ("run.js", "prod.js"))
+  (phases,) = re.findall(r"PHASE_COLORS = \[(.*?)\]", run, re.DOTALL)
+  assert re.findall("#[0-9a-f]{6}", phases) == list(PHASE_COLORS)
+  (buckets,) = re.findall(r"BUCKETS = \{(.*?)\}", prod, re.DOTALL)
+  assert {
+    a or b: c for a, b, c in re.findall(r'(?:"([^"]+)"|(\w+)): "(#\w+)"', buckets)
+  } == COLOR_OF
 
 
 def test_what_rules_say_does_not_overlap():

@@ -376,6 +376,17 @@ def test_curves_can_be_means_of_what_is_shown(page, served, made):
     ),
     (
       "format",
+      "[[1, 2.5, null], [0.6331, 0.63312, 0.63314], [12340, 12350, 12360]]"
+      ".map(v => m.ticks(v, m.short))",
+      [["1", "2.5", ""], ["0.6331", "0.63312", "0.63314"], ["12.34k", "12.35k", "12.36k"]],
+    ),
+    (
+      "format",
+      "[3, 4].map(d => m.xText('time', 3725, d))",
+      ["62 min", "1:02:05"],
+    ),
+    (
+      "format",
       "[-0.04, 0.04, -0.06, 0].map(v => m.measure({ factor: 1, format: ',.1f' }, v, true))",
       ["0.0", "0.0", "−0.1", "0"],
     ),

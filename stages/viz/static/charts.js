@@ -1,6 +1,6 @@
 // Lines (uPlot) and maps (a canvas). Both redraw when their data, theme or width change.
 import { html, useEffect, useRef, useState } from "/static/preact-htm.js";
-import { color, dash, label, short, xText } from "/static/format.js";
+import { color, dash, label, short, ticks, whole, xText } from "/static/format.js";
 
 export const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 
@@ -66,7 +66,7 @@ export function apart(curves) {
 
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];  // ticks of what is counted
 
-function axis(size, space, format) {
+function axis(size, space, text) {
   return {
     stroke: ink("--soft"),
     font: "11px ui-sans-serif, system-ui, Arial, sans-serif",
@@ -75,9 +75,12 @@ function axis(size, space, format) {
     gap: 4,
     size,
     space,
-    values: (u, splits) => splits.map((v) => (v === null ? "" : format(v))),
+    values: (u, splits) => ticks(splits, text),
   };
 }
+
+// The width of an axis of values: what most need, or its longest text.
+const wide = (u, texts) => Math.max(52, 7 * Math.max(0, ...(texts || []).map((text) => text.length)) + 8);
 
 function options(props, width, say) {
   const { curves, log, xKind = "tokens", height = TALL(), skip = 0, bands, zero, onZoom, sync } = props;
@@ -96,7 +99,8 @@ function options(props, width, say) {
       x: { time: false, range: (u, a, b) => props.range || (a === b ? [a - 1, b + 1] : [a, b]) },
       y: { distr: log ? 3 : 1, range: (u) => extent(u, props.range, skip, log) },
     },
-    axes: [{ ...axis(24, 64, props.xText || ((v) => xText(xKind, v))), splits: props.splits }, { ...axis(52, 36, (v) => short(v, 3)), ...(props.whole ? { incrs: WHOLE } : {}) }],
+    axes: [{ ...axis(24, 64, props.xText || ((v, digits) => xText(xKind, v, digits))), splits: props.splits },
+      { ...axis(wide, 36, short), ...(props.whole ? { incrs: WHOLE } : {}) }],
     bands,
     series: [{}, ...curves.map((curve, i) => ({
       label: curve.label,
@@ -166,7 +170,7 @@ function nearest(u, curves) {
 // x, curves: [{y, label, color?, dash?, width?, fill?}] on that x; marks: [{x, color?}], upright lines.
 export function Lines(props) {
   const { x, curves, title, xKind = "tokens", height = TALL() } = props;
-  const textOf = props.xText || ((v) => xText(xKind, v));
+  const textOf = props.xText || ((v) => (xKind === "step" ? whole(v) : xText(xKind, v, 5)));
   const ref = useRef(), plot = useRef(null), note = useRef();
   const width = useWidth(ref);
   const theme = useTheme();

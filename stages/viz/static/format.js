@@ -1,9 +1,10 @@
 // Numbers and times as text, and the colours of curves.
 
-// Okabe and Ito's palette, told apart with every kind of colour vision; the last is the baseline's grey.
+// Okabe and Ito's palette, told apart with every kind of colour vision; the last is the baseline's: a grey
+// that is darker, or lighter, than all the others.
 const PALETTES = {
-  light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a7a7a"],
-  dark: ["#56b4e9", "#e6832e", "#2fbf93", "#dd93bd", "#3d8fd1", "#f0c04a", "#a3acb6"],
+  light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#45494e"],
+  dark: ["#56b4e9", "#e6832e", "#2fbf93", "#dd93bd", "#4372d6", "#f2cf63", "#e3e7ec"],
 };
 export const COLORS = [...PALETTES.light];
 export const paint = (theme) => COLORS.splice(0, COLORS.length, ...PALETTES[theme]);
@@ -20,7 +21,7 @@ export function short(x, digits = 4) {
   if (x === 0) return "0";
   const size = Math.abs(x);
   for (const [unit, scale] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
-    if (size >= scale * 0.99995) return trim(x / scale, Math.min(digits, 3)) + unit;
+    if (size >= scale * 0.99995) return trim(x / scale, digits > 4 ? digits : Math.min(digits, 3)) + unit;
   }
   if (size < 1e-3) return x.toExponential(2).replace(/\.?0+e/, "e").replace(/^-/, "−");
   return trim(x, digits);
@@ -43,6 +44,16 @@ export function measure(of, x, sign = false) {
   return (value < 0 ? "−" : sign ? "+" : "") + text;
 }
 
+// The texts of an axis's ticks, with as many digits as tell them apart; text(value, digits).
+export function ticks(values, text) {
+  const known = values.filter((v) => v !== null);
+  let digits = 3;
+  while (digits < 9 && new Set(known.map((v) => text(v, digits))).size < known.length) digits++;
+  return values.map((v) => (v === null ? "" : text(v, digits)));
+}
+
+export const whole = (x) => (finite(x) ? Math.round(x).toLocaleString("en") : "—");
+
 export function seconds(s) {
   if (!finite(s)) return "—";
   if (s < 0.00995) return s === 0 ? "0 s" : s < 0.00001 ? "< 0.01 ms" : `${trim(1000 * s, 2)} ms`;
@@ -54,10 +65,12 @@ export function seconds(s) {
 }
 
 export const when = (iso) => (iso || "").slice(0, 16).replace("T", " ");
-export const at = (unix) => new Date(unix * 1000).toISOString().slice(0, 16).replace("T", " ");
+export const at = (unix) => new Date(unix * 1000).toISOString().slice(0, 19).replace("T", " ");
 
 export const X_NAMES = { tokens: "tokens", step: "steps", time: "time" };
-export const xText = (kind, x, digits) => (kind === "time" ? seconds(x) : short(x, digits));
+// Beyond three digits times are hours, minutes and seconds.
+const clock = (s) => [s / 3600, (s / 60) % 60, s % 60].map((v, i) => String(Math.floor(v)).padStart(i ? 2 : 1, "0")).join(":");
+export const xText = (kind, x, digits) => (kind !== "time" ? short(x, digits) : digits > 3 && x >= 0 ? clock(x) : seconds(x));
 
 export const LABELS = {
   "train/loss": "training loss, nats per token",

@@ -8,7 +8,7 @@ import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, s
 
 const TAGS = ["train/tokens_per_s", "checkpoint/stall_s", "val/bpb", "train/loss", "grad_norm/all", "data/wait_s"];
 const BUCKETS = { stepping: "#0072b2", "save stall": "#cc79a7", eval: "#009e73", "lost steps": "#d55e00", "hang wait": "#e69f00",
-  starting: "#b4bbc4", compiling: "#8d6e63", loading: "#56b4e9", queued: "#6a6fb5", stopped: "#7a7a7a" };
+  starting: "#d3d7dc", compiling: "#8a6a3a", loading: "#56b4e9", queued: "#4e4167", stopped: "#45494e" };
 
 export function Production({ id, query, data }) {
   const state = useLive(id, () => getJson(`/api/prod/${id}`), hits([id]));

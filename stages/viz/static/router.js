@@ -2,7 +2,7 @@
 import { html } from "/static/preact-htm.js";
 import { change, getJson, getExperts, getSeries, hits, search, useLive } from "/static/api.js";
 import { HeatMap, Lines, apart, around, rising } from "/static/charts.js";
-import { color, short, xText } from "/static/format.js";
+import { color, short, whole, xText } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const HEALTH = ["load_max_over_mean", "load_p05", "load_p50", "load_p95", "dead", "entropy", "bias_range"];
@@ -37,7 +37,7 @@ function Layers({ id, query, layers, tags, names }) {
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
     <${Facts} pairs=${[["MoE layers", layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
       ["that layer", layers[worst]], ["layer shown below", layer]]} />
-    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", `${short(top, 3)} × mean, in octaves`]}
+    <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", `${short(top, 3)} × mean, log scale`]}
       rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => Math.log2(v) / Math.log2(top)} stops=${rising()} cell=${18}
       rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 3)} picked=${layers.indexOf(layer)}
       onPick=${(r) => change({ layer: layers[r] })}
@@ -84,7 +84,7 @@ function ExpertMap({ id, layer, kind }) {
   const now = Array.from({ length: experts }, (_, e) => at(e, n - 1));
   const note = kind === "count" ? `dead now: ${dead.length ? dead.join(", ") : "none"}`
     : kind === "bias" ? `now ${short(Math.min(...now), 3)} to ${short(Math.max(...now), 3)}` : "";
-  const tip = (e, k) => `expert ${e} at step ${short(steps[k])}: ${short(at(e, k), 4)} ${unit}${
+  const tip = (e, k) => `expert ${e} at step ${whole(steps[k])}: ${short(at(e, k), 4)} ${unit}${
     kind === "count" ? `, ${short(over(e, k), 3)} × mean` : ""}`;
   return html`<${HeatMap} title=${title} rows=${experts} columns=${n} note=${note} stops=${around()}
     value=${place ? over : at} shade=${(v) => (place ? place(v, 1) : 0.5 + (0.5 * v) / most)}
@@ -104,7 +104,7 @@ function Sources({ id, layer, sources }) {
   const totals = rows.map((row) => row.reduce((a, v) => a + v, 0));
   const step = known[0][1].steps[known[0][1].n - 1];
   const at = (r, e) => (totals[r] ? (rows[r][e] * experts) / totals[r] : NaN);
-  return html`<${HeatMap} title="each source's tokens by expert, over an even share" note=${`sampled at step ${short(step)}`}
+  return html`<${HeatMap} title="each source's tokens by expert, over an even share" note=${`sampled at step ${whole(step)}`}
     rows=${known.length} columns=${experts} value=${at} shade=${(v) => ratio(v, 1)} stops=${around()} cell=${22} scale=${["≤ ¼", "≥ 4 × even"]}
     left=${known.reduce((n, [name]) => Math.max(n, name.length), 0) * 6.5 + 14} rowLabel=${(r) => known[r][0]} columnLabel=${(e) => `${e}`}
     tip=${(r, e) => `${known[r][0]} → expert ${e}: ${short(rows[r][e])} of its ${short(totals[r])} choices, ${short(at(r, e), 3)} × even`} />`;

@@ -2,12 +2,12 @@
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines, apart, smoothed } from "/static/charts.js";
-import { at, color, grey, measure, seconds, short, when } from "/static/format.js";
+import { at, color, grey, measure, seconds, short, when, whole } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
 const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"];
-const PHASE_COLORS = ["#b4bbc4", "#56b4e9", "#0072b2", "#1b9e9e", "#e69f00", "#6a6fb5", "#a6761d", "#8d6e63",
+const PHASE_COLORS = ["#d3d7dc", "#56b4e9", "#0072b2", "#0c5a44", "#e69f00", "#4e4167", "#bc6616", "#5a4c16",
   "#009e73", "#cc79a7"];
 
 // The groups of a run's panels: title and tags, drawn on one axis each.
@@ -85,7 +85,7 @@ function Evaluations({ run }) {
   const plus = (of, m) => (of[m] === undefined ? "—" : html`${short(of[m], 4)}${of[m + "_se"] ? html`<span class="soft"> ± ${short(of[m + "_se"], 2)}</span>` : ""}`);
   return html`<h2>Evaluations</h2><table data-evaluations=${rows.length}><thead><tr><th>task</th><th class="num">step</th><th class="num">accuracy</th>
       <th class="num">bits per byte</th><th>measured</th></tr></thead><tbody>${rows.map(([task, by, step, of]) => html`<tr><td>${task}</td>
-      <td class="num">${short(step, 7)}</td><td class="num">${plus(of, "acc")}</td><td class="num">${plus(of, "bpb")}</td><td class="soft">${by}</td></tr>`)}
+      <td class="num">${whole(step)}</td><td class="num">${plus(of, "acc")}</td><td class="num">${plus(of, "bpb")}</td><td class="soft">${by}</td></tr>`)}
     </tbody></table>`;
 }
 
