@@ -334,7 +334,7 @@ export const around = () => (dark()
   : ["#a84a06", "#eab27e", "#f6f7f9", "#7fa8dc", "#12305e"]);
 
 // A curve of a few pixels, for a table.
-export function Spark({ y, color: stroke }) {
+export function Spark({ y, color: stroke, dash: dashes }) {
   const points = y ? plain(y).map((v, i) => [i, v]).filter(([, v]) => v !== null) : [];
   if (points.length < 2) return html`<svg class="spark" />`;
   const tail = points.slice(Math.floor(points.length * 0.05)).map(([, v]) => v);
@@ -344,5 +344,5 @@ export function Spark({ y, color: stroke }) {
     return `${((i / last) * 78 + 1).toFixed(1)},${(17 - 15 * up).toFixed(1)}`;
   });
   return html`<svg class="spark" viewBox="0 0 80 18"><polyline points=${path.join(" ")}
-    fill="none" stroke=${stroke || "currentColor"} stroke-width="1.2" /></svg>`;
+    fill="none" stroke=${stroke || "currentColor"} stroke-width="1.2" stroke-dasharray=${dashes?.length ? dashes.map((n) => n / 2).join(" ") : undefined} /></svg>`;
 }

@@ -93,7 +93,8 @@ export function comparison(data, chosen) {
 function Table({ data, shown, chosen, toggle, at, query }) {
   const [all, setAll] = useState(false);
   const rows = all ? shown : shown.slice(0, MANY);
-  const colors = runColors(data.runs.filter((r) => chosen.includes(r.id)), query);
+  const selected = data.runs.filter((r) => chosen.includes(r.id));
+  const colors = runColors(selected, query), dashes = runDashes(selected, query);
   const sparks = useSparks(rows);
   const head = (key, text, kind = "") => html`<th class="sort ${kind}"
     aria-sort=${query.sort === key ? "ascending" : query.sort === "-" + key ? "descending" : "none"}
@@ -104,13 +105,13 @@ function Table({ data, shown, chosen, toggle, at, query }) {
     ${head("status", "status")}${COLUMNS.map((key) => head(key, HEADS[key], "num"))}<th>its curve</th></tr></thead>
     <tbody>${rows.map((r, i) => html`<tr key=${r.id} class=${i === at ? "at" : ""}>
       <td><button class="swatch" aria-label=${"select " + r.id} aria-pressed=${chosen.includes(r.id)}
-        style=${{ background: colors[r.id] || "", borderColor: colors[r.id] || "" }}
+        style=${{ background: hatched(colors[r.id], dashes[r.id]), borderColor: colors[r.id] || "" }}
         onClick=${() => toggle(r.id)} /></td>
       <td><${Link} to=${"/run/" + r.id} class="mono" title=${when(r.created)}>${r.id}<//></td>
       <td><${Link} to=${"/experiment/" + r.experiment}>${r.experiment}<//></td>
       <td>${r.arm}</td><td class="num">${r.seed}</td><td><${Status} run=${r} /></td>
       ${COLUMNS.map((key) => html`<td class="num">${measure(data.measures[key], r.results[key])}</td>`)}
-      <td><${Spark} y=${sparks[r.id]} color=${colors[r.id]} /></td></tr>`)}</tbody></table>
+      <td><${Spark} y=${sparks[r.id]} color=${colors[r.id]} dash=${dashes[r.id]} /></td></tr>`)}</tbody></table>
     ${rows.length < shown.length && html`<p class="empty"><button onClick=${() => setAll(true)}>
       show all ${shown.length}</button></p>`}
     ${data.runs.length === 0 && html`<p class="empty">No runs yet: <code>nmoe ablate BASE VARIANT</code> makes some.</p>`}
@@ -122,6 +123,14 @@ export function runColors(runs, query) {
   const pairs = runs.map((r, i) => [r.id, query.by === "run" ? color(i) : arms[`${r.experiment}/${r.arm}`]]);
   return Object.fromEntries(pairs);
 }
+
+function runDashes(runs, query) {
+  const arms = armDashes(runs);
+  return Object.fromEntries(runs.map((r, i) => [r.id, query.by === "run" ? dash(i) : arms[`${r.experiment}/${r.arm}`] || []]));
+}
+
+// A swatch of a dashed curve has stripes.
+const hatched = (tone, dashes) => (!tone ? "" : dashes?.length ? `repeating-linear-gradient(135deg, ${tone} 0 3px, transparent 3px 6px)` : tone);
 
 // The loss of every row in a few points; asked for after the page stands, some runs at a time.
 function useSparks(rows) {
@@ -150,24 +159,22 @@ function Curves({ runs, query, panels }) {
   const ids = runs.map((r) => r.id);
   const asked = { run: ids, tag: tags, px: 600, ...seriesQuery(query) };
   const state = useLive(search(asked), () => (ids.length ? getSeries(asked) : []), hits(ids));
-  const colors = runColors(runs, query);
+  const colors = runColors(runs, query), dashes = runDashes(runs, query);
   const byId = Object.fromEntries(runs.map((r) => [r.id, r]));
   const style = (curve) => {
     const r = byId[curve.run];
-    return r ? { label: `${r.arm} · seed ${r.seed}`, color: colors[r.id], dash: dashes[`${r.experiment}/${r.arm}`] || [] } : { label: curve.run };
+    return r ? { label: `${r.arm} · seed ${r.seed}`, color: colors[r.id], dash: dashes[r.id] } : { label: curve.run };
   };
-  const styleOfRun = (curve) => ({ ...style(curve), dash: dash(ids.indexOf(curve.run)) });
-  const arms = armColors(runs), dashes = armDashes(runs);
   if (!ids.length) return html`<p class="empty">Select runs with <kbd>x</kbd> or a click to see their curves.</p>`;
   return html`<div><${CurveBar} query=${query} means=${true}>
       <button class=${query.by === "run" ? "on" : ""}
         onClick=${() => change({ by: query.by === "run" ? "" : "run" })}>colour by run</button>
       <input class="filter" placeholder="panels: tags, with commas" aria-label="panels" value=${query.tags || ""}
         onChange=${(e) => change({ tags: e.target.value.replace(/\s/g, "") })} /><//>
-    ${query.by !== "run" && html`<${Legend} entries=${legend(arms, dashes)} />`}
+    ${query.by !== "run" && html`<${Legend} entries=${legend(armColors(runs), armDashes(runs))} />`}
     ${state.error && html`<p class="notice bad">${state.error}</p>`}
     <div class="panels" data-ready=${state.data ? "yes" : "no"}>${(state.data || []).map((panel) => html`
-      <${Panel} key=${panel.tag} panel=${panel} style=${query.by === "run" ? styleOfRun : style}
+      <${Panel} key=${panel.tag} panel=${panel} style=${style}
         ...${curveProps(query)} />`)}</div></div>`;
 }
 
