@@ -186,7 +186,8 @@ def undisturbed(folder: Path, steps: int = STEPS, **values: Any) -> dict[str, Te
   """The final state of the same run without agents and faults. values: other keys, "." as "__"."""
   with open_lab(folder) as lab:
     keys = {"launch__ranks": 2, "schedule__batch_tokens": 1024, "train__checkpoint_every": 20}
-    run = lab.record(**keys, schedule__total_tokens=steps * 1024, **values)
+    keys |= {"schedule__total_tokens": steps * 1024} | values
+    run = lab.record(**keys)
     config = configs.loads(lab.run(run).toml, "undisturbed", env={})
     handle = local.run(Launcher(lab.root), Job(run, config))
     assert handle.poll() == 0, handle.tail()

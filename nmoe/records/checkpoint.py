@@ -25,6 +25,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -199,7 +200,7 @@ class Writer:
   raises its failure unless another error is on its way. fence: what may forbid a checkpoint.
 
   Where the disk is full, all but the newest and the permanent ones give way, and it is tried once
-  more; `pruned` has the step and the error.
+  more; `pruned` has the step and the error. finished: told of each write's seconds, in its thread.
   """
 
   def __init__(
@@ -209,9 +210,11 @@ class Writer:
     first_expert: int = 0,
     group: dist.ProcessGroup | None = None,
     fence: Fence | None = None,
+    finished: Callable[[float], None] = lambda _: None,
   ):
     self.folder, self.keep, self.first_expert, self.group = folder, keep, first_expert, group
     self.fence = fence or Fence()
+    self.finished = finished
     self.pruned: list[tuple[int, str]] = []
     self._host: dict[str, Tensor] = {}
     self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -259,6 +262,7 @@ class Writer:
       error.add_note(str(failed))
 
   def _save(self, step: int, meta: dict[str, Any]) -> None:
+    begun = time.monotonic()
     what = (step, self._host, self.first_expert, meta, self.group, self.fence)
     try:
       save(self.folder, *what)
@@ -269,6 +273,7 @@ class Writer:
       self.pruned.append((step, str(error)))
     if not dist.is_initialized() or dist.get_rank() == 0:
       prune(self.folder, self.keep, self.fence.attempt)
+    self.finished(time.monotonic() - begun)
 
   def _made_room(self) -> bool:
     """Whether there was an older checkpoint to delete. Collective."""

@@ -180,6 +180,7 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   if state.step < end.step:
     why = "before an amendment" if session.amends(state.tokens) else ""
     save(session, state, watch, why)
+    session.watchdog.enter("stopping")  # and to write it
     return None
   if begun == end.step and ranks.any(not watch.evaluated(begun)):
     watch.add(state, evaluated(session, state, begun))
@@ -269,6 +270,7 @@ def execute(
       ranks.first_expert,
       ranks.saving,
       checkpoint.Fence(options.attempt, newest),
+      watchdog.saved,
     ),
     evaluations=Evaluations(config, ranks, data, Root(root), run.id),
     meta=meta,

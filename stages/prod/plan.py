@@ -217,8 +217,8 @@ def _time(p: Plan, path: Path) -> list[tuple[str, str, str]]:
     machines,
     ("tokens/s", f"{p.rate.value:,.0f}", p.rate.source),
     ("wall time", _long(p.train_s / share), work),
-    ("device hours", f"{hours * c.launch.ranks / share:,.1f}", f"{share:.2%} of the time trains"),
-    ("failures", f"{p.train_s / p.mttf.value:.2g} in that time", p.mttf.source),
+    ("device hours", _count(hours * c.launch.ranks / share), f"{share:.2%} of the time trains"),
+    ("failures", f"{_count(p.train_s / p.mttf.value)} in that time", p.mttf.source),
   ]
 
 
@@ -254,6 +254,10 @@ def _long(seconds: float) -> str:
     if seconds >= 2 * size:
       return f"{seconds / size:,.3g} {unit}"
   return f"{seconds:.3g} s"
+
+
+def _count(number: float) -> str:
+  return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _size(num_bytes: float) -> str:

@@ -115,7 +115,8 @@ def judged(ranks: Sequence[Mapping[str, Any]], needed: float) -> Iterator[Findin
     f"{', '.join(open_)} took a lock that rank 0 held: file locks do not hold between these hosts; "
     "put run.root on a filesystem where they do (Lustre: mount with -o flock)"
   )
-  yield Finding("a lock keeps others out", "", fault if open_ else "")
+  held = f"{len(ranks) - len(open_)} of {len(ranks)}"
+  yield Finding("a lock keeps others out", held, fault if open_ else "")
   if len(ranks) > 1:
     slowest = min(one["sum_gb_s"] for one in ranks)
     yield Finding("sums of gradients, GB/s", f"{slowest:.3g}")

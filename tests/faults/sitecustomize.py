@@ -4,6 +4,7 @@ crash        no step can be taken
 no sqlite    only rank 0 may open a database
 no locks     file locks keep nobody out, as on a filesystem whose locks hold for one host
 slow PATH    a checkpoint takes 40 s while PATH exists
+stop PATH    rank 1 stops in the middle of a save, when all wait for it, and PATH goes
 says K=V     this host's ranks say V of K when hosts are compared
 halves N     no fault: from N tokens on all rates are half of the schedule's
 no target    this host's ranks find no target
@@ -41,6 +42,17 @@ def slowly(seal):
   return sealed
 
 
+def stopping(save):
+  def stops(*of):
+    if os.environ["RANK"] == "1" and Path(MORE).exists():
+      Path(MORE).unlink()
+      time.sleep(5)  # the others come to their next save, which waits for this one
+      os.kill(os.getpid(), signal.SIGSTOP)
+    return save(*of)
+
+  return stops
+
+
 def saying(facts):
   key, _, value = MORE.partition("=")
   return lambda *of: facts(*of) | {key: value}
@@ -63,6 +75,10 @@ if FAULT == "slow" and OF_RANK:
   from nmoe.records import checkpoint
 
   checkpoint._seal = slowly(checkpoint._seal)
+if FAULT == "stop" and OF_RANK:
+  from nmoe.records import checkpoint
+
+  checkpoint.save = stopping(checkpoint.save)
 if FAULT == "says" and OF_RANK:
   from nmoe.distributed import hosts
 
