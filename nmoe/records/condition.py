@@ -30,6 +30,8 @@ def state(found: Account) -> str:
     return f"{which}, since {when} UTC, {time.time() - launch.since:,.0f} s ago"
   if found.run.status == "running" and beat is not None:
     return beat.state
+  if abandoned(found):
+    return f"attempt {found.attempts[-1].number} is open and nobody keeps it up"
   return f"the next attempt is {found.attempts[-1].engine}'s to begin" if queued(found) else ""
 
 
@@ -44,7 +46,9 @@ def status(found: Account) -> str:
 def health(found: Account, stale_s: float) -> int:
   """What a monitor is told. A run that is over is healthy, and so is one whose launch replaces its
   ranks, for START_S. One that failed is sick, and one that is silent for longer than stale_s and
-  than its state may last (Heartbeat.limit_s). Of a stopped or a queued one nobody can tell.
+  than its state may last (Heartbeat.limit_s), or whose launch is gone: at once on the local engine,
+  for longer than stale_s on another, which may begin the next attempt. Of a stopped or a queued one
+  nobody can tell.
   """
   launch, beat, run, now = replacing(found), found.heartbeat, found.run, time.time()
   if run.status == "completed":
@@ -53,7 +57,16 @@ def health(found: Account, stale_s: float) -> int:
     return HEALTHY if now - launch.since <= START_S else SICK
   if run.status == "running" and beat is not None:
     return HEALTHY if now - beat.time <= max(stale_s, beat.limit_s) else SICK
+  if abandoned(found) and run.status == "interrupted":
+    engine, since = found.attempts[-1].engine, beat.time if beat is not None else 0.0
+    return SICK if engine == "local" or now - since > stale_s else UNKNOWN
   return SICK if run.status == "failed" and not queued(found) else UNKNOWN
+
+
+def abandoned(found: Account) -> bool:
+  """Whether an attempt is under way by the records, and in truth nobody is there."""
+  last = found.attempts[-1] if found.attempts else None
+  return last is not None and not last.outcome and found.run.status in ("interrupted", "failed")
 
 
 def queued(found: Account) -> bool:

@@ -136,6 +136,8 @@ def _kubectl(verb: str, path: Path, *more: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=CREATE_S)
   except FileNotFoundError as error:
     raise RunError(f"{path}: no kubectl here; run it where the cluster can be reached") from error
+  except subprocess.TimeoutExpired as error:
+    raise RunError(f"kubectl did not answer within {CREATE_S} s; is the API server up?") from error
   if done.returncode:
     raise RunError(f"kubectl refused {path}: {done.stderr.strip()}")
   return done.stdout.strip()

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from nmoe import files
 from nmoe.records.attempts import History
 from nmoe.records.root import Root
 
@@ -27,14 +28,22 @@ def deliver(root: Path, run_id: str, command: str) -> int:
   if not command:
     return 0
   told = Root(root).prod(run_id) / "notified"
-  count = int(told.read_text()) if told.exists() else 0
+  count = _delivered(told)
   with closing(History(root)) as records:
     events = records.events(run_id)[count:]
   for number, event in enumerate(events, start=count + 1):
     told.parent.mkdir(parents=True, exist_ok=True)
-    told.write_text(str(number))
+    files.replace(told, str(number))
     _tell(command, json.dumps(asdict(event)))
   return len(events)
+
+
+def _delivered(told: Path) -> int:
+  """How many events the command knows; 0 if the count cannot be read: they are told again."""
+  try:
+    return int(told.read_text())
+  except (FileNotFoundError, ValueError):
+    return 0
 
 
 def _tell(command: str, text: str) -> None:

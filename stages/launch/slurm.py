@@ -79,11 +79,7 @@ def options(config: Config, run_id: str, root: Path) -> list[str]:
 
 def queued(run_id: str) -> str:
   """The ids of a run's jobs in Slurm's queue, "" if it has none. RunError without Slurm."""
-  command = ["squeue", "--noheader", f"--name=nmoe-{run_id}", "--format=%i"]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SUBMIT_S)
-  except FileNotFoundError as error:
-    raise RunError("no squeue here; launch on a host of the cluster") from error
+  done = _asked("squeue", "--noheader", f"--name=nmoe-{run_id}", "--format=%i")
   if done.returncode:
     raise RunError(f"squeue failed: {done.stderr.strip()}; is Slurm's controller up?")
   return " ".join(done.stdout.split())
@@ -91,12 +87,19 @@ def queued(run_id: str) -> str:
 
 def submit(path: Path) -> str:
   """Hand a script to sbatch; the job's id. RunError with what sbatch said."""
-  try:
-    done = subprocess.run(
-      ["sbatch", "--parsable", str(path)], capture_output=True, text=True, timeout=SUBMIT_S
-    )
-  except FileNotFoundError as error:
-    raise RunError(f"{path}: no sbatch here; run it on a host of the cluster") from error
+  done = _asked("sbatch", "--parsable", str(path))
   if done.returncode or not re.match(r"\d+", done.stdout):
     raise RunError(f"sbatch refused {path}: {done.stderr.strip() or done.stdout.strip()}")
   return done.stdout.split(";")[0].strip()
+
+
+def _asked(client: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+  """What a client of Slurm's said. RunError if it is not here, or hangs."""
+  try:
+    return subprocess.run([client, *arguments], capture_output=True, text=True, timeout=SUBMIT_S)
+  except FileNotFoundError as error:
+    raise RunError(f"no {client} here; run this on a host of the cluster") from error
+  except subprocess.TimeoutExpired as error:
+    raise RunError(
+      f"{client} did not answer within {SUBMIT_S} s; is Slurm's controller up? See `scontrol ping`"
+    ) from error

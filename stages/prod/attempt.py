@@ -110,9 +110,9 @@ def status_of(root: Path, run_id: str, number: int, timeout_s: float = 120.0) ->
   deadline = time.monotonic() + timeout_s
   while time.monotonic() < deadline:
     with closing(History(root)) as records:
-      found = next(a for a in records.attempts(run_id) if a.number == number)
-    if found.outcome:
-      return found.exit
+      ended = [a.exit for a in records.attempts(run_id) if a.number == number and a.outcome]
+    if ended:
+      return ended[0]
     time.sleep(1.0)
   return AGAIN
 

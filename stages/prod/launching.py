@@ -22,6 +22,7 @@ from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
 from nmoe.records.heartbeat import Heartbeat
+from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from stages.judge.table import Judgement
@@ -147,8 +148,8 @@ def _show(found: list[Evidence], console: Console) -> None:
 
 @contextmanager
 def _alone(root: Path, run_id: str, stale_s: float) -> Iterator[None]:
-  """Hold the launch of a run; RunError naming who does, if another process has it, or if another
-  host's heartbeat is younger than stale_s.
+  """Hold the launch of a run; RunError naming who does, if another process has it, or if the last
+  sign of another host's ranks or agent is younger than stale_s.
   """
   folder = Root(root).prod(run_id)
   folder.mkdir(parents=True, exist_ok=True)
@@ -158,9 +159,10 @@ def _alone(root: Path, run_id: str, stale_s: float) -> Iterator[None]:
     who = lock.read() or "another process"
     if not free:
       raise launched(root, run_id, who)
-    beat = Heartbeat.read(Root(root).heartbeat(run_id))
-    elsewhere = beat is not None and beat.host != socket.gethostname()
-    if elsewhere and open_attempt(root, run_id) and time.time() - beat.time < stale_s:
+    signs = (Heartbeat.read(Root(root).heartbeat(run_id)), Launch.read(root, run_id))
+    elsewhere = [one.time for one in signs if one and one.host != socket.gethostname()]
+    fresh = time.time() - max(elsewhere, default=0.0) < stale_s
+    if fresh and open_attempt(root, run_id):
       raise launched(root, run_id, who)  # on a filesystem whose locks hold for one host only
     lock.truncate(0)
     lock.write(f"{socket.gethostname()}, pid {os.getpid()}")

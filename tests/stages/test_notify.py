@@ -3,7 +3,10 @@
 import json
 import time
 
+import pytest
+
 from nmoe.records.attempts import Attempts
+from nmoe.records.root import Root
 from stages.launch import notify
 
 
@@ -45,3 +48,18 @@ def test_events_are_told_while_a_host_runs(lab, tmp_path, monkeypatch):
       time.sleep(0.05)
   assert json.loads(told.read_text())["kind"] == "stop"
   records.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("left", ["", "many"])
+def test_a_count_that_a_kill_left_half_written(lab, tmp_path, left):
+  """No event is lost and none ends the run: all are told once more."""
+  run, told = lab.record(), tmp_path / "told"
+  records = Attempts(lab.root)
+  for step in (1, 2):
+    records.event(run, 1, "stop", step=step)
+  records.close()
+  assert notify.deliver(lab.root, run, "true") == 2
+  (Root(lab.root).prod(run) / "notified").write_text(left)
+  assert notify.deliver(lab.root, run, f"cat >> {told}; echo >> {told}") == 2
+  assert len(told.read_text().splitlines()) == 2

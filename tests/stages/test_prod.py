@@ -244,6 +244,35 @@ def test_another_host_s_fresh_heartbeat_keeps_a_launch_out(lab):
         pass
 
 
+@pytest.mark.faults
+def test_a_launch_elsewhere_that_has_no_ranks_keeps_another_out(lab):
+  """While they load, for longer than prod.stale_s, there is no heartbeat; its agent speaks."""
+  run = lab.record()
+  number = begin(lab.root, run, "local", nodes=["elsewhere"])
+  entry, now = Entry(1, 9, 2.0, 3.0, 4.0), time.time()
+  Heartbeat(entry, now - 60, "elsewhere", 7, number).write(Root(lab.root).heartbeat(run))
+  Launch(number, now - 90, now - 4, "elsewhere", 7).write(lab.root, run)
+  with pytest.raises(RunError, match="is launched already"):
+    with launching._alone(lab.root, run, 30.0):
+      pass
+  Launch(number, now - 90, now - 40, "elsewhere", 7).write(lab.root, run)
+  with launching._alone(lab.root, run, 30.0):
+    pass
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ask", [lambda _: slurm.queued("r"), slurm.submit, jobset.over])
+def test_a_client_that_does_not_answer_is_an_error(tmp_path, monkeypatch, ask):
+  """A scheduler that hangs: one clear error, and no traceback."""
+
+  def late(command, **_):
+    raise subprocess.TimeoutExpired(command, 60)
+
+  monkeypatch.setattr(subprocess, "run", late)
+  with pytest.raises(RunError, match="did not answer within 60 s"):
+    ask(tmp_path / "job")
+
+
 def test_a_host_is_reached_by_its_end_of_the_way_to_the_head():
   assert hosts.address("") == hosts.address("127.0.0.1:29400") == "127.0.0.1"
   with pytest.raises(RunError, match="the first host cannot be reached"):
@@ -387,6 +416,23 @@ def test_ranks_that_are_replaced_are_no_failure(lab, records):
   Root(lab.root).stop_request(run).unlink()
   settle(lab.root, run, number)
   assert condition_of(lab, run) == ("failed", condition.SICK)
+
+
+@pytest.mark.faults
+def test_a_launch_that_is_gone_wakes_somebody(lab, records):
+  """Nobody begins the next attempt of a killed command; a scheduler may, of a lost host."""
+  run, dead = lab.record(), subprocess.Popen(["true"])
+  dead.wait()
+  for engine, codes in (("local", (2, 2)), ("slurm", (1, 2))):
+    number = begin(lab.root, run, engine, nodes=["a"])
+    records.update_run(run, status="interrupted")
+    said = Launch.read(lab.root, run)
+    for age_s, code in zip((20.0, 40.0), codes, strict=True):
+      now = time.time() - age_s
+      host = socket.gethostname() if engine == "local" else "elsewhere"
+      said._replace(pid=dead.pid, host=host, time=now - 30).write(lab.root, run)
+      assert condition_of(lab, run, age_s, attempt=number) == ("interrupted", code), engine
+  assert "attempt 2 is open and nobody keeps it up" in told_of(lab, run)
 
 
 def test_what_a_scheduler_begins_again_is_not_failed(lab, records):
