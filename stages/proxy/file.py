@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nmoe.config import file as configs
-from nmoe.config.sections import Config
+from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError
 from nmoe.tables import nearest, parsed, ranged, read, typed
 from stages.judge.transfer import Limits
@@ -52,9 +52,16 @@ AXES: dict[str, tuple[str, ...]] = {  # the keys that a factor multiplies
   "sparsity": ("moe.num_experts",),
 }
 CONTROLS = {"off": "none", "embed_only": "embed-only"}  # -> scaling.rule
+NOT_SCALES = {  # keys that a scale cannot have, and why
+  "train.seed": "every scale runs at the sweep's seeds",
+  "data.mixture": "all scales read the base's text",
+  "data.tokenizer": "all scales read the base's text",
+}
 GROUPS = ("dense_lr", "router_lr", "expert_lr", "embed_lr")
 HEADS = ("model.qk_nope_dim", "model.qk_rope_dim", "model.v_dim")
 MAX_FACTOR = 1_000_000
+MAX_COORDS = 64  # a factor of the coordinate check, which builds the model
+MAX_REACH = 64.0  # octaves of a grid to either side
 MIN_DECAY_STEPS = 20  # fewer, and a decay that is a share of the run is none
 
 
@@ -184,6 +191,14 @@ def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
     raise ConfigError(
       f"{path}: sweep.points = {sweep.points} gives no parabola; set 3 at least, 6 is usual"
     )
+  for key in ("step", "router_step"):
+    reach = (sweep.points // 2 + sweep.extend) * math.log2(max(getattr(sweep, key), 1))
+    if reach > MAX_REACH:
+      raise ConfigError(
+        f"{path}: sweep.{key} = {getattr(sweep, key):g} with {sweep.points} points and "
+        f"{sweep.extend} beyond takes rates to 2^{reach:.0f} times the base's; at most "
+        f"2^{MAX_REACH:g}: lower one of them"
+      )
   if "joint" not in sweep.vary:
     raise ConfigError(
       f"{path}: sweep.vary = {list(sweep.vary)} lacks 'joint', which all else needs"
@@ -208,11 +223,11 @@ def _check_scales(path: Path, scales: list[ScalePlan]) -> None:
   names = [scale.name for scale in scales]
   if len(set(names)) < len(names):
     raise ConfigError(f"{path}: two scales are both {names[-1]!r}; each needs its own factor")
-  ruled = scales[0].config
+  first = scales[0].config
   for before, scale in itertools.pairwise(scales):
-    if scale.config == ruled:
+    if fingerprint(scale.config) == fingerprint(first):
       raise ConfigError(f"{path}: scale {scale.name!r} is the base itself; choose another factor")
-    along = scale.axes == before.axes or before is scales[0]
+    along = scale.axes == before.axes or before.config is first
     if along and scale.axes and abs(math.log(scale.ratio)) <= abs(math.log(before.ratio)):
       raise ConfigError(
         f"{path}: scale {scale.name!r} comes after {before.name!r}; write scales from the one next "
@@ -231,9 +246,9 @@ def check_told(path: Path, section: str, keys: Any) -> None:
 def _check_coords(path: Path, coords: CoordsKeys) -> None:
   for key in ("widths", "depths"):
     factors = getattr(coords, key)
-    if not factors or min(factors) < 1:
+    if not factors or min(factors) < 1 or max(factors) > MAX_COORDS:
       raise ConfigError(
-        f"{path}: coords.{key} = {list(factors)} must have factors on the base, 1 or more"
+        f"{path}: coords.{key} = {list(factors)} must have factors on the base, 1 to {MAX_COORDS}"
       )
     if len(set(factors)) < 2:
       raise ConfigError(
@@ -282,6 +297,8 @@ def scaled(where: str, entry: Mapping[str, Any], base: Config) -> ScalePlan:
           f"{where}: {key} = {value!r} must be a positive factor on the base, at most {MAX_FACTOR}"
         )
       values |= {name: _times(where, key, base, name, value) for name in AXES[key]}
+    elif key in NOT_SCALES:
+      raise ConfigError(f"{where}: {key} = {value!r}: {NOT_SCALES[key]}; drop it")
     elif key.partition(".")[0] in known and "." in key:
       values[key] = value
     else:

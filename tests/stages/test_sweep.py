@@ -98,9 +98,9 @@ def test_scales_expand_the_base(write):
   assert (m.dim, m.num_heads, m.kv_lora_rank, m.dense_dim) == (64, 4, 32, 128)
   assert (large.name, large.ratio, large.config.moe.expert_dim) == ("width2", 2.0, 64)
   assert large.config.scaling.base_dim == base.config.model.dim == 32
-  text = SWEEP.replace("width = 2", 'depth = 2\ntokens = 4\nbatch = 2\n"train.seed" = 5')
+  text = SWEEP.replace("width = 2", 'depth = 2\ntokens = 4\nbatch = 2\n"moe.num_shared" = 2')
   config = load_sweep(write(text)).scales[1].config
-  assert config.model.num_layers == 4 and config.train.seed == 5
+  assert config.model.num_layers == 4 and config.moe.num_shared == 2
   s = config.schedule
   assert (s.batch_tokens, s.total_tokens, s.warmup_tokens, s.decay_tokens) == (
     256,
@@ -389,6 +389,14 @@ def test_what_may_stand_behind_a_shift_is_said():
     (
       ("width = 2", "width = 4\n[[scale]]\nwidth = 2"),
       "scale 'width2' comes after 'width4'; write",
+    ),
+    (("width = 2", '"train.log_every" = 7'), "log_every7' is the base itself"),
+    (("width = 2", '"train.seed" = 7'), "train.seed = 7: every scale runs at the sweep's seeds"),
+    (("width = 2", '"data.mixture" = "m"'), "data.mixture = 'm': all scales read the base's text"),
+    (("points = 3", "points = 900\nstep = 1000.0"), r"takes rates to 2\^4495 times the base's"),
+    (
+      ("[budget]", "[coords]\ndepths = [1, 9999]\n[budget]"),
+      r"depths = \[1, 9999\] must have .* 64",
     ),
     (("width = 2", "width = 1"), "scale 'width1' is the base itself"),
     (("[budget]", "[coords]\nwidths = [2]\n[budget]"), r"coords.widths = \[2\] has no slope; give"),
