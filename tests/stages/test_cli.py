@@ -77,7 +77,7 @@ def test_a_current_folder_that_is_gone(tmp_path, lab):
     (("plan", "a.toml"), 1, "error: a.toml is of the current folder, which"),
     (("experiments", "list", "--root", str(lab.root)), 0, ""),
   ):
-    command = [sys.executable, "-c", start, *more]
+    command = [sys.executable, "-P", "-c", start, *more]  # a script has no "" on its path either
     done = subprocess.run(
       command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": here}
     )
