@@ -14,19 +14,13 @@ from nmoe.records import manifests
 from nmoe.records.root import Root
 from nmoe.train import loop as train
 from nmoe.train.progress import Entry
-from stages import cli, research, runs
+from stages import cli, research
 from stages.launch.display import Display
 from stages.report.details import commands
 from stages.report.findings import gather
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_page")]
 LONGER = "[schedule]\ntotal_tokens = 10240\ndecay_tokens = 2048\n"  # 20 steps
-
-
-@pytest.fixture(autouse=True)
-def no_page(lab, monkeypatch):
-  page = lab.root / "reports" / "index.html"
-  monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
 
 
 @pytest.fixture

@@ -17,11 +17,7 @@ from nmoe.records.root import Root
 from nmoe.train import loop as train
 from stages import research, runs, workbench
 
-
-@pytest.fixture(autouse=True)
-def no_page(lab, monkeypatch):
-  page = lab.root / "reports" / "index.html"
-  monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 def call(lab: Lab, seeds: int | None = None) -> str:

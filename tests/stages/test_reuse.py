@@ -9,7 +9,7 @@ from rich.console import Console
 
 from stages import ablate, runs
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_page")]
 VARIANT = """
 [experiment]
 name = "tiny-muon"
@@ -25,12 +25,6 @@ decay_tokens = 0
 [train]
 checkpoint_every = 0
 """
-
-
-@pytest.fixture(autouse=True)
-def quick(lab, monkeypatch):
-  page = lab.root / "reports" / "index.html"
-  monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
 
 
 def call(lab: Lab, word: str, metric: str) -> str:

@@ -11,7 +11,6 @@ from nmoe.config.file import changed
 from nmoe.errors import DataError, RunError
 from nmoe.records.reader import Hypothesis
 from nmoe.train import loop
-from stages import runs
 from stages.judge.table import Judgement, Table
 from stages.runs import Work
 from stages.study import Study, carry_out
@@ -21,7 +20,7 @@ CLAIM = Hypothesis("A larger rate is better.", "val/bpb", "lower", 0.0)
 
 
 @pytest.fixture(autouse=True)
-def quick(lab, monkeypatch):
+def quick(lab, no_page):
   """Runs of two steps, and a report that costs nothing."""
   lab.config = changed(
     lab.config,
@@ -32,8 +31,6 @@ def quick(lab, monkeypatch):
       "train.checkpoint_every": 0,
     },
   )
-  page = lab.root / "reports" / "index.html"
-  monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
 
 
 def arm(lab: Lab, rate: float) -> Arm:
