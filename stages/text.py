@@ -9,6 +9,8 @@ from rich.text import Text
 # C0 and C1 controls but tab and newline, and what turns the direction of the text around it.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
 
 def visible(text: str) -> str:
   """A control character is written as its number, such as \\x1b."""
@@ -23,3 +25,9 @@ def plain(value: object, style: str = "") -> Text:
 def counted(number: int, what: str) -> str:
   """ "1 host", "2 hosts": a number of things whose name takes an s."""
   return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def rounded(number: float, unit: str = "") -> str:
+  """Three digits with a prefix of thousands: "1.23 M", "4.5 GB"."""
+  found = next((p for p in PREFIXES if number >= p[1]), ("", 1.0))
+  return f"{number / found[1]:.3g} {found[0]}{unit}".rstrip()

@@ -19,7 +19,7 @@ from nmoe.records import goodput
 from nmoe.records.live import Live, Logged, Snapshot
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Run
-from stages.text import plain, visible
+from stages.text import plain, rounded, visible
 from stages.viz.answers import leaves
 from stages.viz.ranks import latest
 
@@ -153,7 +153,7 @@ def _progress(run: Run, logged: dict[str, Logged], wide: int) -> Table:
   total = dict(leaves(run.toml)).get("schedule.total_tokens", tokens)
   row = Table.grid(padding=(0, 2))
   left = "" if "train/tokens_per_s" not in logged else _left(logged, total - tokens)
-  done = f"step {step:,}, {human(tokens)} of {human(total)} tokens"
+  done = f"step {step:,}, {rounded(tokens)} of {rounded(total)} tokens"
   row.add_row(ProgressBar(total=total, completed=tokens, width=wide), done, left)
   return row
 
@@ -161,14 +161,6 @@ def _progress(run: Run, logged: dict[str, Logged], wide: int) -> Table:
 def _left(logged: dict[str, Logged], tokens: int) -> str:
   rate = float(np.median(logged["train/tokens_per_s"].value[-20:]))
   return f"{timedelta(seconds=round(tokens / rate))} left" if tokens > 0 and rate > 0 else ""
-
-
-def human(count: float) -> str:
-  """Three digits and a unit: 1.23 M."""
-  for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-    if count >= size:
-      return f"{count / size:.3g} {unit}"
-  return f"{count:.3g}"
 
 
 def _figures(logged: dict[str, Logged], wide: int, most: int) -> Table:

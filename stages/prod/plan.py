@@ -28,7 +28,7 @@ from nmoe.records.provenance import code_version
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
 from stages.prod.evidence import Evidence, evidence
-from stages.text import counted, plain
+from stages.text import counted, plain, rounded
 
 HOST_FAILURES = 6.5e-3 / 86400  # of a host, each second
 MFU = 0.3  # assumed where nothing was measured
@@ -238,9 +238,9 @@ def _saving(p: Plan) -> list[tuple[str, str, str]]:
   keep = p.config.train.keep_checkpoints
   return [
     *rows,
-    ("a checkpoint", _size(p.checkpoint_bytes), "weights, masters, moments"),
-    ("storage rate", f"{_size(p.storage_rate)}/s", "a write ends in half the best interval"),
-    ("storage", _size(parameters.kept_bytes(p.config)), f"{keep} kept, one being written"),
+    ("a checkpoint", rounded(p.checkpoint_bytes, "B"), "weights, masters, moments"),
+    ("storage rate", rounded(p.storage_rate, "B/s"), "a write ends in half the best interval"),
+    ("storage", rounded(parameters.kept_bytes(p.config), "B"), f"{keep} kept, one being written"),
   ]
 
 
@@ -258,10 +258,3 @@ def _long(seconds: float) -> str:
 
 def _count(number: float) -> str:
   return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
-
-
-def _size(num_bytes: float) -> str:
-  for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-    if num_bytes >= size:
-      return f"{num_bytes / size:.3g} {unit}"
-  return f"{num_bytes:.0f} B"
