@@ -86,7 +86,7 @@ class Page:
 
   def press(self, key: str) -> None:
     named = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper()))}
-    text = {} if key in KEYS else {"text": key}
+    text = {"text": "\r"} if key == "Enter" else {} if key in KEYS else {"text": key}
     self.send("Input.dispatchKeyEvent", type="keyDown", **named, **text)
     self.send("Input.dispatchKeyEvent", type="keyUp", **named)
 

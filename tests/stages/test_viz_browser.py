@@ -11,6 +11,7 @@ from contextlib import closing
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
+from urllib.parse import quote
 
 import duckdb
 import numpy as np
@@ -266,7 +267,10 @@ def test_every_page_stands_without_an_error(page, served, made, name):
   ranges = page.ask("[...document.querySelectorAll('.panel[data-y]')].map(p => p.dataset.y)")
   assert "0,1" not in ranges, "every axis is that of its data"
   assert page.ask("document.title").startswith("nmoe")
-  assert page.ask("document.documentElement.scrollWidth <= innerWidth"), "nothing hangs out"
+  for width in (1280, 800, 480):
+    page.size(width, 1000)
+    page.wait("document.documentElement.scrollWidth <= innerWidth", 3)
+  page.size(1280, 1000)
 
 
 def keep(page, name):
@@ -332,6 +336,33 @@ def test_from_the_runs_to_a_comparison_by_keyboard_alone(page, served, made):
   page.press("h")
   page.wait("location.pathname == '/'")
   assert page.errors == []
+
+
+def test_enter_presses_what_has_the_focus_and_else_opens_the_row(page, served, made):
+  """Headers sort the table by keyboard too."""
+  page.open(f"{served}/?f=rate-1")
+  page.wait("document.querySelectorAll('tbody tr').length == 6")
+  page.ask("[...document.querySelectorAll('button')].find(b => b.innerText == 'none').focus()")
+  page.press("Enter")
+  page.wait("location.search.includes('sel=none')")
+  page.ask("[...document.querySelectorAll('th')].find(h => /seed/.test(h.innerText)).focus()")
+  page.press("Enter")
+  page.wait("location.search.includes('sort=seed')")
+  assert page.ask("location.pathname") == "/"
+  page.ask("document.activeElement.blur()")
+  page.press("Enter")
+  page.wait("location.pathname.startsWith('/run/')")
+
+
+@pytest.mark.parametrize(
+  "words, rows",
+  [("rate-1 seed=1", 2), ("seed=1", 2), ("dense_lr=0.00", 0), ("dense_lr=0.00.*", 27), ("[", 0)],
+)
+def test_a_key_has_the_value_that_a_filter_names(page, served, made, words, rows):
+  """All of it: seed=1 is not seed 10. A pattern may leave it open."""
+  page.open(f"{served}/?f={quote(words)}")
+  page.wait(f"document.body.innerText.includes('{rows} of 27 runs')")
+  assert page.ask("document.querySelectorAll('tbody tr').length") == rows
 
 
 def test_curves_can_be_means_of_what_is_shown(page, served, made):

@@ -205,7 +205,7 @@ export function Lines(props) {
     <figcaption><b>${title}</b><span ref=${note} class="readout" /></figcaption>
     <div ref=${ref} class="plot" style=${{ height: height + "px" }}
       onDblClick=${() => props.onZoom?.(null, null)}>
-      ${x.length === 0 && html`<p class="empty">nothing logged</p>`}</div>
+      ${x.length === 0 && html`<p class="empty">nothing logged${props.range ? " in this range" : ""}</p>`}</div>
   </figure>`;
 }
 

@@ -35,7 +35,8 @@ export function useKeys(keys) {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
       if (typing && event.key === "Escape") event.target.blur();
-      if (typing || !keys[event.key]) return;
+      const pressed = event.key === "Enter" && event.target !== document.body;  // it is the target's
+      if (typing || pressed || !keys[event.key]) return;
       event.preventDefault();
       keys[event.key]();
     };

@@ -11,11 +11,12 @@ const HEADS = { "val/bpb": "val bpb", "train/loss": "loss", "train/tokens_per_s"
   "train/mfu": "MFU %" };
 const MANY = 300; // rows drawn before "show all"
 
-// A word with = looks at the leaves of the configuration (and seed, status, target), as key=value;
-// one without it at names: run, experiment, arm, status, host.
+// A word with = looks at the leaves of the configuration (and seed, status, target), as key=value, all of
+// the value; one without it at names: run, experiment, arm, status, host.
 function wordsOf(text) {
   try {
-    return text.split(/\s+/).filter(Boolean).map((word) => [word.includes("="), new RegExp(word, "im")]);
+    return text.split(/\s+/).filter(Boolean).map((word) => (word.includes("=")
+      ? [true, new RegExp(`(${word})$`, "im")] : [false, new RegExp(word, "im")]));
   } catch {
     return null;
   }
@@ -96,9 +97,10 @@ function Table({ data, shown, chosen, toggle, at, query }) {
   const selected = data.runs.filter((r) => chosen.includes(r.id));
   const colors = runColors(selected, query), dashes = runDashes(selected, query);
   const sparks = useSparks(rows);
-  const head = (key, text, kind = "") => html`<th class="sort ${kind}"
+  const sort = (key) => change({ sort: query.sort === key ? "-" + key : query.sort === "-" + key ? "" : key });
+  const head = (key, text, kind = "") => html`<th class="sort ${kind}" tabindex="0"
     aria-sort=${query.sort === key ? "ascending" : query.sort === "-" + key ? "descending" : "none"}
-    onClick=${() => change({ sort: query.sort === key ? "-" + key : query.sort === "-" + key ? "" : key })}>
+    onClick=${() => sort(key)} onKeyDown=${(event) => event.key === "Enter" && sort(key)}>
     ${text}${query.sort === key ? " ↑" : query.sort === "-" + key ? " ↓" : ""}</th>`;
   return html`<div class="list scroll"><table><thead><tr><th></th>${head("id", "run")}
     ${head("experiment", "experiment")}${head("arm", "arm")}${head("seed", "seed", "num")}
