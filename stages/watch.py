@@ -138,7 +138,7 @@ def _loads(tags: Sequence[str]) -> list[str]:
 
 
 def _head(run: Run, loss: Logged | None) -> Text:
-  age = "" if loss is None else f", {time.time() - loss.time[-1]:,.0f} s since the last line"
+  age = "" if loss is None else f", last line {time.time() - loss.time[-1]:,.0f} s ago"
   tone = {"completed": "green", "failed": "red", "running": "blue"}.get(run.status, "yellow")
   return Text.assemble(
     (run.id, "bold"),

@@ -300,10 +300,15 @@ def test_a_new_line_is_on_the_screen_within_two_seconds(page, served, made):
   page.open(f"{served}/?sel={run}&x=step&tags=train/loss")
   page.wait("document.querySelector('.panel[data-last=\"2000\"] canvas')")
   time.sleep(1.5)
+  spark = f"[...document.querySelectorAll('tr')].find(r => r.innerText.includes('{run}'))"
+  spark += ".querySelector('polyline')?.getAttribute('points')"
+  page.wait(spark)
+  before = page.ask(spark)
   writer = Metrics(root, run)
-  writer.add(2010, 2_010_000, {"train/loss": 3.0})
+  writer.add(2010, 2_010_000, {"train/loss": 9.0})
   writer.flush()
   took = page.wait("document.querySelector('.panel[data-last=\"2010\"]')", 10)
+  page.wait(f"{spark} != {json.dumps(before)}", 5)
   writer.rewind(2000)
   assert took <= 2.0, f"{took:.2f} s"
   page.wait("document.querySelector('.panel[data-last=\"2000\"]')", 10)

@@ -1,6 +1,6 @@
 // All runs: a table to filter and select from, and the curves of what is selected.
 import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.js";
-import { change, getSeries, go, hits, search, useLive } from "/static/api.js";
+import { change, getSeries, go, hits, search, useLive, watch } from "/static/api.js";
 import { Panel, Spark } from "/static/charts.js";
 import { color, dash, measure, when } from "/static/format.js";
 import { Badge, CurveBar, Legend, Link, Status, armColors, armDashes, curveKeys, curveProps, seriesQuery,
@@ -134,10 +134,16 @@ function runDashes(runs, query) {
 // A swatch of a dashed curve has stripes.
 const hatched = (tone, dashes) => (!tone ? "" : dashes?.length ? `repeating-linear-gradient(135deg, ${tone} 0 3px, transparent 3px 6px)` : tone);
 
-// The loss of every row in a few points; asked for after the page stands, some runs at a time.
+// The loss of every row in a few points; asked for after the page stands, some runs at a time, and again
+// when there is more of it.
 function useSparks(rows) {
   const [sparks, setSparks] = useState({});
+  const [changes, setChanges] = useState(0);
   const asked = useRef(new Set());
+  useEffect(() => watch((event) => {
+    const more = event.runs.filter((id) => asked.current.delete(id));
+    if (more.length) setChanges((n) => n + 1);
+  }), []);
   useEffect(() => {
     let gone = false;
     const ask = async () => {
@@ -152,7 +158,7 @@ function useSparks(rows) {
     };
     const timer = setTimeout(() => ask().catch(() => {}), 400);
     return () => { gone = true; clearTimeout(timer); };
-  }, [rows.map((r) => r.id).join()]);
+  }, [rows.map((r) => r.id).join(), changes]);
   return sparks;
 }
 
