@@ -31,8 +31,13 @@ def state(found: Account) -> str:
   if found.run.status == "running" and beat is not None:
     return beat.state
   if abandoned(found):
-    return f"attempt {found.attempts[-1].number} is open and nobody keeps it up"
-  return f"the next attempt is {found.attempts[-1].engine}'s to begin" if queued(found) else ""
+    last = found.attempts[-1]
+    return (
+      f"attempt {last.number} is open and nobody keeps it up; `nmoe prod launch` goes on with it"
+    )
+  if queued(found):
+    return f"the next attempt is {found.attempts[-1].engine}'s to begin"
+  return "" if found.run.status != "interrupted" else "`nmoe prod launch` goes on with it"
 
 
 def status(found: Account) -> str:
@@ -40,7 +45,9 @@ def status(found: Account) -> str:
   launch = replacing(found)
   if launch is not None:
     return launch.status
-  return found.attempts[-1].outcome if queued(found) else found.run.status
+  last = found.attempts[-1] if found.attempts else None
+  left = last is not None and found.run.status == "interrupted" and last.outcome
+  return last.outcome if left or queued(found) else found.run.status
 
 
 def health(found: Account, stale_s: float) -> int:

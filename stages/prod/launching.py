@@ -206,31 +206,42 @@ def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> b
   arguments = ["--root", str(root), "--run", run.id, "--attempt", str(number)]
   arguments += ["--address", "127.0.0.1"]
   command = local.child_command("stages.launch.agent", arguments)
-  told = False
+  told, lost = False, 0
   with ExitStack() as cleanup, local.interruptible():
     cleanup.callback(local.terminate, local.compile_beside(root, config, logs))
     agent = local.spawn(command, hosts.environment(config, root), logs / "agent.txt")
     cleanup.callback(agent.kill)
     while agent.poll() is None:
       try:
-        _follow(root, run.id, number, line)
+        lost = _follow(root, run.id, number, line, lost)
         time.sleep(POLL_S)
       except KeyboardInterrupt:
         if told:
           raise
         agent.terminate()
         told = True
-    _follow(root, run.id, number, line)
+    _follow(root, run.id, number, line, lost)
   return told
 
 
-def _follow(root: Path, run_id: str, number: int, line: Line) -> None:
+def _follow(root: Path, run_id: str, number: int, line: Line, lost: int) -> int:
+  """Show the newest step, and that the ranks were lost, if it was more than `lost` times; how often
+  it was.
+  """
+  launch = Launch.read(root, run_id)
+  if launch is not None and launch.attempt == number and launch.restarts > lost:
+    lost = launch.restarts
+    line.display.say(
+      f"production: attempt {number} lost ranks, {counted(lost, 'time')} so far; "
+      "`nmoe prod status` says which"
+    )
   beat = Heartbeat.read(Root(root).heartbeat(run_id))
   logged = beat is not None and beat.attempt == number and beat.entry.tokens_per_s > 0
   if logged and beat.entry != line.entry:
     line.follow(beat.entry)
   else:
     line.idle()
+  return lost
 
 
 def _restarts(root: Path, run_id: str) -> str:

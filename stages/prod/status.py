@@ -24,7 +24,8 @@ from stages.prod.plan import stall_of, young
 from stages.text import counted
 
 SENTENCES = ("why", "reason", "error")  # details of an event that need no name
-LEFT_OUT = ("values", "startup", "who", "time")  # bits of a bad step, times that `_words` sums up
+# bits of a bad step, and what `_words` sums up
+LEFT_OUT = ("values", "startup", "at_tokens", "key", "value", "who", "time")
 
 
 def status(run_id: str | None, root: Path, console: Console) -> int:
@@ -93,13 +94,16 @@ def words(event: Event) -> str:
 def _words(detail: Mapping[str, Any]) -> str:
   parts = []
   if startup := detail.get("startup"):
-    phases = ", ".join(f"{name.replace('_', ' ')} {s:.1f} s" for name, s in startup.items())
+    long = {name.replace("_", " "): s for name, s in startup.items() if s >= 0.05}
+    phases = ", ".join(f"{name} {s:.1f} s" for name, s in long.items())
     parts.append(f"trains after {sum(startup.values()):.1f} s ({phases})")
   if "reached_at" in detail:
     when = time.strftime("%H:%M:%S", time.gmtime(detail["reached_at"]))
     parts.append(f"those before reached step {detail['reached']} and were last seen at {when}")
   if detail.get("suspect", -1) >= 0:
     parts.append(f"suspect: rank {detail['suspect']}")
+  if "at_tokens" in detail:
+    parts.append(f"{detail['key']} = {detail['value']} from {detail['at_tokens']:,} tokens on")
   done = ("reached", "reached_at", "suspect", *LEFT_OUT)
   for key, value in detail.items():
     text = "" if key in done else _value(value)

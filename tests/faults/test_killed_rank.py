@@ -44,6 +44,7 @@ def test_a_killed_rank(tmp_path, rank):
   assert launch.step == 0 and restart.step >= 20 and restart.step % 20 == 0
   assert restart.detail["suspect"] == rank, restart.detail
   assert "1 attempt, 1 restart within it" in out
+  assert "production: attempt 1 lost ranks, 1 time so far" in out
   (tmp_path / "undisturbed").mkdir()
   wanted = undisturbed(tmp_path / "undisturbed", STEPS)
   assert same_bits(state_of(production.root, production.run_id(), STEPS), wanted)

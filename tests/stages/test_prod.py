@@ -479,6 +479,8 @@ def test_events_are_told_in_words(lab, records):
   records.started(run, number, 6, "a", detail=detail | more)
   records.event(run, 0, "override", detail={"reason": "a test", "without": {"check-ep": "none"}})
   records.event(run, number, "rewind", step=9, detail={"to": 6, "samples": [3, 5]})
+  amended = {"at_tokens": 2048, "key": "optim.beta1", "value": "0.8", "reason": "why not"}
+  records.event(run, number, "amend", detail=amended | {"who": "me@here", "time": 0.0})
   records.event(run, number, "hardware", step=9, rank=1, detail={"values": [["0x1p+0"]]})
   told = told_of(lab, run)
   lines = [line.partition(" UTC, ")[2] for line in told.splitlines() if " UTC, attempt " in line]
@@ -490,6 +492,7 @@ def test_events_are_told_in_words(lab, records):
     "00:00:00; suspect: rank 1; post mortem /r/p.json; it ended without a word",
     "attempt 0, step 0: override: a test; without check-ep none",
     "attempt 1, step 9: rewind: to 6; samples 3, 5",
+    "attempt 1, step 0: amend: optim.beta1 = 0.8 from 2,048 tokens on; why not",
     "attempt 1, step 9: hardware of rank 1",
   ]
 
