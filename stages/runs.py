@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
-from nmoe.errors import RunError
+from nmoe.errors import RecordError, RunError
 from nmoe.evals.suites import ITEMS, items_digest, suite_of
 from nmoe.machine import driver
 from nmoe.records.measures import of_metric
@@ -144,10 +144,13 @@ class Work:
     elif records.owns(run.id):
       records.release(run.id)
       self._say_what_was_left(run, label(arm, seed), display)
-    elif records.held_elsewhere(run.id):
-      return None
     else:
-      self.hand_over(run, config)
+      try:
+        self.hand_over(run, config)
+      except RecordError:  # of one that another process is at, or ended since
+        if not (records.held_elsewhere(run.id) or records.run(run.id).finished):
+          raise
+        return None
       others = changes(run)
       note = f" ({'; '.join(others)})" if others else ""
       display.say(f"{label(arm, seed)}: {run.status} before as run {run.id}, continued{note}")
@@ -342,7 +345,7 @@ class SideBySide:
   def runs(self, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
     """The run of each pair, in their order. A run that crashes does not stop the others."""
     found: dict[tuple[str, int], Run] = {}
-    places: dict[str, tuple[str, int]] = {}  # a run under way -> the pair it is of
+    under_way: dict[str, tuple[Arm, int]] = {}  # of these runs
     waiting = deque(turns(pairs, len(self.pool.slots)))
     elsewhere: deque[tuple[Arm, int]] = deque()
     try:
@@ -357,14 +360,16 @@ class SideBySide:
           if run.finished:
             found[arm.name, seed] = run
             continue
-          places[run.id] = arm.name, seed
+          under_way[run.id] = pair
           self.start(slot, Job(run.id, arm.at_seed(seed)), label(arm, seed))
         for handle in self.pool.running:
           self.lines[handle.job.run].idle(handle.failure)
         for handle in self.pool.ended():
-          run = self.end(handle)
-          if run is not None:
-            found[places[run.id]] = run
+          arm, seed = under_way[handle.job.run]
+          if self.taken(handle, arm, seed):
+            elsewhere.append((arm, seed))
+          elif run := self.end(handle):
+            found[arm.name, seed] = run
         if elsewhere and not waiting:
           time.sleep(0 if self.pool.running else ELSEWHERE_S)
           waiting, elsewhere = elsewhere, deque()
@@ -383,6 +388,14 @@ class SideBySide:
         waiting.remove(pair)
         return pair
     return None
+
+  def taken(self, handle: Handle, arm: Arm, seed: int) -> bool:
+    """Whether another process, which also found the run left, took it up before our ranks did."""
+    if not self.work.bench.experiments.held_elsewhere(handle.job.run):
+      return False
+    self.lines.pop(handle.job.run).end("taken up elsewhere")
+    self.wait_for(arm, seed)
+    return True
 
   def wait_for(self, arm: Arm, seed: int) -> None:
     """Say once that another process is at a run."""

@@ -325,6 +325,26 @@ def test_a_child_that_dies_without_a_word(lab, variant, monkeypatch):
 
 
 @pytest.mark.faults
+def test_a_run_that_another_process_takes_up_first(lab, variant, launches, monkeypatch):
+  """Both found it interrupted; the other's ranks are the first: its end is waited for."""
+  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
+  with pytest.raises(RunError):
+    call(lab, variant)
+  other = Experiments(lab.root)
+  results = {"val/bpb": 2.0, "val/loss": 1.4}
+  monkeypatch.setattr(runs, "ELSEWHERE_S", 0.05)
+  launches.before = {
+    1: other.claim,
+    2: lambda _: other.update_run(launches.ids[0], status="completed", results=results),
+  }
+  said = call(lab, variant, seeds=1)
+  assert said.count("baseline seed 0: another process is at it; waiting for its end") == 1
+  assert f"baseline seed 0: completed before as run {launches.ids[0]}, reused" in said
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
+  other.close()
+
+
+@pytest.mark.faults
 def test_a_run_of_another_process(lab, variant, launches, monkeypatch):
   """Two ablations share a baseline: the second takes its variant first, then the other's run."""
   launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
