@@ -345,7 +345,7 @@ class SideBySide:
   def runs(self, pairs: Sequence[tuple[Arm, int]]) -> list[Run]:
     """The run of each pair, in their order. A run that crashes does not stop the others."""
     found: dict[tuple[str, int], Run] = {}
-    under_way: dict[str, tuple[Arm, int]] = {}  # of these runs
+    pair_of: dict[str, tuple[Arm, int]] = {}  # of a run under way
     waiting = deque(turns(pairs, len(self.pool.slots)))
     elsewhere: deque[tuple[Arm, int]] = deque()
     try:
@@ -360,12 +360,12 @@ class SideBySide:
           if run.finished:
             found[arm.name, seed] = run
             continue
-          under_way[run.id] = pair
+          pair_of[run.id] = pair
           self.start(slot, Job(run.id, arm.at_seed(seed)), label(arm, seed))
         for handle in self.pool.running:
           self.lines[handle.job.run].idle(handle.failure)
         for handle in self.pool.ended():
-          arm, seed = under_way[handle.job.run]
+          arm, seed = pair_of[handle.job.run]
           if self.taken(handle, arm, seed):
             elsewhere.append((arm, seed))
           elif run := self.end(handle):

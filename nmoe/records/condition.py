@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 
-from nmoe.records.goodput import Account
+from nmoe.records.goodput import Account, trains
 from nmoe.records.launches import START_S, Launch
 
 HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `nmoe prod status --check`
@@ -15,8 +15,7 @@ AGAIN = 75  # the exit status of an attempt that is to be queued again
 
 def replacing(found: Account) -> Launch | None:
   """The launch that lives while its run has no ranks, or ranks that do not train yet."""
-  beat, status = found.heartbeat, found.run.status
-  if status == "running" and (beat is None or beat.state not in ("starting", "loading")):
+  if trains(found.run, found.heartbeat):
     return None
   return found.launch if found.run.live else None
 

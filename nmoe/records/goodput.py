@@ -147,6 +147,11 @@ def production(root: Path, run_id: str, now: float | None = None) -> Production:
   return Production(**vars(found), **beside)
 
 
+def trains(run: Run, beat: Heartbeat | None) -> bool:
+  """Whether a run has ranks that are through with their start."""
+  return run.status == "running" and (beat is None or beat.state not in ("starting", "loading"))
+
+
 def account(
   root: Path,
   run: Run,
@@ -160,8 +165,7 @@ def account(
   steps = Root(root).checkpoint_steps(run.id)
   launch = Launch.read(root, run.id)
   end = (time.time() if now is None else now) if run.live else _ended(attempts, beat)
-  up = run.status == "running" and (beat is None or beat.state not in ("starting", "loading"))
-  newest = steps[-1] if steps else 0
+  newest, up = steps[-1] if steps else 0, trains(run, beat)
   line = _Line(attempts, events, _saved(logged), newest, beat, launch, run.live, up, end)
   spans = line.spans()
   losses = logged.get("train/loss")

@@ -324,45 +324,44 @@ def test_a_child_that_dies_without_a_word(lab, variant, monkeypatch):
   assert newest(lab).status == "interrupted"
 
 
+@pytest.fixture
+def another(lab, variant, launches, monkeypatch):
+  """Another process; the baseline's run is left, and reused once this process completed it."""
+  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
+  with pytest.raises(RunError):
+    call(lab, variant)
+  monkeypatch.setattr(runs, "ELSEWHERE_S", 0.05)
+  other = Experiments(lab.root)
+  yield other
+  other.close()
+
+
+def check_waited(lab, variant, launches) -> None:
+  """The ablation waits for the other process, says so once, and takes its result."""
+  said = call(lab, variant, seeds=1)
+  assert said.count("baseline seed 0: another process is at it; waiting for its end") == 1
+  assert f"baseline seed 0: completed before as run {launches.ids[0]}, reused" in said
+  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
+
+
+def completes(other: Experiments, run_id: str) -> None:
+  other.update_run(run_id, status="completed", results={"val/bpb": 2.0, "val/loss": 1.4})
+
+
 @pytest.mark.faults
-def test_a_run_that_another_process_takes_up_first(lab, variant, launches, monkeypatch):
+def test_a_run_that_another_process_takes_up_first(lab, variant, launches, another):
   """Both found it interrupted; the other's ranks are the first: its end is waited for."""
-  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
-  with pytest.raises(RunError):
-    call(lab, variant)
-  other = Experiments(lab.root)
-  results = {"val/bpb": 2.0, "val/loss": 1.4}
-  monkeypatch.setattr(runs, "ELSEWHERE_S", 0.05)
-  launches.before = {
-    1: other.claim,
-    2: lambda _: other.update_run(launches.ids[0], status="completed", results=results),
-  }
-  said = call(lab, variant, seeds=1)
-  assert said.count("baseline seed 0: another process is at it; waiting for its end") == 1
-  assert f"baseline seed 0: completed before as run {launches.ids[0]}, reused" in said
-  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
-  other.close()
+  launches.before = {1: another.claim, 2: lambda _: completes(another, launches.ids[0])}
+  check_waited(lab, variant, launches)
 
 
 @pytest.mark.faults
-def test_a_run_of_another_process(lab, variant, launches, monkeypatch):
+def test_a_run_of_another_process(lab, variant, launches, another):
   """Two ablations share a baseline: the second takes its variant first, then the other's run."""
-  launches.before = {0: lambda _: (_ for _ in ()).throw(KeyboardInterrupt)}
-  with pytest.raises(RunError):
-    call(lab, variant)
-  other = Experiments(lab.root)
-  other.claim(launches.ids[0])
-  results = {"val/bpb": 2.0, "val/loss": 1.4}
-  monkeypatch.setattr(runs, "ELSEWHERE_S", 0.05)
-  launches.before = {
-    1: lambda _: other.update_run(launches.ids[0], status="completed", results=results)
-  }
-  said = call(lab, variant, seeds=1)
-  assert said.count("baseline seed 0: another process is at it; waiting for its end") == 1
-  assert f"baseline seed 0: completed before as run {launches.ids[0]}, reused" in said
+  another.claim(launches.ids[0])
+  launches.before = {1: lambda _: completes(another, launches.ids[0])}
+  check_waited(lab, variant, launches)
   assert len(launches.ids) == 2
-  assert members(lab) == [("baseline", 0, "completed"), ("variant", 0, "completed")]
-  other.close()
 
 
 def spoiled_by_muon(monkeypatch):
