@@ -2,15 +2,17 @@
 
 Of what several ranks hold, the owner alone keeps the fp32 masters and the moments and computes the
 update (ZeRO, arXiv 1910.02054). Matrices have one owner, so that Muon needs no other rank (as in
-distributed Muon, arXiv 2502.16982); everything else is cut by rows: embedding, head, routers and
-norms, which AdamW updates element by element, and routed experts, each row of which is a whole
-matrix. Imports neither torch nor kernels.
+distributed Muon, arXiv 2502.16982); everything else is cut by rows: embedding, head and routers,
+which AdamW updates element by element, and routed experts, each row of which is a whole matrix. A
+norm's vector stays whole: its elements begin at addresses that no kernel takes. Imports neither
+torch nor kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from nmoe.config.sections import Config
@@ -135,8 +137,10 @@ def owners(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[dict[str, 
 
   A pure function of names, shapes and order. First the matrices, the dearest first, each to the
   rank with the least work so far, counted in Newton-Schulz's multiplications (its products have
-  min(A, B)² · max(A, B)); then the rest, in order, fills all ranks to the same number of elements.
-  A rank that matrices alone bring above that level gets no more.
+  min(A, B)² · max(A, B)); then the rest fills all ranks to the same number of elements. Of each of
+  its tensors every rank gets rows as it has room, so that a block's are spread over all buckets of
+  a collective alike and none waits for the embedding and the head both; vectors stay whole. A rank
+  that matrices alone bring above that level gets no more.
   """
   owned: list[dict[str, Span]] = [{} for _ in range(ranks)]
   work, elements = [0] * ranks, [0] * ranks
@@ -148,18 +152,23 @@ def owners(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[dict[str, 
     elements[rank] += a * b
   rest = {name: shape for name, shape in shapes.items() if name not in whole}
   level = _level(elements, sum(math.prod(shape) for shape in rest.values()))
-  rank = 0
   for name, shape in rest.items():
-    start, width = 0, math.prod(shape[1:])
-    while start < shape[0]:
-      while rank < ranks - 1 and elements[rank] >= level:
-        rank += 1
-      room = math.ceil((level - elements[rank]) / width) if rank < ranks - 1 else shape[0]
-      stop = min(shape[0], start + room)
-      owned[rank][name] = (start, stop)
-      elements[rank] += (stop - start) * width
-      start = stop
+    room = [max(0.0, level - held) for held in elements]
+    if len(shape) == 1:
+      parts = {elements.index(min(elements)): (0, shape[0])}
+    else:
+      parts = dict(enumerate(_divided(shape[0], room)))
+    for rank, (start, stop) in parts.items():
+      if start < stop:
+        owned[rank][name] = (start, stop)
+        elements[rank] += (stop - start) * math.prod(shape[1:])
   return owned
+
+
+def _divided(rows: int, room: Sequence[float]) -> list[Span]:
+  """The rows [0, rows) in proportion to each one's room, to the nearest row."""
+  stops = [round(rows * part / sum(room)) for part in accumulate(room)]
+  return list(pairwise((0, *stops[:-1], rows)))
 
 
 def _level(elements: list[int], more: int) -> float:

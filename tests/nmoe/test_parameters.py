@@ -49,21 +49,33 @@ def test_every_row_has_one_owner(drawn: list, ranks: int) -> None:
     assert parts[0][0] == 0 and parts[-1][1] == shape[0]
     assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
     assert all(start < stop for start, stop in parts)
-    if len(shape) == 2 and is_matrix(name, shape):
+    if len(shape) == 1 or (len(shape) == 2 and is_matrix(name, shape)):
       assert parts == [(0, shape[0])]
 
 
 @given(PARAMETERS, st.integers(1, 9))
 def test_rows_fill_the_ranks_to_one_level(drawn: list, ranks: int) -> None:
-  """But for one row, no rank that got rows has more than one that could have taken them."""
+  """But for a row or a vector, no rank that got some has more than one that could have taken it."""
   shapes = {f"{i}.{name}": tuple(shape) for i, (name, shape) in enumerate(drawn)}
   rest = {n: s for n, s in shapes.items() if len(s) != 2 or not is_matrix(n, s)}
   carried = sizes(shapes, ranks)
-  widest = max((math.prod(s[1:]) for s in rest.values()), default=0)
+  widest = max((math.prod(s[1:]) if len(s) > 1 else s[0] for s in rest.values()), default=0)
   for rows, size in zip(owners(shapes, ranks), carried, strict=True):
     if rest.keys() & rows.keys():
       assert size <= sum(carried) / ranks + max(carried) - min(carried)
       assert size <= min(carried) + ranks * widest
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_tables_and_experts_lie_over_all_ranks(ranks: int) -> None:
+  """So that each bucket of a collective is of few blocks, and of one table."""
+  config = load(CONFIGS / "moonlight" / "moonlight.toml", env={})
+  shapes = parameter_shapes(config)
+  for name in ("embed.weight", "head.weight", "layers.3.moe.experts.w2"):
+    kind = "expert" if "experts" in name else "dense"
+    same = {n: s for n, s in shapes.items() if parameter_group(n) == kind}
+    counts = [stop - start for start, stop in (rows[name] for rows in owners(same, ranks))]
+    assert len(counts) == ranks and max(counts) < 1.1 * shapes[name][0] / ranks + 1, name
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 16])
