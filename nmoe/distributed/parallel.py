@@ -68,6 +68,15 @@ def buckets(owned: Sequence[Mapping[str, Span]], row: Mapping[str, int]) -> list
   return [found[number] for number in sorted(found)]
 
 
+class Arriving(NamedTuple):
+  """A bucket of weights on its way."""
+
+  block: int  # the first one whose forward pass needs it
+  work: dist.Work
+  rows: list[Tensor]  # the others', in the parameters
+  told: list[Tensor]  # what they become, once the work is done
+
+
 class Shared:
   """Parameters of one dtype that all N members of a group hold, each row owned by one of them.
 
@@ -102,15 +111,18 @@ class Shared:
     mine = [p for p in pieces if p.owner == self.member]
     _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
 
-  def gather(self, weights: Mapping[str, Tensor]) -> None:
-    """Give every member the owners' rows, bit for bit."""
-    for pieces in self.buckets:
-      bucket_NC = self._bucket(pieces, weights, weights[pieces[0].name].dtype)
-      mine = [p for p in pieces if p.owner == self.member]
-      _copy([p.inside(bucket_NC) for p in mine], [p.of(weights) for p in mine])
-      dist.all_gather_into_tensor(bucket_NC.view(-1), bucket_NC[self.member], group=self.group)
-      others = [p for p in pieces if p.owner != self.member]
-      _copy([p.of(weights) for p in others], [p.inside(bucket_NC) for p in others])
+  def send_bucket(self, number: int, weights: Mapping[str, Tensor]) -> Arriving:
+    """Begin to give every member the owners' rows of a bucket, bit for bit."""
+    pieces = self.buckets[number]
+    bucket_NC = self._bucket(pieces, weights, weights[pieces[0].name].dtype)
+    mine = [p for p in pieces if p.owner == self.member]
+    _copy([p.inside(bucket_NC) for p in mine], [p.of(weights) for p in mine])
+    work = dist.all_gather_into_tensor(
+      bucket_NC.view(-1), bucket_NC[self.member], group=self.group, async_op=True
+    )
+    others = [p for p in pieces if p.owner != self.member]
+    rows, told = [p.of(weights) for p in others], [p.inside(bucket_NC) for p in others]
+    return Arriving(self.block[number], work, rows, told)
 
   def _bucket(
     self, pieces: list[Piece], tensors: Mapping[str, Tensor], dtype: torch.dtype
@@ -147,7 +159,7 @@ class Parallel:
   shared: tuple[Shared, ...] = ()  # every parameter, with more than one rank
   side: torch.cuda.Stream | None = None  # on which final gradients travel; None on the cpu
   reduced: set[tuple[int, int]] = field(default_factory=set)  # (part, bucket) so far in this step
-
+  arriving: list[Arriving] = field(default_factory=list)  # of `send_weights`, in the order of use
   own: Tensor | None = None  # fp32 0-d: the sum of this rank's own gradients; None: nobody asks
 
   @property
@@ -250,11 +262,26 @@ class Parallel:
       torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
   @torch.no_grad()
-  def gather_weights(self, model: nn.Module) -> None:
-    """After the optimizer's step: all rows of all parameters, from their owners."""
+  def send_weights(self, model: nn.Module) -> None:
+    """After the optimizer's step: begin to bring all rows of all parameters from their owners.
+
+    They travel beside the next forward pass, whose blocks wait for their own (`Model.on_use`);
+    whatever else reads weights calls `arrive` first.
+    """
     weights = dict(model.named_parameters())
-    for part in self.shared:
-      part.gather(weights)
+    order = sorted(
+      (b, i, n) for i, part in enumerate(self.shared) for n, b in enumerate(part.block)
+    )
+    self.arriving = [self.shared[i].send_bucket(number, weights) for _, i, number in order]
+    model.on_use = self.arrive
+
+  @torch.no_grad()
+  def arrive(self, block: int = sys.maxsize) -> None:
+    """The weights of the blocks up to this one are there for what follows; by default, all are."""
+    while self.arriving and self.arriving[0].block <= block:
+      arrived = self.arriving.pop(0)
+      arrived.work.wait()  # on a GPU the stream does, not the host
+      _copy(arrived.rows, arrived.told)
 
   @contextmanager
   def explained(self) -> Iterator[None]:
@@ -270,6 +297,7 @@ class Parallel:
 
     A group's threads end with its last reference; one that outlives the interpreter may abort it.
     """
+    self.arrive()
     if self.ranks > 1:
       self.rdep.close()
       self.rdep, self.control, self.saving, self.shared = None, None, None, ()
@@ -349,8 +377,8 @@ def expert_groups(
 
 
 def _block(name: str) -> int:
-  """The block whose backward pass a parameter's gradient is final after: the head's and the last
-  norm's before the first, the embedding's after the last.
+  """The block that uses a parameter first, whose backward pass its gradient is final after: of
+  the embedding one before them all, of the last norm and the head one behind.
   """
   if name.startswith("layers."):
     return int(name.split(".")[1])

@@ -10,6 +10,7 @@ One file: a reader of the model's equations turns no page between a block and it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -268,6 +269,7 @@ class Model(nn.Module):
     self.layers = nn.ModuleList(Block(config, i, ops, rdep) for i in range(m.num_layers))
     self.quantized = _quantized(self.layers)
     self.on_final: Callable[[int], None] | None = None  # of backward: blocks i, i+1, … are done
+    self.on_use: Callable[[int], None] = lambda block: None  # its weights are read from here on
     # From this batch's count_LE to that of the whole step, for the global-batch balance loss.
     self.step_counts: Callable[[Tensor], Tensor] = lambda count_LE: count_LE
     self.norm = Norm(m.dim, m.norm_eps, dtype, ops)
@@ -298,11 +300,13 @@ class Model(nn.Module):
         "raise data.seq_len"
       )
     cos, sin = self.cos[:num_positions], self.sin[:num_positions]
+    self.on_use(-1)
     branch, residual = None, _Embedding.apply(tokens_BS, self.embed.weight)
     scores, counts = [], []
     for i, block in enumerate(self.layers):
       if self.on_final is not None and residual.requires_grad:
         residual.register_hook(partial(_tell, self.on_final, i))
+      self.on_use(i)
       x_BSD, x, residual = block.normed(block.attention_norm, branch, residual)
       branch = block.attention(x_BSD, x, cos, sin)
       x_BSD, x, residual = block.normed(block.mlp_norm, branch, residual)
@@ -311,6 +315,7 @@ class Model(nn.Module):
       if routing is not None:
         scores += [routing.score_TE] if self.config.moe.has_balance_loss else []
         counts.append(routing.count_E)
+    self.on_use(sys.maxsize)
     return self.norm.add(branch, residual)[0], scores, counts
 
   def forward(self, tokens_BS: Tensor, target_BS: Tensor) -> ModelOutput:

@@ -155,7 +155,7 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
       state.optimizer.step(factor, guard.factor(state.step, loss, norms["all"], ranks.own))
     if ranks.ranks > 1:
       clock.start("gather")
-      ranks.gather_weights(state.model)
+      ranks.send_weights(state.model)
     update_bias(state.model.routers, counts, 0.0 if skip else c.moe.bias_update_rate)
     state.step, state.tokens = state.step + 1, state.tokens + c.schedule.batch_tokens
     clock.start("log")

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, kind
 from nmoe.errors import CheckpointError, CorruptError
@@ -33,7 +35,7 @@ def save(session: Session, state: TrainState, watch: Watch, permanent: str = "")
   if writer.keep == 0 or state.step in checkpoint.steps(writer.folder):
     session.metrics.flush()
     return
-  writer.copy(state.tensors())
+  writer.copy(_tensors(session, state))
   watch.add(state, {"checkpoint/stall_s": time.perf_counter() - begun})
   session.metrics.flush()
   more = {"permanent": permanent} if permanent else {}
@@ -59,11 +61,17 @@ def save_aside(session: Session, state: TrainState) -> None:
     checkpoint.save(
       session.first,
       state.step,
-      state.tensors(),
+      _tensors(session, state),
       ranks.first_expert,
       meta(session, state),
       ranks.saving,
     )
+
+
+def _tensors(session: Session, state: TrainState) -> dict[str, Tensor]:
+  """What a checkpoint holds, once the weights that other ranks own have come."""
+  session.parallel.arrive()
+  return state.tensors()
 
 
 def meta(session: Session, state: TrainState) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Trace(NamedTuple):
   weights: dict[str, np.ndarray]  # after the last, experts by global id
   rounds: dict[int, int]
   early: list[int]  # buckets of each step that were reduced inside its backward pass
+  late: list[int]  # buckets of weights under way when block 1 of a pass was used
 
 
 def settings(num_ranks: int, capacity: float, group: int = 0) -> Config:
@@ -79,7 +80,12 @@ def train(group, num_ranks: int, capacity: float, expert_ranks: int, beside: boo
   model.init_weights(0)
   optimizer = Optimizer(model, config, ops, together.owned)
   generator = torch.Generator().manual_seed(1)
-  losses, norms, grads, early = [], [], {}, []
+  losses, norms, grads, early, late = [], [], {}, [], []
+
+  def use(block: int) -> None:
+    together.arrive(block)
+    late.extend([len(together.arriving)] * (block == 1))
+
   for _ in range(STEPS):
     batch = torch.randint(0, 97, (BATCH, 25), generator=generator)
     tokens = batch.chunk(num_ranks)[together.rank]
@@ -98,15 +104,20 @@ def train(group, num_ranks: int, capacity: float, expert_ranks: int, beside: boo
     norm = optimizer.grad_norms(together.sum)
     norms.append({k: float(v) for k, v in norm.items()})
     optimizer.step(1.0, clip_factor(norm["all"], config.optim.clip_norm))
-    together.gather_weights(model)
+    together.send_weights(model)
+    if beside:
+      model.on_use = use
+    else:
+      together.arrive()
     update_bias(model.routers, together.sum(counts), config.moe.bias_update_rate)
+  together.arrive()
   named = {name: p.detach() for name, p in model.named_parameters()}
   weights = {
     name: p.numpy().copy() for name, p in split_experts(named, together.first_expert).items()
   }
   weights |= {f"bias.{i}": r.bias.numpy().copy() for i, r in enumerate(model.routers)}
   rounds = together.rdep.rounds if together.rdep else {}
-  return Trace(losses, norms, grads, weights, rounds, early)
+  return Trace(losses, norms, grads, weights, rounds, early, late)
 
 
 def owned_gradients(model: nn.Module, together: Parallel) -> dict[str, tuple[int, np.ndarray]]:
@@ -176,7 +187,7 @@ def test_two_runs_repeat_their_bits(num_ranks: int, group: int) -> None:
 @pytest.mark.parametrize(
   ("num_ranks", "capacity", "group"), [(2, 2.0, 0), (4, 0.4, 0), (4, 2.0, 2)]
 )
-def test_sums_beside_the_backward_pass_have_the_same_bits(
+def test_what_travels_beside_the_passes_has_the_same_bits(
   num_ranks: int, capacity: float, group: int
 ) -> None:
   again = ranks.run(train, num_ranks, num_ranks, capacity, group, True)
@@ -186,6 +197,9 @@ def test_sums_beside_the_backward_pass_have_the_same_bits(
     assert a.early == [0] * STEPS
     whole = group in (0, num_ranks)  # else one group's passes may be repeated without the other's
     assert all(n > 1 for n in b.early) if whole else b.early == [0] * STEPS
+    first_micro_batches = b.late[::2]
+    assert a.late == [] and len(first_micro_batches) == STEPS - 1 and min(first_micro_batches) > 0
+    assert b.late[1::2] == [0] * (STEPS - 1)
 
 
 def decide(group) -> tuple[bool, bool]:
@@ -214,7 +228,11 @@ def share(group) -> dict[str, list]:
     weights[name][start:stop] = rank + torch.arange(start, stop).float().view(
       -1, *[1] * (name == "a")
     )
-  part.gather(weights)
+  for number in range(len(part.buckets)):
+    arriving = part.send_bucket(number, weights)
+    arriving.work.wait()
+    for row, told in zip(arriving.rows, arriving.told, strict=True):
+      row.copy_(told)
   named = {f"{n} grad": g for n, g in grads.items()} | weights
   return {name: x.float().tolist() for name, x in named.items()}
 
@@ -256,7 +274,8 @@ def test_one_rank_needs_no_group() -> None:
   together = Parallel()
   model = nn.Linear(2, 2)
   together.reduce_gradients(model)
-  together.gather_weights(model)
+  together.send_weights(model)
+  together.arrive()
   x = torch.ones(3)
   assert together.sum(x) is x and x.tolist() == [1, 1, 1] and together.owned is None
   assert together.any(True) and not together.any(False)

@@ -176,7 +176,8 @@ def steps(model: Model, optimizer: Optimizer, together: Parallel) -> list[torch.
     losses += [micro_batch(model, 10 * number + micro + 5 * together.rank) for micro in range(2)]
     together.reduce_gradients(model)
     optimizer.step(1.0, ONE)
-    together.gather_weights(model)
+    together.send_weights(model)
+  together.arrive()
   return losses + [p.detach() for p in model.parameters()]
 
 
