@@ -1,4 +1,6 @@
-"""Files: their hash, their folder, the locks that processes take on them."""
+"""Files: their hash, their folder, the locks that processes take on them; and what is filled under
+another name until it is whole.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,19 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
+import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from nmoe.errors import ConfigError
 
 STALE_S = 3600.0  # nobody writes one file for so long
+_PARTIAL = re.compile(r"\.(.+)-[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 def sha256(path: Path) -> str:
@@ -48,7 +54,16 @@ def existing(path: Path) -> Path:
 
 
 def replace(path: Path, text: str) -> Path:
-  """Write a file that a reader finds as it was or as it is to be, whoever else writes it too.
+  """Write a file as `replacing` does. Raises OSError."""
+  with replacing(path) as new:
+    new.write_text(text, encoding="utf-8")
+  return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """The name under which to write a file that a reader finds as it was or as it is to be, whoever
+  else writes it too: it is renamed at the end.
 
   What a writer that was killed left beside it an hour ago is removed. Raises OSError.
   """
@@ -58,13 +73,94 @@ def replace(path: Path, text: str) -> Path:
         left.unlink()
   new = path.with_name(f".{path.name}-{secrets.token_hex(4)}.new")
   try:
-    new.write_text(text, encoding="utf-8")
-    return new.rename(path)
+    yield new
+    new.rename(path)
   finally:
     new.unlink(missing_ok=True)
 
 
-def lock(file: IO, *, shared: bool = False, wait: bool = False) -> bool:
+@contextmanager
+def unfinished(parent: Path, name: str) -> Iterator[Path]:
+  """A new hidden folder of `parent` to fill; what is not renamed by then is removed.
+
+  It is locked meanwhile, so that others see whether who fills it lives. Raises OSError.
+  """
+  parent.mkdir(parents=True, exist_ok=True)
+  folder, handle = _begun(parent, name)
+  try:
+    yield folder
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(handle)
+
+
+def _begun(parent: Path, name: str) -> tuple[Path, int]:
+  """A new folder and its locked handle."""
+  while True:
+    folder = parent / f".{name}-{secrets.token_hex(4)}.partial"
+    folder.mkdir()
+    with suppress(FileNotFoundError):  # taken for a killed one's before it was locked
+      handle = os.open(folder, os.O_RDONLY)
+      with suppress(OSError):  # a filesystem without locks: nobody clears there
+        lock(handle, wait=True)
+      if folder.exists():
+        return folder, handle
+      os.close(handle)
+
+
+def under_way(parent: Path, name: str) -> list[Path]:
+  """The folders of `unfinished` of this name that somebody may fill now."""
+  found = []
+  for folder in _partials(parent, name):
+    with _taken(folder, shared=True) as left:
+      found += [] if left else [folder]
+  return found
+
+
+def clear_unfinished(parent: Path, name: str) -> list[Path]:
+  """Remove what killed processes left of `unfinished` under this name; the folders removed."""
+  removed = []
+  for folder in _partials(parent, name):
+    with _taken(folder) as left:
+      if left:
+        shutil.rmtree(folder, ignore_errors=True)
+        removed += [] if folder.exists() else [folder]
+  return removed
+
+
+def _partials(parent: Path, name: str) -> list[Path]:
+  paths = sorted(parent.iterdir()) if parent.is_dir() else []
+  return [p for p in paths if (m := _PARTIAL.fullmatch(p.name)) and m[1] == name]
+
+
+@contextmanager
+def _taken(folder: Path, shared: bool = False) -> Iterator[bool]:
+  """Whether nobody fills a folder, which is locked then. Of one that cannot be opened, or on a
+  filesystem without locks, nobody knows: False.
+  """
+  handle, left = None, False
+  with suppress(OSError):
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    left = lock(handle, shared=shared)
+  try:
+    yield left
+  finally:
+    if handle is not None:
+      os.close(handle)
+
+
+def publish(partial: Path, folder: Path) -> None:
+  """Rename a folder to a name that says what is in it; that another was faster is as good. Raises
+  OSError.
+  """
+  try:
+    partial.rename(folder)
+  except OSError:
+    if not folder.exists():
+      raise
+
+
+def lock(file: IO | int, *, shared: bool = False, wait: bool = False) -> bool:
   """Take the lock (flock) of an open file; closing it lets go. False if another holds it.
 
   Raises OSError where the filesystem has no locks.

@@ -17,7 +17,7 @@ from rich.console import Console
 from nmoe.config.plan import parameters
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError, ConfigError, RecordError
-from nmoe.files import sha256
+from nmoe.files import clear_unfinished, sha256
 from nmoe.model.export import Source, compare_tensors, unfinished, write_folder, write_json
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
@@ -46,11 +46,14 @@ def run(
   """Write the folder, check it and say what was checked; nothing stays of one that fails."""
   began = time.monotonic()
   path = exportable(name, out, step, dtype, level, root)
+  for left in clear_unfinished(out.parent, out.name):
+    console.print(plain(f"removed {left}: a killed export had left it"), soft_wrap=True)
   source = Source.open(path, DTYPES[dtype])
   with unfinished(out) as folder, console.status(plain(f"writing {out}")) as status:
     writer = write_folder(source, folder, int(shard_gb * 1e9))
     status.update("comparing tensors")
     check: dict[str, Any] = {"tensors": compare_tensors(source, folder)}
+    check["rounded"] = source.rounds
     check |= check_logits(source, folder, level, status.update)
     facts = facts_of(path, source, root)
     (folder / "README.md").write_text(card(source, facts, check), encoding="utf-8")
@@ -143,7 +146,8 @@ def judge(found: dict[str, Any]) -> None:
 
 def check_lines(check: dict[str, Any]) -> list[str]:
   """What was checked, a line each."""
-  lines = [f"tensors: {check['tensors']} read again, bit-equal to the checkpoint"]
+  rounded = ", rounded to bf16" if check["rounded"] else ""
+  lines = [f"tensors: {check['tensors']} read again, bit-equal to the checkpoint{rounded}"]
   if "logit_max_abs" in check:
     lines += [
       f"logits ({check['level']}, fp32, {' + '.join(map(str, check['tokens']))} tokens): "

@@ -8,15 +8,18 @@ from rich.console import Console
 
 from nmoe.config import file as configs
 from nmoe.errors import ConfigError
-from nmoe.model.imports import import_folder
+from nmoe.files import clear_unfinished
+from nmoe.model.imports import PARTIAL, import_folder
 from nmoe.records.root import Root
 from stages.checkpoints import importable
-from stages.text import plain
+from stages.text import counted, plain
 
 
 def run(folder: Path, out: Path, root: Path, console: Console) -> None:
   """Store the weights in the root, write the configuration and say what was left out."""
   importable(folder, out)
+  for left in clear_unfinished(Root(root).imports, PARTIAL):
+    console.print(plain(f"removed {left}: a killed import had left it"), soft_wrap=True)
   with console.status(plain(f"reading {folder}")):
     found = import_folder(folder, Root(root))
   try:
@@ -32,6 +35,12 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
     say(f"keys of config.json that were not understood: {', '.join(found.unknown)}")
   if found.left:
     say(f"{len(found.left)} tensors are not of our model, the first is {found.left[0]}")
+  if found.wide:
+    say(
+      f"{counted(len(found.wide), 'tensor')} of other types than bf16, the first is "
+      f"{found.wide[0]}: all are stored in fp32, so that none is rounded; to train in bf16 set "
+      'target.dtype = "bf16"'
+    )
   if found.config.data.tokenizer == "byte" and found.config.model.vocab_size != 257:
     say(
       "no tokenizer.json: for evaluation and inspection only; to train on, set data.tokenizer = "

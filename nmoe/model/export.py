@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nmoe import files
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data import tokenizer
 from nmoe.data.fast import write_tokenizer
 from nmoe.errors import CheckpointError
-from nmoe.files import existing
 from nmoe.model.hf_config import Dtype, generation_config, hf_config, model_type_of, positions
 from nmoe.model.names import from_hf, state_shapes, to_hf
 from nmoe.model.safetensors import Entry, Folder, ShardWriter, check_finite
@@ -54,6 +54,11 @@ class Source:
   @property
   def path(self) -> Path:
     return self.stored.path
+
+  @property
+  def rounds(self) -> bool:
+    """Whether the run's parameters are fp32 and the folder's bf16."""
+    return self.dtype == "bfloat16" and self.config.target.dtype == "fp32"
 
   def parts(self) -> Iterator[list[str]]:
     """The names of the state with whole experts, in parts that are read together."""
@@ -103,31 +108,27 @@ def _part(name: str) -> str:
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-  """A folder beside `out` to fill, renamed to it at the end; nothing stays if anything fails.
+  """A hidden folder beside `out` to fill, renamed to it at the end; nothing stays if that fails.
 
   Raises CheckpointError if `out` is there and not empty, or cannot be written.
   """
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise CheckpointError(f"{out} is there already; name {EMPTY}")
-  partial = out.with_name(out.name + ".partial")
   try:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.replace(out)
+    with files.unfinished(out.parent, out.name) as partial:
+      yield partial
+      partial.replace(out)
   except OSError as error:
     free = shutil.disk_usage(out.parent if out.parent.exists() else Path("/")).free
     raise CheckpointError(
       f"{out} was not written ({error}; {free / 2**30:.2f} GiB free); make room or name another "
       "place, then run again"
     ) from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
   """CheckpointError if a file system has less room than is about to be written."""
-  free = shutil.disk_usage(existing(folder)).free
+  free = shutil.disk_usage(files.existing(folder)).free
   if num_bytes > free:
     raise CheckpointError(
       f"{folder} needs {num_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room or name "
@@ -163,12 +164,12 @@ def compare_tensors(source: Source, folder: Path) -> int:
   Raises CheckpointError naming the first that differs.
   """
   count = 0
-  with Folder(folder) as files:
-    found = from_hf(files, source.config, without_bias=not _biased(source))
+  with Folder(folder) as there:
+    found = from_hf(there, source.config, without_bias=not _biased(source))
     for part in source.parts():
       for name, tensor in source.read(part).items():
-        _, there = next(found)
-        if there.dtype != tensor.dtype or not torch.equal(there, tensor):
+        _, read = next(found)
+        if read.dtype != tensor.dtype or not torch.equal(read, tensor):
           raise CheckpointError(f"{folder}: {name} differs from {source.path}; write it again")
         count += 1
     next(found, None)  # nothing is left over

@@ -6,17 +6,17 @@ weights lie in
   {root}/imports/DIGEST/step_00000000/   a checkpoint without an optimizer
   {root}/imports/DIGEST/tokenizer.json   if the folder has one
 
-where DIGEST covers the configuration and each tensor; `[model] init = "import:DIGEST"` begins a run
-from them.
+in bf16, or all in fp32 if one of them has another type than bf16 (routers aside, which always
+are): nothing is rounded. DIGEST covers the configuration and each tensor; a run begins from them
+by `[model] init = "import:DIGEST"`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError
+from nmoe.files import publish, unfinished
 from nmoe.model.export import check_room
 from nmoe.model.hf_folder import described_in
 from nmoe.model.names import computed, from_hf, state_shapes
@@ -34,15 +35,20 @@ from nmoe.model.safetensors import Folder, check_finite
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
 
+PARTIAL = "import"  # as unfinished folders are called
+
 
 @dataclass(frozen=True)
 class Imported:
-  """What became of a folder. unknown: keys that were not understood; left: tensors not needed."""
+  """What became of a folder. unknown: keys that were not understood; left: tensors not needed;
+  wide: those that bf16 would round, of a model that config.json does not say to be in fp32.
+  """
 
   config: Config
   digest: str
   unknown: list[str]
   left: list[str]
+  wide: list[str]
 
 
 def import_folder(folder: Path, root: Root) -> Imported:
@@ -55,8 +61,18 @@ def import_folder(folder: Path, root: Root) -> Imported:
   with Folder(folder) as files:
     left, shapes = sorted(computed(files, config)), files.described()
     deque(from_hf(shapes, config, without_bias), maxlen=0)  # names and shapes, read in no time
+    wide = _wide({name: x for name, x in shapes.items() if name not in left}, config)
+    if wide:
+      config = configs.changed(config, {"target.dtype": "fp32"})
     config = _store(folder, root, config, from_hf(files, config, without_bias))
-  return Imported(config, config.model.init.removeprefix("import:"), described.unknown, left)
+  return Imported(config, config.model.init.removeprefix("import:"), described.unknown, left, wide)
+
+
+def _wide(tensors: Mapping[str, Tensor], config: Config) -> list[str]:
+  """The names of what would be rounded. Routers, `mlp.gate`, are fp32 in every model."""
+  if config.target.dtype == "fp32":
+    return []
+  return [n for n, x in tensors.items() if x.dtype != torch.bfloat16 and ".mlp.gate." not in n]
 
 
 def _stored(name: str, tensor: Tensor, fp32: bool) -> Tensor:
@@ -67,7 +83,6 @@ def _stored(name: str, tensor: Tensor, fp32: bool) -> Tensor:
 def _store(folder: Path, root: Root, config: Config, state: Iterator[tuple[str, Tensor]]) -> Config:
   """Write the weights as they come; the configuration that begins from them."""
   told, fp32 = hashlib.sha256(configs.to_toml(config).encode()), config.target.dtype == "fp32"
-  imports = root.imports
 
   def hashed() -> Iterator[tuple[str, Tensor]]:
     for name, tensor in state:
@@ -83,25 +98,17 @@ def _store(folder: Path, root: Root, config: Config, state: Iterator[tuple[str, 
   def meta() -> dict[str, Any]:
     return {"run": f"import of {folder.resolve().name}", "config": configs.to_toml(named())}
 
-  partial = None
   try:
-    imports.mkdir(parents=True, exist_ok=True)
-    check_room(imports, state_bytes(config))
-    partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=imports))
-    checkpoint.save_streamed(partial, 0, hashed(), meta)
-    if (folder / "tokenizer.json").is_file():
-      shutil.copy(folder / "tokenizer.json", partial)
-    partial.chmod(0o755)
-    final = root.imported(named().model.init.removeprefix("import:"))
-    if not final.exists():
-      partial.rename(final)
+    check_room(root.imports, state_bytes(config))
+    with unfinished(root.imports, PARTIAL) as partial:
+      checkpoint.save_streamed(partial, 0, hashed(), meta)
+      if (folder / "tokenizer.json").is_file():
+        shutil.copy(folder / "tokenizer.json", partial)
+      publish(partial, root.imported(named().model.init.removeprefix("import:")))
   except OSError as error:
     raise CheckpointError(
-      f"{imports} cannot be written ({error}); make room or name another root, then run again"
+      f"{root.imports} cannot be written ({error}); make room or name another root, then run again"
     ) from error
-  finally:
-    if partial is not None:
-      shutil.rmtree(partial, ignore_errors=True)
   return named()
 
 

@@ -75,8 +75,9 @@ def from_hf(
 ) -> Iterator[tuple[str, Tensor]]:
   """The state of `Model(config)`, one tensor after the other, from HuggingFace's names.
 
-  hf reads a tensor when it is asked for. What `computed` names is left out. without_bias: the files
-  have no selection biases; they are 0. Raises CheckpointError for a missing, an unexpected, or a
+  hf reads a tensor when it is asked for. What `computed` names is left out. Experts of several
+  types come in the one that holds them all. without_bias: the files have no selection biases; they
+  are 0. Raises CheckpointError for a missing, an unexpected, or a
   wrongly shaped tensor; for an unexpected one after the last.
   """
   left = set(hf) - set(computed(hf, config))
@@ -164,6 +165,7 @@ def _gather(name: str, shape: tuple[int, ...], hf: Mapping[str, Tensor], left: s
     if out is None:
       out = parts[0].new_empty(shape)
     for i, part in enumerate(parts):  # no matrix of its own in between
+      out = out.to(torch.promote_types(out.dtype, part.dtype))  # as a rule of one type
       out[e, i :: len(parts)] = part
   return out
 

@@ -22,7 +22,8 @@ from nmoe.model.hf_folder import INDEX, SINGLE, weight_map
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MAPPED = 1 << 28  # bytes of files that a reader keeps in memory
-FLOATS, FP8, SCALES = ("BF16", "F32", "F16"), ("F8_E4M3",), ("BF16", "F32", "F16", "F8_E8M0")
+FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+FP8, SCALES = {"F8_E4M3": torch.bfloat16}, (*FLOATS, "F8_E8M0")  # fp8 weights as they come
 BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 
 
@@ -142,7 +143,8 @@ class Folder(Mapping[str, Tensor]):
     return dequantized(name, tensor, self._tensor(scale)) if scale in self._scales else tensor
 
   def described(self) -> dict[str, Tensor]:
-    """Every tensor without its numbers (on device meta), to check names and shapes in no time.
+    """Every tensor without its numbers (on device meta), to check names, shapes and types in no
+    time.
 
     Raises CheckpointError for one of a type that is no weight's: integers, or fp8 without scales.
     """
@@ -151,19 +153,20 @@ class Folder(Mapping[str, Tensor]):
   def _described(self, name: str) -> Tensor:
     about, scale = self._opened(self._places[name]).get_slice(name), f"{name}_scale_inv"
     kind, shape = about.get_dtype(), about.get_shape()
-    if kind not in (FLOATS if scale not in self._scales else FP8):
+    types = FLOATS if scale not in self._scales else FP8
+    if kind not in types:
       raise CheckpointError(
         f"{self.folder}: {name!r} is of type {kind}; weights are {', '.join(FLOATS)}, or "
         f"{', '.join(FP8)} beside {name}_scale_inv"
       )
     if scale in self._scales:
       scales = self._opened(self._places[scale]).get_slice(scale)
-      if (kind := scales.get_dtype()) not in SCALES:
+      if (found := scales.get_dtype()) not in SCALES:
         raise CheckpointError(
-          f"{self.folder}: {scale!r} is of type {kind}; scales are {', '.join(SCALES)}"
+          f"{self.folder}: {scale!r} is of type {found}; scales are {', '.join(SCALES)}"
         )
       _check_scales(name, shape, scales.get_shape())
-    return torch.empty(shape, device="meta")
+    return torch.empty(shape, dtype=types[kind], device="meta")
 
   def __iter__(self) -> Iterator[str]:
     return (name for name in self._places if name not in self._scales)

@@ -211,26 +211,40 @@ def build(config: Config, target: Target, ranks: Parallel, root: Root | None = N
     model = Model(config, target.ops, ranks.rdep)
   model.to_empty(device=target.device)
   model.init_weights(config.train.seed)
-  if config.model.init != "seed":
-    load_imported(model, config, ranks, root)
-  return TrainState(model, Optimizer(model, config, target.ops, ranks.owned))
+  if config.model.init == "seed":
+    return TrainState(model, Optimizer(model, config, target.ops, ranks.owned))
+  written = load_imported(model, config, ranks, root)
+  optimizer = Optimizer(model, config, target.ops, ranks.owned)
+  masters = optimizer.masters()
+  if written.target.dtype == "fp32" and masters:  # what bf16 parameters do not hold of them
+    checkpoint.fill(imported_at(config, root), 0, masters, ranks.first_expert)
+  return TrainState(model, optimizer)
 
 
-def load_imported(model: Model, config: Config, ranks: Parallel, root: Root) -> None:
-  """The weights that model.init names, in place. CheckpointError if they are of another model."""
-  folder = root.imported(config.model.init.removeprefix("import:"))
+def imported_at(config: Config, root: Root) -> Path:
+  """Where the weights lie that model.init names."""
+  return root.imported(config.model.init.removeprefix("import:"))
+
+
+def load_imported(model: Model, config: Config, ranks: Parallel, root: Root) -> Config:
+  """Fill the model with the weights that model.init names; the configuration they were stored with.
+
+  CheckpointError if they are of another model.
+  """
+  folder = imported_at(config, root)
   if not checkpoint.steps(folder):
     raise CheckpointError(f"{folder} is not there; run `nmoe import` on the model's folder again")
-  written = checkpoint.manifest(folder / "step_00000000")
+  written = configs.loads(checkpoint.manifest(folder / "step_00000000")["config"])
   differing = {
     key: pair
-    for key, pair in diff(configs.loads(written["config"]), config).items()
+    for key, pair in diff(written, config).items()
     if key.startswith(("model.", "moe.", "yarn.")) and key not in NOT_OF_WEIGHTS
   }
   if differing:
     told = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in differing.items())
     raise CheckpointError(f"{folder} holds weights of another model: {told}")
   checkpoint.load(folder, 0, model.state_dict(), ranks.first_expert)
+  return written
 
 
 def execute(

@@ -249,6 +249,11 @@ class Optimizer:
     """
     return {"optimizer.steps": self.steps, **dict(self._tensors())}
 
+  def masters(self) -> dict[str, Tensor]:
+    """The live masters of parameters that are not fp32, under the names of these."""
+    tensors = self.state_dict().items()
+    return {n.removesuffix(".master"): x for n, x in tensors if n.endswith(".master")}
+
   def _tensors(self) -> Iterator[tuple[str, Tensor]]:
     for slots in self.slots.values():
       for slot in slots:
