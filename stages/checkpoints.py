@@ -11,6 +11,7 @@ from pathlib import Path
 from nmoe.config import file as configs
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.evals.suites import Suite, items_digest, suite_of
+from nmoe.files import under_way
 from nmoe.model.hf_config import model_type_of
 from nmoe.model.hf_folder import described_in
 from nmoe.records.manifests import manifest, steps
@@ -64,6 +65,11 @@ def exportable(
     raise ConfigError(f"{out} lies in the checkpoint {path}; name another folder")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise CheckpointError(f"{out} is there already; name an empty or new folder")
+  if busy := under_way(out.parent, out.name):
+    raise CheckpointError(
+      f"another export is writing {busy[0]}, which is to be {out}; wait for it, or name another "
+      "folder"
+    )
   if out.is_symlink() or os.path.ismount(out) or out.resolve() == Path.cwd():
     raise ConfigError(
       f"{out} cannot be replaced by the finished folder, as a link, a mount or the folder that you "

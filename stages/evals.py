@@ -20,8 +20,8 @@ from nmoe.errors import RunError, TargetError
 from nmoe.evals.contamination import Contamination, contamination, texts_of
 from nmoe.evals.contamination import write as write_contamination
 from nmoe.evals.requests import read_manifest, read_task
-from nmoe.evals.sources import prepare
-from nmoe.files import check_out, replace
+from nmoe.evals.sources import PARTIAL, prepare
+from nmoe.files import check_out, clear_unfinished, replace
 from nmoe.machine import driver
 from nmoe.records.experiments import Experiments
 from nmoe.records.manifests import manifest
@@ -45,6 +45,8 @@ def prep(
   tokenizer: str = "o200k_harmony",
 ) -> None:
   """Freeze a source's items and list its tasks; with a mixture, how many items stand in it."""
+  for left in clear_unfinished(Root(root).evals, PARTIAL):
+    console.print(plain(f"removed {left}: a killed prep-evals had left it"), soft_wrap=True)
   with console.status(plain(f"reading {source}")):
     folder = prepare(source, root)
   tasks = read_manifest(folder)["tasks"]

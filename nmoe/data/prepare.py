@@ -274,7 +274,7 @@ def _writing(folder: Path) -> Iterator[Path | None]:
       partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.partial")
       partial.mkdir()
       yield partial
-      _publish(partial, folder)
+      files.publish(partial, folder)
   except OSError as error:
     raise DataError(
       f"{folder}: cannot be written: {error}; {_free_space(folder.parent)}; make room or permit "
@@ -311,15 +311,6 @@ def _clear(folder: Path) -> None:
 
 def _lock_file(store: Path, name: str) -> Path:
   return store / f".{name}.lock"
-
-
-def _publish(partial: Path, folder: Path) -> None:
-  """Rename, unless another process was faster; the caller drops the partial folder then."""
-  try:
-    partial.rename(folder)
-  except OSError:
-    if not folder.exists():
-      raise
 
 
 def _free_space(folder: Path) -> str:

@@ -21,6 +21,7 @@ from nmoe.data.shards import Stream, open_stream, read_manifest
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
 from nmoe.evals.requests import Document
+from nmoe.files import replace
 
 N = 13
 PIECE = 1 << 20  # tokens read at once
@@ -129,10 +130,7 @@ def pieces(stream: Stream, tokenizer: Tokenizer, size: int = PIECE) -> Iterator[
 
 def write(path: Path, found: Mapping[str, Contamination]) -> None:
   """As JSON, by a rename. Raises DataError."""
-  beside = path.with_name(path.name + ".partial")
   try:
-    beside.write_text(json.dumps({task: asdict(c) for task, c in found.items()}, indent=1) + "\n")
-    beside.rename(path)
+    replace(path, json.dumps({task: asdict(c) for task, c in found.items()}, indent=1) + "\n")
   except OSError as error:
-    beside.unlink(missing_ok=True)
     raise DataError(f"{path} cannot be written ({error}); make room, then run again") from error

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from nmoe.errors import DataError
 from nmoe.evals.requests import Document, sizes
+from nmoe.files import replacing
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,11 @@ def write_items(path: Path, items: Mapping[str, Items]) -> None:
   columns: dict[str, Any] = {"task": np.repeat(list(items), [len(x.nats) for x in items.values()])}
   for f in fields(Items):
     columns[f.name] = np.concatenate([getattr(x, f.name) for x in items.values()])
-  partial = path.with_name(path.name + ".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pa.table(columns), partial)
-    partial.rename(path)
+    with replacing(path) as new:
+      parquet.write_table(pa.table(columns), new)
   except OSError as error:
-    partial.unlink(missing_ok=True)
     raise DataError(f"{path} cannot be written ({error}); make room, then run again") from error
 
 

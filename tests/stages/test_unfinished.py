@@ -1,0 +1,198 @@
+"""Commands that fill a folder and are killed: the next of their kind removes what they left, and
+says so; those that live lose nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nmoe import files
+from nmoe.errors import CheckpointError
+from nmoe.records.provenance import REPO
+from nmoe.records.root import Root
+from stages import evals, export, imports
+from stages.checkpoints import exportable
+
+pytestmark = pytest.mark.faults
+CHILD = """
+import signal, sys
+from pathlib import Path
+from rich.console import Console
+from nmoe.records import checkpoint
+from nmoe.model import export as writing
+from nmoe.evals import sources
+from stages import evals, export, imports
+
+def stop(*_):
+  print("half", flush=True)
+  signal.pause()
+
+kind, source, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+if kind == "import":
+  checkpoint._seal = stop
+  imports.run(source, root.parent / "killed.toml", root, Console(quiet=True))
+elif kind == "export":
+  writing.write_tokenizer = stop
+  more = (None, None, 5.0, "tensors", root, Console(quiet=True))
+  export.run(str(source), root.parent / "out", *more)
+else:
+  sources.digest = stop
+  evals.prep(source, root, Console(quiet=True))
+"""
+ITEM = {"task": "pets", "context": "a", "choices": [" cat", " dog"], "gold": 0}
+
+
+@pytest.fixture
+def made(lab, tmp_path):
+  """By kind: what the command reads, where it leaves a folder unfinished, and the command."""
+  run, root = lab.record(), lab.root
+  lab.attempt(run)
+  quiet = Console(quiet=True)
+  export.run(run, tmp_path / "hf", None, None, 5.0, "tensors", root, quiet)
+  (tmp_path / "items.jsonl").write_text(json.dumps(ITEM) + "\n")
+  step = lab.checkpoints(run) / "step_00000012"
+  out = tmp_path / "out"
+  return {
+    "import": (
+      tmp_path / "hf",
+      Root(root).imports,
+      lambda c: imports.run(tmp_path / "hf", tmp_path / "a.toml", root, c),
+    ),
+    "export": (
+      step,
+      tmp_path,
+      lambda c: export.run(str(step), out, None, None, 5.0, "tensors", root, c),
+    ),
+    "prep-evals": (
+      tmp_path / "items.jsonl",
+      Root(root).evals,
+      lambda c: evals.prep(tmp_path / "items.jsonl", root, c),
+    ),
+  }
+
+
+def begun(kind: str, source: Path, root: Path) -> subprocess.Popen:
+  """A command in another process that stands still in the midst of its folder."""
+  command = [sys.executable, "-c", CHILD, kind, str(source), str(root)]
+  process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "half\n"
+  return process
+
+
+def partials(folder: Path) -> list[Path]:
+  return sorted(folder.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["import", "export", "prep-evals"])
+def test_what_a_killed_command_left_the_next_one_removes_and_names(lab, made, kind):
+  source, where, command = made[kind]
+  process = begun(kind, source, lab.root)
+  (left,) = partials(where)
+  assert sum(f.stat().st_size for f in left.rglob("*")) > 50
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert partials(where) == [left]
+  console = Console(record=True, width=300)
+  command(console)
+  assert f"removed {left}: a killed {kind} had left it" in console.export_text()
+  assert partials(where) == []
+
+
+@pytest.mark.parametrize("kind", ["import", "prep-evals"])
+def test_two_at_once_both_end(lab, made, kind):
+  """The second neither removes what the first fills nor waits for it."""
+  source, where, command = made[kind]
+  process = begun(kind, source, lab.root)
+  (left,) = partials(where)
+  console = Console(record=True, width=300)
+  command(console)
+  assert "removed" not in console.export_text() and partials(where) == [left]
+  process.kill()
+  process.wait()
+
+
+def test_a_second_export_to_one_folder_is_refused_at_once(lab, made, tmp_path):
+  source, _, command = made["export"]
+  process = begun("export", source, lab.root)
+  (left,) = partials(tmp_path)
+  with pytest.raises(CheckpointError, match="another export is writing .*, which is to be .*out;"):
+    exportable(str(source), tmp_path / "out", None, None, None, lab.root)
+  with pytest.raises(CheckpointError, match="another export is writing"):
+    command(Console(quiet=True))
+  assert partials(tmp_path) == [left]
+  more = (None, None, 5.0, "tensors", lab.root, Console(quiet=True))
+  export.run(str(source), tmp_path / "other", *more)
+  assert partials(tmp_path) == [left]
+  process.kill()
+  process.wait()
+
+
+def test_an_import_that_another_was_faster_with_ends_well(lab, made, tmp_path, monkeypatch):
+  """The folder of the same digest appears between the look and the rename."""
+  source, where, command = made["import"]
+  renamed = Path.rename
+
+  def faster(self, target):
+    if self.name.endswith(".partial") and self.parent == where:
+      target.mkdir()
+      (target / "theirs").touch()
+    return renamed(self, target)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Path, "rename", faster)
+    command(Console(quiet=True))
+  (there,) = where.iterdir()
+  assert [f.name for f in there.iterdir()] == ["theirs"]
+
+
+def test_folders_of_many_threads_and_a_cleaner(tmp_path):
+  """Whoever fills a folder keeps it, however often others clear meanwhile."""
+  errors, over = [], threading.Event()
+
+  def fill(number: int) -> None:
+    try:
+      for i in range(40):
+        with files.unfinished(tmp_path, "x") as folder:
+          (folder / "a").write_text("a")
+          folder.rename(tmp_path / f"{number}-{i}")
+    except OSError as error:
+      errors.append(error)
+
+  def clear() -> None:
+    while not over.is_set():
+      files.clear_unfinished(tmp_path, "x")
+
+  workers = [threading.Thread(target=fill, args=(n,)) for n in range(4)]
+  cleaner = threading.Thread(target=clear)
+  for thread in (cleaner, *workers):
+    thread.start()
+  for thread in workers:
+    thread.join()
+  over.set()
+  cleaner.join()
+  assert errors == [] and len(list(tmp_path.iterdir())) == 160
+  (tmp_path / ".y-01234567.partial").mkdir()
+  (tmp_path / ".x-01234567.partial").mkdir()
+  (tmp_path / ".x-0123456.partial").mkdir()
+  assert [p.name for p in files.clear_unfinished(tmp_path, "x")] == [".x-01234567.partial"]
+
+
+def test_on_a_filesystem_without_locks_nothing_is_taken_for_left(tmp_path, monkeypatch):
+  def none(*_):
+    raise OSError(95, "Operation not supported")
+
+  left = tmp_path / ".x-01234567.partial"
+  left.mkdir()
+  monkeypatch.setattr("fcntl.flock", none)
+  with files.unfinished(tmp_path, "x") as folder:
+    assert files.clear_unfinished(tmp_path, "x") == [] and folder.is_dir()
+  assert files.under_way(tmp_path, "x") == [left]
