@@ -45,6 +45,7 @@ READ = (
   "model_type q_lora_rank tie_word_embeddings initializer_range rope_theta rope_scaling "
   "rope_parameters max_position_embeddings scoring_func topk_method n_group topk_group hidden_act "
   "attention_bias mlp_bias moe_layer_freq rope_interleave num_key_value_heads torch_dtype dtype "
+  "quantization_config "
   "eos_token_id partial_rotary_factor original_max_position_embeddings"
 ).split()
 ROPE = (
@@ -54,7 +55,7 @@ ROPE = (
 HARMLESS = (  # of running, serving and other training than ours
   "architectures auto_map transformers_version bos_token_id pad_token_id use_cache head_dim "
   "attention_dropout num_nextn_predict_layers moe_router_dtype ep_size pretraining_tp seq_aux "
-  "aux_loss_alpha quantization_config qk_head_dim output_router_logits unk_token_id _name_or_path"
+  "aux_loss_alpha qk_head_dim output_router_logits unk_token_id _name_or_path"
 ).split()
 NEEDED = {  # key -> its only value; absent: the same
   "hidden_act": "silu",
@@ -63,6 +64,7 @@ NEEDED = {  # key -> its only value; absent: the same
   "moe_layer_freq": 1,
   "rope_interleave": True,
 }
+BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 ROPE_NEEDED = {"partial_rotary_factor": 1, "truncate": True}
 HARMONY = (tokenizer.O200K_VOCAB, tokenizer.O200K_EOT)
 SEQ_LEN = 4096  # of a run that goes on, or what the model was made for
@@ -107,9 +109,9 @@ def weight_map(folder: Path) -> dict[str, str] | None:
   if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
     raise CheckpointError(f"{index}: weight_map must name a file for each tensor; fetch it again")
   for file in sorted(set(found.values())):
-    if file != Path(file).name or len(file) > 200:
+    if file != Path(file).name or not file.endswith(".safetensors") or len(file) > 200:
       raise CheckpointError(
-        f"{index}: {file!r:.80} is no name of a file in {folder}; fetch it again"
+        f"{index}: {file!r:.80} is no name of a .safetensors file in {folder}; fetch it again"
       )
     if not (folder / file).is_file():
       raise CheckpointError(f"{folder / file} is not there; fetch the folder again")
@@ -146,6 +148,7 @@ def values_of(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise ConfigError(
       f"{where}: num_key_value_heads = {table['num_key_value_heads']!r}, not {heads}"
     )
+  _check_quantization(table.get("quantization_config") or {}, where)
   values = {ours: table[key] for key, ours in REQUIRED.items()}
   for key in ("rms_norm_eps", "routed_scaling_factor"):
     values[REQUIRED[key]] = _number(where, key, table[key])
@@ -158,6 +161,17 @@ def values_of(table: Mapping[str, Any], where: str) -> dict[str, Any]:
   dtype = table.get("dtype", table.get("torch_dtype"))
   values["target.dtype"] = "fp32" if dtype == "float32" else "bf16"
   return values | _routing(table, where) | _rope(table, where)
+
+
+def _check_quantization(told: Any, where: str) -> None:
+  """ConfigError but for DeepSeek's own kind: other scales lie otherwise, in tensors alike."""
+  blocks = [BLOCK, BLOCK]
+  known = isinstance(told, dict) and told.get("quant_method") == "fp8"
+  if told and not (known and told.get("weight_block_size", blocks) == blocks):
+    raise ConfigError(
+      f"{where}: quantization_config = {told!r:.120}; plain weights are read, and those of "
+      f"quant_method 'fp8' with weight_block_size {blocks}: save the model dequantized"
+    )
 
 
 def _routing(table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -195,6 +209,10 @@ def _rope_told(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(parameters, dict):
       raise ConfigError(f"{where}: RoPE's parameters must be a table, not {parameters!r:.60}")
     for key, value in parameters.items():
+      if isinstance(value, dict):
+        raise ConfigError(
+          f"{where}: {key} = {value!r:.60} in {place}: all layers of ours are alike"
+        )
       name = "rope_type" if key == "type" else key
       if value is not None and told.setdefault(name, value) != value:
         raise ConfigError(

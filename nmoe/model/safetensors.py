@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nmoe.errors import CheckpointError
-from nmoe.model.hf_folder import INDEX, SINGLE, weight_map
+from nmoe.model.hf_folder import BLOCK, INDEX, SINGLE, weight_map
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MAPPED = 1 << 28  # bytes of files that a reader keeps in memory
 FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 FP8, SCALES = {"F8_E4M3": torch.bfloat16}, (*FLOATS, "F8_E8M0")  # fp8 weights as they come
-BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has yet to fetch
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Folder(Mapping[str, Tensor]):
         self._opened(file)
       except (OSError, SafetensorError) as error:
         raise CheckpointError(
-          f"{self.folder / file} cannot be read ({error}); fetch the folder again"
+          f"{self.folder / file} cannot be read ({error}); {_remedy(self.folder / file)}"
         ) from error
       for name in sorted(self._open[file].keys()):
         if name in held:
@@ -216,6 +216,18 @@ class Folder(Mapping[str, Tensor]):
         f"{weight_map.get(name, 'none')}"
       )
     return held
+
+
+def _remedy(path: Path) -> str:
+  """For a file that is no safetensors."""
+  try:
+    with path.open("rb") as stream:
+      pointer = stream.read(len(POINTER)) == POINTER
+  except OSError:
+    pointer = False
+  return (
+    "it is a pointer: run `git lfs pull` in its folder" if pointer else "fetch the folder again"
+  )
 
 
 def check_finite(where: Path, name: str, tensor: Tensor) -> None:
