@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -105,25 +106,34 @@ def check(task: str, documents: Sequence[Document]) -> None:
   """DataError for items that cannot be scored."""
   if not documents:
     raise DataError(f"task {task} has no documents")
-  names = {d.name for d in documents}
-  if len(names) != len(documents):
-    raise DataError(f"task {task} has {len(documents)} documents of {len(names)} names")
   for d in documents:
-    if len(d.answers) != len(d.contexts):
-      raise DataError(
-        f"task {task}, document {d.name}: {len(d.contexts)} contexts of {len(d.answers)} answers"
-      )
-    if type(d.gold) is not int or not 0 <= d.gold < len(d.answers):
-      raise DataError(
-        f"task {task}, document {d.name}: gold {d.gold!r:.80} of {len(d.answers)} answers"
-      )
-    for text in {*d.contexts, *d.answers}:
-      if not isinstance(text, str) or SURROGATE.search(text):
-        raise DataError(
-          f"task {task}, document {d.name}: {text!r:.80} must be a string without lone surrogates"
-        )
-    if not all(d.answers):
-      raise DataError(f"task {task}, document {d.name} has an empty answer")
+    if (why := unfit(d)) is not None:
+      raise DataError(f"task {task}, document {d.name:.80}: {why}")
+  name, most = Counter(d.name for d in documents).most_common(1)[0]
+  if most > 1:
+    raise DataError(f"task {task} has {most} documents named {name!r:.80}; give each its own name")
+  single = [len(d.answers) == 1 for d in documents]
+  if any(single) and not all(single):
+    one, several = (documents[single.index(x)].name for x in (True, False))
+    raise DataError(
+      f"task {task}: document {one:.80} has one answer, {several:.80} has several; one is always "
+      "the likeliest of its own: make two tasks of them"
+    )
+
+
+def unfit(document: Document) -> str | None:
+  """Why a document cannot be scored, if so."""
+  contexts, answers, gold = document.contexts, document.answers, document.gold
+  if len(answers) != len(contexts):
+    return f"{len(contexts)} contexts of {len(answers)} answers; name one for all, or one for each"
+  if type(gold) is not int or not 0 <= gold < len(answers):
+    return f"gold {gold!r:.80} of {len(answers)} answers; it is the right one's place, from 0 on"
+  for text in (*contexts, *answers):
+    if not isinstance(text, str) or SURROGATE.search(text):
+      return f"{text!r:.80} must be a string without lone surrogates"
+  if not all(answers):
+    return f"answer {answers.index('')} is empty; an answer has a character or more"
+  return None
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

