@@ -394,7 +394,8 @@ def bench_rdep(
   ranks: Annotated[int | None, typer.Option(help="Default: launch.ranks.")] = None,
   tokens: Annotated[int | None, typer.Option(min=1, help="Of a rank. Default: a batch.")] = None,
   shape: Annotated[
-    str | None, typer.Option(help="moonlight or deepseek. Default: the configuration's.")
+    str | None,
+    typer.Option(help="moonlight, deepseek, qwen3-30b, qwen3-235b. Default: the file's."),
   ] = None,
   out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
 ) -> None:

@@ -6,7 +6,7 @@ count the slowest rank's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -59,6 +59,25 @@ def temporarily(thing: object, **values: Any) -> Iterator[None]:
       setattr(thing, name, value)
 
 
+@contextmanager
+def beside(lane: torch.cuda.Stream | None) -> Iterator[None]:
+  """Work inside comes after all so far and runs beside what follows, until `join`; without a lane
+  in turn.
+  """
+  if lane is None:
+    yield
+    return
+  lane.wait_stream(torch.cuda.current_stream())
+  with torch.cuda.stream(lane):
+    yield
+
+
+def join(lanes: Sequence[torch.cuda.Stream | None]) -> None:
+  for lane in lanes:
+    if lane is not None:
+      torch.cuda.current_stream().wait_stream(lane)
+
+
 class Bench:
   """One rank's weights, inputs and variants."""
 
@@ -76,7 +95,9 @@ class Bench:
       w13 = self._normal(2 * width, dim, scale=dim**-0.5)
       w2 = self._normal(dim, width, scale=width**-0.5)
       self.shared = partial(self._shared, w13, w2)
-    side = torch.cuda.Stream() if self.device.type == "cuda" else None
+    cuda = self.device.type == "cuda"
+    self.lanes = [torch.cuda.Stream() if cuda else None for _ in range(self.rdep.num_ranks)]
+    side = torch.cuda.Stream() if cuda else None
     self.all_to_all = AllToAll(self.ops, RECIPE, self.shared, side)
     self.clock = Clock(self.device)
 
@@ -117,15 +138,15 @@ class Bench:
     return [Product(self._normal(d.rows, inner), weight, self._offsets(d)) for d in sets]
 
   def copy(self, sets: list[Inputs], i: int) -> None:
-    """The bytes that a dispatch sends to other ranks, by plain copies into their buffers."""
+    """The bytes that a dispatch sends to other ranks, by plain copies into their buffers: to each
+    on a stream of its own, since one copy engine does not fill all links.
+    """
     self.clock.start("copy")
     for rank, (peer, rows) in enumerate(zip(self.rdep.exchange.peers, sets[i].sent_R, strict=True)):
       if rank != self.rdep.rank:
-        done = 0
-        while done < rows:  # a rank's buffer may hold more rows than this rank has tokens
-          part = min(rows - done, sets[i].x_TD.shape[0])
-          peer.row_CD[done : done + part].copy_(sets[i].x_TD[:part])
-          done += part
+        with beside(self.lanes[rank]):
+          _fill(peer.row_CD, sets[i].x_TD, rows)
+    join(self.lanes)
     self.clock.start("between")
 
   def layer(self, forward: Callable, sets: list[Inputs], i: int) -> None:
@@ -252,6 +273,15 @@ def _apart(a: Tensor, b: Tensor) -> float:
   ]
   difference, whole = torch.stack(squares).sum(0).sqrt().tolist()
   return difference / whole
+
+
+def _fill(into_CD: Tensor, x_TD: Tensor, rows: int) -> None:
+  """As many rows as asked for, of x's again and again: a buffer may hold more than a rank has
+  tokens.
+  """
+  for done in range(0, rows, len(x_TD)):
+    part = min(rows - done, len(x_TD))
+    into_CD[done : done + part].copy_(x_TD[:part])
 
 
 def _tiled(x_TD: Tensor, rows: int) -> Tensor:

@@ -27,10 +27,13 @@ from stages.workbench import Arm, Workbench
 STATEMENT = "What an MoE layer costs over several ranks."
 NO_DATA = Path("")  # inputs are drawn, no mixture is read
 REPEATS = 20
-SHAPES = {  # D, K, E, F of an MoE layer
-  "moonlight": (2048, 6, 64, 1408),
-  "deepseek": (7168, 8, 256, 2048),
+SHAPES = {  # D, K, E, F and shared experts of a model's MoE layer, as published
+  "moonlight": (2048, 6, 64, 1408, 2),
+  "deepseek": (7168, 8, 256, 2048, 1),
+  "qwen3-30b": (2048, 8, 128, 768, 0),  # LigerCute's too (Liger-Kernel, pull request 1355)
+  "qwen3-235b": (4096, 8, 128, 1536, 0),
 }
+SHAPED = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim", "moe.num_shared")
 
 
 def rdep(
@@ -86,8 +89,7 @@ def layer_config(
     "train.cuda_graph": False,
   }
   if shape is not None:
-    keys = ("model.dim", "moe.top_k", "moe.num_experts", "moe.expert_dim")
-    values |= dict(zip(keys, SHAPES[shape], strict=True))
+    values |= dict(zip(SHAPED, SHAPES[shape], strict=True))
   return configs.changed(config, values)
 
 

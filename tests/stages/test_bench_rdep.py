@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,9 +156,26 @@ def test_shapes(file):
   config = configs.load(file, env={})
   made = bench_rdep.layer_config(config, file, 2, 8192, "deepseek")
   assert (made.model.dim, made.moe.top_k, made.moe.num_experts) == (7168, 8, 256)
+  assert (made.moe.expert_dim, made.moe.num_shared) == (2048, 1)
   assert (made.launch.ranks, made.data.seq_len, made.train.micro_batch) == (2, 8192, 1)
   default = bench_rdep.layer_config(config, file, 2, None, None)
   assert (default.data.seq_len, default.model.dim) == (8 * 64, DIM)
+
+
+@pytest.mark.parametrize("shape", bench_rdep.SHAPES)
+def test_every_shape_is_a_layer_of_a_configuration(shape):
+  """In the file that the runbook measures them with, over all of a node's GPUs."""
+  path = Path(__file__).parents[2] / "configs" / "moonlet" / "shallow-h200.toml"
+  for number in (2, 4, 8):
+    made = bench_rdep.layer_config(configs.load(path, env={}), path, number, 8192, shape)
+    assert made.moe.num_experts % number == 0 and made.launch.ranks == number
+
+
+def test_a_layer_without_shared_experts(tmp_path):
+  """As Qwen3's."""
+  file = write_variant(write_files(tmp_path), "alone", "[moe]\nnum_shared = 0\n")
+  found = bench_rdep.rdep(file, 2, TOKENS, None, Console(quiet=True), repeats=2)
+  assert found["shape"]["shared"] == 0 and max(found["deviation"].values()) < 1e-5
 
 
 def test_what_cannot_be_measured(file):
