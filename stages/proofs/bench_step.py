@@ -31,7 +31,7 @@ from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.proofs.shortened import claim, named, shortened
 from stages.runs import carrying
-from stages.text import plain
+from stages.text import counted, plain
 from stages.workbench import Workbench
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step", "gather")
@@ -57,6 +57,7 @@ class StepBench:
   first_step_s: float  # from the start of the command's process to its line, data_s included
   data_s: float  # for finding or preparing the data
   startup_s: dict[str, float]  # of rank 0, by phase, from its own start to the same line
+  routing: str  # what the times are of: forced or real routing, and how uneven
 
   @property
   def outside(self) -> float:
@@ -80,8 +81,10 @@ def step(
   check_out(out)
   config = configs.load(path)
   before = [_earlier(path) for path in against]
+  warmup = min(config.schedule.warmup_tokens, steps * config.schedule.batch_tokens)
   config = shortened(config, steps, keep=0)
-  config = configs.changed(config, {"train.log_every": max(1, steps // INTERVALS)})
+  values = {"schedule.warmup_tokens": warmup, "train.log_every": max(1, steps // INTERVALS)}
+  config = configs.changed(config, values)
   with Workbench.open(config.run.root, console, anew=True) as bench:
     begun = time.monotonic()
     arm = bench.arm(path.stem, config)
@@ -136,6 +139,26 @@ def _measure(
     first_step_s=first[1],
     data_s=data_s,
     startup_s={phase: float(series[f"startup/{phase}_s"][2][0]) for phase in STARTUP},
+    routing=routing_of(config, series),
+  )
+
+
+def routing_of(config: Config, series: Mapping[str, Series]) -> str:
+  """Which routing the last logged step had; a real one as it was then, by its layers.
+
+  At full rates from the first step on, routing collapses: the warm-up is the configuration's.
+  """
+  last = {tag: float(values[-1]) for tag, (*_, values) in series.items()}
+  uneven = [x for tag, x in last.items() if tag.endswith("/load_max_over_mean")]
+  if config.moe.forced_balance or not uneven:
+    return "forced balance" if uneven else "none, the model is dense"
+  warmup = math.ceil(config.schedule.warmup_tokens / config.schedule.batch_tokens)
+  dead = sum(x for tag, x in last.items() if tag.endswith("/dead"))
+  rounds = last.get("rdep/rounds", 1)
+  return (
+    f"real, after {config.steps} steps, {warmup} of them warm-up: the fullest expert has "
+    f"{min(uneven):.2f} to {max(uneven):.2f} times the mean of its layer, {dead:.0f} of "
+    f"{len(uneven) * config.moe.num_experts} experts are dead, {counted(int(rounds), 'round')}"
   )
 
 
@@ -187,6 +210,7 @@ def _show(b: StepBench, console: Console) -> None:
     "the training process: "
     + ", ".join(f"{phase.replace('_', ' ')} {s:.1f} s" for phase, s in b.startup_s.items())
   )
+  console.print(f"routing: {b.routing}")
   console.print(f"MFU {b.mfu:.1%}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
 
 

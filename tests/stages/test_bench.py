@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from labs import Lab
+from labs import Lab, write_variant
 from rich.console import Console
 
 from nmoe.bench.loader import loader_rate
@@ -22,9 +23,9 @@ from stages import runs
 from stages.proofs import bench_step as bench
 
 
-def call(lab: Lab, **options) -> tuple[bench.StepBench, str]:
+def call(lab: Lab, file: Path | None = None, **options) -> tuple[bench.StepBench, str]:
   out = io.StringIO()
-  found = bench.step(lab.file, 40, Console(file=out, width=160), **options)
+  found = bench.step(file or lab.file, 40, Console(file=out, width=160), **options)
   return found, " ".join(out.getvalue().split())
 
 
@@ -52,6 +53,28 @@ def test_a_measurement(lab, launches):
     f"{found.data_s:.1f} s of it for data"
   ) in said
   assert (lab.records.list()[0].stage, lab.records.list()[0].verdict) == ("bench", "measured")
+  last = {tag: values[-1] for tag, values in series.items()}
+  (uneven,) = [x for tag, x in last.items() if tag.endswith("/load_max_over_mean")]
+  assert found.routing.startswith(
+    "real, after 40 steps, 2 of them warm-up: the fullest expert has "
+  )
+  assert f"{uneven:.2f} to {uneven:.2f} times the mean" in found.routing and found.routing in said
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(3, 3), (64, 40)])
+def test_the_warm_up_is_the_configuration_s(lab, steps, kept):
+  """Cut to the measured steps; the lab's batch has 512 tokens, and logs are of each second step."""
+  body = f"[schedule]\ntotal_tokens = 65536\nwarmup_tokens = {steps * 512}\n"
+  _, said = call(lab, write_variant(lab.file, "warm", body))
+  assert f"routing: real, after 40 steps, {kept} of them warm-up: " in said
+  run = lab.records.runs(lab.records.list()[0].id)[0]
+  first = metrics.read(lab.root, run.id)["lr/dense"][2][0]
+  assert first == pytest.approx(1.5 / kept * lab.config.optim.dense_lr)  # of step 2's middle
+
+
+def test_a_benchmark_s_routing_is_no_real_one(lab):
+  found, said = call(lab, write_variant(lab.file, "forced", "[moe]\nforced_balance = true\n"))
+  assert found.routing == "forced balance" and "routing: forced balance MFU" in said
 
 
 def test_a_phase_that_not_every_stretch_enters():
