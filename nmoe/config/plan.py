@@ -137,22 +137,24 @@ class Device:
   peak: dict[str, float]
 
 
-DEVICES = (
+DEVICES = (  # GB300 and B300 are no sm_100a: their capability is 10.3
   Device("B200", "sm_100a", 183359 << 20, {"bf16": 2.25e15, "fp8": 4.5e15, "nvfp4": 9e15}),
+  Device("GB200", "sm_100a", 186 * 10**9, {"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1e16}),
   Device("H200", "sm_90a", 143771 << 20, {"bf16": 989e12}),
   Device("H100", "sm_90a", 81559 << 20, {"bf16": 989e12}),
 )
 
 
-def peak_flops(config: Config) -> float | None:
+def peak_flops(config: Config, processor: str = "") -> float | None:
   """Dense peak FLOP/s of one device in the arithmetic that runs; emulation runs in bf16.
 
-  None for arch = "cpu", whose peak is measured.
+  processor: its name as the driver tells it; the target's first device in DEVICES if it is none of
+  them. None for arch = "cpu", whose peak is measured.
   """
   dtype = "bf16" if config.target.emulate_blockscale else config.target.dtype
-  peaks = {device.peak[dtype] for device in DEVICES if device.arch == config.target.arch}
-  assert len(peaks) <= 1
-  return peaks.pop() if peaks else None
+  found = [device for device in DEVICES if device.arch == config.target.arch]
+  named = [device for device in found if device.name in processor.split()]
+  return next((device.peak[dtype] for device in (*named, *found)), None)
 
 
 def plan(config: Config) -> Plan:

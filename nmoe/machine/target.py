@@ -62,7 +62,7 @@ def select(config: Config, rank: int = 0, local_ranks: int | None = None) -> Tar
   cores = len(os.sched_getaffinity(0))
   share = cores // (local_ranks or config.launch.ranks)
   torch.set_num_threads(config.launch.threads or min(MOST_THREADS, max(1, share)))
-  peak = peak_flops(config) or _measured_peak()
+  peak = peak_flops(config, name) or _measured_peak()
   return Target(t.arch, name, device, ops, peak, symmetric)
 
 

@@ -182,7 +182,8 @@ def test_memory_terms_of_moonlet_on_one_h200():
   assert held["moments"] == 2 * 2 * n  # bf16
   assert held["gradients"] == 4 * n  # several micro-batches: fp32
   assert p.peak_bytes == sum(held.values())
-  assert fits(p, DEVICES[1].memory_bytes) is None
+  h200 = next(d for d in DEVICES if d.name == "H200")
+  assert fits(p, h200.memory_bytes) is None
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,8 @@ def test_peak_flops():
   config = load(CONFIGS / "moonlet" / "moonlet.toml", env={})
   assert peak_flops(config) == 2.25e15
   assert peak_flops(changed(config, {"target.dtype": "nvfp4"})) == 9e15
+  names = ("NVIDIA B200", "NVIDIA GB200", "NVIDIA H200")  # the last is no sm_100a
+  assert [peak_flops(config, name) for name in names] == [2.25e15, 2.5e15, 2.25e15]
   hopper = load(CONFIGS / "moonlet" / "h200.toml", env={})
   assert peak_flops(hopper) == 989e12
   emulated = replace(hopper.target, dtype="fp8", emulate_blockscale=True)
