@@ -24,6 +24,7 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import REPO
 from nmoe.records.reader import Export, Reader
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.checkpoints import DTYPES, exportable
 from stages.text import plain
 
@@ -83,7 +84,7 @@ def check_logits(
   layers, why = layers_to_check(source.config, level)
   if not layers:
     return {"level": "tensors", "why": why}
-  say(f"comparing {layers} layers with transformers")
+  say(f"comparing {counted(layers, 'layer')} with transformers")
   command = [sys.executable, "-m", "nmoe.model.agreement", "--layers", str(layers)]
   command += [
     "--folder",

@@ -11,8 +11,9 @@ from nmoe.errors import ConfigError
 from nmoe.files import clear_unfinished
 from nmoe.model.imports import PARTIAL, import_folder
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.checkpoints import importable
-from stages.text import counted, plain
+from stages.text import plain
 
 
 def run(folder: Path, out: Path, root: Path, console: Console) -> None:
@@ -34,7 +35,7 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
   if found.unknown:
     say(f"keys of config.json that were not understood: {', '.join(found.unknown)}")
   if found.left:
-    say(f"{len(found.left)} tensors are not of our model, the first is {found.left[0]}")
+    say(f"not of our model: {counted(len(found.left), 'tensor')}, the first is {found.left[0]}")
   if found.wide:
     say(
       f"{counted(len(found.wide), 'tensor')} of other types than bf16, the first is "

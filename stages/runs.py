@@ -24,6 +24,7 @@ from nmoe.records.provenance import differences, environment
 from nmoe.records.reader import Experiment, Hypothesis, Run, places
 from nmoe.records.root import Root
 from nmoe.train.progress import FAILED_FOR_GOOD, Entry
+from nmoe.wording import counted
 from stages.judge.table import Judgement
 from stages.launch import local as launch
 from stages.launch.display import Display, Line
@@ -284,8 +285,8 @@ class Work:
       if any(run.id in self.refused for run in failed):
         again = "fails alike as long as the cause stands"
       raise RunError(
-        f"{len(failed)} of {len(runs)} runs failed, no verdict; the same command {again}:\n"
-        + self._listed(failed)
+        f"{len(failed)} of {counted(len(runs), 'run')} failed, no verdict; the same command "
+        f"{again}:\n" + self._listed(failed)
       )
 
   def conclude(self, judgement: Judgement, runs: Sequence[Run], summary: bool = False) -> Path:
@@ -301,7 +302,8 @@ class Work:
     self.bench.console.print(plain(f"report: {path}"), soft_wrap=True)
     diverged = [run for run in runs if run.status == "failed"]
     if diverged:
-      raise RunError(f"{len(diverged)} of {len(runs)} runs diverged:\n" + self._listed(diverged))
+      told = f"{len(diverged)} of {counted(len(runs), 'run')} diverged:\n"
+      raise RunError(told + self._listed(diverged))
     return path
 
   def _listed(self, runs: Sequence[Run]) -> str:

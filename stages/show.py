@@ -21,6 +21,7 @@ from nmoe.machine.doctor import examine
 from nmoe.records.reader import Counts, Reader
 from nmoe.records.root import Root
 from nmoe.train.schedule import rate_phases, remarks
+from nmoe.wording import counted
 from stages.launch import local as launch
 from stages.report.terminal import terminal_summary
 from stages.text import plain
@@ -59,8 +60,8 @@ def plan(config: Config, console: Console) -> None:
 def _schedule(config: Config) -> Table:
   s = config.schedule
   title = (
-    f"{config.steps:,} steps of {s.batch_tokens:,} tokens, {s.trained_tokens:,} in all: factors on "
-    "the rates"
+    f"{counted(config.steps, 'step')} of {s.batch_tokens:,} tokens, {s.trained_tokens:,} in all: "
+    "factors on the rates"
   )
   table = Table(title=title, title_justify="left")
   table.add_column("phase")

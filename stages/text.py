@@ -22,11 +22,6 @@ def plain(value: object, style: str = "") -> Text:
   return Text(visible(str(value)), style=style)
 
 
-def counted(number: int, what: str) -> str:
-  """ "1 host", "2 hosts": a number of things whose name takes an s."""
-  return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def rounded(number: float, unit: str = "") -> str:
   """Three digits with a prefix of thousands: "1.23 M", "4.5 GB"."""
   found = next((p for p in PREFIXES if number >= p[1]), ("", 1.0))

@@ -19,6 +19,7 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.provenance import REPO, provenance
 from nmoe.records.reader import ArmRecord, Branch, Hypothesis, Point
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.admission import admit, admit_with_data
 from stages.text import plain
 
@@ -125,7 +126,7 @@ def prepared(
   with console.status(plain(f"preparing {mixture.name}")) as status:
 
     def show(source: str, documents: int, num_bytes: int) -> None:
-      done = f"{source}, {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
+      done = f"{source}, {counted(documents, 'document')}, {num_bytes / 1e6:,.0f} MB"
       status.update(plain(f"preparing {mixture.name}: {done}"))
 
     return prepare(load_mixture(mixture), get_tokenizer(tokenizer), root, show, verify)

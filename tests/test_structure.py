@@ -18,7 +18,7 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "buffers flight exchange reference cuda tools"
   ).split(),
   "nmoe": (
-    "errors tables files records config machine data distributed model evals train bench"
+    "errors wording tables files records config machine data distributed model evals train bench"
   ).split(),
   "stages": (
     "text judge launch report viz watch admission workbench branches runs comparable study show "

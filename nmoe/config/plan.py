@@ -31,6 +31,7 @@ from nmoe.config.parameters import (
 )
 from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
+from nmoe.wording import counted
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def flops(config: Config) -> tuple[Term, ...]:
   qk = m.qk_nope_dim + m.qk_rope_dim
   core = m.num_layers * 6 * m.num_heads * (qk + m.v_dim) * seq_len / 2
   formula = (
-    f"{m.num_layers} layers · 6 · {m.num_heads} heads · ({qk} + {m.v_dim}) · {seq_len} / 2 causal"
+    f"{counted(m.num_layers, 'layer')} · 6 · {counted(m.num_heads, 'head')} · ({qk} + {m.v_dim}) · "
+    f"{seq_len} / 2 causal"
   )
   return (*terms, Term("attention core", formula, core))
 
@@ -434,7 +436,7 @@ def _kept_formula(config: Config) -> str:
     if layers:
       terms = _kept_terms(config, layers[0])
       inside = " + ".join(f"{value:,.0f} {name}" for name, value in terms.items() if value)
-      parts.append(f"{len(layers)} {kind} layers · ({inside})")
+      parts.append(f"{counted(len(layers), f'{kind} layer')} · ({inside})")
   return f"{config.rank_tokens:,} tokens · [{' + '.join(parts)}]"
 
 

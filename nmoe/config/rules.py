@@ -12,6 +12,7 @@ from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
 from nmoe.records.measures import MEASURES, measured
 from nmoe.tables import nearest
+from nmoe.wording import counted
 
 MAX_TEXT = 10_000  # characters of what people write for people
 _UNPAIRED = re.compile("[\ud800-\udfff]")  # how Python holds bytes that are no UTF-8
@@ -82,7 +83,7 @@ def _model_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   yield "moe.num_groups", e.num_experts % e.num_groups != 0, need
   yield "moe.topk_groups", e.topk_groups > e.num_groups, f"exceeds num_groups {e.num_groups}"
   room = e.num_experts // e.num_groups * e.topk_groups
-  need = f"exceeds the {room} experts of topk_groups {e.topk_groups} groups"
+  need = f"exceeds the {counted(room, 'expert')} that topk_groups {e.topk_groups} leaves"
   yield "moe.top_k", e.top_k > room, need
   need = (
     "with top_k = 1 makes every weight 1, so that the router gets no gradient; set it to false or "
@@ -128,7 +129,7 @@ def _schedule_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
   used = s.warmup_tokens + s.decay_tokens
   need = (
     f"+ decay_tokens {s.decay_tokens} = {used} exceeds total_tokens {s.total_tokens}, of "
-    f"which {c.steps} steps train {s.trained_tokens}"
+    f"which {s.trained_tokens} are trained in {counted(c.steps, 'step')}"
   )
   yield "schedule.warmup_tokens", used > s.trained_tokens, need
   need = f"is reached by no step of batch_tokens {s.batch_tokens}; set 0, or half a batch and more"

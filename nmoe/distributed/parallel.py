@@ -29,6 +29,7 @@ from nmoe.distributed.meeting import Meeting
 from nmoe.distributed.rdep import Passes, Rdep
 from nmoe.errors import CommError, ConfigError
 from nmoe.machine.target import Target
+from nmoe.wording import counted
 
 SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
 BUCKET = 16 * 2**20  # elements of one collective: 64 MiB of fp32 gradients
@@ -334,9 +335,10 @@ def init(
   local_ranks = local_ranks or ranks
   alone = target.device.type == "cuda" and local_ranks <= torch.cuda.device_count()
   if target.device.type == "cuda" and not alone and local_ranks < ranks:
+    here = f"{counted(local_ranks, 'rank')} on a host"
     raise ConfigError(
-      f"{local_ranks} ranks on a host with {torch.cuda.device_count()} GPUs, {ranks} in all: on "
-      "several hosts each rank needs a GPU of its own; lower launch.ranks_per_node"
+      f"{here} with {counted(torch.cuda.device_count(), 'GPU')}, {ranks} in all: on several hosts "
+      "each rank needs a GPU of its own; lower launch.ranks_per_node"
     )
   timeout = timedelta(seconds=config.rdep.deadline_s)
   with collectives(rank, ranks):

@@ -86,6 +86,7 @@ from nmoe.config.buffers import TRANSIENT, buffer_layout, row_slots
 from nmoe.config.sections import Config
 from nmoe.distributed.heap import Heap
 from nmoe.errors import CommError
+from nmoe.wording import counted
 
 Passes = TypeVar("Passes")  # what passes() returns
 
@@ -587,7 +588,7 @@ class _Call:
     (num_tokens, top_k), rows = expert_TK.shape, self.exchange.rows
     if num_tokens * top_k > rows:
       raise CommError(
-        f"rank {self.rdep.rank}, layer {self.layer}: {num_tokens} tokens of {top_k} experts do not "
-        f"fit the {rows} rows of train.micro_batch · data.seq_len · moe.top_k; raise "
-        "train.micro_batch or pass fewer tokens"
+        f"rank {self.rdep.rank}, layer {self.layer}: {num_tokens} tokens of "
+        f"{counted(top_k, 'expert')} do not fit the {rows} rows of train.micro_batch · "
+        "data.seq_len · moe.top_k; raise train.micro_batch or pass fewer tokens"
       )

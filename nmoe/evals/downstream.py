@@ -23,6 +23,7 @@ from nmoe.evals.requests import Document, Row, find_task, read_manifest, read_ta
 from nmoe.evals.scoring import Batch, batches, score
 from nmoe.evals.suites import CORE, Suite, items_digest
 from nmoe.model.decoder import Model
+from nmoe.wording import counted
 
 MAX_CUT = 0.01  # of a task's documents may lose the left of their context
 
@@ -105,6 +106,7 @@ def _check_length(task: str, rows: list[Row], longest: int) -> None:
   if cut > MAX_CUT * len(rows):
     most = max(len(row.ids) - 1 + row.cut for row in rows)
     raise DataError(
-      f"task {task}: {cut} of {len(rows)} items do not fit data.seq_len = {longest} (the longest "
-      f'has {most} tokens), more than {MAX_CUT:.0%}; leave the task out, or take suite "short"'
+      f"task {task}: {cut} of {counted(len(rows), 'item')} do not fit data.seq_len = {longest} "
+      f"(the longest has {most} tokens), more than {MAX_CUT:.0%}; leave the task out, or take "
+      'suite "short"'
     )

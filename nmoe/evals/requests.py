@@ -25,6 +25,7 @@ import numpy as np
 
 from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import DataError
+from nmoe.wording import counted
 
 FORMAT = 2
 TASK_NAME = re.compile(r"[\w][\w .:+-]{0,99}")  # its file has it too
@@ -125,9 +126,11 @@ def unfit(document: Document) -> str | None:
   """Why a document cannot be scored, if so."""
   contexts, answers, gold = document.contexts, document.answers, document.gold
   if len(answers) != len(contexts):
-    return f"{len(contexts)} contexts of {len(answers)} answers; name one for all, or one for each"
+    many = f"{counted(len(contexts), 'context')} of {counted(len(answers), 'answer')}"
+    return f"{many}; name one for all, or one for each"
   if type(gold) is not int or not 0 <= gold < len(answers):
-    return f"gold {gold!r:.80} of {len(answers)} answers; it is the right one's place, from 0 on"
+    many = counted(len(answers), "answer")
+    return f"gold {gold!r:.80} of {many}; it is the right one's place, from 0 on"
   for text in (*contexts, *answers):
     if not isinstance(text, str) or SURROGATE.search(text):
       return f"{text!r:.80} must be a string without lone surrogates"

@@ -21,6 +21,7 @@ from torch import Tensor
 from nmoe.config.parameters import parameter_shapes
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError
+from nmoe.wording import counted
 
 TOP = {
   "embed.weight": "model.embed_tokens.weight",
@@ -94,7 +95,7 @@ def from_hf(
     yield name, tensor
   if left:
     raise CheckpointError(
-      f"{len(left)} tensors have no place in this model, the first is {min(left)!r}; "
+      f"no place in this model for {counted(len(left), 'tensor')}, the first is {min(left)!r}; "
       "is it another architecture?"
     )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, ScheduleConfig
+from nmoe.wording import counted
 
 
 class End(NamedTuple):
@@ -104,9 +105,9 @@ def remarks(config: Config) -> list[str]:
   rest = s.total_tokens - s.trained_tokens
   if rest:
     found.append(
-      f"schedule.total_tokens = {s.total_tokens:,} is {config.steps:,} batches of "
-      f"{s.batch_tokens:,} and {rest:,} tokens more, which are not trained; the nearest totals are "
-      f"{s.trained_tokens:,} and {s.trained_tokens + s.batch_tokens:,}"
+      f"schedule.total_tokens = {s.total_tokens:,} is {config.steps:,} · "
+      f"{s.batch_tokens:,} and {counted(rest, 'token')} more, too few for a step; the nearest "
+      f"totals are {s.trained_tokens:,} and {s.trained_tokens + s.batch_tokens:,}"
     )
   for key, tokens in (
     ("schedule.warmup_tokens", s.warmup_tokens),
@@ -122,11 +123,11 @@ def remarks(config: Config) -> list[str]:
   if d.val_tokens % d.seq_len:
     windows = max(1, d.val_tokens // d.seq_len)
     found.append(
-      f"data.val_tokens = {d.val_tokens:,} is rounded to {windows * d.seq_len:,}, {windows:,} "
-      f"windows of seq_len {d.seq_len:,}"
+      f"data.val_tokens = {d.val_tokens:,} is rounded to {windows * d.seq_len:,}, "
+      f"{counted(windows, 'window')} of seq_len {d.seq_len:,}"
     )
   for key in ("eval_every", "checkpoint_every", "flight_every", "routing_every"):
     every = getattr(config.train, key)
     if every > config.steps:
-      found.append(f"train.{key} = {every:,} is reached by none of the {config.steps:,} steps")
+      found.append(f"train.{key} = {every:,} is never reached in {counted(config.steps, 'step')}")
   return found

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nmoe.records.reader import Hypothesis
+from nmoe.wording import counted
 from stages.judge.intervals import Direction, Verdict, floats, interval_of, student_t, verdict_on
 from stages.judge.table import Judgement, Table
 
@@ -119,7 +120,7 @@ def _judge_diverged(
 ) -> tuple[Verdict, str]:
   """Where a run diverged, its pair has no difference: stability decides, or nothing does."""
   alone_b, alone_a = int((ok_a & ~ok_b).sum()), int((~ok_a & ok_b).sum())
-  seeds = f"of {len(ok_a)} seeds"
+  seeds = f"of {counted(len(ok_a), 'seed')}"
   if alone_b:
     reason = f"The variant diverged at {alone_b} {seeds} where the baseline did not."
     return "refuted", reason

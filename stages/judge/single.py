@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nmoe.records.reader import Hypothesis
+from nmoe.wording import counted
 from stages.judge.intervals import Direction, Verdict, floats, interval_of, number, verdict_on
 from stages.judge.table import Judgement, Table
 
@@ -72,5 +73,5 @@ def describe(
   change = one.mean - reference
   verdict, reason = verdict_on(change, interval, one.n, direction, min_effect, subject)
   if one.diverged:
-    verdict, reason = "refuted", f"{one.diverged} of {len(values)} runs diverged."
+    verdict, reason = "refuted", f"{one.diverged} of {counted(len(values), 'run')} diverged."
   return replace(one, reference=reference, verdict=verdict, reason=reason)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nmoe.wording import counted
 from stages.judge.intervals import Interval, interval_of, number, rejected, student_t, upper_tail
 
 Seeds = Mapping[int, Mapping[float, float]]  # seed -> x -> loss in nats, NaN where a run diverged
@@ -186,8 +187,8 @@ def _missing(
     if math.isnan(f.best):
       return "no interior optimum", f"Every run at {scale.name} diverged."
     if math.isnan(noise):
-      points = f"{f.points} points at {scale.name}"
-      return "not identified", f"{points} leave nothing to tell noise by; add points or seeds."
+      points = f"{counted(f.points, 'point')} at {scale.name}"
+      return "not identified", f"{points}: nothing to tell noise by; add points or seeds."
     if f.spread < STRUCTURE * noise:
       found = f"losses differ by {number(f.spread)} nats at {scale.name}"
       return "not identified", f"{found}, noise is {number(noise)}."
@@ -256,7 +257,7 @@ def holm(groups: Sequence[Group], limits: Limits) -> list[Group]:
     if same and g.regret.high <= limits.max_regret:
       states[g.name] = _said(g, "transfers", f"{found}: within the limits.")
     elif other:
-      states[g.name] = _said(g, "drifts", f"{found}: beyond {limits.max_shift:g} octaves.")
+      states[g.name] = _said(g, "drifts", f"{found}: beyond {counted(limits.max_shift, 'octave')}.")
     else:
       states[g.name] = _said(g, "undecided", f"{found}: neither within nor beyond the limits.")
   return [states.get(g.name, g) for g in groups]

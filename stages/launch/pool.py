@@ -18,6 +18,7 @@ from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry
+from nmoe.wording import counted
 from stages.launch import local as launch
 from stages.launch.local import Handle, Job, Launcher
 
@@ -156,8 +157,9 @@ def slots(config: Config) -> list[str]:
   most = len(gpus) // ranks
   if wanted > max(1, most):
     raise ConfigError(
-      f"launch.slots = {wanted} runs of {ranks} ranks need {wanted * ranks} GPUs; found "
-      f"{len(gpus)} ({', '.join(gpus) or 'none'}); set launch.slots to at most {max(1, most)}, or 0"
+      f"launch.slots = {counted(wanted, 'run')} of {counted(ranks, 'rank')} need "
+      f"{counted(wanted * ranks, 'GPU')}; found {len(gpus)} "
+      f"({', '.join(gpus) or 'none'}); set launch.slots to at most {max(1, most)}, or 0"
     )
   number = wanted or max(1, most)
   if number == 1:

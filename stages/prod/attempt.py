@@ -19,8 +19,8 @@ from nmoe.records.condition import AGAIN
 from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.launch import notify
-from stages.text import counted
 
 DONE, NEVER = 0, 76  # exit statuses: over; never to be queued again
 FINAL = ("diverged", "refused", "disk full")  # events that say how their attempt ended

@@ -25,6 +25,7 @@ from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.judge.table import Judgement
 from stages.launch import local, slurm
 from stages.launch.display import Display, Line
@@ -33,7 +34,6 @@ from stages.prod.attempt import DONE, End, begin, newest_step, settle
 from stages.prod.evidence import Evidence, evidence
 from stages.prod.plan import advice
 from stages.runs import Work, taken_up, under_way
-from stages.text import counted
 from stages.workbench import Arm, Workbench, hypothesis_of
 
 POLL_S = 0.5
@@ -95,7 +95,7 @@ def _carried_out(work: Work, run: Run, config: Config) -> int:
       line.end(f"{end.outcome}{f': {end.why}' if end.why else ''}")
     if end.status == DONE and end.outcome == "completed":
       done = bench.experiments.run(run.id)
-      reason = f"{done.results['steps']} steps, {_restarts(root, run.id)}."
+      reason = f"{counted(done.results['steps'], 'step')}, {_restarts(root, run.id)}."
       work.conclude(Judgement("completed", reason), [done], summary=True)
     elif end.status == DONE:
       bench.experiments.set_status(work.experiment.id, "interrupted")

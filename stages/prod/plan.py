@@ -27,8 +27,9 @@ from nmoe.records.goodput import production
 from nmoe.records.provenance import code_version
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.prod.evidence import Evidence, evidence
-from stages.text import counted, plain, rounded
+from stages.text import plain, rounded
 
 HOST_FAILURES = 6.5e-3 / 86400  # of a host, each second
 MFU = 0.3  # assumed where nothing was measured
@@ -193,7 +194,7 @@ def show(path: Path, console: Console, rate: float = 0.0) -> Plan:
     raise ConfigError(f"--tokens-per-s {rate:g} must be finite, and 0 or more")
   config = configs.load(path)
   found = plan(config, path, rate)
-  table = Table(title=plain(f"{path}: {config.steps:,} steps"), title_justify="left")
+  table = Table(title=plain(f"{path}: {counted(config.steps, 'step')}"), title_justify="left")
   for column in ("what", "value", "from"):
     table.add_column(column)
   for row in (*_time(found, path), *_saving(found)):

@@ -20,8 +20,8 @@ from nmoe.records import condition
 from nmoe.records.attempts import Event, History
 from nmoe.records.goodput import Account, Production, production
 from nmoe.records.reader import Run
+from nmoe.wording import counted
 from stages.prod.plan import stall_of, young
-from stages.text import counted
 
 SENTENCES = ("why", "reason", "error")  # details of an event that need no name
 # bits of a bad step, and what `_words` sums up

@@ -17,6 +17,7 @@ from nmoe.config.cut import few_steps
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
 from nmoe.files import check_out
+from nmoe.wording import counted
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
@@ -103,14 +104,16 @@ def _measured(bench: Workbench, config: Config, path: Path, repeats: int) -> dic
     with Display(bench.console) as display:
       done = work.execute(job, display)
     work.check([done])
-    reason = f"{len(done.results)} measurements over {config.launch.ranks} ranks."
+    reason = (
+      f"{counted(len(done.results), 'measurement')} over {counted(config.launch.ranks, 'rank')}."
+    )
     work.conclude(Judgement("measured", reason, done.results), [done])
   return done.results
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
   shape = ", ".join(f"{name} {size}" for name, size in found["shape"].items())
-  where = f"{found['ranks']} ranks on {found['devices']} x {found['device']}"
+  where = f"{counted(found['ranks'], 'rank')} on {found['devices']} x {found['device']}"
   console.print(f"{where}, {found['dtype']}, torch {found['torch']}, commit {found['commit'][:12]}")
   table = Table(title=f"each rank: {shape}")
   for column in ("what", "tokens", "ms (median)", "spread (p10–p90)", "GB/s", "SMs"):

@@ -26,6 +26,7 @@ from nmoe.records.reader import Run
 from nmoe.train.progress import Entry
 from nmoe.train.startup import PHASES as STARTUP
 from nmoe.train.startup import process_age
+from nmoe.wording import counted
 from stages.judge.intervals import student_t
 from stages.judge.table import Judgement
 from stages.launch.display import Display
@@ -186,7 +187,7 @@ def loader_rate(config: Config, data: Path) -> float:
 
 
 def _show(b: StepBench, console: Console) -> None:
-  table = Table(title=f"{b.steps} steps on {b.device}")
+  table = Table(title=f"{counted(b.steps, 'step')} on {b.device}")
   for column in ("phase", "ms/step (median)", "spread (p5–p95)", "share"):
     table.add_column(column, justify="left" if column == "phase" else "right")
   whole = float(np.median(b.ms))

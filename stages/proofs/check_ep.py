@@ -27,6 +27,7 @@ from nmoe.records import checkpoint
 from nmoe.records.metrics import read
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.launch.local import Job
@@ -92,7 +93,7 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
   config = arms[most]
   with Workbench.open(config.run.root, console, anew=True) as bench:
     data = bench.arm("data", arms[ranks[0]]).data
-    planned = {r: Arm(f"{r} ranks", arms[r], data) for r in ranks}
+    planned = {r: Arm(counted(r, "rank"), arms[r], data) for r in ranks}
     asked = (named("check-ep", path), claim(STATEMENT, config), [*planned.values()], [0])
     with carrying(bench, "check", *asked) as work:
       traces = Root(bench.root).traces(work.experiment.id)
@@ -100,16 +101,19 @@ def ep(path: Path, ranks: list[int], steps: int, console: Console) -> list[Claim
         runs = {
           r: _train(work, arm, display, traces if r == most else None) for r, arm in planned.items()
         }
-        again = _train(work, replace(planned[most], name=f"{most} ranks again"), display)
+        again = _train(work, replace(planned[most], name=f"{counted(most, 'rank')} again"), display)
       work.check([*runs.values(), again])
       claims = list(_claims(bench.root, runs, again, config, steps, traces))
       broken = [claim for claim in claims if not claim.holds]
-      reason = f"{len(claims) - len(broken)} of {len(claims)} claims hold at {ranks} ranks."
+      reason = (
+        f"{len(claims) - len(broken)} of {counted(len(claims), 'claim')} hold at ranks {ranks}."
+      )
       numbers = {"rows": [vars(claim) for claim in claims]}
       show(claims, f"against launch.ranks = {ranks[0]}", console)
       work.conclude(Judgement("refuted" if broken else "confirmed", reason, numbers), [])
   if broken:
-    raise RunError(f"{path}: {len(broken)} claims do not hold; the first: {broken[0]}")
+    many = f"{len(broken)} of {counted(len(claims), 'claim')}"
+    raise RunError(f"{path}: {many} do not hold; the first: {broken[0]}")
   return claims
 
 
@@ -197,7 +201,9 @@ def _largest(ranks: str, what: str, pairs: Iterable[Pair], bound: float) -> Clai
     distance = (x.double() - y.double()).norm()
     found[name] = float(distance / x.double().norm()) if distance else 0.0
   where = max(found, key=found.get)
-  return Claim(ranks, f"{what}, largest over {len(found)} parameters", found[where], bound, where)
+  return Claim(
+    ranks, f"{what}, largest over {counted(len(found), 'parameter')}", found[where], bound, where
+  )
 
 
 def _series(root: Path, ranks: str, a: Run, b: Run, tag: str, rows: slice, bound: float) -> Claim:

@@ -32,6 +32,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.errors import ConfigError
 from nmoe.tables import nearest, parsed, ranged, read, typed
+from nmoe.wording import counted
 from stages.judge.transfer import Limits
 
 Vary = Literal["joint", "dense_lr", "router_lr", "expert_lr", "embed_lr"]
@@ -143,9 +144,11 @@ class SweepFile:
     """
     v, controls = self.verdict, " and ".join(self.sweep.control)
     moved = (
-      f"; {controls} must move by {v.min_control_shift:g} octaves" if controls else "; no control"
+      f"; {controls} must move by {counted(v.min_control_shift, 'octave')}"
+      if controls
+      else "; no control"
     )
-    limits = f"at most {v.max_shift:g} octaves and {v.max_regret:g} nats of regret{moved}"
+    limits = f"at most {counted(v.max_shift, 'octave')} and {v.max_regret:g} nats of regret{moved}"
     return f"{self.sweep.statement} Judged by: {limits}; rates: {', '.join(self.sweep.vary)}."
 
   @property
@@ -213,8 +216,8 @@ def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
   steps = s.decay_tokens // s.batch_tokens
   if steps < MIN_DECAY_STEPS:
     raise ConfigError(
-      f"{path}: {sweep.base} decays over {steps} steps; {MIN_DECAY_STEPS} are needed for an end "
-      "that says what a long run's would: raise schedule.decay_tokens"
+      f"{path}: {sweep.base} decays over {counted(steps, 'step')}; {MIN_DECAY_STEPS} are needed "
+      "for an end that says what a long run's would: raise schedule.decay_tokens"
     )
 
 

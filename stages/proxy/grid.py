@@ -14,6 +14,7 @@ from typing import Any
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
+from nmoe.wording import counted
 from stages.judge import transfer
 from stages.judge.table import Judgement, Result, Table
 from stages.judge.transfer import Scale, finite_at
@@ -110,8 +111,8 @@ class Sweep:
     if registered > self.file.budget.runs:
       raise ConfigError(
         f"{self.file.path}: budget.runs = {self.file.budget.runs}, but the registered points are "
-        f"{registered} ({len(lines)} grids of {s.points}, {repeated} repeats at other seeds); "
-        "raise it, or lower points, seeds or the number of scales"
+        f"{registered} ({counted(len(lines), 'grid')} of {s.points}, {counted(repeated, 'repeat')} "
+        "at other seeds); raise it, or lower points, seeds or the number of scales"
       )
 
   def arm(self, place: Place) -> Arm:
@@ -201,8 +202,8 @@ class Sweep:
     b, seconds = self.file.budget, _seconds(table)
     limit = f"{seconds:,.0f} s of {b.device_seconds:,g} s, " if b.device_seconds else ""
     return (
-      f"The budget ended the sweep ({limit}{len(table.results)} of {b.runs} runs) before what its "
-      f"points ask for, {len(missing)} more at least; raise it and call again."
+      f"The budget ended the sweep ({limit}{len(table.results)} of {counted(b.runs, 'run')}) "
+      f"before what its points ask for, {len(missing)} more at least; raise it and call again."
     )
 
   def _health(self, table: Table) -> dict[str, dict[str, float]]:
@@ -246,7 +247,7 @@ def confounded(health: Mapping[str, Mapping[str, float]]) -> str:
     if of.get("optim/clipped", 0.0) > MAX_CLIPPED
   ]
   notes += [
-    f"{of['load/dead']:.3g} experts of a run at {name} were dead."
+    f"dead experts of a run at {name}: {of['load/dead']:.3g}."
     for name, of in health.items()
     if of.get("load/dead", 0.0) > 0
   ]

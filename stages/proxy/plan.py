@@ -16,6 +16,7 @@ from nmoe.config.shapes import kernel_shapes
 from nmoe.errors import ConfigError
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.launch import local as launch
 from stages.proxy.file import load_sweep
 from stages.proxy.grid import Sweep, loaded
@@ -41,7 +42,7 @@ def show(path: Path, console: Console) -> None:
     table.add_row(*(plain(str(cell)) for cell in row))
   console.print(table)
   limit = f", {file.budget.device_seconds:g} device seconds" if file.budget.device_seconds else ""
-  console.print(f"budget: {file.budget.runs} runs{limit}")
+  console.print(f"budget: {counted(file.budget.runs, 'run')}{limit}")
 
 
 def build_kernels(path: Path, console: Console) -> None:
@@ -52,10 +53,14 @@ def build_kernels(path: Path, console: Console) -> None:
     raise ConfigError(f"{path}: the base's target is {arch!r}, which has no device code to compile")
   cache = Root(Path(file.base.run.root).resolve()).kernel_cache
   shapes = [kernel_shapes(scale.config) for scale in file.scales]
-  with console.status(plain(f"compiling the kernels of {len(shapes)} scales for {arch}")):
+  with console.status(
+    plain(f"compiling the kernels of {counted(len(shapes), 'scale')} for {arch}")
+  ):
     records = build(shapes, arch, cache, launch.parent_environment())
   seconds = sum(record["seconds"] for record in records)
-  console.print(plain(f"{len(records)} kernels compiled in {seconds:.1f} s into {cache / arch}"))
+  console.print(
+    plain(f"{counted(len(records), 'kernel')} compiled in {seconds:.1f} s into {cache / arch}")
+  )
 
 
 def recorded(root: Path, name: str) -> dict[str, list[Run]]:

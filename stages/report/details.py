@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nmoe.config import file as configs
 from nmoe.config.sections import diff, kind
+from nmoe.wording import counted
 from stages.report.findings import LEGS, Arm, Findings
 
 HEALTH = ("load_max_over_mean", "load_p05", "load_p95", "dead", "entropy", "bias_range")
@@ -75,7 +76,7 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
   ]
   return [
     ("commit", _distinct((run.commit or "not a git checkout") for run in runs)),
-    ("changes on top", f"{lines} lines of diff" if runs[0].diff else "none"),
+    ("changes on top", f"{counted(lines, 'line')} of diff" if runs[0].diff else "none"),
     ("code version", _distinct(run.code_version for run in runs)),
     ("target", _distinct(run.target for run in runs)),
     ("data digest", _distinct(run.data_digest for run in runs)),

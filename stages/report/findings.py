@@ -19,6 +19,7 @@ from nmoe.records import metrics
 from nmoe.records.measures import MEASURES, Measure, measured, of_metric
 from nmoe.records.metrics import Series
 from nmoe.records.reader import Experiment, Export, Hypothesis, Link, Reader, Run
+from nmoe.wording import counted
 from stages.judge.paired import Paired, compare
 from stages.judge.single import Single, describe
 from stages.report.curves import time_to_loss
@@ -183,11 +184,12 @@ class Findings:
     """What a reader must know where results came before hypotheses, or verdicts before runs."""
     said = []
     if self.older:
-      runs = f"{self.older} of {len(self.runs)} runs"
+      runs = f"{self.older} of {counted(len(self.runs), 'run')}"
       said.append(f"The hypothesis was written after {runs} had finished.")
     for earlier in self.experiment.conclusion.get("earlier", ()):
       said.append(
-        f"Runs were added after a verdict: over {earlier['runs']} runs it was {earlier['verdict']}."
+        f"Runs were added after a verdict: over {counted(earlier['runs'], 'run')} it was "
+        f"{earlier['verdict']}."
       )
     return said
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from nmoe import files
 from nmoe.errors import ConfigError, RecordError
 from nmoe.records.root import Root
+from nmoe.wording import counted
 from stages.judge.paired import Paired
 from stages.report import details, figures, mixtures, production, sweep
 from stages.report.drawing import Figure
@@ -143,7 +144,8 @@ def _results(found: Findings) -> str:
     rho = f"{d.correlation:.2f}" if math.isfinite(d.correlation) else "not defined"
     text = (
       f'<p class="note">Correlation of the arms over seeds {rho}; exact sign-flip p = '
-      f"{d.p_sign_flip:.3g} (with {d.n} pairs it is at least {2.0 ** (1 - d.n):.3g}).</p>"
+      f"{d.p_sign_flip:.3g} (with {counted(d.n, 'pair')} it is at least "
+      f"{2.0 ** (1 - d.n):.3g}).</p>"
     )
   note = "Mean over seeds ± half of the 95 % Student interval"
   note += "; differences are paired by seed." if found.compares else "."
@@ -227,7 +229,7 @@ def _evaluations(found: Findings, root: Path) -> str:
     parts.append(_figure(f"evaluations-{suite.suite}", figures.curves(found.arms, panels)))
     rows = [[row.task, *row.cells()] for row in suite.rows]
     parts.append(table(suite.head(found.arms), _escaped(rows), left=2))
-    parts.append(f"<p class=note>{escape(suite.suite)}: {suite.seeds} seeds.</p>")
+    parts.append(f"<p class=note>{escape(suite.suite)}: {counted(suite.seeds, 'seed')}.</p>")
   return section("Evaluations", *parts, note=f"Mean over documents and seeds; {NOTE}.")
 
 
@@ -272,7 +274,9 @@ def _configuration(found: Findings) -> str:
   shown = found.arms if len(found.arms) <= details.FEW else found.arms[:1]
   texts = [folded(f"Resolved configuration of {a.name}", a.runs[0].toml) for a in shown]
   more = len(found.arms) - len(shown)
-  note = f"Those of {more} more arms lie beside this page, each as NAME.toml." if more else ""
+  note = (
+    f"Those of {counted(more, 'more arm')} lie beside this page, each as NAME.toml." if more else ""
+  )
   return section("Configuration", changes, *texts, note=note)
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from nmoe.errors import RecordError
 from nmoe.records.reader import Experiment
+from nmoe.wording import counted
 from stages.report import mixtures, sweep
 from stages.report.evaluations import NOTE, answers
 from stages.report.findings import Findings, gather
@@ -53,7 +54,7 @@ def _answers(root: Path, found: Findings) -> list[Table | Text]:
     for row in suite.rows:
       same = row.difference is not None and not row.difference.told_apart
       grid.add_row(plain(row.task), *row.cells(), style="dim" if same else "")
-    shown += [grid, plain(f"{suite.suite}: {suite.seeds} seeds; {NOTE}")]
+    shown += [grid, plain(f"{suite.suite}: {counted(suite.seeds, 'seed')}; {NOTE}")]
   return shown
 
 

@@ -372,7 +372,7 @@ def test_a_default_root_expands_too(tmp_path):
   [
     ("moe.num_groups", {"moe.num_groups": 3}, "must divide num_experts 16"),
     ("moe.topk_groups", {"moe.topk_groups": 2}, "exceeds num_groups 1"),
-    ("moe.top_k", {"moe.num_groups": 8}, "exceeds the 2 experts of topk_groups 1 groups"),
+    ("moe.top_k", {"moe.num_groups": 8}, "exceeds the 2 experts that topk_groups 1 leaves"),
     ("launch.ranks", {"launch.ranks": 3}, "num_experts 16; choose one of 1, 2, 4, 8, 16"),
     ("launch.ranks", {"launch.ranks": 12}, "replicate the experts: rdep.group = one of 1, 2, 4"),
     ("rdep.group", {"launch.ranks": 8, "rdep.group": 3}, "num_experts 16: 0 (all), 1, 2, 4, 8"),

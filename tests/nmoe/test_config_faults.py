@@ -84,7 +84,7 @@ def test_phases_are_of_the_tokens_that_are_trained():
   keys = {"schedule.total_tokens": 1228799, "schedule.decay_tokens": 299 * 4096 - 81920}
   assert changed(BASE, keys).steps == 299
   with pytest.raises(
-    ConfigError, match="exceeds total_tokens 1228799, of which 299 steps train 1224704"
+    ConfigError, match="exceeds total_tokens 1228799, of which 1224704 are trained in 299 steps"
   ):
     changed(BASE, keys | {"schedule.decay_tokens": 299 * 4096 - 81919})
 

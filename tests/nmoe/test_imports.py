@@ -169,7 +169,10 @@ BROKEN = {
     "layers.1.mlp.experts.5.down_proj.weight' is missing.*the nearest is .*dwn_proj",
   ),
   "transposed": (lambda t: t | {EXPERT: t[EXPERT].T.contiguous()}, "layers.2.mlp.experts.5: w2"),
-  "extra": (lambda t: t | {"model.extra": torch.ones(1)}, "1 tensors have no place.*'model.extra'"),
+  "extra": (
+    lambda t: t | {"model.extra": torch.ones(1)},
+    "no place in this model for 1 tensor, .*'model.extra'",
+  ),
   "without biases": (
     lambda t: {k: v for k, v in t.items() if "e_score" not in k},
     "e_score_correction_bias' is missing",
@@ -200,7 +203,7 @@ BROKEN = {
   ),
   "a layer too many": (
     lambda t: t | {n.replace("layers.2", "layers.3"): v.clone() for n, v in t.items()},
-    "tensors have no place.*the first is 'model.layers.3",
+    "no place in this model for .*the first is 'model.layers.3",
   ),
   "scales in integers": (
     lambda t: (

@@ -30,7 +30,7 @@ MISTAKES = {  # text, and what is said of it behind the file's name
   "gold null": (text_of({"gold": None}), "line 1: gold None"),
   "an empty answer": (text_of({"choices": [" a", ""]}), "line 1: answer 1 is empty"),
   "no choice": (text_of({"choices": []}), "line 1: gold 0 of 0 answers"),
-  "contexts too few": (text_of({"context": ["x"]}), "line 1: 1 contexts of 2 answers; name one"),
+  "contexts too few": (text_of({"context": ["x"]}), "line 1: 1 context of 2 answers; name one"),
   "no context": (without("context"), "line 1: has no 'context'; a line is .*choices"),
   "no gold": (without("gold"), "line 1: has no 'gold'"),
   "a list of items": (json.dumps([ITEM]), "line 1: .* is no table; a line is"),

@@ -159,8 +159,8 @@ def test_what_is_rounded_is_said():
     "train.checkpoint_every": 301,
   }
   total, warmup, val, checkpoints = remarks(changed(BASE, odd))
-  assert "300 batches of 4,096 and 1 tokens more, which are not trained" in total
+  assert "300 · 4,096 and 1 token more, too few for a step" in total
   assert "1,228,800 and 1,232,896" in total
   assert warmup == "schedule.warmup_tokens = 6,144 is 1.50 batches of 4,096: no step ends there"
   assert f"rounded to {2 * BASE.data.seq_len:,}, 2 windows" in val
-  assert checkpoints == "train.checkpoint_every = 301 is reached by none of the 300 steps"
+  assert checkpoints == "train.checkpoint_every = 301 is never reached in 300 steps"

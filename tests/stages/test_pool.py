@@ -203,7 +203,7 @@ def test_slots(lab, monkeypatch):
   assert of(**gpu) == ["6", "7"]
   told["CUDA_VISIBLE_DEVICES"] = ""
   assert of(**gpu) == [""]
-  with pytest.raises(ConfigError, match=r"launch.slots = 3 runs of 1 ranks need 3 GPUs; found 0"):
+  with pytest.raises(ConfigError, match=r"launch.slots = 3 runs of 1 rank need 3 GPUs; found 0"):
     of(**gpu, launch__slots=3)
   with pytest.raises(ConfigError, match="set launch.threads too"):
     of(launch__slots=2, launch__threads=0)

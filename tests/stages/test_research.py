@@ -119,7 +119,7 @@ def test_a_rerun_that_fails_says_that_it_starts_anew(lab, launches, monkeypatch)
   monkeypatch.setattr(train, "open_data", fail)
   for launched in (2, 3):
     with pytest.raises(
-      RunError, match="1 of 1 runs failed, no verdict; the same command fails alike as long as"
+      RunError, match="1 of 1 run failed, no verdict; the same command fails alike as long as"
     ):
       again(lab, launches.ids[0])
     assert len(set(launches.ids)) == launched
@@ -144,7 +144,7 @@ def test_data_that_changed_on_the_disk(lab, launches):
   data = bytearray(shard.read_bytes())
   data[-1] ^= 1
   shard.write_bytes(data)
-  with pytest.raises(RunError, match="1 of 1 runs failed, no verdict") as caught:
+  with pytest.raises(RunError, match="1 of 1 run failed, no verdict") as caught:
     call(lab, seeds=1)
   assert shard.name in str(caught.value)
   assert newest(lab).status == "failed"

@@ -116,7 +116,7 @@ def test_a_failed_run_gets_no_judge(lab, launches, monkeypatch):
   monkeypatch.setattr(loop, "open_data", fail)
   seen = []
   study = Study("gone", "test", (CLAIM,), (arm(lab, 1e-3),), (0,), partial(best, seen))
-  with pytest.raises(RunError, match="1 of 1 runs failed, no verdict"):
+  with pytest.raises(RunError, match="1 of 1 run failed, no verdict"):
     carry_out(study, workbench(lab))
   assert seen == [] and lab.records.list()[0].status == "failed"
 

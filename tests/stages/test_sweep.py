@@ -373,7 +373,7 @@ def test_what_may_stand_behind_a_shift_is_said():
   assert grid.confounded({"base": calm}) == ""
   said = grid.confounded({"base": calm, "width8": {"optim/clipped": 0.4, "load/dead": 2.0}})
   assert "40 % of the steps at width8 were clipped" in said
-  assert "2 experts of a run at width8 were dead" in said
+  assert "dead experts of a run at width8: 2." in said
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_plan_shows_the_schedule_and_what_is_rounded(tmp_path):
   assert ["warm-up", "4,096", "4", "0.125", "0.875"] in rows
   assert ["sustain", "14,336", "14", "1", "1"] in rows
   assert ["decay", "2,048", "2", "0.75", "0.25"] in rows
-  assert "and 1,023 tokens more, which are not trained" in out.getvalue()
+  assert "and 1,023 tokens more, too few for a step" in out.getvalue()
   (embed,) = (row for row in rows if row[:1] == ["embed"])
   assert embed[3:5] == ["0.01", "0.0025"]  # peak and last of dense_lr 0.01
 
