@@ -30,12 +30,12 @@ def state(found: Account) -> str:
   if found.run.status == "running" and beat is not None:
     return beat.state
   if abandoned(found):
-    last = found.attempts[-1]
     return (
-      f"attempt {last.number} is open and nobody keeps it up; `nmoe prod launch` goes on with it"
+      f"attempt {found.last.number} is open and nobody keeps it up; "
+      "`nmoe prod launch` goes on with it"
     )
   if queued(found):
-    return f"the next attempt is {found.attempts[-1].engine}'s to begin"
+    return f"the next attempt is {found.last.engine}'s to begin"
   return "" if found.run.status != "interrupted" else "`nmoe prod launch` goes on with it"
 
 
@@ -44,7 +44,7 @@ def status(found: Account) -> str:
   launch = replacing(found)
   if launch is not None:
     return launch.status
-  last = found.attempts[-1] if found.attempts else None
+  last = found.last
   left = last is not None and found.run.status == "interrupted" and last.outcome
   return last.outcome if left or queued(found) else found.run.status
 
@@ -64,20 +64,20 @@ def health(found: Account, stale_s: float) -> int:
   if run.status == "running" and beat is not None:
     return HEALTHY if now - beat.time <= max(stale_s, beat.limit_s) else SICK
   if abandoned(found) and run.status == "interrupted":
-    engine, since = found.attempts[-1].engine, beat.time if beat is not None else 0.0
+    engine, since = found.last.engine, beat.time if beat is not None else 0.0
     return SICK if engine == "local" or now - since > stale_s else UNKNOWN
   return SICK if run.status == "failed" and not queued(found) else UNKNOWN
 
 
 def abandoned(found: Account) -> bool:
   """Whether an attempt is under way by the records, and in truth nobody is there."""
-  last = found.attempts[-1] if found.attempts else None
+  last = found.last
   return last is not None and not last.outcome and found.run.status in ("interrupted", "failed")
 
 
 def queued(found: Account) -> bool:
   """Whether a scheduler is to begin the next attempt: when, it alone knows."""
-  last = found.attempts[-1] if found.attempts else None
+  last = found.last
   if last is None or last.engine == "local" or found.run.live or last.exit != AGAIN:
     return False
   return last.outcome != "disk full"

@@ -86,6 +86,11 @@ class Account:
   total_tokens: int
 
   @property
+  def last(self) -> Attempt | None:
+    """The newest attempt; None: none has begun."""
+    return self.attempts[-1] if self.attempts else None
+
+  @property
   def wall_s(self) -> float:
     return self.spans[-1].end - self.spans[0].begin if self.spans else 0.0
 
@@ -101,7 +106,7 @@ class Account:
   @property
   def failures(self) -> int:
     """Restarts of the ranks, and attempts that ended without having saved."""
-    over = [a for a in self.attempts if a.outcome or a is not self.attempts[-1]]
+    over = [a for a in self.attempts if a.outcome or a is not self.last]
     lost = sum(a.outcome in ("crashed", "no progress", "") for a in over)
     return lost + sum(event.kind == "restart" for event in self.events)
 
