@@ -72,7 +72,7 @@ function Events({ events }) {
 }
 
 function Rests({ p }) {
-  const evidence = p.evidence.length ? p.evidence.map((link) => html`<${Link} to=${"/experiment/" + link.from_id}>${link.from_id}<//> ${link.relation} `) : "none: launched without";
+  const evidence = p.evidence.length ? p.evidence.map((link, i) => html`${i ? ", " : ""}<${Link} to=${"/experiment/" + link.from_id}>${link.from_id}<//> ${link.relation}`) : "none: launched without";
   return html`<dl><dt>evidence</dt><dd>${evidence}</dd><dt>checkpoints kept</dt><dd>${p.checkpoints.length ? `steps ${p.checkpoints.join(", ")}` : "none"}</dd></dl>`;
 }
 
