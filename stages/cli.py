@@ -468,12 +468,18 @@ def prod_launch(
 
 @prod_app.command("begin", hidden=True)
 def prod_begin(
-  run: str, engine: str = "local", job: str = "", hosts: str = "", root: Root = ROOT
+  run: str,
+  engine: str = "local",
+  job: str = "",
+  hosts: str = "",
+  attempt: int = 0,
+  root: Root = ROOT,
 ) -> None:
   """Record that an attempt begins, for a script of an engine; prints its number."""
-  from stages.prod import attempt
+  from stages.prod import attempt as attempts
 
-  typer.echo(attempt.begin(resolved(root), run, engine, job, [hosts] if hosts else []))
+  nodes = [hosts] if hosts else []
+  typer.echo(attempts.begin(resolved(root), run, engine, job, nodes, attempt))
 
 
 @prod_app.command("node", hidden=True)

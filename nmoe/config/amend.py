@@ -1,13 +1,15 @@
 """Amendments: what a production run's configuration becomes after so many tokens.
 
 The configuration of a step is a pure function of the run's TOML, its amendments and the tokens
-before the step. An amendment holds from the first step that begins at `at_tokens` or after.
+before the step. An amendment holds from the first step that begins at `at_tokens` or after; those
+of the same tokens hold together, and of one key the later record.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from nmoe.config.file import changed
@@ -31,10 +33,13 @@ KEYS = (  # of which the loop asks by tokens
 
 
 def amended(config: Config, amendments: Sequence[Amendment], tokens: int) -> Config:
-  """The configuration of the step after `tokens` tokens."""
-  for one in amendments:
-    if one.at_tokens <= tokens:
-      config = changed(config, values_of(config, one))
+  """The configuration of the step after `tokens` tokens; amendments in the order of their own."""
+  for at_tokens, together in groupby(amendments, key=lambda one: one.at_tokens):
+    if at_tokens <= tokens:
+      values: dict[str, Any] = {}
+      for one in together:
+        values |= values_of(config, one)
+      config = changed(config, values)
   return config
 
 
@@ -54,9 +59,36 @@ def following(amendments: Sequence[Amendment], tokens: int) -> int:
   return min((one.at_tokens for one in amendments if one.at_tokens > tokens), default=0)
 
 
-def check(config: Config, one: Amendment, tokens: int, name: str) -> None:
-  """ConfigError if a run of `tokens` tokens cannot take the amendment. name: its file."""
-  where = f"{name}: amendment of {one.key} at {one.at_tokens} tokens"
+def check(
+  config: Config, before: Sequence[Amendment], more: Sequence[Amendment], tokens: int, name: str
+) -> None:
+  """ConfigError if a run of `tokens` tokens, which has the amendments `before`, cannot take `more`.
+
+  Every configuration that the run comes to by all of them is a valid one, and none begins after its
+  end. name: the file of `more`.
+  """
+  for n, one in enumerate(more):
+    _check_one(config, one, tokens, _where(name, one))
+    if any((one.key, one.at_tokens) == (other.key, other.at_tokens) for other in more[:n]):
+      raise ConfigError(f"{_where(name, one)}: the file says this key twice there; keep one")
+  ordered = sorted([*before, *more], key=lambda one: one.at_tokens)
+  for one in ordered:
+    where, end = _where(name, one), amended(config, ordered, one.at_tokens - 1).schedule
+    if one.at_tokens > tokens and one.at_tokens >= end.trained_tokens:
+      raise ConfigError(
+        f"{where}: the run ends at {end.trained_tokens} tokens, where nothing is left to amend"
+      )
+    try:
+      amended(config, ordered, one.at_tokens)
+    except ConfigError as error:
+      raise ConfigError(f"{where}: with all amendments up to there, {error}") from error
+
+
+def _where(name: str, one: Amendment) -> str:
+  return f"{name}: amendment of {one.key} at {one.at_tokens} tokens"
+
+
+def _check_one(config: Config, one: Amendment, tokens: int, where: str) -> None:
   if one.key not in KEYS:
     if one.key not in leaves(config):
       raise ConfigError(f"{where}: there is no such key; those that can be amended: {_known()}")
@@ -64,12 +96,8 @@ def check(config: Config, one: Amendment, tokens: int, name: str) -> None:
     why |= {"free": "is read at a launch: change the file and launch again"}
     told = why.get(kind(one.key), "is not read by tokens")
     raise ConfigError(f"{where}: the key {told}; those that can be amended: {_known()}")
-  end = config.schedule.trained_tokens
-  if one.at_tokens >= end:
-    raise ConfigError(f"{where}: the run ends at {end} tokens, where nothing is left to amend")
   if one.at_tokens <= tokens:
     raise ConfigError(f"{where}: the run is at {tokens} tokens; what is trained is not amended")
-  changed(config, values_of(config, one))
 
 
 def _known() -> str:

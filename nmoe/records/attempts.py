@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe import files
-from nmoe.errors import FencedError
+from nmoe.errors import FencedError, RecordError
 from nmoe.records import launches
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Amendment, Reader, Run
@@ -25,6 +25,7 @@ KINDS = (
   *("preempted", "no progress", "straggler", "hardware", "permanent", "bad step", "skip"),
   *("rewind", "amend", "amended", "corrupt", "pruned", "disk full"),
 )
+ADD_EVENT = "INSERT INTO events VALUES (?,?,?,?,?,?,?,?)"
 OUTCOMES = (
   *("completed", "stopped", "preempted", "crashed", "diverged", "refused", "no progress"),
   *("superseded", "disk full", "amended"),
@@ -115,12 +116,29 @@ class Attempts(Experiments, History):
   """The same, opened for writing: by the commands and by rank 0."""
 
   def begin(
-    self, run_id: str, *, engine: str, job_id: str, nodes: Sequence[str], commit: str, step: int
+    self,
+    run_id: str,
+    *,
+    engine: str,
+    job_id: str,
+    nodes: Sequence[str],
+    commit: str,
+    step: int,
+    number: int = 0,
   ) -> int:
-    """Record that an attempt begins at the checkpoint of `step`; its number."""
+    """Record that an attempt begins at the checkpoint of `step`; its number, by default the next.
+
+    RecordError if an attempt of this number or of a later one began before.
+    """
     with self._writing() as db:
       last = db.execute("SELECT max(number) FROM attempts WHERE run_id = ?", (run_id,)).fetchone()
-      number = (last[0] or 0) + 1
+      following = (last[0] or 0) + 1
+      if 0 < number < following:
+        raise RecordError(
+          f"attempt {number} of run {run_id} cannot begin: attempt {following - 1} did before; "
+          "`nmoe prod launch` generates anew what its engine takes"
+        )
+      number = number or following
       row = (run_id, number, engine, job_id, json.dumps(list(nodes)), commit, time.time(), step)
       db.execute("INSERT INTO attempts VALUES (?,?,?,?,?,?,?,?,?,0,'',0)", (*row, step))
     return number
@@ -165,7 +183,7 @@ class Attempts(Experiments, History):
     assert kind in KINDS
     row = (run_id, attempt, time.time(), step, kind, rank, host, json.dumps(dict(detail or {})))
     with self._writing() as db:
-      db.execute("INSERT INTO events VALUES (?,?,?,?,?,?,?,?)", row)
+      db.execute(ADD_EVENT, row)
 
   def amend(self, run_id: str, amendments: Sequence[Amendment], attempt: int) -> None:
     """Record amendments, all or none; each is an event too."""
@@ -173,8 +191,8 @@ class Attempts(Experiments, History):
       for one in amendments:
         row = (one.at_tokens, one.key, one.value, one.reason, one.who, one.time)
         db.execute("INSERT INTO amendments VALUES (?,?,?,?,?,?,?)", (run_id, *row))
-    for one in amendments:
-      self.event(run_id, attempt, "amend", detail=asdict(one))
+        told = (run_id, attempt, time.time(), 0, "amend", 0, "", json.dumps(asdict(one)))
+        db.execute(ADD_EVENT, told)
 
   def artifact(self, run_id: str, path: Path) -> None:
     """Record a generated file by its hash."""

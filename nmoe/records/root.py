@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nmoe.records.manifests import steps
 
+STOP, AMEND = "stop", "amend"  # requests to a production run: files beside its heartbeat
 DEFAULT_ROOT = ".nmoe"  # of configurations and commands alike, where NMOE_ROOT is not set
 
 
@@ -101,7 +102,11 @@ class Root:
 
   def stop_request(self, run_id: str) -> Path:
     """While this file exists, a production run saves and leaves."""
-    return self.prod(run_id) / "stop"
+    return self.prod(run_id) / STOP
+
+  def amend_request(self, run_id: str) -> Path:
+    """While this file exists, a production run saves and leaves, to be launched again at once."""
+    return self.prod(run_id) / AMEND
 
   def report(self, experiment_id: str) -> Path:
     """index.html, the arms' TOML, changes.patch."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.records.heartbeat import Entry, Heartbeat
+from nmoe.records.root import AMEND, STOP
 
 # exit statuses of a rank
 INTERRUPTED = 75  # it was told to stop and can be resumed (EX_TEMPFAIL)
@@ -26,8 +27,8 @@ class Progress:
   """Messages through the descriptor `fd`, of a pipe; None: nobody listens.
 
   A full pipe loses messages: a launcher that was stopped (Ctrl-Z) stops no rank. heartbeat: a file
-  for the newest entry and the state of a production run's `attempt`; a file named "stop" beside it
-  is a request. before: what the file said when this process began.
+  for the newest entry and the state of a production run's `attempt`; a file STOP or AMEND beside
+  it is a request. before: what the file said when this process began.
   """
 
   def __init__(self, fd: int | None = None, heartbeat: Path | None = None, attempt: int = 0):
@@ -55,7 +56,7 @@ class Progress:
       self._entry = entry
       if not self._beat():
         return False
-      if self.heartbeat.with_name("stop").exists():
+      if any(self.heartbeat.with_name(name).exists() for name in (STOP, AMEND)):
         return False
     return self.tell(entry._asdict())
 

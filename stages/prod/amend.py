@@ -26,12 +26,13 @@ from rich.console import Console
 from nmoe.config import amend as rules
 from nmoe.config import file as configs
 from nmoe.errors import ConfigError
-from nmoe.records.attempts import Attempts
+from nmoe.records.attempts import Attempts, History
 from nmoe.records.goodput import production
 from nmoe.records.reader import Amendment
 from nmoe.records.root import Root
 from nmoe.tables import parsed
 from nmoe.tables import read as read_text
+from stages.prod.attempt import request
 
 FIELDS = {"at_tokens": int, "key": str, "reason": str}
 
@@ -46,19 +47,18 @@ def amend(run_id: str, path: Path, root: Path, console: Console) -> None:
     reached += max(0, found.heartbeat.entry.step - found.step) * config.schedule.batch_tokens
   margin = 2 * config.train.log_every * config.schedule.batch_tokens
   tokens = reached + (margin if found.run.live else 0)
-  for one in amendments:
-    rules.check(config, one, tokens, str(path))
+  rules.check(config, found.amendments, amendments, tokens, str(path))
   with closing(Attempts(root)) as records:
-    records.amend(run_id, amendments, found.attempts[-1].number if found.attempts else 0)
+    records.amend(run_id, amendments, found.last.number if found.last else 0)
   for one in amendments:
     console.print(
       f"run {run_id}: {one.key} = {one.value} from {one.at_tokens} tokens on ({one.reason})",
       markup=False,
     )
-  if found.run.live:
-    request = Root(root).stop_request(run_id)
-    request.parent.mkdir(parents=True, exist_ok=True)
-    request.write_text(json.dumps({"amend": len(amendments), "host": socket.gethostname()}))
+  with closing(History(root)) as reader:
+    live = reader.run(run_id).live
+  if found.run.live or live:  # it may have been launched meanwhile, and not know of them
+    request(Root(root).amend_request(run_id))
 
 
 def read(path: Path) -> list[Amendment]:

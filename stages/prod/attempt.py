@@ -53,18 +53,36 @@ class End:
     return STATUS[self.outcome]
 
 
-def begin(root: Path, run_id: str, engine: str, job_id: str = "", nodes: Sequence[str] = ()) -> int:
-  """Record the next attempt of a run; its number."""
+def request(path: Path) -> None:
+  """Ask a live run to leave, by a file that its ranks look for."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.touch()
+
+
+def answered(root: Path, run_id: str) -> None:
+  """Nothing is asked of a run any more."""
+  Root(root).stop_request(run_id).unlink(missing_ok=True)
+  Root(root).amend_request(run_id).unlink(missing_ok=True)
+
+
+def begin(
+  root: Path,
+  run_id: str,
+  engine: str,
+  job_id: str = "",
+  nodes: Sequence[str] = (),
+  number: int = 0,
+) -> int:
+  """Record an attempt of a run; its number, by default the next."""
   with closing(Attempts(root)) as records:
     run = records.run(run_id)
     if run.status == "completed":
       raise RecordError(f"run {run_id} is completed")
-    Root(root).stop_request(run_id).unlink(missing_ok=True)
+    answered(root, run_id)
     hosts = list(nodes) or [socket.gethostname()]
     step = newest_step(root, run_id)
-    number = records.begin(
-      run_id, engine=engine, job_id=job_id, nodes=hosts, commit=run.commit, step=step
-    )
+    told = {"engine": engine, "job_id": job_id, "nodes": hosts, "commit": run.commit}
+    number = records.begin(run_id, **told, step=step, number=number)
   now, pid = time.time(), os.getpid() if engine == "local" else 0  # a script's begin ends at once
   Launch(number, now, now, socket.gethostname(), pid).write(root, run_id)
   return number
@@ -83,7 +101,7 @@ def settle(root: Path, run_id: str, number: int) -> End:
         detail |= {"dead": postmortem.written(root, run_id, number)}
       records.event(run_id, number, end.outcome, step=step, detail=detail)
     if end.outcome != "superseded":
-      Root(root).stop_request(run_id).unlink(missing_ok=True)
+      answered(root, run_id)
     for path in permanent(root, run_id):
       records.artifact(run_id, path)
     notify.deliver(root, run_id, configs.loads(run.toml, f"run {run_id}", env={}).prod.notify)
@@ -128,15 +146,14 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
   final = next((event for event in events if event.kind in FINAL), None)
   if final is not None:
     return End(final.kind, final.detail["error"])
+  asked = Root(root).stop_request(run.id).exists()
   if events and events[-1].kind in ("stop", "amended"):
-    asked = Root(root).stop_request(run.id)
-    if events[-1].kind == "amended" or (asked.exists() and "amend" in asked.read_text()):
+    if not asked and (events[-1].kind == "amended" or Root(root).amend_request(run.id).exists()):
       return End("amended", "it saved, and goes on under the amendment")
-    return End("stopped" if asked.exists() else "preempted", "it was told to leave, and saved")
+    return End("stopped" if asked else "preempted", "it was told to leave, and saved")
   config = configs.loads(run.toml, f"run {run.id}", env={})
   why = run.error or "a rank died without a word: see the logs"
-  asked = Root(root).stop_request(run.id)
-  if asked.exists() and "amend" not in asked.read_text():
+  if asked:
     return End("stopped", f"it was told to leave when its ranks had failed: {why}")
   if stuck(attempts, newest_step(root, run.id), config.prod.no_progress):
     n = config.prod.no_progress

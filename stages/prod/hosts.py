@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -31,22 +30,28 @@ def generate(config: Config, run_id: str, root: Path, preflight: bool = False) -
     if config.launch.engine == "slurm":
       path, text = folder / "job.sbatch", slurm.script(config, run_id, root, preflight=preflight)
     else:
-      first = len(records.attempts(run_id)) + 1
+      first = max((a.number for a in records.attempts(run_id)), default=0) + 1
       path, text = folder / "jobset.json", jobset.text(config, run_id, root, first, preflight)
     path.write_text(text)
     records.artifact(run_id, path)
   return path
 
 
-def submit(config: Config, path: Path, console: Console) -> Callable[[], bool]:
-  """Hand what was generated to the engine's own client; what says whether the job is gone."""
+def job_of(config: Config, run_id: str) -> str:
+  """The job that the engine has of a run, in words; "": none, or one that has ended. RunError."""
+  if config.launch.engine == "jobset":
+    return jobset.living(config, run_id)
+  job = slurm.queued(run_id)
+  return f"Slurm's job {job}" if job else ""
+
+
+def submit(config: Config, run_id: str, path: Path, console: Console) -> None:
+  """Hand what was generated to the engine's own client."""
   if config.launch.engine == "slurm":
-    job = slurm.submit(path)
-    console.print(f"job {job}: {path}", markup=False, soft_wrap=True)
-    return lambda: not slurm.queued(path.parent.name)
-  jobset.create(path)
-  console.print(f"created: {path}", markup=False, soft_wrap=True)
-  return lambda: jobset.over(path)
+    console.print(f"job {slurm.submit(path)}: {path}", markup=False, soft_wrap=True)
+  else:
+    jobset.create(config, run_id, path)
+    console.print(f"created: {path}", markup=False, soft_wrap=True)
 
 
 def node(run_id: str, root: Path, attempt: int, head: str, number: int) -> None:

@@ -6,12 +6,11 @@ torch's agent, follows the run's heartbeat, and begins the next attempt when one
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -27,10 +26,10 @@ from nmoe.records.reader import Run
 from nmoe.records.root import Root
 from nmoe.wording import counted
 from stages.judge.table import Judgement
-from stages.launch import local, slurm
+from stages.launch import local
 from stages.launch.display import Display, Line
 from stages.prod import hosts
-from stages.prod.attempt import DONE, End, begin, newest_step, settle
+from stages.prod.attempt import DONE, End, begin, newest_step, request, settle
 from stages.prod.evidence import Evidence, evidence
 from stages.prod.plan import advice
 from stages.runs import Work, taken_up, under_way
@@ -66,29 +65,38 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
     arm = bench.arm("production", config)
     asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
     work = taken_up(bench, "prod", *asked)
-    run = _run(work, arm, console)
-    if run.status == "completed":
-      console.print(f"run {run.id} is completed", markup=False)
+    known = _known(work, arm)
+    if known is not None and known.status == "completed":
+      console.print(f"run {known.id} is completed", markup=False)
       return DONE
-    _rest_on(work, run, found, without_evidence)
-    if config.launch.engine != "local":
-      if config.launch.engine == "slurm" and not dry_run and (job := slurm.queued(run.id)):
-        raise launched(bench.root, run.id, f"Slurm's job {job}")
-      generated = hosts.generate(config, run.id, bench.root)
-      if dry_run:
-        console.print(generated.read_text(), markup=False, highlight=False, soft_wrap=True)
-      else:
-        hosts.submit(config, generated, console)
-        with closing(Attempts(bench.root)) as records:
-          records.event(run.id, 0, "submit")
-      return DONE
-    return DONE if dry_run else _carried_out(work, run, config)
+    run = known or work.start(arm, config.train.seed)
+    with nullcontext() if dry_run else _alone(bench.root, run.id, config):
+      if known is not None:
+        _go_on(work, run, config, dry_run)
+      _rest_on(work, run, found, without_evidence)
+      if config.launch.engine != "local":
+        return _handed_over(work, run, config, dry_run)
+      return DONE if dry_run else _carried_out(work, run, config)
+
+
+def _handed_over(work: Work, run: Run, config: Config, dry_run: bool) -> int:
+  """Generate what the engine that starts the hosts takes, and give it to it."""
+  bench = work.bench
+  generated = hosts.generate(config, run.id, bench.root)
+  if dry_run:
+    text = generated.read_text()
+    bench.console.print(text, markup=False, highlight=False, soft_wrap=True)
+  else:
+    hosts.submit(config, run.id, generated, bench.console)
+    with closing(Attempts(bench.root)) as records:
+      records.event(run.id, 0, "submit")
+  return DONE
 
 
 def _carried_out(work: Work, run: Run, config: Config) -> int:
   """The exit status of a run's attempts; the experiment concludes when it completed."""
   bench, root = work.bench, work.bench.root
-  with _alone(root, run.id, config.prod.stale_s), under_way(work):
+  with under_way(work):
     with Display(bench.console) as display:
       line = display.line("production", config.steps, f"starting {run.id}")
       end = _execute(root, run, config, line)
@@ -102,21 +110,23 @@ def _carried_out(work: Work, run: Run, config: Config) -> int:
   return end.status
 
 
-def _run(work: Work, arm: Arm, console: Console) -> Run:
-  """The newest run of this computation, under the configuration's free keys; else a new one."""
+def _known(work: Work, arm: Arm) -> Run | None:
+  """The newest run of this computation; None: there is none that can go on."""
   config, bench = arm.config, work.bench
   key = fingerprint(config, arm.data.name), arm.data.name, config.train.seed, bench.code_version
   done = bench.experiments.find_finished(*key)
   if done is not None and done.status == "completed":
     return done
   run = bench.experiments.find_unfinished(*key)
-  if run is None or not work.usable(run):
-    return work.start(arm, config.train.seed)
-  if run.status != "running":
+  return run if run is not None and work.usable(run) else None
+
+
+def _go_on(work: Work, run: Run, config: Config, dry_run: bool) -> None:
+  """Say so; the run takes over what the configuration now says of free keys."""
+  if run.status != "running" and not dry_run:
     work.hand_over(run, decided(run, config))
-  step = newest_step(bench.root, run.id)
-  console.print(f"run {run.id} goes on from step {step}", markup=False)
-  return run
+  step = newest_step(work.bench.root, run.id)
+  work.bench.console.print(f"run {run.id} goes on from step {step}", markup=False)
 
 
 def decided(run: Run, config: Config) -> Config:
@@ -147,9 +157,10 @@ def _show(found: list[Evidence], console: Console) -> None:
 
 
 @contextmanager
-def _alone(root: Path, run_id: str, stale_s: float) -> Iterator[None]:
-  """Hold the launch of a run; RunError naming who does, if another process has it, or if the last
-  sign of another host's ranks or agent is younger than stale_s.
+def _alone(root: Path, run_id: str, config: Config) -> Iterator[None]:
+  """Hold the launch of a run; RunError naming who does, if another process or a job of the engine
+  has it. Of the local engine also if the last sign of another host's ranks or agent is younger than
+  prod.stale_s: on some filesystems locks hold for one host only.
   """
   folder = Root(root).prod(run_id)
   folder.mkdir(parents=True, exist_ok=True)
@@ -159,15 +170,22 @@ def _alone(root: Path, run_id: str, stale_s: float) -> Iterator[None]:
     who = lock.read() or "another process"
     if not free:
       raise launched(root, run_id, who)
-    signs = (Heartbeat.read(Root(root).heartbeat(run_id)), Launch.read(root, run_id))
-    elsewhere = [one.time for one in signs if one and one.host != socket.gethostname()]
-    fresh = time.time() - max(elsewhere, default=0.0) < stale_s
-    if fresh and open_attempt(root, run_id):
-      raise launched(root, run_id, who)  # on a filesystem whose locks hold for one host only
+    if config.launch.engine != "local":
+      if job := hosts.job_of(config, run_id):
+        raise launched(root, run_id, job)
+    elif fresh_elsewhere(root, run_id, config.prod.stale_s) and open_attempt(root, run_id):
+      raise launched(root, run_id, who)
     lock.truncate(0)
     lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
     lock.flush()
     yield
+
+
+def fresh_elsewhere(root: Path, run_id: str, stale_s: float) -> bool:
+  """Whether ranks or an agent of another host gave a sign within stale_s."""
+  signs = (Heartbeat.read(Root(root).heartbeat(run_id)), Launch.read(root, run_id))
+  elsewhere = [one.time for one in signs if one and one.host != socket.gethostname()]
+  return time.time() - max(elsewhere, default=0.0) < stale_s
 
 
 def launched(root: Path, run_id: str, who: str) -> RunError:
@@ -258,7 +276,5 @@ def stop(run_id: str, root: Path, console: Console) -> None:
     run = records.run(run_id)
   if not run.live:
     raise RunError(f"run {run_id} is {run.status}; there is nothing to stop")
-  request = Root(root).stop_request(run_id)
-  request.parent.mkdir(parents=True, exist_ok=True)
-  request.write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
+  request(Root(root).stop_request(run_id))
   console.print(f"run {run_id} saves its state and leaves at its next log", markup=False)

@@ -86,9 +86,9 @@ def elsewhere(config: Config, run_id: str, bench: Workbench, idle: Callable[[], 
   """
   deadline = float("inf")
   path = hosts.generate(config, run_id, bench.root, preflight=True)
-  gone = hosts.submit(config, path, bench.console)
+  hosts.submit(config, run_id, path, bench.console)
   while True:
-    over = gone()
+    over = not hosts.job_of(config, run_id)
     found = bench.experiments.run(run_id)
     if found.status in ("completed", "failed"):
       deadline = min(deadline, time.monotonic() + LEAVE_S)

@@ -8,7 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,26 @@ class Submitted:
   def outcomes(self) -> list[str]:
     return [attempt.outcome for attempt in attempts_of(self.root, self.run)]
 
+  @contextmanager
+  def slowed(self) -> Iterator[None]:
+    """Its ranks stand still nine tenths of the time: it would end before Slurm looks at it."""
+    over = threading.Event()
+
+    def stand() -> None:
+      while not over.wait(0.1):
+        ranks = ranks_of(self.run)
+        send(ranks, signal.SIGSTOP)
+        over.wait(0.9)
+        send(ranks, signal.SIGCONT)
+
+    thread = threading.Thread(target=stand)
+    thread.start()
+    try:
+      yield
+    finally:
+      over.set()
+      thread.join()
+
   def rank(self, number: int) -> int:
     """The process of a rank."""
     return next(pid for pid in ranks_of(self.run) if environment(pid)["RANK"] == str(number))
@@ -117,6 +140,13 @@ class Submitted:
       if b"stages.launch.agent" in command and b"nmoe.train.loop" not in command
     }
     return next(pid for pid, at in of.items() if at == str(node))
+
+
+def send(ranks: list[int], number: int) -> None:
+  """To those that are still there."""
+  for pid in ranks:
+    with suppress(ProcessLookupError):
+      os.kill(pid, number)
 
 
 def environment(pid: int) -> dict[str, str]:
@@ -187,7 +217,8 @@ def test_preemption(tmp_path, slurm, undisturbed_hosts, how):
     else:
       slurm.say("scontrol", "update", f"jobid={run.job}", "TimeLimit=2")
       limit_s = 60 + 15  # Slurm looks at time limits once a minute
-    wait_until(lambda: run.outcomes()[0] == "preempted", limit_s, f"{how}: saved and left")
+    with run.slowed() if how == "time limit" else nullcontext():
+      wait_until(lambda: run.outcomes()[0] == "preempted", limit_s, f"{how}: saved and left")
     if how == "time limit":
       wait_until(lambda: run.state() in ("PENDING", ""), 30, "queued")
       slurm.say("scontrol", "update", f"jobid={run.job}", "TimeLimit=UNLIMITED")

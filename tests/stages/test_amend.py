@@ -11,6 +11,7 @@ import pytest
 from labs import same_bits
 from rich.console import Console
 
+from nmoe.config import amend as rules
 from nmoe.config import file as configs
 from nmoe.config.amend import amended, following
 from nmoe.config.file import changed
@@ -19,9 +20,11 @@ from nmoe.records import checkpoint
 from nmoe.records.attempts import Attempts
 from nmoe.records.manifests import digest
 from nmoe.records.reader import Amendment
+from nmoe.records.root import Root
 from nmoe.train import loop
 from stages.prod.amend import amend, read
 from stages.prod.attempt import begin, settle
+from stages.prod.launching import stop
 
 RATES = ("dense", "router", "expert")
 AT = 5 * 512  # tokens: step 6 is the first under the amendment
@@ -148,6 +151,90 @@ def test_what_is_refused(lab, tmp_path, entry, message):
     told(run, path, lab)
   with closing(Attempts(lab.root)) as records:
     assert not records.amendments(run)
+
+
+def entry(key: str, value: object, at: int = AT) -> str:
+  return f'at_tokens = {at}\nkey = "{key}"\nvalue = {value}\nreason = "x"'
+
+
+TOTAL, DECAY = "schedule.total_tokens", "schedule.decay_tokens"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  ("entries", "message"),
+  [
+    ([("optim.dense_lr", 1e-3), ("optim.dense_lr", 2e-3)], "dense_lr at 2560 .* this key twice"),
+    ([(DECAY, 4096), (TOTAL, 4608, AT + 512)], "total_tokens at 3072 .*decay_tokens 4096"),
+    ([(TOTAL, 3072), ("optim.dense_lr", 1e-3, 3584)], "dense_lr at 3584 .*ends at 3072 tokens"),
+  ],
+)
+@pytest.mark.parametrize("files", [1, 2])
+def test_amendments_that_contradict_each_other(lab, tmp_path, entries, message, files):
+  """Each alone is good. Of two files the second is refused; one key twice is a correction then."""
+  run, written = lab.record(), [entry(*one) for one in entries]
+  correction = files == 2 and "twice" in message
+  if files == 2:
+    told(run, write(tmp_path, written[0]), lab)
+  path = write(tmp_path, *written[files - 1 :])
+  if correction:
+    told(run, path, lab)
+  else:
+    with pytest.raises(ConfigError, match=message):
+      told(run, path, lab)
+  with closing(Attempts(lab.root)) as records:
+    found = records.run(run).amendments
+  assert len(found) == (2 if correction else files - 1)
+  if correction:
+    assert amended(lab.config, found, AT).optim.dense_lr == 2e-3
+
+
+def test_amendments_that_need_each_other(lab, tmp_path):
+  """Together they are a valid configuration, in whichever order; alone neither would be: a decay
+  longer than the run, and what begins after its first end.
+  """
+  longer = [entry(DECAY, 8192), entry(TOTAL, 12288), entry("optim.dense_lr", 1e-3, 7168)]
+  for entries in (longer, longer[::-1]):
+    run = lab.record()
+    told(run, write(tmp_path, *entries), lab)
+    with closing(Attempts(lab.root)) as records:
+      found = records.run(run).amendments
+    then = amended(lab.config, found, AT)
+    assert (then.schedule.decay_tokens, then.schedule.total_tokens) == (8192, 12288)
+    assert amended(lab.config, found, 7168).optim.dense_lr == 1e-3
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("first", ["stop", "amend"])
+def test_a_stop_outlives_an_amendment(lab, tmp_path, first):
+  """Two operators ask at once: the run stops, and takes the amendment up when it is launched."""
+  run = lab.record()
+  number = begin(lab.root, run, "local")
+  asks = {
+    "stop": lambda: stop(run, lab.root, Console(file=io.StringIO())),
+    "amend": lambda: told(run, halved(tmp_path), lab),
+  }
+  for name in (first, *(asks.keys() - {first})):
+    asks[name]()
+  with closing(Attempts(lab.root)) as records:
+    records.event(run, number, "amended", step=1)  # its tokens were reached in this very step
+  assert settle(lab.root, run, number).outcome == "stopped"
+  assert not Root(lab.root).amend_request(run).exists()
+
+
+@pytest.mark.faults
+def test_a_run_that_is_launched_meanwhile_is_asked(lab, tmp_path, monkeypatch):
+  """It was not live when the command began, and may have read its amendments before the new one."""
+  run = lab.record()
+  real = rules.check
+
+  def check(*asked):
+    begin(lab.root, run, "local")
+    real(*asked)
+
+  monkeypatch.setattr(rules, "check", check)
+  told(run, halved(tmp_path), lab)
+  assert Root(lab.root).amend_request(run).exists()
 
 
 def test_what_is_trained_is_not_amended(lab, tmp_path):

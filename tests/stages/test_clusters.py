@@ -15,7 +15,7 @@ from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import History
 from nmoe.records.root import Root
 from stages.launch import jobset, slurm
-from stages.prod import launching
+from stages.prod import hosts, launching
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -86,8 +86,8 @@ def test_a_launch_for_slurm_is_generated_and_recorded(lab):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("ask", [lambda _: slurm.queued("r"), slurm.submit, jobset.over])
-def test_a_client_that_does_not_answer_is_an_error(tmp_path, monkeypatch, ask):
+@pytest.mark.parametrize("engine", ["slurm", "jobset"])
+def test_a_client_that_does_not_answer_is_an_error(lab, monkeypatch, engine):
   """A scheduler that hangs: one clear error, and no traceback."""
 
   def late(command, **_):
@@ -95,4 +95,4 @@ def test_a_client_that_does_not_answer_is_an_error(tmp_path, monkeypatch, ask):
 
   monkeypatch.setattr(subprocess, "run", late)
   with pytest.raises(RunError, match="did not answer within 60 s"):
-    ask(tmp_path / "job")
+    hosts.job_of(changed(lab.config, {"launch.engine": engine}), "run")

@@ -60,8 +60,7 @@ def mixes(path):
 
 def amendments(path):
   config, found = configs.load(path.with_name("tiny.toml"), env={}), amend.read(path)
-  for one in found:
-    rules.check(config, one, 512, str(path))
+  rules.check(config, [], found, 512, str(path))
   return found
 
 

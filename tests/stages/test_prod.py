@@ -196,6 +196,17 @@ def test_attempts_count_and_end(lab, records):
     begin(lab.root, run, "local")
 
 
+def test_an_attempt_of_a_jobset_has_its_pods_number(lab, records):
+  """A JobSet that was evicted before its first attempt began counted that restart."""
+  run = lab.record()
+  assert begin(lab.root, run, "jobset", number=2) == 2
+  assert begin(lab.root, run, "jobset") == 3
+  for before in (1, 3):
+    with pytest.raises(RecordError, match=f"attempt {before} of run {run} cannot begin: attempt 3"):
+      begin(lab.root, run, "jobset", number=before)
+  assert [attempt.number for attempt in records.attempts(run)] == [2, 3]
+
+
 def test_a_newer_attempt_fences_an_older_one(lab, records):
   """The older may write nothing, and its end is never to be queued again."""
   run = lab.record()
@@ -223,7 +234,7 @@ def test_a_full_disk_is_queued_again(lab, records):
 
 def test_another_host_s_fresh_heartbeat_keeps_a_launch_out(lab):
   """Even where its lock does not: locks of some filesystems hold for one host only."""
-  run = lab.record()
+  run, config = lab.record(), changed(lab.config, {"prod.stale_s": 30.0})
   folder = Root(lab.root).prod(run)
   folder.mkdir(parents=True, exist_ok=True)
   entry = Entry(1, 9, 2.0, 3.0, 4.0)
@@ -233,27 +244,43 @@ def test_another_host_s_fresh_heartbeat_keeps_a_launch_out(lab):
     Heartbeat(entry, time.time() - age, name, 7, number).write(Root(lab.root).heartbeat(run))
     if refused:
       with pytest.raises(RunError, match=r"attempt 1, heartbeat 1 s ago by elsewhere, pid 7"):
-        with launching._alone(lab.root, run, 30.0):
+        with launching._alone(lab.root, run, config):
           pass
     else:
-      with launching._alone(lab.root, run, 30.0):
+      with launching._alone(lab.root, run, config):
         pass
 
 
 @pytest.mark.faults
 def test_a_launch_elsewhere_that_has_no_ranks_keeps_another_out(lab):
   """While they load, for longer than prod.stale_s, there is no heartbeat; its agent speaks."""
-  run = lab.record()
+  run, config = lab.record(), changed(lab.config, {"prod.stale_s": 30.0})
   number = begin(lab.root, run, "local", nodes=["elsewhere"])
   entry, now = Entry(1, 9, 2.0, 3.0, 4.0), time.time()
   Heartbeat(entry, now - 60, "elsewhere", 7, number).write(Root(lab.root).heartbeat(run))
   Launch(number, now - 90, now - 4, "elsewhere", 7).write(lab.root, run)
   with pytest.raises(RunError, match="is launched already"):
-    with launching._alone(lab.root, run, 30.0):
+    with launching._alone(lab.root, run, config):
       pass
   Launch(number, now - 90, now - 40, "elsewhere", 7).write(lab.root, run)
-  with launching._alone(lab.root, run, 30.0):
+  with launching._alone(lab.root, run, config):
     pass
+
+
+@pytest.mark.faults
+def test_a_refused_launch_changes_nothing(lab):
+  """While the other's ranks are replaced nobody holds the run itself; and the file was edited."""
+  edited = write_variant(lab.file, "edited", "[train]\nlog_every = 4\n")
+  console = Console(file=io.StringIO())
+  assert launching.launch(lab.file, console, "a test", dry_run=True) == 0
+  (run,) = (
+    run.id for e in lab.records.list() if e.stage == "prod" for run in lab.records.runs(e.id)
+  )
+  before = lab.run(run)
+  with launching._alone(lab.root, run, lab.config):
+    with pytest.raises(RunError, match=f"run {run} is launched already"):
+      launching.launch(edited, console, "a test")
+  assert lab.run(run).toml == before.toml
 
 
 def test_a_host_is_reached_by_its_end_of_the_way_to_the_head():
@@ -534,12 +561,13 @@ def test_a_check_ends_when_its_job_is_gone(lab, monkeypatch, leaves):
   run, asked = lab.record(), []
   lab.records.update_run(run, status="completed")
 
-  def gone():
+  def job(*_):
     asked.append(0)
-    return leaves and len(asked) == 3
+    return "" if leaves and len(asked) == 3 else "Slurm's job 17"
 
   monkeypatch.setattr(hosts, "generate", lambda *_, **__: None)
-  monkeypatch.setattr(hosts, "submit", lambda *_: gone)
+  monkeypatch.setattr(hosts, "submit", lambda *_: None)
+  monkeypatch.setattr(hosts, "job_of", job)
   monkeypatch.setattr(preflight, "POLL_S", 0.01)
   monkeypatch.setattr(preflight, "LEAVE_S", 60.0 if leaves else 0.1)
   bench = SimpleNamespace(root=lab.root, console=None, experiments=lab.records)
