@@ -32,7 +32,7 @@ from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.proofs.shortened import claim, named, shortened
 from stages.runs import carrying
-from stages.text import counted, plain
+from stages.text import plain
 from stages.workbench import Workbench
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step", "gather")
