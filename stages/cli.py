@@ -84,6 +84,7 @@ app.add_typer(prod_app, name="prod")
 app.add_typer(kernels_app, name="kernels")
 
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
+ProductionRun = Annotated[str, typer.Argument(help="As `nmoe prod status` names it.")]
 Sweep = Annotated[Path, typer.Argument(help="A sweep (TOML).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
 Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
@@ -460,7 +461,10 @@ def prod_launch(
   ] = "",
   dry_run: Annotated[bool, typer.Option(help="Generate and record, but start nothing.")] = False,
 ) -> None:
-  """Check the evidence, then train to the end through crashes; again = go on with the run."""
+  """Check the evidence, then train to the end through crashes; again = go on with the run.
+
+  Exits with 0: completed, stopped or submitted, 75: launch it again, 76: it would fail alike.
+  """
   from stages.prod import launching
 
   raise typer.Exit(launching.launch(config, _console(), without_evidence, dry_run))
@@ -525,16 +529,22 @@ def prod_status(
 
 
 @prod_app.command("amend")
-def prod_amend(run: str, file: File, root: Root = ROOT) -> None:
-  """Change a run's schedule from some tokens on: [[amend]] at_tokens, key, value, reason."""
+def prod_amend(
+  run: ProductionRun,
+  file: Annotated[
+    Path, typer.Argument(help="Amendments (TOML), each of at_tokens, key, value and reason.")
+  ],
+  root: Root = ROOT,
+) -> None:
+  """Change a run's schedule from some tokens on; a live run saves and goes on under it."""
   from stages.prod import amend
 
   amend.amend(run, file, resolved(root), _console())
 
 
 @prod_app.command("stop")
-def prod_stop(run: str, root: Root = ROOT) -> None:
-  """Ask a production run to save its state and leave."""
+def prod_stop(run: ProductionRun, root: Root = ROOT) -> None:
+  """Ask a run to save its state and leave at its next log; `prod launch` goes on with it."""
   from stages.prod import launching
 
   launching.stop(run, resolved(root), _console())

@@ -75,6 +75,10 @@ class History(Reader):
     rows = self._read("SELECT * FROM attempts WHERE run_id = ? ORDER BY number", run_id)
     return [Attempt(**{**dict(row), "nodes": json.loads(row["nodes"])}) for row in rows]
 
+  def following(self, run_id: str) -> int:
+    """The number of the attempt that is to begin next."""
+    return max((attempt.number for attempt in self.attempts(run_id)), default=0) + 1
+
   def events(self, run_id: str) -> list[Event]:
     """Of a run, oldest first."""
     rows = self._read("SELECT * FROM events WHERE run_id = ? ORDER BY rowid", run_id)

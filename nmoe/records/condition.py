@@ -5,6 +5,7 @@ show it.
 from __future__ import annotations
 
 import time
+import tomllib
 
 from nmoe.records.goodput import Account, trains
 from nmoe.records.launches import START_S, Launch
@@ -29,6 +30,8 @@ def state(found: Account) -> str:
     return f"{which}, since {when} UTC, {time.time() - launch.since:,.0f} s ago"
   if found.run.status == "running" and beat is not None:
     return beat.state
+  if submitted(found):
+    return f"the next attempt is {tomllib.loads(found.run.toml)['launch']['engine']}'s to begin"
   if abandoned(found):
     return (
       f"attempt {found.last.number} is open and nobody keeps it up; "
@@ -44,6 +47,8 @@ def status(found: Account) -> str:
   launch = replacing(found)
   if launch is not None:
     return launch.status
+  if submitted(found):
+    return "queued"
   last = found.last
   left = last is not None and found.run.status == "interrupted" and last.outcome
   return last.outcome if left or queued(found) else found.run.status
@@ -63,10 +68,19 @@ def health(found: Account, stale_s: float) -> int:
     return HEALTHY if now - launch.since <= START_S else SICK
   if run.status == "running" and beat is not None:
     return HEALTHY if now - beat.time <= max(stale_s, beat.limit_s) else SICK
+  if submitted(found):
+    return UNKNOWN
   if abandoned(found) and run.status == "interrupted":
     engine, since = found.last.engine, beat.time if beat is not None else 0.0
     return SICK if engine == "local" or now - since > stale_s else UNKNOWN
   return SICK if run.status == "failed" and not queued(found) else UNKNOWN
+
+
+def submitted(found: Account) -> bool:
+  """Whether a job was handed to an engine of many hosts whose attempt has not begun yet."""
+  following = found.last.number + 1 if found.last is not None else 1
+  jobs = (event.detail for event in found.events if event.kind == "submit")
+  return not found.run.live and any(job.get("for_attempt") == following for job in jobs)
 
 
 def abandoned(found: Account) -> bool:

@@ -54,6 +54,7 @@ def amend(run_id: str, path: Path, root: Path, console: Console) -> None:
     console.print(
       f"run {run_id}: {one.key} = {one.value} from {one.at_tokens} tokens on ({one.reason})",
       markup=False,
+      soft_wrap=True,
     )
   with closing(History(root)) as reader:
     live = reader.run(run_id).live

@@ -30,7 +30,7 @@ def generate(config: Config, run_id: str, root: Path, preflight: bool = False) -
     if config.launch.engine == "slurm":
       path, text = folder / "job.sbatch", slurm.script(config, run_id, root, preflight=preflight)
     else:
-      first = max((a.number for a in records.attempts(run_id)), default=0) + 1
+      first = records.following(run_id)
       path, text = folder / "jobset.json", jobset.text(config, run_id, root, first, preflight)
     path.write_text(text)
     records.artifact(run_id, path)
@@ -43,6 +43,16 @@ def job_of(config: Config, run_id: str) -> str:
     return jobset.living(config, run_id)
   job = slurm.queued(run_id)
   return f"Slurm's job {job}" if job else ""
+
+
+def withdrawn(config: Config, run_id: str) -> str:
+  """How a job of a run that has not begun yet is taken back, in words; "": no engine has jobs."""
+  commands = {
+    "slurm": f"scancel --name=nmoe-{run_id}",
+    "jobset": f"kubectl --namespace {config.jobset.namespace} delete jobset nmoe-{run_id}",
+  }
+  command = commands.get(config.launch.engine, "")
+  return f"; `{command}` takes a job back that waits" if command else ""
 
 
 def submit(config: Config, run_id: str, path: Path, console: Console) -> None:

@@ -87,9 +87,10 @@ def _handed_over(work: Work, run: Run, config: Config, dry_run: bool) -> int:
     text = generated.read_text()
     bench.console.print(text, markup=False, highlight=False, soft_wrap=True)
   else:
-    hosts.submit(config, run.id, generated, bench.console)
     with closing(Attempts(bench.root)) as records:
-      records.event(run.id, 0, "submit")
+      following = records.following(run.id)
+      hosts.submit(config, run.id, generated, bench.console)
+      records.event(run.id, 0, "submit", detail={"for_attempt": following})
   return DONE
 
 
@@ -275,6 +276,8 @@ def stop(run_id: str, root: Path, console: Console) -> None:
   with closing(History(root)) as records:
     run = records.run(run_id)
   if not run.live:
-    raise RunError(f"run {run_id} is {run.status}; there is nothing to stop")
+    config = configs.loads(run.toml, f"run {run_id}", env={})
+    told = f"run {run_id} is {run.status}; there is nothing to stop"
+    raise RunError(told + hosts.withdrawn(config, run_id))
   request(Root(root).stop_request(run_id))
   console.print(f"run {run_id} saves its state and leaves at its next log", markup=False)

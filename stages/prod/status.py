@@ -64,6 +64,8 @@ def doing(found: Account) -> str:
 
 
 def _goodput(found: Production) -> str:
+  if found.wall_s == 0:
+    return ""
   parts = ", ".join(f"{name} {s:,.1f} s" for name, s in found.seconds.items() if s)
   text = f"goodput {found.goodput:.1%}, ETTR {found.ettr:.1%} of {found.wall_s:,.1f} s: {parts}"
   if found.left_s is not None:

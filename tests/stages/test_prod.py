@@ -461,6 +461,42 @@ def test_what_a_scheduler_begins_again_is_not_failed(lab, records):
   assert condition_of(lab, run) == ("failed", condition.SICK)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  ("engine", "command"), [("slurm", "scancel --name"), ("jobset", "kubectl")]
+)
+def test_a_job_that_waits_is_said_to(lab, records, monkeypatch, engine, command):
+  """Before its first attempt, and after one that was killed or stopped; a stop says how to take it
+  back. Then the attempt begins.
+  """
+  file = write_variant(lab.file, "there", f'[launch]\nengine = "{engine}"\n')
+  monkeypatch.setattr(hosts, "job_of", lambda *_: "")
+  monkeypatch.setattr(hosts, "generate", lambda *_: lab.file)
+  monkeypatch.setattr(hosts, "submit", lambda *_: None)
+  for before in ("", "killed", "stopped"):
+    assert launching.launch(file, Console(file=io.StringIO()), "a test") == 0
+    (run,) = (one.id for e in records.list() if e.stage == "prod" for one in records.runs(e.id))
+    assert condition_of(lab, run) == ("queued", condition.UNKNOWN), before
+    assert f"the next attempt is {engine}'s to begin" in told_of(lab, run)
+    with pytest.raises(
+      RunError, match=f"nothing to stop; `{command}.*nmoe-{run}` takes a job back"
+    ):
+      launching.stop(run, lab.root, Console(file=io.StringIO()))
+    number = begin(lab.root, run, engine, nodes=["a"])
+    assert condition_of(lab, run)[1] == condition.HEALTHY  # its agent is to come
+    Launch.read(lab.root, run)._replace(time=0.0).write(lab.root, run)
+    assert condition_of(lab, run) == ("interrupted", condition.SICK)
+    if before == "killed":
+      records.event(run, number, "stop", step=1)
+      Root(lab.root).stop_request(run).touch()
+      assert settle(lab.root, run, number).outcome == "stopped"
+      assert condition_of(lab, run) == ("stopped", condition.UNKNOWN)
+
+
+def test_a_run_that_never_began_has_no_goodput(lab):
+  assert "goodput" not in told_of(lab, lab.record())
+
+
 def told_of(lab, run: str) -> str:
   """What `nmoe prod status` prints."""
   out = io.StringIO()
