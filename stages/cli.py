@@ -392,7 +392,7 @@ def bench_step(
 @bench_app.command("rdep")
 def bench_rdep(
   config: File,
-  ranks: Annotated[int | None, typer.Option(help="Default: launch.ranks.")] = None,
+  ranks: Annotated[int | None, typer.Option(help="Default: those of a host.")] = None,
   tokens: Annotated[int | None, typer.Option(min=1, help="Of a rank. Default: a batch.")] = None,
   shape: Annotated[
     str | None,
@@ -426,7 +426,7 @@ def check_resume(
   ranks: Annotated[
     str | None,
     typer.Option(
-      help="Numbers of ranks; each kill hands the run to the next. Default: launch.ranks."
+      help="Numbers of ranks; each kill hands the run to the next. Default: those of a host."
     ),
   ] = None,
   steps: Annotated[int, typer.Option(min=8, help="Steps of the shortened run.")] = 12,

@@ -67,7 +67,7 @@ def layer_config(
   config: Config, path: Path, ranks: int | None, tokens: int | None, shape: str | None
 ) -> Config:
   """The configuration with one batch of one sequence of `tokens` tokens a rank."""
-  ranks = ranks or config.launch.ranks
+  ranks = ranks or config.node_ranks
   tokens = tokens or config.rank_tokens
   if ranks < 2:
     raise ConfigError(f"{path}: one rank sends nothing; measure 2 or more: --ranks 2")
@@ -82,6 +82,7 @@ def layer_config(
     raise ConfigError(f"--shape {shape} is unknown; choose from {', '.join(SHAPES)}")
   values: dict[str, Any] = {
     **few_steps(config, 1, tokens * ranks),
+    "launch.engine": "local",
     "launch.ranks": ranks,
     "launch.ranks_per_node": 0,
     "rdep.group": 0,

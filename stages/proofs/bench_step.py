@@ -83,8 +83,14 @@ def step(
   config = configs.load(path)
   before = [_earlier(path) for path in against]
   warmup = min(config.schedule.warmup_tokens, steps * config.schedule.batch_tokens)
+  if config.nodes > 1:
+    raise ConfigError(
+      f"{path}: has {counted(config.launch.ranks, 'rank')} on {counted(config.nodes, 'host')}, and "
+      f"the bench measures on this one; give a configuration of {config.node_ranks}"
+    )
   config = shortened(config, steps, keep=0)
-  values = {"schedule.warmup_tokens": warmup, "train.log_every": max(1, steps // INTERVALS)}
+  values = {"launch.engine": "local", "schedule.warmup_tokens": warmup}
+  values |= {"train.log_every": max(1, steps // INTERVALS)}
   config = configs.changed(config, values)
   with Workbench.open(config.run.root, console, anew=True) as bench:
     begun = time.monotonic()

@@ -72,8 +72,8 @@ def resume(
   """Train `steps` steps of a configuration once through, once more with two SIGKILLs; compare both.
 
   ranks: both runs start at the first number, and each kill hands the second run to the next one, if
-  there is one; none: launch.ranks. Prints tables and stores them as an experiment of stage "check".
-  RunError if anything differs; ConfigError, before anything runs, if the ranks don't fit.
+  there is one; none: those of a host. Prints tables and stores them as an experiment of stage
+  "check". RunError if anything differs; ConfigError, before anything runs, if the ranks don't fit.
   """
   first, *others = resumable(path, steps, ranks)
   kills = (steps // 2, 3 * steps // 4)

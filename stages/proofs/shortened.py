@@ -61,8 +61,8 @@ def resumable(path: Path, steps: int, ranks: Sequence[int] = ()) -> list[Config]
 
 
 def at_ranks(config: Config, ranks: int) -> Config:
-  """The configuration over `ranks` ranks: the same global batches, micro-batches at most as large
-  in all. ConfigError with the numbers that fit if this one doesn't.
+  """The configuration over `ranks` ranks of this host: the same global batches, micro-batches at
+  most as large in all. ConfigError with the numbers that fit if this one doesn't.
 
   Where rdep.group is set, experts lie over the largest divisor of it that divides the ranks.
   """
@@ -78,6 +78,7 @@ def at_ranks(config: Config, ranks: int) -> Config:
   return configs.changed(
     config,
     {
+      "launch.engine": "local",
       "launch.ranks": ranks,
       "launch.ranks_per_node": 0,
       "rdep.group": group[ranks],
@@ -85,6 +86,13 @@ def at_ranks(config: Config, ranks: int) -> Config:
       "train.cuda_graph": config.train.cuda_graph and ranks == 1,
     },
   )
+
+
+def on_this_host(config: Config) -> Config:
+  """The configuration over the ranks that a host of it has, whoever starts its hosts."""
+  if config.nodes > 1:
+    return at_ranks(config, config.node_ranks)
+  return configs.changed(config, {"launch.engine": "local"})
 
 
 def attempts(config: Config, ranks: Sequence[int]) -> list[Config]:
@@ -97,7 +105,7 @@ def attempts(config: Config, ranks: Sequence[int]) -> list[Config]:
       f"{len(ranks)} numbers of ranks ({', '.join(map(str, ranks))}): a run that is killed twice "
       "has three attempts; give one to three numbers"
     )
-  found = [at_ranks(config, r) for r in ranks] or [config]
+  found = [at_ranks(config, r) for r in ranks] or [on_this_host(config)]
   return (found + 2 * found[-1:])[:3]
 
 

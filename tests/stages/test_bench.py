@@ -72,6 +72,13 @@ def test_the_warm_up_is_the_configuration_s(lab, steps, kept):
   assert first == pytest.approx(1.5 / kept * lab.config.optim.dense_lr)  # of step 2's middle
 
 
+def test_a_bench_is_of_one_host(lab):
+  body = '[launch]\nengine = "slurm"\nranks = 4\nranks_per_node = 2\n[rdep]\ngroup = 2\n'
+  file = write_variant(lab.file, "two", body + "[train]\nmicro_batch = 2\n")
+  with pytest.raises(ConfigError, match="has 4 ranks on 2 hosts, .* a configuration of 2"):
+    bench.step(file, 10, Console(file=io.StringIO()))
+
+
 def test_a_benchmark_s_routing_is_no_real_one(lab):
   found, said = call(lab, write_variant(lab.file, "forced", "[moe]\nforced_balance = true\n"))
   assert found.routing == "forced balance" and "routing: forced balance MFU" in said

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from labs import STEPS, Ended, write_variant
 from rich.console import Console
 
 from nmoe.config import file as configs
+from nmoe.config.file import changed
 from nmoe.errors import ConfigError, RunError
 from nmoe.records import checkpoint
 from nmoe.records.experiments import Experiments
 from nmoe.records.metrics import Metrics, read
 from stages.launch.display import Display
+from stages.prod.evidence import _same_model
 from stages.proofs import check_ep as parity
 from stages.proofs import check_resume as check
 from stages.proofs import shortened
@@ -173,6 +176,23 @@ def test_the_last_number_of_ranks_stays(lab):
   found = {r: [c.launch.ranks for c in configurations] for r, configurations in made.items()}
   assert found == {(): [1, 1, 1], (1, 2): [1, 2, 2], (2, 4, 1): [2, 4, 1], (2,): [2, 2, 2]}
   assert made[()] == [lab.config] * 3
+
+
+@pytest.mark.parametrize(("per_host", "ranks"), [(2, 2), (0, 4)])
+def test_a_check_runs_on_this_host(lab, per_host, ranks):
+  """Of a configuration for Slurm: the ranks of one host, not 64 of them where the command is."""
+  values = {"launch.engine": "slurm", "launch.ranks": 4, "launch.ranks_per_node": per_host}
+  values |= {"rdep.group": 2, "train.micro_batch": 2}
+  config = changed(lab.config, values)
+  path = lab.file.with_name("slurm.toml")
+  path.write_text(configs.to_toml(config))
+  made = shortened.resumable(path, 12)
+  assert {(c.launch.engine, c.launch.ranks, c.nodes) for c in made} == {("local", ranks, 1)}
+  assert {c.schedule.batch_tokens for c in made} == {config.schedule.batch_tokens}
+  made = shortened.comparable(path, [1, 2], 12)
+  assert {c.launch.engine for c in made.values()} == {"local"}
+  run = SimpleNamespace(toml=configs.to_toml(made[2]), id="made")
+  assert _same_model(config, run), "it is evidence for the launch"
 
 
 def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):
