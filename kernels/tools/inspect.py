@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from kernels.ops import KernelError
+from kernels.errors import KernelError
 
 MMA = re.compile(r"UTC\w*MMA|[HQI]GMMA|[HQ]MMA")
 OPCODE = re.compile(  # an instruction's address, and its opcode

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kernels.tools.inspect import short_name
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config
@@ -31,12 +32,14 @@ from stages.judge.intervals import student_t
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.proofs.shortened import claim, named, shortened
+from stages.proofs.timeline import OTHER, Timeline, timeline
 from stages.runs import carrying
 from stages.text import plain
 from stages.workbench import Workbench
 
 COMPUTE = ("forward", "backward", "graph", "clip", "step", "gather")
 STATEMENT = "What a training step costs."
+LONGEST = 8  # kernels that are named
 INTERVALS = 20  # measured stretches of a run; the first is the warm-up and is dropped
 
 
@@ -59,6 +62,7 @@ class StepBench:
   data_s: float  # for finding or preparing the data
   startup_s: dict[str, float]  # of rank 0, by phase, from its own start to the same line
   routing: str  # what the times are of: forced or real routing, and how uneven
+  timeline: Timeline | None  # of the GPU, where it was profiled
 
   @property
   def outside(self) -> float:
@@ -107,9 +111,13 @@ def step(
         run = work.repeat(arm, config.train.seed, display, trace, follow)
       work.check([run])
       found = _measure(bench, run, config, arm.data, arrived[0], data_s)
+      if trace is not None:
+        found = replace(found, timeline=timeline(trace / "trace.json"))
       reason = f"{float(np.median(found.ms)):.3f} ms a step on {found.device}."
       work.conclude(Judgement("measured", reason, asdict(found)), [run])
   _show(found, console)
+  if found.timeline is not None:
+    _show_timeline(found.timeline, console)
   if before:
     names = ", ".join(p.name for p in against)
     console.print(plain(change(float(np.mean(found.ms)), before, names)))
@@ -147,6 +155,7 @@ def _measure(
     data_s=data_s,
     startup_s={phase: float(series[f"startup/{phase}_s"][2][0]) for phase in STARTUP},
     routing=routing_of(config, series),
+    timeline=None,
   )
 
 
@@ -219,6 +228,19 @@ def _show(b: StepBench, console: Console) -> None:
   )
   console.print(f"routing: {b.routing}")
   console.print(f"MFU {b.mfu:.1%}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
+
+
+def _show_timeline(t: Timeline, console: Console) -> None:
+  title = f"a profiled step of {t.ms:.1f} ms: what each part adds to those above it"
+  table = Table(title=title, title_justify="left")
+  for column in ("part", "ms", "share"):
+    table.add_column(column, justify="left" if column == "part" else "right")
+  for name, ms in t.parts.items():
+    table.add_row(name, f"{ms:.2f}", f"{ms / t.ms:.1%}")
+  console.print(table)
+  most = ", ".join(f"{short_name(name)} {ms:.1f}" for name, ms in list(t.exposed.items())[:LONGEST])
+  console.print(f"{OTHER}, ms each: {most}", soft_wrap=True)
+  console.print(f"{t.kernels:,.0f} kernels and copies a step, {t.host_waits:.1f} waits of the host")
 
 
 def _earlier(path: Path) -> float:
