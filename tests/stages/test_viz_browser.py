@@ -71,6 +71,8 @@ def made(tmp_path_factory):
   records.add_evaluation(run, Evaluation(2000, "mine", "d", "cpu fp32", results, 1.0))
   again = records.create("again", "ablate", [claim])
   records.link(again.id, experiment.id, "repeats", "elsewhere")
+  wider = records.create("wider", "proxy", [claim])
+  records.link(wider.id, experiment.id, "supports", "rates")
   sweep(records, base, claim)
   records.close()
   production(root, ids["variant", 1])
@@ -236,7 +238,7 @@ def pages(ids):
     ),
     "experiment": (
       "/experiment/rate-1",
-      "document.querySelector('svg.graph[data-nodes=\"2\"]') && document.querySelector('iframe') "
+      "document.querySelector('svg.graph[data-nodes=\"3\"]') && document.querySelector('iframe') "
       "&& document.body.innerText.includes('confirmed')",
     ),
     "sweep": (
@@ -248,7 +250,8 @@ def pages(ids):
       f"/prod/{of}",
       f"{panels} >= 4 && document.querySelector('[data-attempts=\"2\"]') "
       "&& document.querySelector('[data-starts=\"1\"]') "
-      "&& document.querySelectorAll('svg.timeline rect').length > 8",
+      "&& document.querySelectorAll('svg.timeline rect').length > 8 "
+      "&& document.body.innerText.includes('again-1 repeats, wider-1 supports')",
     ),
   }
 
