@@ -460,6 +460,8 @@ def prod_launch(
     str, typer.Option(help="Why the launch does without what is missing; reports show it.")
   ] = "",
   dry_run: Annotated[bool, typer.Option(help="Generate and record, but start nothing.")] = False,
+  accept_code: Annotated[bool, typer.Option(help="Go on with what other code began.")] = False,
+  anew: Annotated[bool, typer.Option(help="A new run, whatever stands unfinished.")] = False,
 ) -> None:
   """Check the evidence, then train to the end through crashes; again = go on with the run.
 
@@ -467,7 +469,8 @@ def prod_launch(
   """
   from stages.prod import launching
 
-  raise typer.Exit(launching.launch(config, _console(), without_evidence, dry_run))
+  flags = (dry_run, accept_code, anew)
+  raise typer.Exit(launching.launch(config, _console(), without_evidence, *flags))
 
 
 @prod_app.command("begin", hidden=True)
@@ -482,8 +485,7 @@ def prod_begin(
   """Record that an attempt begins, for a script of an engine; prints its number."""
   from stages.prod import attempt as attempts
 
-  nodes = [hosts] if hosts else []
-  typer.echo(attempts.begin(resolved(root), run, engine, job, nodes, attempt))
+  typer.echo(attempts.begin(resolved(root), run, engine, job, [hosts] * bool(hosts), attempt))
 
 
 @prod_app.command("node", hidden=True)
@@ -531,12 +533,10 @@ def prod_status(
 @prod_app.command("amend")
 def prod_amend(
   run: ProductionRun,
-  file: Annotated[
-    Path, typer.Argument(help="Amendments (TOML), each of at_tokens, key, value and reason.")
-  ],
+  file: Annotated[Path, typer.Argument(help="Amendments (TOML).")],
   root: Root = ROOT,
 ) -> None:
-  """Change a run's schedule from some tokens on; a live run saves and goes on under it."""
+  """Change a schedule by tables of at_tokens, key, value, reason; a live run saves and goes on."""
   from stages.prod import amend
 
   amend.amend(run, file, resolved(root), _console())

@@ -23,7 +23,7 @@ from nmoe.records.reader import Amendment, Reader, Run
 KINDS = (
   *("submit", "launch", "restart", "stop", "override", "diverged", "refused", "crashed"),
   *("preempted", "no progress", "straggler", "hardware", "permanent", "bad step", "skip"),
-  *("rewind", "amend", "amended", "corrupt", "pruned", "disk full"),
+  *("rewind", "amend", "amended", "corrupt", "pruned", "disk full", "code"),
 )
 ADD_EVENT = "INSERT INTO events VALUES (?,?,?,?,?,?,?,?)"
 OUTCOMES = (
@@ -85,8 +85,11 @@ class History(Reader):
     return [Event(**{**dict(row), "detail": json.loads(row["detail"])}) for row in rows]
 
   def run(self, run_id: str) -> Run:
-    """A run with its amendments."""
-    return replace(super().run(run_id), amendments=tuple(self.amendments(run_id)))
+    """A run with its amendments, and with the code that it goes on under (event "code")."""
+    found = super().run(run_id)
+    codes = self._read("SELECT detail FROM events WHERE run_id = ? AND kind = 'code'", run_id)
+    code = json.loads(codes[-1]["detail"])["code"] if codes else found.code_version
+    return replace(found, amendments=tuple(self.amendments(run_id)), code_version=code)
 
   def amendments(self, run_id: str) -> list[Amendment]:
     """Of a run, in the order in which they take effect."""

@@ -408,6 +408,15 @@ class Experiments(Reader):
     same = self._same(fingerprint, data_digest, seed, code_version)
     return next((run for run in same if not run.finished), None)
 
+  def of_any_code(self, fingerprint: str, data_digest: str, seed: int) -> list[Run]:
+    """The runs of the same configuration, data and seed, newest first."""
+    rows = self._read(
+      RUN_SQL + "WHERE r.fingerprint = ? AND r.data_digest = ? AND r.seed = ? "
+      "ORDER BY r.rowid DESC, m.rowid",
+      *(fingerprint, data_digest, seed),
+    )
+    return list({row["id"]: decoded_run(row) for row in reversed(rows)}.values())[::-1]
+
   def left_under_other_code(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
   ) -> Run | None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nmoe import files
 from nmoe.config import file as configs
-from nmoe.config.sections import Config, fingerprint
+from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
 from nmoe.records.heartbeat import Heartbeat
@@ -28,7 +28,7 @@ from nmoe.wording import counted
 from stages.judge.table import Judgement
 from stages.launch import local
 from stages.launch.display import Display, Line
-from stages.prod import hosts
+from stages.prod import earlier, hosts
 from stages.prod.attempt import DONE, End, begin, newest_step, request, settle
 from stages.prod.evidence import Evidence, evidence
 from stages.prod.plan import advice
@@ -38,12 +38,19 @@ from stages.workbench import Arm, Workbench, hypothesis_of
 POLL_S = 0.5
 
 
-def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bool = False) -> int:
+def launch(
+  path: Path,
+  console: Console,
+  without_evidence: str = "",
+  dry_run: bool = False,
+  accept_code: bool = False,
+  anew: bool = False,
+) -> int:
   """Check the evidence, record the run or find it; execute it to its end, or hand it to the engine
   that starts its hosts. The exit status of stages.prod.attempt.
 
-  dry_run: start and submit nothing. ConfigError if evidence is missing and no reason to do without
-  is given.
+  dry_run: start and submit nothing. anew: a new run, whatever is recorded. accept_code: see
+  stages.prod.earlier. ConfigError if evidence is missing and no reason to do without is given.
   """
   config = configs.load(path)
   if config.train.checkpoint_every == 0:
@@ -63,9 +70,10 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
         "or launch --without-evidence REASON, which every report of the run will show"
       )
     arm = bench.arm("production", config)
-    asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
-    work = taken_up(bench, "prod", *asked)
-    known = _known(work, arm)
+    known = None if anew else earlier.known(bench, arm, accept_code)
+    work = _work_of(bench, arm, known)
+    if known is not None and not (known.finished or work.usable(known)):
+      known = None
     if known is not None and known.status == "completed":
       console.print(f"run {known.id} is completed", markup=False)
       return DONE
@@ -77,6 +85,17 @@ def launch(path: Path, console: Console, without_evidence: str = "", dry_run: bo
       if config.launch.engine != "local":
         return _handed_over(work, run, config, dry_run)
       return DONE if dry_run else _carried_out(work, run, config)
+
+
+def _work_of(bench: Workbench, arm: Arm, known: Run | None) -> Work:
+  """The experiment that a known run is of, if a launch began it; else that of the configuration."""
+  if known is not None:
+    experiment = bench.experiments.find(known.origin)
+    if experiment.stage == "prod":
+      return Work(bench, experiment)
+  config = arm.config
+  asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
+  return taken_up(bench, "prod", *asked)
 
 
 def _handed_over(work: Work, run: Run, config: Config, dry_run: bool) -> int:
@@ -111,31 +130,13 @@ def _carried_out(work: Work, run: Run, config: Config) -> int:
   return end.status
 
 
-def _known(work: Work, arm: Arm) -> Run | None:
-  """The newest run of this computation; None: there is none that can go on."""
-  config, bench = arm.config, work.bench
-  key = fingerprint(config, arm.data.name), arm.data.name, config.train.seed, bench.code_version
-  done = bench.experiments.find_finished(*key)
-  if done is not None and done.status == "completed":
-    return done
-  run = bench.experiments.find_unfinished(*key)
-  return run if run is not None and work.usable(run) else None
-
-
 def _go_on(work: Work, run: Run, config: Config, dry_run: bool) -> None:
-  """Say so; the run takes over what the configuration now says of free keys."""
+  """Say so; the run takes over this code and what the configuration now says of free keys."""
   if run.status != "running" and not dry_run:
-    work.hand_over(run, decided(run, config))
+    earlier.take_over(work.bench, run)
+    work.hand_over(run, earlier.decided(run, config))
   step = newest_step(work.bench.root, run.id)
   work.bench.console.print(f"run {run.id} goes on from step {step}", markup=False)
-
-
-def decided(run: Run, config: Config) -> Config:
-  """The configuration with what the run itself left out of it (nmoe.train.badsteps)."""
-  own = configs.loads(run.toml, f"run {run.id}", env={})
-  return configs.changed(
-    config, {"train.skip_steps": own.train.skip_steps, "data.holes": own.data.holes}
-  )
 
 
 def _rest_on(work: Work, run: Run, found: list[Evidence], reason: str) -> None:

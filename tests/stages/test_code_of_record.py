@@ -14,7 +14,7 @@ from nmoe.config.sections import fingerprint
 from nmoe.errors import OtherCodeError, RunError
 from nmoe.records import provenance
 from nmoe.records.reader import Hypothesis, Start
-from stages import research, runs, workbench
+from stages import research, runs
 from stages.comparable import check_one_machine
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
@@ -163,14 +163,17 @@ def test_one_that_never_began_is_not_taken_up_with_other_versions(lab, launches,
 
 
 def test_a_launch_that_never_began_is_not_taken_up_with_other_versions(lab, launches, monkeypatch):
-  console = Console(file=io.StringIO())
-  with workbench.Workbench.open(str(lab.root), console) as bench:
-    arm = bench.arm("production", lab.config)
-    work = runs.taken_up(bench, "prod", "n", [workbench.hypothesis_of(lab.config)], [arm], [0])
-    first = launching._run(work, arm, console)
-    assert launching._run(work, arm, console).id == first.id
-    monkeypatch.setattr(runs, "environment", lambda: first.environment | {"torch": "9.9"})
-    assert launching._run(work, arm, console).id != first.id
+  def launch() -> list[str]:
+    assert launching.launch(lab.file, Console(file=io.StringIO()), "a test", dry_run=True) == 0
+    return [
+      run.id for e in lab.records.list() if e.stage == "prod" for run in lab.records.runs(e.id)
+    ]
+
+  first = launch()
+  assert launch() == first
+  here = lab.run(first[0]).environment
+  monkeypatch.setattr(runs, "environment", lambda: here | {"torch": "9.9"})
+  assert len(launch()) == 2
 
 
 def test_ranks_import_the_code_of_their_record_wherever_they_start(lab, clone, monkeypatch):

@@ -2,11 +2,13 @@
 
 import io
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +28,7 @@ from nmoe.records.launches import Launch
 from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat, Progress
+from stages import workbench
 from stages.prod import hosts, launching, preflight, status
 from stages.prod.attempt import begin, settle, stuck
 from stages.prod.evidence import evidence
@@ -205,6 +208,71 @@ def test_an_attempt_of_a_jobset_has_its_pods_number(lab, records):
     with pytest.raises(RecordError, match=f"attempt {before} of run {run} cannot begin: attempt 3"):
       begin(lab.root, run, "jobset", number=before)
   assert [attempt.number for attempt in records.attempts(run)] == [2, 3]
+
+
+def launched_run(lab, file=None, **asked) -> str:
+  """The run that a launch would execute."""
+  console = Console(file=io.StringIO())
+  assert launching.launch(file or lab.file, console, "a test", dry_run=True, **asked) == 0
+  said = [line for line in console.file.getvalue().splitlines() if "goes on" in line]
+  newest = next(e for e in lab.records.list() if e.stage == "prod")
+  return said[0].split()[1] if said else lab.records.runs(newest.id)[-1].id
+
+
+@pytest.mark.faults
+def test_a_run_of_weeks_is_not_left_behind_in_silence(lab, records, monkeypatch):
+  """Its file was edited: what differs is named. A free key is no difference, and without a
+  checkpoint nothing is lost.
+  """
+  slower = write_variant(lab.file, "slower", "[optim]\ndense_lr = 5e-3\n")
+  first = launched_run(lab)
+  assert launched_run(lab, slower) != first
+  other = launched_run(lab, slower)
+  shutil.copytree(*(lab.checkpoints(run) for run in (trained(lab), first)))
+  assert launched_run(lab) == first
+  assert launched_run(lab, slower) == other  # the newest of this very computation
+  faster = write_variant(lab.file, "faster", "[optim]\ndense_lr = 2e-2\n")
+  told = (
+    f"run {first} .* stands at step 12 and would be left there: optim.dense_lr was 0.01, is 0.02"
+  )
+  with pytest.raises(ConfigError, match=f"{told}; .*prod amend {first}.*--anew from step 0"):
+    launched_run(lab, faster)
+  assert launched_run(lab, faster, anew=True) not in (first, other)
+  free = write_variant(lab.file, "free", "[train]\nlog_every = 3\n")
+  assert launched_run(lab, free) == first
+
+
+@pytest.mark.faults
+def test_other_code_goes_on_when_it_is_accepted(lab, records, monkeypatch):
+  """As after the repair of a fault: refused, then recorded with the difference, then known."""
+  first = launched_run(lab)
+  shutil.copytree(*(lab.checkpoints(run) for run in (trained(lab), first)))
+  before = records.run(first).code_version
+  monkeypatch.setattr(workbench, "provenance", lambda _: ("c0ffee", "the repair", "repaired"))
+  told = f"run {first} .*its code was {before} .*, this is repaired .*launch --accept-code"
+  with pytest.raises(ConfigError, match=told):
+    launched_run(lab)
+  assert launched_run(lab, accept_code=True) == first
+  assert records.run(first).code_version == before, "nothing was launched yet"
+  monkeypatch.setattr(launching, "_carried_out", lambda *_: 0)
+  for accept_code in (True, False):  # the second time it is known
+    assert (
+      launching.launch(lab.file, Console(file=io.StringIO()), "x", accept_code=accept_code) == 0
+    )
+    assert records.run(first).code_version == "repaired"
+  (event,) = (event for event in records.events(first) if event.kind == "code")
+  assert (event.detail["before"], event.detail["commit"], event.step) == (before, "c0ffee", 12)
+  (patch,) = (path for path in records.artifacts(first) if path.endswith("code_repaired.patch"))
+  assert Path(patch).read_text() == "the repair"
+  told = [e.id for e in records.list() if e.stage == "prod"]
+  assert len(told) == 1, "the launch is the one experiment"
+
+
+def trained(lab) -> str:
+  """A run of the lab at another seed, whose checkpoints can be copied."""
+  run = lab.record(train__seed=7)
+  assert lab.attempt(run) == 0
+  return run
 
 
 def test_a_newer_attempt_fences_an_older_one(lab, records):
