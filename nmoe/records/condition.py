@@ -14,6 +14,18 @@ HEALTHY, UNKNOWN, SICK = 0, 1, 2  # exit statuses of `nmoe prod status --check`
 AGAIN = 75  # the exit status of an attempt that is to be queued again
 
 
+def ago(when: float) -> str:
+  """How long something is past, in words. Clocks of hosts differ, and a clock can step back."""
+  seconds = time.time() - when
+  return f"{seconds:,.0f} s ago" if seconds > -1 else f"{-seconds:,.0f} s ahead of this clock"
+
+
+def _aged(when: float, most_s: float) -> int:
+  """Of a sign that may be as old as most_s; one that is as far ahead tells nothing of now."""
+  age_s = time.time() - when
+  return UNKNOWN if age_s < -most_s else HEALTHY if age_s <= most_s else SICK
+
+
 def replacing(found: Account) -> Launch | None:
   """The launch that lives while its run has no ranks, or ranks that do not train yet."""
   if trains(found.run, found.heartbeat):
@@ -27,7 +39,7 @@ def state(found: Account) -> str:
   if launch is not None:
     which = f"attempt {launch.attempt}" + f", restart {launch.restarts}" * bool(launch.restarts)
     when = time.strftime("%H:%M:%S", time.gmtime(launch.since))
-    return f"{which}, since {when} UTC, {time.time() - launch.since:,.0f} s ago"
+    return f"{which}, since {when} UTC, {ago(launch.since)}"
   if found.run.status == "running" and beat is not None:
     return beat.state
   if submitted(found):
@@ -59,20 +71,20 @@ def health(found: Account, stale_s: float) -> int:
   ranks, for START_S. One that failed is sick, and one that is silent for longer than stale_s and
   than its state may last (Heartbeat.limit_s), or whose launch is gone: at once on the local engine,
   for longer than stale_s on another, which may begin the next attempt. Of a stopped or a queued one
-  nobody can tell.
+  nobody can tell, nor by a sign that a clock wrote which is far ahead.
   """
-  launch, beat, run, now = replacing(found), found.heartbeat, found.run, time.time()
+  launch, beat, run = replacing(found), found.heartbeat, found.run
   if run.status == "completed":
     return HEALTHY
   if launch is not None:
-    return HEALTHY if now - launch.since <= START_S else SICK
+    return _aged(launch.since, START_S)
   if run.status == "running" and beat is not None:
-    return HEALTHY if now - beat.time <= max(stale_s, beat.limit_s) else SICK
+    return _aged(beat.time, max(stale_s, beat.limit_s))
   if submitted(found):
     return UNKNOWN
   if abandoned(found) and run.status == "interrupted":
     engine, since = found.last.engine, beat.time if beat is not None else 0.0
-    return SICK if engine == "local" or now - since > stale_s else UNKNOWN
+    return SICK if engine == "local" or time.time() - since > stale_s else UNKNOWN
   return SICK if run.status == "failed" and not queued(found) else UNKNOWN
 
 

@@ -20,6 +20,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
+from nmoe.records.condition import ago
 from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
@@ -194,7 +195,7 @@ def launched(root: Path, run_id: str, who: str) -> RunError:
   """The error of a second launch."""
   beat, told = Heartbeat.read(Root(root).heartbeat(run_id)), "no heartbeat yet"
   if beat is not None:
-    age = f"heartbeat {time.time() - beat.time:.0f} s ago by {beat.host}, pid {beat.pid}"
+    age = f"heartbeat {ago(beat.time)} by {beat.host}, pid {beat.pid}"
     told = f"attempt {beat.attempt}, {age}"
   return RunError(
     f"run {run_id} is launched already by {who} ({told}); `nmoe prod stop {run_id}` ends it"

@@ -58,8 +58,8 @@ def doing(found: Account) -> str:
   if beat is None:
     parts.append("no sign of life yet")
   else:
-    ago = f", {time.time() - beat.time:,.0f} s ago on {beat.host}" if run.live else ""
-    parts.append(f"{beat.entry}{ago}")
+    sign = f", {condition.ago(beat.time)} on {beat.host}" if run.live else ""
+    parts.append(f"{beat.entry}{sign}")
   return "; ".join(parts)
 
 

@@ -451,6 +451,9 @@ def test_health(lab, records):
   assert condition_of(lab, run) == ("running", condition.UNKNOWN)  # no sign yet
   assert condition_of(lab, run, 1.0) == ("running", condition.HEALTHY)
   assert condition_of(lab, run, 60.0) == ("running", condition.SICK)
+  assert condition_of(lab, run, -10.0) == ("running", condition.HEALTHY)  # as clocks differ
+  assert condition_of(lab, run, -3600.0) == ("running", condition.UNKNOWN)  # it was set back
+  assert "3,600 s ahead of this clock on a" in told_of(lab, run)
   assert condition_of(lab, run, 60.0, "saving", limit_s=90.0) == ("running", condition.HEALTHY)
   assert condition_of(lab, run, 99.0, "saving", limit_s=90.0) == ("running", condition.SICK)
   records.update_run(run, status="failed")
