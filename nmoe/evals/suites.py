@@ -67,11 +67,17 @@ ITEMS = "eval/items"  # of a run's results: items_digest of what the last of its
 
 @dataclass(frozen=True)
 class Suite:
-  """limit: documents of a task, 0: all."""
+  """limit: documents of a task, 0: all; own: whether that is the suite's own number."""
 
   name: str
   tasks: tuple[str, ...]
   limit: int
+  own: bool = True
+
+  @property
+  def asked(self) -> str:
+    """What answers are filed under: those to another number of documents take no others' place."""
+    return self.name if self.own else f"{self.name}-{self.limit}"
 
 
 SUITES = {
@@ -94,7 +100,7 @@ def suite_of(name: str, limit: int = 0) -> Suite:
     suite = _read(Path(name))
   else:
     raise ConfigError(f"suite {name!r} is unknown{nearest(name, SUITES)}, or a .toml file")
-  return Suite(suite.name, suite.tasks, limit or suite.limit)
+  return Suite(suite.name, suite.tasks, limit or suite.limit, limit in (0, suite.limit))
 
 
 def _read(path: Path) -> Suite:

@@ -59,12 +59,14 @@ def evaluate(options: argparse.Namespace) -> None:
   outcome = downstream.run(model, ranks)
   shown = samples(model, text, config)
   if ranks.rank == 0:
-    write_items(root.eval_items(run.id, options.step, downstream.suite.name), outcome.items)
+    items = root.eval_items(run.id, options.step, downstream.suite.asked)
+    write_items(items, outcome.items)
     told = {
       "values": outcome.values,
       "seconds": outcome.seconds,
       "items": downstream.digest,
       "suite": downstream.suite.name,
+      "file": str(items),
       "arithmetic": f"{config.target.arch} {config.target.dtype}",
       "device": target.name,
       "samples": shown,

@@ -47,7 +47,7 @@ class Evaluations:
       outcome = self.downstream.run(model, self.parallel)
       values |= logged(outcome)
       if self.parallel.rank == 0:
-        suite = self.downstream.suite.name
+        suite = self.downstream.suite.asked
         write_items(self.root.eval_items(self.run_id, step, suite), outcome.items)
     return values
 

@@ -398,7 +398,7 @@ def test_suites(tmp_path):
   assert suite_of("quick").limit == 200 and len(SUITES["quick"].tasks) == 12
   assert len(SUITES["olmes"].tasks) == 16 and suite_of("olmes", 5).limit == 5
   (tmp_path / "mine.toml").write_text('tasks = ["a"]\n')
-  assert suite_of(str(tmp_path / "mine.toml"), 7) == Suite("mine", ("a",), 7)
+  assert suite_of(str(tmp_path / "mine.toml"), 7) == Suite("mine", ("a",), 7, False)
   (tmp_path / "bad.toml").write_text("tasks = []\n")
   with pytest.raises(ConfigError, match="a suite is tasks"):
     suite_of(str(tmp_path / "bad.toml"))

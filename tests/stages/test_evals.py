@@ -16,6 +16,7 @@ from nmoe.evals import sources
 from nmoe.evals.measure import Items, write_items
 from nmoe.machine import driver
 from nmoe.records.reader import Reader
+from nmoe.records.root import Root
 from stages import evals
 
 
@@ -61,8 +62,12 @@ def test_a_run_s_own_suite_has_its_own_limit(lab, tmp_path):
   evals.prep(items(tmp_path), lab.root, Console(quiet=True))
   run = lab.record(eval__suite=str(tmp_path / "mine.toml"), eval__limit=5)
   lab.attempt(run)
+  (file,) = Root(lab.root).evaluated(run).values()
+  before = file.read_bytes()
   evals.run(run, None, None, 0, None, lab.root, Console(quiet=True))
   evals.run(run, None, None, 7, None, lab.root, Console(quiet=True))
+  assert file.read_bytes() == before  # answers to other items take no place of a study's
+  assert Root(lab.root).evaluated(run).keys() == {"mine-5", "mine-7"}
   with closing(Reader(lab.root)) as reader:
     own, other = reader.evaluations(run)
   results = lab.run(run).results
