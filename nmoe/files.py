@@ -129,7 +129,9 @@ def clear_unfinished(parent: Path, name: str) -> list[Path]:
 
 
 def _partials(parent: Path, name: str) -> list[Path]:
-  paths = sorted(parent.iterdir()) if parent.is_dir() else []
+  paths = []
+  with suppress(OSError):  # none there, or not for us to see
+    paths = sorted(parent.iterdir())
   return [p for p in paths if (m := _PARTIAL.fullmatch(p.name)) and m[1] == name]
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from nmoe.config import file as configs
-from nmoe.errors import ConfigError
+from nmoe.config.sections import Config
+from nmoe.data import tokenizer
+from nmoe.errors import ConfigError, DataError
 from nmoe.files import clear_unfinished
 from nmoe.model.imports import PARTIAL, import_folder
 from nmoe.records.root import Root
@@ -42,6 +44,8 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
       f"{found.wide[0]}: all are stored in fp32, so that none is rounded; to train in bf16 set "
       'target.dtype = "bf16"'
     )
+  if (why := _unfit(found.config)) is not None:
+    say(f"its tokenizer.json is not for training: {why}")
   if found.config.data.tokenizer == "byte" and found.config.model.vocab_size != 257:
     say(
       "no tokenizer.json: for evaluation and inspection only; to train on, set data.tokenizer = "
@@ -49,3 +53,17 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
     )
   say(f"weights: {Root(root).imported(found.digest)}")
   say(f"{out}: set [data] mixture, [optim] and [schedule], then train it")
+
+
+def _unfit(config: Config) -> str | None:
+  """Why the tokenizer that came along cannot be trained with, if so."""
+  name, rows = config.data.tokenizer, config.model.vocab_size
+  if not name.startswith("hf:"):
+    return None
+  try:
+    ids = tokenizer.get(name).vocab_size
+  except DataError as error:
+    return str(error)
+  if ids <= rows:
+    return None
+  return f"it has {ids} ids, the model {rows} rows; take those beyond out of its added_tokens"

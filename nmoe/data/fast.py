@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
-from nmoe.data.hf_tokenizer import byte_letters
+from nmoe.data.hf_tokenizer import HfTokenizer, byte_letters
 from nmoe.data.tokenizer import O200K_PATTERN, O200K_RANKS, O200K_VOCAB, Tokenizer
 from nmoe.errors import ConfigError
 
@@ -35,11 +35,16 @@ O200K_NAMES = {  # of o200k_harmony's special ids; the others are reserved
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
   """tokenizer.json and tokenizer_config.json. positions: the longest text that the model reads."""
-  fast(tokenizer).save(str(folder / "tokenizer.json"))
+  path, end = folder / "tokenizer.json", EOT
+  if isinstance(tokenizer, HfTokenizer):
+    tokenizer.save(path)
+    end = tokenizer.end
+  else:
+    fast(tokenizer).save(str(path))
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": EOT,
-    "pad_token": EOT,
+    "eos_token": end,
+    "pad_token": end,
     "clean_up_tokenization_spaces": False,
     "model_max_length": positions,
   }
@@ -47,7 +52,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
 
 
 def fast(tokenizer: Tokenizer) -> Fast:
-  """The same tokenizer by HuggingFace's library. Raises ConfigError for one of another kind."""
+  """One of our own by HuggingFace's library. Raises ConfigError for one of another kind."""
   if tokenizer.name == "byte":
     pieces, splits = {i: bytes([i]) for i in range(256)}, []
     special = {tokenizer.eot: EOT}

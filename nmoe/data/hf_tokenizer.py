@@ -33,12 +33,24 @@ class HfTokenizer:
     self.vocab_size = max(vocab.values()) + 1
     if self.vocab_size > MAX_VOCAB:
       raise DataError(f"{path} has the id {self.vocab_size - 1}; at most {MAX_VOCAB} ids are taken")
-    ends = [vocab[end] for end in ENDS if end in vocab]
+    ends = [end for end in ENDS if end in vocab]
     if not ends:
       raise DataError(f"{path} has no separator of documents: none of {', '.join(ENDS)}")
-    self.eot = ends[0]
+    self.path, self.end = path, ends[0]
+    self.eot = vocab[self.end]
     special = self._fast.get_added_tokens_decoder()
     self._pieces = _pieces(path, {i: p for p, i in vocab.items() if i not in special})
+
+  def save(self, path: Path) -> None:
+    """The file as it is read here: it adds nothing around a text, cuts nothing and fills nothing.
+
+    Raises DataError if it is another one meanwhile.
+    """
+    text, content = _checked(self.path)
+    if content != self.content:
+      raise DataError(f"{self.path} is another file meanwhile; run again")
+    plain = dict.fromkeys(("truncation", "padding", "post_processor"))
+    path.write_text(json.dumps(json.loads(text) | plain, ensure_ascii=False), encoding="utf-8")
 
   def encode(self, text: str) -> np.ndarray:
     plain = text.encode("utf-8", errors="replace").decode("utf-8")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from nmoe.data import tokenizer
+from nmoe.data.fast import write_tokenizer
 from nmoe.data.hf_tokenizer import HfTokenizer, byte_letters
 from nmoe.data.mixture import load_mixture
 from nmoe.data.prepare import prepare
@@ -88,6 +90,39 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
   path = write(tmp_path)
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
   assert HfTokenizer(path).vocab_size == 257
+
+
+AROUND = {  # what a file may add around a text, cut off it, or fill it with
+  "post_processor": {
+    "type": "TemplateProcessing",
+    "single": [
+      {"SpecialToken": {"id": "</s>", "type_id": 0}},
+      {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"</s>": {"id": "</s>", "ids": [256], "tokens": ["</s>"]}},
+  },
+  "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+}
+
+
+def test_it_is_exported_as_it_is_read(tmp_path):
+  """What was trained by somebody's tokenizer could not leave: it had "no form"."""
+  text = write(tmp_path, **AROUND).read_text().replace(END, "</s>")
+  (tmp_path / "tokenizer.json").write_text(text)
+  ours = HfTokenizer(tmp_path / "tokenizer.json")
+  out = tmp_path / "out"
+  out.mkdir()
+  write_tokenizer(out, ours, 100)
+  theirs = AutoTokenizer.from_pretrained(out)
+  assert (theirs.eos_token, theirs.eos_token_id, theirs.pad_token_id) == ("</s>", 256, 256)
+  for sample in ("a text of more than three letters", "größer\n\t日本 🌙", ""):
+    assert theirs(sample)["input_ids"] == ours.encode(sample).tolist()
+    assert theirs.decode(ours.encode(sample)) == sample
+  assert HfTokenizer(out / "tokenizer.json").eot == 256
+  (tmp_path / "tokenizer.json").write_text(text + " ")
+  with pytest.raises(DataError, match="tokenizer.json is another file meanwhile"):
+    write_tokenizer(out, ours, 100)
 
 
 def test_another_file_of_the_same_name_makes_other_data(tmp_path):

@@ -20,6 +20,8 @@ from nmoe.model.names import to_hf
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
 from stages import export, imports
+from stages.launch import local as launch
+from stages.launch.local import Job, Launcher
 
 pytestmark = pytest.mark.faults
 CONFIG = tiny(model__q_lora_rank=24)
@@ -136,15 +138,19 @@ def test_masters_of_a_run_in_bf16_are_what_was_imported(lab, tmp_path):
   made = configs.load(tmp_path / "made.toml", env={})
   assert made.target.dtype == "fp32"
   rates = {"optim__dense_lr": 0.0, "optim__expert_lr": 0.0, "optim__router_lr": 0.0}
-  on = lab.record(model__init=made.model.init, target__dtype="bf16", **rates)
+  values = {"model__init": made.model.init, "target__dtype": "bf16", **rates}
+  on, pair = lab.record(**values), lab.record(**values, launch__ranks=2, train__micro_batch=4)
   assert lab.attempt(on) == 0
-  before, after = lab.state(run), lab.state(on)
-  masters = [name for name in after if name.endswith(".master")]
-  assert any(".experts." in name for name in masters) and "embed.weight.master" in masters
-  for name in masters:
-    weight = before[name.removesuffix(".master")]
-    assert torch.equal(after[name], weight)
-    assert torch.equal(after[name.removesuffix(".master")], weight.bfloat16())
+  launched = launch.run(Launcher(lab.root), Job(pair, configs.loads(lab.run(pair).toml)))
+  assert launched.poll() == 0, launched.tail()
+  before = lab.state(run)
+  for after in (lab.state(on), lab.state(pair)):
+    masters = [name for name in after if name.endswith(".master")]
+    assert any(".experts." in name for name in masters) and "embed.weight.master" in masters
+    for name in masters:
+      weight = before[name.removesuffix(".master")]
+      assert torch.equal(after[name], weight)
+      assert torch.equal(after[name.removesuffix(".master")], weight.bfloat16())
 
 
 def test_an_export_that_rounds_says_so(lab, tmp_path):

@@ -12,7 +12,7 @@ from labs import same_bits, whole_experts
 from model_configs import tiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels import reference
 from nmoe.config import file as configs
@@ -456,6 +456,17 @@ def test_a_folder_s_tokenizer_comes_along(lab, tmp_path):
   found = import_folder(out, Root(lab.root))
   assert found.config.data.tokenizer == f"hf:{file}"
   assert (Root(lab.root).imported(found.digest) / "tokenizer.json").is_file()
+  step = Root(lab.root).imported(found.digest) / "step_00000000"
+  export.run(str(step), tmp_path / "on", None, None, 5.0, "full", lab.root, Console(quiet=True))
+  assert AutoTokenizer.from_pretrained(tmp_path / "on").eos_token_id == 256
+  table = json.loads(file.read_text())
+  table["added_tokens"].append(table["added_tokens"][0] | {"id": 300, "content": "<|more|>"})
+  file.write_text(json.dumps(table))
+  get.cache_clear()
+  console = Console(record=True, width=300)
+  imports.run(out, tmp_path / "more.toml", lab.root, console)
+  said = console.export_text()
+  assert "is not for training: it has 258 ids, the model 257 rows; take those beyond out" in said
   shutil.rmtree(Root(lab.root).imported(found.digest))
   file.unlink()
   assert import_folder(out, Root(lab.root)).config.data.tokenizer == "byte"
