@@ -109,8 +109,9 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int, less: int = 0) -> 
   parts = [_head(run, logged.get("train/loss"))]
   if seen.notice:
     parts.append(plain(seen.notice, "yellow"))
-  if file.trouble or run.error:
-    parts.append(plain(run.error or file.trouble, "red"))
+  trouble = live.trouble(run)
+  parts += [plain(run.error, "red")] if run.error else []
+  parts += [plain(trouble, "dim" if run.live else "red")] if trouble else []
   if "train/loss" in logged:
     wide = max(8, min(WIDTH, width - BESIDE))
     parts += [
@@ -122,8 +123,6 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int, less: int = 0) -> 
     parts += _phases({tag: logged[tag] for tag in _tags(tags, "time/") if tag in logged})
     parts += _router({tag: logged[tag] for tag in _loads(tags) if tag in logged})
     parts += _ranks(live, run) if "rank/0/step_s" in tags else []
-  else:
-    parts.append(plain("nothing logged yet", "dim"))
   parts += _production(live, seen, run, logged)
   return Group(*parts, *_evaluations(_measured(seen, run, logged), most, empty))
 

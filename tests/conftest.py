@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in out]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def browser():
   return BROWSER
 

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -104,12 +104,12 @@ class Opener:
     self._numbers = itertools.count()
 
   @contextmanager
-  def opened(self, path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The open file; waits for OPEN_TIMEOUT_S for a trainer that is writing to it."""
+  def opened(self, path: Path, timeout_s: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The open file; waits so long for a trainer that is writing to it."""
     name = f"file_{next(self._numbers)}"
     db = self._cursor()
     try:
-      _attach(db, path, name)
+      _attach(db, path, name, timeout_s)
       try:
         db.execute(f"USE {name}")
         yield db
@@ -137,7 +137,7 @@ class LiveFile:
     """kept: a file outside the root, for what was read; it need not exist."""
     self.path, self._kept, self._opener = path, kept, opener
     self._beside = path.with_suffix(".rows")
-    self.trouble = ""
+    self.trouble, self.locked = "", False
     self._lock = threading.Lock()
     self._stamp: Stamp | None = None
     self._begun = False
@@ -173,16 +173,20 @@ class LiveFile:
     """What all ranks told rank 0, whose file this is; None where it logged nothing of that."""
     return self._asked(lambda db: _of_ranks(db, parts))
 
+  def _opened(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+    """One that was locked when it was last tried is waited for no more."""
+    return self._opener.opened(self.path, 0.0 if self.locked else OPEN_TIMEOUT_S)
+
   def _asked(self, ask: Callable[[duckdb.DuckDBPyConnection], T]) -> T | None:
     """An answer of the file; None where there is none, or it cannot be read."""
     with self._lock:
       try:
         if not self.path.is_file():
           return None
-        with self._opener.opened(self.path) as db:
+        with self._opened() as db:
           return ask(db)
       except duckdb.Error as error:
-        self.trouble = _explained(self.path, error)
+        self._fail(error)
         return None
 
   def _refresh(self, new: Sequence[str]) -> None:
@@ -195,28 +199,38 @@ class LiveFile:
       self._begun = True
     stamp = _stamp(self.path, self._beside)
     if stamp is None:
-      if self._stamp is not None:
+      if self._stamp is not None or self.locked:
         self._forget()
         self.trouble = f"{self.path.name} is gone"
-      self._stamp = None
+      self._stamp, self.locked = None, False
     elif stamp != self._stamp or (new and not self.trouble):
       self._read(stamp, new)
 
   def _read(self, stamp: Stamp, new: Sequence[str]) -> None:
     try:
       early = rows_beside(self.path)  # before the file: a flush unlinks them last
-      with self._opener.opened(self.path) as db:
+      with self._opened() as db:
         self._take(db, new)
-      self._stamp, self.trouble = stamp, ""
+      self._stamp, self.trouble, self.locked = stamp, "", False
     except RecordError as error:
-      early, self._stamp, self.trouble = [], stamp, str(error)
-    except duckdb.Error as error:  # a locked file is tried again, a corrupt one when it changes
-      self.trouble = _explained(self.path, error)
-      self._stamp = None if is_locked(error) else stamp
+      early, self._stamp, self.trouble, self.locked = [], stamp, str(error), False
+    except duckdb.Error as error:
+      self._stamp = stamp
+      self._fail(error)
     else:
       if new:
         self._keep()
     self._late = _later(early, self._series)
+
+  def _fail(self, error: duckdb.Error) -> None:
+    """A locked file is tried again, a corrupt one when it changes."""
+    self.locked = is_locked(error)
+    if self.locked:
+      self._stamp = None
+      known = "; what was read before is shown" if self._tags else "; it is tried again"
+      self.trouble = f"{self.path.name} is locked by another process{known}"
+    else:
+      self.trouble = _explained(self.path, error)
 
   def _take(self, db: duckdb.DuckDBPyConnection, new: Sequence[str]) -> None:
     """All of it or, where a query fails, nothing."""
@@ -393,6 +407,25 @@ class Live:
         self._files[run_id] = LiveFile(self.paths.metrics(run_id, 0), kept, self._opener)
       return self._files[run_id]
 
+  def trouble(self, run: Run) -> str:
+    """Why no curve of a run can be shown, or not all of it; "" where all that it logged is read."""
+    file = self.file(run.id)
+    if file.tags() or file.trouble:
+      return file.trouble
+    name = file.path.name
+    if run.live:
+      return "no line is logged yet"
+    if file.path.exists():
+      return f"{name} holds no line"
+    if run.results:  # which it logged
+      return f"{name} is missing: it was deleted or moved; results and record stand without it"
+    return f"{name} is missing: the run ended before its first log line, or it was deleted"
+
+  def locked(self) -> list[str]:
+    """The runs whose files were found locked; that a lock has ended no stat tells."""
+    with self._lock:
+      return [run_id for run_id, file in self._files.items() if file.locked]
+
   def ranks(self, run_id: str) -> list[int]:
     """The ranks that have logged."""
     names = (p.stem.removeprefix("rank_") for p in self._folder(run_id).glob("rank_*.duckdb"))
@@ -447,8 +480,8 @@ def _stamp(path: Path, *besides: Path) -> Stamp | None:
   return stamp
 
 
-def _attach(db: duckdb.DuckDBPyConnection, path: Path, name: str) -> None:
-  deadline = time.monotonic() + OPEN_TIMEOUT_S
+def _attach(db: duckdb.DuckDBPyConnection, path: Path, name: str, timeout_s: float) -> None:
+  deadline = time.monotonic() + timeout_s
   place = str(path).replace("'", "''")
   while True:
     try:
@@ -564,7 +597,7 @@ def _of_ranks(db: duckdb.DuckDBPyConnection, parts: int) -> RankValues | None:
 
 
 def _explained(path: Path, error: duckdb.Error) -> str:
-  text = str(error).splitlines()[0]
-  if is_locked(error):
-    return f"{path.name} is locked by another process; what was read before is shown"
-  return f"{path.name} cannot be read ({text[:160]}); the run's record and checkpoints are apart"
+  text = str(error).splitlines()[0].rstrip("!")
+  empty = path.is_file() and not path.stat().st_size
+  why = "is empty (0 bytes)" if empty else f"cannot be read ({text[:160]})"
+  return f"{path.name} {why}; the run's record and checkpoints are apart"

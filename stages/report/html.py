@@ -85,7 +85,7 @@ def _script() -> str:
 def _head(found: Findings, many: bool) -> str:
   e = found.experiment
   kind = {"ablate": "Paired ablation", "research": "Architecture research"}.get(e.stage, e.stage)
-  seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) != 1 else ''}"
+  seeds = counted(len(found.seeds), "seed")
   eyebrow = f"{kind} · {e.id} · {seeds} · {e.created[:10]}"
   return (
     f'<div class="eyebrow">{escape(eyebrow)}</div><h1>{escape(found.claim.statement)}</h1>'

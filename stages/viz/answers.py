@@ -87,7 +87,6 @@ def run(live: Live, seen: Snapshot, run: Run) -> Json:
       "planned_bytes": _planned_bytes(run.toml),
       "evaluations": [asdict(e) for e in seen.evaluations.get(run.id, [])],
       "starts": starts(file.read(["train/loss", *STARTS])),
-      "trouble": file.trouble,
       "log": live.log_tail(run.id),
       "measures": measures(),
     }
@@ -176,7 +175,6 @@ def production(live: Live, seen: Snapshot, run: Run) -> Json:
       "tokens_per_s": None if speeds is None else float(np.median(speeds.value[-20:])),
       "state": condition.state(found),
       "starts": starts(logged),
-      "trouble": file.trouble,
     }
   )
 

@@ -74,6 +74,7 @@ class Server:
       "/api/runs": lambda seen, request: answers.runs(self.live),
       "/api/run/{id}": lambda seen, request: answers.run(self.live, seen, _run(seen, request)),
       "/api/compare": self._compare,
+      "/api/troubles": self._troubles,
       "/api/flips": self._flips,
       "/api/sweep/{id}": lambda seen, request: sweeps.sweep(
         seen, _experiment(seen, request), dict(request.query_params)
@@ -130,6 +131,11 @@ class Server:
     a, b = (_runs(seen, request.query_params.get(side, "").split(",")) for side in "ab")
     return flips.flips(self.live, answers.pairs_of(a, b))
 
+  def _troubles(self, seen: Snapshot, request: Request) -> object:
+    """Run -> why it shows no curve, or not all; of the runs that are named and have trouble."""
+    runs = _runs(seen, request.query_params.getlist("run"))
+    return {run.id: why for run in runs if (why := self.live.trouble(run))}
+
   def _series(self, request: Request) -> Response:
     """run, tag: each as often as wanted; x: of X; px: width; from, to: of x; apart: a panel a run,
     not all runs of a tag on one x.
@@ -184,6 +190,7 @@ class Server:
       ids = {run.id for run in now.runs}
       stamps = await to_thread.run_sync(self.live.stamps, ids)
       changed = [run_id for run_id, stamp in stamps.items() if known.get(run_id) != stamp]
+      changed += self.live.locked() if beats % 5 == 4 else []
       if seen is None or now is not seen or changed:
         event = {"records": now is not seen, "runs": [] if seen is None else changed}
         yield f"data: {json.dumps(event)}\n\n"

@@ -399,7 +399,12 @@ def test_a_fault_of_one_run_leaves_pages_and_other_runs(
   fault(root, hurt)
   tree = tree_hash(root)
   paths = ["runs", f"run/{hurt}", f"prod/{hurt}", f"compare?a={hurt}&b={other}"]
-  paths += ["experiment/topk-1", f"experts?run={hurt}&layer=0", f"flips?a={hurt}&b={other}"]
+  paths += [
+    "experiment/topk-1",
+    f"troubles?run={hurt}&run={other}",
+    f"experts?run={hurt}&layer=0",
+    f"flips?a={hurt}&b={other}",
+  ]
   for path in paths:
     assert client.get(f"/api/{path}").status_code == 200, path
   (after,) = series(client, **query)
@@ -408,8 +413,10 @@ def test_a_fault_of_one_run_leaves_pages_and_other_runs(
   if fault is truncated and seen_before:
     left = 40  # what was read before is shown
   np.testing.assert_array_equal(shown, kept(before, hurt)[:left])
-  told = {truncated: "cannot be read", missing: "is gone" if seen_before else ""}.get(fault, "")
-  assert told in client.get(f"/api/run/{hurt}").json()["trouble"]
+  told = {truncated: "cannot be read", missing: "is gone" if seen_before else "is missing: it was"}
+  troubles = client.get(f"/api/troubles?run={hurt}&run={other}").json()
+  assert troubles.keys() == ({hurt} if fault in told else set())
+  assert told.get(fault, "") in troubles.get(hurt, "")
   notice = client.get("/api/runs").json()["notice"]
   assert ("awaits recovery" in notice) == (fault is hot_journal)
   assert tree_hash(root) == tree
@@ -562,7 +569,8 @@ def test_a_root_without_records_and_one_with_a_corrupt_run(root, tmp_path):
   client = client_of(root, tmp_path)
   (bpb,) = series(client, run=[ids["baseline", 0], ids["baseline", 1]], tag="val/bpb")
   assert list(bpb[2]) == [ids["baseline", 1]]
-  assert "cannot be read" in client.get(f"/api/run/{ids['baseline', 0]}").json()["trouble"]
+  troubles = client.get(f"/api/troubles?run={ids['baseline', 0]}").json()
+  assert "cannot be read" in troubles[ids["baseline", 0]]
 
 
 VENDORED = {  # uPlot 1.6.32 (MIT); htm 3.1.1 with Preact inside (Apache-2.0, MIT), as published

@@ -91,7 +91,7 @@ def test_a_run_that_logged_nothing_and_one_that_failed(root, live):
   records.update_run(ids["variant", 0], error="step 8: the loss is not finite [bold]")
   records.close()
   text = shown(live, ids["variant", 0])
-  assert "nothing logged yet" in text and "not finite [bold]" in text
+  assert "rank_0.duckdb is missing" in text and "not finite [bold]" in text
 
 
 def test_watching_ends_with_the_run_and_the_newest_is_the_default(root, live):

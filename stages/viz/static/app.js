@@ -43,6 +43,12 @@ function flip() {
   redraw();
 }
 
+// What is cut off in a table is told by its title.
+addEventListener("mouseover", ({ target }) => {
+  const cell = target.closest?.("td, th");
+  if (cell && cell.scrollWidth > cell.clientWidth) cell.title = cell.innerText;
+});
+
 function decoded(text) {
   try {
     return decodeURIComponent(text);

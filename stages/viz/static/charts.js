@@ -200,12 +200,14 @@ export function Lines(props) {
     plot.current.marks = props.marks;
     plot.current.setData([x, ...curves.map((c) => plain(c.y))]);
   }, [x, curves.map((c) => c.y.length).join(), curves[0]?.y]);
+  const lacks = x.length === 0 ? `nothing logged${props.range ? " in this range" : ""}`
+    : curves.some((c) => !c.mute && c.y.some((v) => Number.isFinite(v))) ? "" : "NaN or infinite throughout";
   return html`<figure class="panel" data-curves=${curves.length} data-points=${x.length}
       data-last=${x.length ? x[x.length - 1] : ""}>
     <figcaption><b>${title}</b><span ref=${note} class="readout" /></figcaption>
     <div ref=${ref} class="plot" style=${{ height: height + "px" }}
       onDblClick=${() => props.onZoom?.(null, null)}>
-      ${x.length === 0 && html`<p class="empty">nothing logged${props.range ? " in this range" : ""}</p>`}</div>
+      ${lacks && html`<p class="empty">${lacks}</p>`}</div>
   </figure>`;
 }
 

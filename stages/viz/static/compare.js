@@ -2,8 +2,8 @@
 import { html } from "/static/preact-htm.js";
 import { change, getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines, Panel } from "/static/charts.js";
-import { COLORS, grey, label, measure, short } from "/static/format.js";
-import { CurveBar, Failed, Legend, Link, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
+import { COLORS, counted, grey, label, measure, noun, short } from "/static/format.js";
+import { CurveBar, Failed, Legend, Link, Troubles, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const TAGS = ["train/loss", "val/bpb", "grad_norm/all"];
 
@@ -22,15 +22,17 @@ function Pair({ a, b, query }) {
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   const { seeds, rows, curves, changes, measures } = state.data;
   const names = [nameOf(state.data.a), nameOf(state.data.b)];
+  const subtracted = Object.entries(curves).filter(([, c]) => c);
   return html`<h1>${names[1]} against ${names[0]}</h1>
-    <p class="soft">${seeds.length ? `Paired at seed${seeds.length > 1 ? "s" : ""} ${seeds.join(", ")}.`
+    <p class="soft">${seeds.length ? `Paired at ${noun(seeds.length, "seed")} ${seeds.join(", ")}.`
       : "No seed is on both sides: there are no pairs."}
       <button onClick=${() => change({ a: query.b, b: query.a })}>swap sides</button></p>
+    <${Troubles} ids=${[...new Set([...a, ...b])]} />
     <h2>Results</h2><${Results} rows=${rows} measures=${measures} names=${names} />
     <h2>Difference by step, ${names[1]} − ${names[0]}</h2>
-    <p class="soft">Thick: mean over seeds, with its 95 % Student band. Thin: each seed. Below 0 is lower.</p>
-    <div class="panels">${Object.entries(curves).filter(([, c]) => c).map(([tag, c]) => html`
-      <${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
+    ${subtracted.length === 0 ? html`<p class="soft">No curve was logged by both sides at a common step.</p>`
+      : html`<p class="soft">Thick: mean over seeds, with its 95 % Student band. Thin: each seed. Below 0 is lower.</p>`}
+    <div class="panels">${subtracted.map(([tag, c]) => html`<${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
     <h2>Curves</h2><${CurveBar} query=${query} means=${true} />
     <${Curves} a=${state.data.a} b=${state.data.b} names=${names} query=${query} />
     <h2>Evaluation items that flipped</h2><${Flips} path=${path} ids=${[...a, ...b]} names=${names} />
@@ -44,7 +46,7 @@ function Flips({ path, ids, names }) {
   const f = state.data;
   if (f.missing) return html`<p class="soft" data-flips="0">None to compare: ${f.missing}.</p>`;
   const percent = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${Math.abs(100 * v).toFixed(1)}`;
-  return html`<p class="soft">Suite ${f.suite} at step ${f.step}, ${f.seeds} seed${f.seeds > 1 ? "s" : ""}. ± is a standard error, clustered by item
+  return html`<p class="soft">Suite ${f.suite} at step ${f.step}, ${counted(f.seeds, "seed")}. ± is a standard error, clustered by item
       and by seed; “told apart” by Holm's procedure over the tasks at 5 %.</p>
     <table data-flips=${f.tasks.length}><thead><tr><th>task</th><th class="num">items</th><th class="num">became right</th><th class="num">became wrong</th>
       <th class="num">accuracy, ${names[1]} − ${names[0]}, points</th><th>told apart</th></tr></thead><tbody>${f.tasks.map((t) => html`<tr>
@@ -60,6 +62,7 @@ function Flips({ path, ids, names }) {
 const nameOf = (runs) => (runs.length > 1 ? runs[0].arm : `${runs[0].arm} · seed ${runs[0].seed}`);
 
 export function Results({ rows, measures, names, metric }) {
+  if (!rows.length) return html`<p class="soft">No result yet: it is recorded with a run's first evaluation and at its end.</p>`;
   const plus = (of, one) => html`${measure(of, one.mean)}
     ${one.n > 1 && one.high > one.mean ? html`<span class="soft"> ± ${measure(of, one.high - one.mean)}</span>` : ""}
     ${one.diverged ? html`<span class="soft"> (${one.n} of ${one.n + one.diverged})</span>` : ""}`;

@@ -31,11 +31,11 @@ export function Experiment({ id, data }) {
     <h1>${e.hypotheses[0]?.statement}</h1>
     <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason || "There is no conclusion yet."}</p>
     ${e.hypotheses.length > 1 && html`<h2>Hypotheses</h2><${Claims} e=${e} />`}
-    <h2>Results</h2>${e.arms.length > MANY ? html`<${ByArm} e=${e} metric=${metric} />` : e.results.map((result) => html`
+    <h2>Results</h2>${e.arms.length === 0 && html`<p class="soft">No run of it has begun.</p>`}${e.arms.length > MANY ? html`<${ByArm} e=${e} metric=${metric} />` : e.results.map((result) => html`
       <${Results} key=${result.b} rows=${result.rows} measures=${e.measures} metric=${metric}
         names=${e.arms.length > 1 ? [result.a, result.b] : [result.a]} />
       ${e.arms.length > 1 && html`<p class="after"><${Link} to=${comparison(e, result.b)}>curves of ${result.b} against ${result.a}<//></p>`}`)}
-    <h2>Runs</h2><${Members} e=${e} metric=${metric} live=${data.runs} />
+    ${e.arms.length > 0 && html`<h2>Runs</h2><${Members} e=${e} metric=${metric} live=${data.runs} />`}
     <h2>Evidence</h2><${Graph} graph=${e.graph} id=${e.id} />
     <h2>Report</h2>${e.report ? html`<iframe class="report" title="report" sandbox="allow-scripts" src=${"/report/" + e.id} />`
       : html`<p class="soft">None yet: <code>nmoe report ${e.id}</code> writes it.</p>`}`;

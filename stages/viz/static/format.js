@@ -52,6 +52,10 @@ export function ticks(values, text) {
   return values.map((v) => (v === null ? "" : text(v, digits)));
 }
 
+// "1 run", "2 runs": of things whose name takes an s.
+export const noun = (n, what) => (n === 1 ? what : `${what}s`);
+export const counted = (n, what) => `${whole(n)} ${noun(n, what)}`;
+
 export const whole = (x) => (finite(x) ? Math.round(x).toLocaleString("en") : "—");
 
 export function seconds(s) {

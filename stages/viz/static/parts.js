@@ -1,6 +1,6 @@
 // Small pieces that pages share.
 import { html, useLayoutEffect } from "/static/preact-htm.js";
-import { change, go } from "/static/api.js";
+import { change, getJson, go, hits, search, useLive } from "/static/api.js";
 import { COLORS, DASHES, grey, seconds } from "/static/format.js";
 
 // An <a> that stays in this page.
@@ -107,4 +107,21 @@ export const Facts = ({ pairs }) => html`<div class="facts">${pairs.map(([text, 
 export function Failed({ state }) {
   if (state.error) return html`<p class="notice bad">${state.error}</p>`;
   return state.data ? null : html`<p class="empty">reading…</p>`;
+}
+
+const TOLD = 3;  // reasons, and runs of each, that are spelt out
+
+const some = (of) => of.slice(0, TOLD).join(", ") + (of.length > TOLD ? ` and ${of.length - TOLD} more` : "");
+
+// Why runs show no curves, or not all of them: a notice a reason; `children` where there is no such reason.
+export function Troubles({ ids, children }) {
+  const asked = search({ run: ids });
+  const state = useLive("troubles" + asked, () => (ids.length ? getJson("/api/troubles?" + asked) : {}), hits(ids));
+  if (!state.data || state.error) return html`<${Failed} state=${state} />`;
+  const by = {};
+  for (const [id, why] of Object.entries(state.data)) (by[why] ||= []).push(id);
+  const reasons = Object.entries(by);
+  if (!reasons.length) return children || null;
+  return html`${reasons.slice(0, TOLD).map(([why, of]) => html`<p class="notice">${ids.length > 1 ? `${some(of)}: ` : ""}${why}</p>`)}
+    ${reasons.length > TOLD && html`<p class="soft">The like of ${reasons.length - TOLD} more.</p>`}`;
 }

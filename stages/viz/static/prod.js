@@ -2,9 +2,9 @@
 import { html } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Panel } from "/static/charts.js";
-import { at, color, seconds, short } from "/static/format.js";
+import { at, color, noun, seconds, short } from "/static/format.js";
 import { Starts, marksOf } from "/static/run.js";
-import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
+import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const TAGS = ["train/tokens_per_s", "checkpoint/stall_s", "val/bpb", "train/loss", "grad_norm/all", "data/wait_s"];
 const BUCKETS = { stepping: "#0072b2", "save stall": "#cc79a7", eval: "#009e73", "lost steps": "#d55e00", "hang wait": "#e69f00",
@@ -21,9 +21,9 @@ export function Production({ id, query, data }) {
   const percent = (v) => (v === null ? "—" : `${(100 * v).toFixed(1)} %`);
   return html`<h1>Production of <span class="mono">${id}</span></h1>
     <p><${Status} run=${{ ...p, age_s: about?.age_s }} />${p.state ? html`<span class="soft"> · ${p.state}</span>` : ""}</p>
-    ${p.error && html`<p class="notice bad">${p.error}</p>`}${p.trouble && html`<p class="notice">${p.trouble}</p>`}
+    ${p.error && html`<p class="notice bad">${p.error}</p>`}<${Troubles} ids=${[id]} />
     <${Facts} pairs=${[["goodput", percent(p.goodput)], ["ETTR: without the queue", percent(p.ettr)], ["wall time", seconds(p.wall_s)],
-      ["attempts", p.attempts.length], ["step", p.step.toLocaleString("en")], ["tokens", short(p.tokens)], ["of the plan", percent(share)],
+      [noun(p.attempts.length, "attempt"), p.attempts.length], ["step", p.step.toLocaleString("en")], ["tokens", short(p.tokens)], ["of the plan", percent(share)],
       ["tokens per second now", short(p.tokens_per_s)], ["left, at the pace so far", p.status === "completed" ? "done" : seconds(p.left_s)]]} />
     <h2>Where the wall time went</h2><${Timeline} p=${p} /><${Spent} p=${p} />
     <h2>Attempts</h2><${Attempts} attempts=${p.attempts} />

@@ -3,7 +3,7 @@ import { html } from "/static/preact-htm.js";
 import { getRanks, hits, search, useLive } from "/static/api.js";
 import { HeatMap, rising } from "/static/charts.js";
 import { seconds, short, xText } from "/static/format.js";
-import { Choice, Facts, Failed, curveKeys, useKeys } from "/static/parts.js";
+import { Choice, Facts, Failed, Link, Troubles, curveKeys, useKeys } from "/static/parts.js";
 
 const percent = (share) => `${short(100 * share, 2)} %`;
 
@@ -14,13 +14,16 @@ export function Ranks({ id, query }) {
   useKeys({ t });
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   const of = state.data, kind = query.x || "tokens", x = of.x?.[kind];
-  if (!of.n) return html`<p class="empty">No phases of several ranks: the run has one rank, or none logged yet. A single rank's
-    phases are on the run page.</p>`;
+  if (of.ranks < 2) {
+    return html`<h1>Ranks of <span class="mono">${id}</span></h1><${Troubles} ids=${[id]}><p class="empty">Its log has no phases
+      of several ranks: it has one. Its phases are on the <${Link} to=${`/run/${id}`}>run page<//>.</p><//>`;
+  }
   const at = (row) => (r, k) => row[r * of.n + k];
   const delay = at(of.delay), where = at(of.where), even = at(of.even);
   const rows = of.each.rows?.some((v) => v > 0);
   const map = { rows: of.ranks, columns: of.n, stops: rising(), cell: 20, rowLabel: (r) => `rank ${r}`, columnLabel: (k) => xText(kind, x[k], 3) };
   return html`<h1>Ranks of <span class="mono">${id}</span></h1>
+    <${Troubles} ids=${[id]} />
     <div class="bar"><${Choice} name="x" value=${kind} of=${{ tokens: "tokens", step: "steps", time: "time" }} /></div>
     <${Summary} of=${of} />
     <${HeatMap} ...${map} title="how late a rank was in its slowest phase" scale=${["0", "≥ 20 % of the time between logs"]} value=${delay}

@@ -2,8 +2,8 @@
 import { html } from "/static/preact-htm.js";
 import { change, getJson, getExperts, getSeries, hits, search, useLive } from "/static/api.js";
 import { HeatMap, Lines, apart, around, rising } from "/static/charts.js";
-import { color, short, whole, xText } from "/static/format.js";
-import { CurveBar, Facts, Failed, Legend, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
+import { color, counted, noun, short, whole, xText } from "/static/format.js";
+import { CurveBar, Facts, Failed, Legend, Troubles, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const HEALTH = ["load_max_over_mean", "load_p05", "load_p50", "load_p95", "dead", "entropy", "bias_range"];
 const PIXELS = 500;
@@ -13,10 +13,14 @@ export const layersOf = (tags) => [...new Set(tags.filter((tag) => /^moe\/\d+\/l
   .map((tag) => +tag.split("/")[1]))].sort((a, b) => a - b);
 
 export function Router({ id, query }) {
-  const about = useLive(id, () => getJson(`/api/run/${id}`), (event) => event.records);
+  const about = useLive(id, () => getJson(`/api/run/${id}`), hits([id]));
   if (!about.data || about.error) return html`<${Failed} state=${about} />`;
   const layers = layersOf(about.data.tags);
-  if (!layers.length) return html`<p class="empty">This run has no MoE layer that logged its load.</p>`;
+  if (!layers.length) {
+    return html`<h1>Router of <span class="mono">${id}</span></h1><${Troubles} ids=${[id]}><p class="empty">None of the
+      ${" "}${counted(about.data.tags.length, "tag")} that it logged is the load of a MoE layer: its model has none, or an
+      older version of nmoe wrote it.</p><//>`;
+  }
   return html`<${Layers} id=${id} query=${query} layers=${layers} tags=${about.data.tags} names=${about.data.experts} />`;
 }
 
@@ -34,8 +38,9 @@ function Layers({ id, query, layers, tags, names }) {
   const worst = last.indexOf(Math.max(...last));
   const top = panels.reduce((most, p) => (p.curves[0]?.y || []).reduce((a, v) => (v > a ? v : a), most), LEAST_TOP);
   return html`<h1>Router of <span class="mono">${id}</span></h1>
+    <${Troubles} ids=${[id]} />
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
-    <${Facts} pairs=${[["MoE layers", layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
+    <${Facts} pairs=${[[noun(layers.length, "MoE layer"), layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
       ["that layer", layers[worst]], ["layer shown below", layer]]} />
     <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", `${short(top, 3)} × mean, log scale`]}
       rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => Math.log2(v) / Math.log2(top)} stops=${rising()} cell=${18}

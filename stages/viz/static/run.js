@@ -2,9 +2,9 @@
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines, apart, smoothed } from "/static/charts.js";
-import { at, color, grey, measure, seconds, short, when, whole } from "/static/format.js";
-import { CurveBar, Facts, Failed, Legend, Link, Status, curveKeys, curveProps, seriesQuery,
-  useKeys } from "/static/parts.js";
+import { at, color, counted, grey, measure, seconds, short, when, whole } from "/static/format.js";
+import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, curveProps,
+  seriesQuery, useKeys } from "/static/parts.js";
 
 const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"];
 const PHASE_COLORS = ["#d3d7dc", "#56b4e9", "#0072b2", "#0c5a44", "#e69f00", "#4e4167", "#bc6616", "#5a4c16",
@@ -41,7 +41,7 @@ export function Run({ id, query, data }) {
     <h1 class="mono">${id}</h1>
     <p><${Status} run=${run} /></p>
     ${run.error && html`<p class="notice bad">${run.error}</p>`}
-    ${run.trouble && html`<p class="notice">${run.trouble}</p>`}
+    <${Troubles} ids=${[id]} />
     <${Facts} pairs=${Object.entries(run.measures).filter(([key]) => key in run.results)
       .map(([key, of]) => [of.label, measure(of, run.results[key])])} />
     <${CurveBar} query=${query} means=${true} />
@@ -60,7 +60,7 @@ export function Starts({ starts }) {
   if (!starts?.length) return null;
   const lost = starts.reduce((sum, s) => sum + s.rewound, 0);
   return html`<p class="soft" data-starts=${starts.length}>Dotted uprights: resumed ${starts.map((s) =>
-    `at step ${s.step} (${at(s.when)}${s.rewound ? `, ${s.rewound} steps back` : ""})`).join(", ")}.${lost ? ` ${lost} steps were trained again.` : ""}</p>`;
+    `at step ${s.step} (${at(s.when)}${s.rewound ? `, ${counted(s.rewound, "step")} back` : ""})`).join(", ")}.${lost ? ` ${counted(lost, "step")} ${lost === 1 ? "was" : "were"} trained again.` : ""}</p>`;
 }
 
 // The newest value of every task, in the loop and by `nmoe eval`, with its standard error.
@@ -97,7 +97,7 @@ function RunCurves({ run, query }) {
   const asked = { run: run.id, tag: tags, px: 600, ...seriesQuery(query) };
   const state = useLive(search(asked), () => (tags.length ? getSeries(asked) : []), hits([run.id]));
   const panels = Object.fromEntries((state.data || []).map((panel) => [panel.tag, panel]));
-  if (!tags.length) return html`<p class="empty">Nothing logged yet.</p>`;
+  if (!tags.length) return null;
   return html`<div class="panels" data-ready=${state.data ? "yes" : "no"}>
     ${state.data && drawn.map(([title, wanted]) => html`<${Group} key=${title} title=${title}
       panels=${wanted.map((tag) => panels[tag]).filter(Boolean)} errors=${panels} starts=${run.starts} query=${query}
@@ -160,7 +160,7 @@ function Phases({ panels, phases, query }) {
 export function Leaves({ leaves }) {
   const [all, setAll] = useState(false);
   const rows = all ? leaves : leaves.filter((leaf) => leaf.given);
-  return html`<p class="soft">${rows.length} of ${leaves.length} keys${all ? "" : " that differ from their default"}.
+  return html`<p class="soft">${all ? counted(leaves.length, "key") : `${rows.length} of ${counted(leaves.length, "key")}, those that differ from their default`}.
       <button onClick=${() => setAll(!all)}>${all ? "only given ones" : "all"}</button></p>
     <table><tbody>${rows.map((leaf) => html`<tr><td class="mono">${leaf.key}</td>
       <td class="mono wrap">${leaf.given ? html`<b>${leaf.value}</b>` : leaf.value}</td>

@@ -2,8 +2,8 @@
 import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.js";
 import { change, getSeries, go, hits, search, useLive, watch } from "/static/api.js";
 import { Panel, Spark } from "/static/charts.js";
-import { color, dash, measure, when } from "/static/format.js";
-import { Badge, CurveBar, Legend, Link, Status, armColors, armDashes, curveKeys, curveProps, seriesQuery,
+import { color, counted, dash, measure, when } from "/static/format.js";
+import { Badge, CurveBar, Legend, Link, Status, Troubles, armColors, armDashes, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
 const COLUMNS = ["val/bpb", "train/loss", "train/tokens_per_s", "train/mfu"];
@@ -73,7 +73,7 @@ export function Runs({ query, data }) {
       <input ref=${filter} class="filter" type="search" placeholder="filter: words, key=value, regex   ( / )"
         aria-label="filter runs" value=${query.f || ""} onInput=${(e) => change({ f: e.target.value, at: "" })} />
       ${query.f && !wordsOf(query.f) && html`<span class="warn">not a pattern yet</span>`}
-      <span class="soft">${shown.length} of ${data.runs.length} runs, ${runs.length} selected</span>
+      <span class="soft">${shown.length} of ${counted(data.runs.length, "run")}, ${runs.length} selected</span>
       <button onClick=${() => go(comparison(data, chosen))} disabled=${runs.length < 2}>compare</button>
       <button onClick=${() => change({ sel: "none" })}>none</button>
     </div>
@@ -180,6 +180,7 @@ function Curves({ runs, query, panels }) {
       <input class="filter" placeholder="panels: tags, with commas" aria-label="panels" value=${query.tags || ""}
         onChange=${(e) => change({ tags: e.target.value.replace(/\s/g, "") })} /><//>
     ${query.by !== "run" && html`<${Legend} entries=${legend(armColors(runs), armDashes(runs))} />`}
+    <${Troubles} ids=${ids} />
     ${state.error && html`<p class="notice bad">${state.error}</p>`}
     <div class="panels" data-ready=${state.data ? "yes" : "no"}>${(state.data || []).map((panel) => html`
       <${Panel} key=${panel.tag} panel=${panel} style=${style}

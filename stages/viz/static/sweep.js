@@ -15,6 +15,10 @@ export function Sweep({ id, query, data }) {
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   const e = state.data;
   if (!e.axes.length) return html`<p class="empty">The arms of <${Link} to=${"/experiment/" + id}>${id}<//> have no places on axes: it is no sweep.</p>`;
+  if (!e.lines.length) {
+    return html`<div class="eyebrow">sweep · <${Link} to=${"/experiment/" + id}>${id}<//></div><h1>${e.hypotheses[0].statement}</h1>
+      <p class="empty">No run of it has begun.</p>`;
+  }
   const pick = (name, value, of) => html`<label>${name} <select value=${value} onChange=${(event) => change({ [name]: event.target.value })}>
     ${of.map((one) => html`<option value=${one} selected=${one === value}>${one}</option>`)}</select></label>`;
   const log = query.log !== "off" && !e.octaves;
