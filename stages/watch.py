@@ -16,9 +16,10 @@ from rich.text import Text
 
 from nmoe.errors import RecordError
 from nmoe.records import goodput
-from nmoe.records.live import Live, Logged, Snapshot
+from nmoe.records.live import Live, Logged
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Run
+from nmoe.records.snapshot import Snapshot
 from stages.text import plain, rounded, visible
 from stages.viz.answers import leaves
 from stages.viz.ranks import latest

@@ -16,12 +16,11 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -31,10 +30,10 @@ import numpy as np
 
 from nmoe.errors import RecordError
 from nmoe.files import resolved
-from nmoe.records.attempts import Attempt, Event, History
 from nmoe.records.metrics import COUNT, Row, is_locked, rows_beside
-from nmoe.records.reader import LIVE, Evaluation, Experiment, Link, Run, decoded_run
+from nmoe.records.reader import LIVE, Run
 from nmoe.records.root import Root
+from nmoe.records.snapshot import LiveReader, Snapshot
 
 OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
 LIVENESS_S = 5.0  # between two looks at the locks of running runs
@@ -46,12 +45,6 @@ OVERVIEW = (  # what a table of runs shows, and so is read of every file at once
   "lr/dense",
   "memory/peak_bytes",
 )
-_RUNS_SQL = """
-  SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
-    '' AS diff, r.code_version, r.environment, r.target, r.status, r.results, r.error, r.host,
-    r.pid, r.created, r.updated
-  FROM runs r JOIN members m ON m.run_id = r.id ORDER BY m.rowid"""
-
 Stamp = tuple[int, ...]
 T = TypeVar("T")
 
@@ -290,70 +283,6 @@ class LiveFile:
       self._stamp = now
 
 
-@dataclass(frozen=True)
-class Snapshot:
-  """The records of a root at one moment. Runs stand once for each experiment that they serve, and
-  without their diffs. `notice`: what a reader should know of the file, or "". `history`: of the
-  production runs among them; `evaluations`: of those that `nmoe eval` measured.
-  """
-
-  experiments: tuple[Experiment, ...]
-  runs: tuple[Run, ...]
-  links: tuple[Link, ...]
-  notice: str = ""
-  history: dict[str, tuple[list[Attempt], list[Event]]] = field(default_factory=dict)
-  evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
-
-  def run(self, run_id: str) -> Run | None:
-    return next((run for run in self.runs if run.id == run_id), None)
-
-  def experiment(self, experiment_id: str) -> Experiment | None:
-    return next((e for e in self.experiments if e.id == experiment_id), None)
-
-
-class LiveReader(History):
-  """A Reader that also reads what a killed writer left half done, from a recovered copy."""
-
-  def __init__(self, root: str | Path, copies: Path):
-    self._copies, self.notice = copies, ""
-    super().__init__(root, timeout_s=OPEN_TIMEOUT_S)
-
-  def _open(self) -> None:
-    try:
-      super()._open()
-    except RecordError as error:
-      journal = Path(f"{self.path}-journal")
-      if "readonly" not in str(error) or not journal.is_file():
-        raise
-      self._copies.mkdir(parents=True, exist_ok=True)
-      copy = self._copies / self.path.name
-      shutil.copyfile(journal, f"{copy}-journal")
-      shutil.copyfile(self.path, copy)
-      with self._explained():
-        self._connect(copy.resolve().as_uri())
-        self._check_version()
-      self.notice = "experiments.db awaits recovery: run any nmoe command that writes"
-
-  def every_run(self) -> list[Run]:
-    """The members of all experiments, without diffs, in the order in which they joined."""
-    return [self._seen(decoded_run(row)) for row in self._read(_RUNS_SQL)]
-
-  def every_history(self) -> dict[str, tuple[list[Attempt], list[Event]]]:
-    """Attempts and events of every run that has some."""
-    rows = self._read("SELECT run_id FROM attempts UNION SELECT run_id FROM events")
-    return {
-      row["run_id"]: (self.attempts(row["run_id"]), self.events(row["run_id"])) for row in rows
-    }
-
-  def every_evaluation(self) -> dict[str, list[Evaluation]]:
-    """Of every run that has some."""
-    rows = self._read("SELECT DISTINCT run_id FROM evaluations")
-    return {row["run_id"]: self.evaluations(row["run_id"]) for row in rows}
-
-  def every_link(self) -> list[Link]:
-    return [Link(**row) for row in self._read("SELECT * FROM links ORDER BY rowid")]
-
-
 class Live:
   """One root, for as long as a process shows it. Threads may share it.
 
@@ -386,7 +315,7 @@ class Live:
 
   def _read(self) -> Snapshot:
     try:
-      reader = LiveReader(self.root, self.cache / "records")
+      reader = LiveReader(self.root, self.cache / "records", OPEN_TIMEOUT_S)
       try:
         links, runs = tuple(reader.every_link()), tuple(reader.every_run())
         history, evaluations = reader.every_history(), reader.every_evaluation()

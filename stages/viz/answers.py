@@ -20,9 +20,10 @@ from nmoe.config.sections import SECTIONS, diff, kind
 from nmoe.config.sections import leaves as config_leaves
 from nmoe.errors import ConfigError
 from nmoe.records import condition, goodput
-from nmoe.records.live import OVERVIEW, Live, Logged, Snapshot
+from nmoe.records.live import OVERVIEW, Live, Logged
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Experiment, Run
+from nmoe.records.snapshot import Snapshot
 from stages.judge.intervals import student_t
 from stages.judge.paired import compare as paired
 from stages.judge.single import describe

@@ -32,9 +32,10 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from nmoe.errors import NmoeError, RunError
-from nmoe.records.live import Live, Logged, Snapshot
+from nmoe.records.live import Live, Logged
 from nmoe.records.metrics import COUNT
 from nmoe.records.reader import Experiment, Run
+from nmoe.records.snapshot import Snapshot
 from stages.viz import answers, flips, ranks, sweeps
 from stages.viz.columns import Panel, framed, pack
 from stages.viz.guard import LOOPBACK, Guard, new_token

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from nmoe.records.live import Snapshot
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Experiment, Run
+from nmoe.records.snapshot import Snapshot
 from stages.judge.transfer import fit
 from stages.viz.answers import Json, experiment_row, measures, plain
 
