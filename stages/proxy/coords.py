@@ -10,6 +10,12 @@ its rate, and W_0 · (x_t − x_0), which its rate does not make. W_0 has entrie
 sum over n inputs falls with n^-1/2 where inputs move independently of W_0, and is flat where they
 move along it. So the slope of the whole says how large the parts are, not whether a rate is right.
 What is measured is each by itself: the effect, the change of the inputs, both flat, and W_0 · x_0.
+
+A right rule's slopes are not 0 at small widths: what AdamW's change does to n inputs by chance
+falls with n^-1/2, and with experts of 64 is half of it. So ±0.25 is the limit, halfway to ±0.5, the
+least slope of a factor that is missing, and the interval over seeds decides: a class is out where
+all of it is beyond the limit; where it reaches twice the limit, the check "cannot tell" and does
+not pass.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,8 +44,8 @@ from nmoe.machine.target import select
 from nmoe.model.decoder import Experts, Linear, Mlp, Model
 from nmoe.model.router import Router
 from nmoe.train.optim import Optimizer
-from stages.judge.intervals import Interval, interval_of, number
-from stages.proxy.file import AXES, GROUPS, SweepFile, load_sweep, with_rule
+from stages.judge.intervals import Interval, interval_of
+from stages.proxy.file import AXES, GROUPS, SweepFile, check_keys, load_sweep, with_rule
 from stages.text import plain
 from stages.workbench import Workbench
 
@@ -49,12 +55,13 @@ LIMITS = {  # of what is not flat: outputs start at n^-1/2, n terms of size 1 / 
   "logits at init": (-0.65, -0.35),
 }
 AXES_OF_CHECK = ("width", "depth")
+STYLES = {"ok": "green", "out": "red", "cannot tell": "yellow"}
 SAMPLE = 4  # experts of a layer that are measured
 
 
 @dataclass(frozen=True)
 class Slope:
-  """A class of tensors over one axis with one optimizer; `limits` are those of the mean."""
+  """A class of tensors over one axis with one optimizer; `limits` are those of its slope."""
 
   optimizer: str
   axis: str
@@ -63,37 +70,44 @@ class Slope:
   limits: tuple[float, float]
 
   @property
-  def out(self) -> bool:
-    low, high = self.limits
-    return not low <= self.interval.mean <= high
+  def state(self) -> Literal["ok", "out", "cannot tell"]:
+    (low, high), i = self.limits, self.interval
+    if i.low > high or i.high < low:
+      return "out"
+    room = (high - low) / 2
+    return "ok" if low - room < i.low and i.high < high + room else "cannot tell"
 
   @property
   def sentence(self) -> str:
-    low, high = self.limits
-    return (
-      f"{self.name} is out over {self.axis} with {self.optimizer}: slope "
-      f"{number(self.interval.mean, '+')}, required {low:+g} to {high:+g}"
-    )
+    (low, high), i = self.limits, self.interval
+    of = f"over {self.axis} with {self.optimizer}"
+    shown = f"slope {i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}], required {low:+g} to {high:+g}"
+    if math.isnan(i.mean):
+      shown = "an effect is 0 or not finite"
+    if self.state == "cannot tell":
+      return f"{self.name} cannot be told {of}: {shown}; raise coords.seeds or coords.sequences"
+    return f"{self.name} is {self.state} {of}: {shown}"
 
   def as_dict(self) -> dict[str, Any]:
-    return {**asdict(self), "out": self.out}
+    return {**asdict(self), "out": self.state != "ok"}
 
 
 def run(path: Path, console: Console) -> int:
-  """Check the rule at the file's widths and depths, with both optimizers; 1 if a class is out."""
+  """Check the rule at the file's widths and depths, with both optimizers; 1 unless all are ok."""
   file = load_sweep(path)
   found = [slope for kind in ("adamw", "muon") for slope in check(file, kind)]
   console.print(_table(found))
-  out = [s for s in found if s.out]
-  for s in out:
-    console.print(plain(s.sentence, "red"))
-  console.print("out" if out else f"all {len(found)} slopes within their limits")
-  return 1 if out else 0
+  failed = [s for s in found if s.state != "ok"]
+  for s in failed:
+    console.print(plain(s.sentence, STYLES[s.state]))
+  if not failed:
+    console.print(f"all {len(found)} slopes pass")
+  return 1 if failed else 0
 
 
 def evidence(file: SweepFile, bench: Workbench) -> dict[str, Any]:
   """The slopes that stand behind a sweep, with its optimizers: of an earlier call of the same code
-  on the same base, or measured now. RunError if a class is out.
+  on the same base, or measured now. RunError unless every class is ok.
   """
   kinds = sorted({file.base.optim.matrices, file.base.optim.experts})
   asked = [
@@ -107,10 +121,10 @@ def evidence(file: SweepFile, bench: Workbench) -> dict[str, Any]:
       return before
   with bench.console.status("coordinate check"):
     slopes = [slope for kind in kinds for slope in check(file, kind)]
-  if out := [s for s in slopes if s.out]:
+  if failed := [s for s in slopes if s.state != "ok"]:
     raise RunError(
-      f"{file.path}: the coordinate check fails, so that no rate can transfer; nothing was run:\n"
-      + "\n".join(s.sentence for s in out)
+      f"{file.path}: the coordinate check does not pass, so that no rate is known to transfer; "
+      "nothing was run:\n" + "\n".join(s.sentence for s in failed)
     )
   return {"asked": asked, "slopes": [s.as_dict() for s in slopes]}
 
@@ -132,10 +146,19 @@ def _over(file: SweepFile, optimizer: str, axis: str) -> Iterator[Slope]:
       continue
     slopes = [_slope(factors, [measured[name] for measured in each]) for each in by_seed]
     limits = LIMITS.get(name, (-c.limit, c.limit))
-    yield Slope(optimizer, axis, name, interval_of(np.array(slopes), 0.95), limits)
+    yield Slope(optimizer, axis, name, _interval(np.array(slopes)), limits)
+
+
+def _interval(slopes: np.ndarray) -> Interval:
+  """Over all seeds, and NaN where one of them has no slope."""
+  finite = np.isfinite(slopes).all()
+  return interval_of(slopes, 0.95) if finite else Interval(len(slopes), *[math.nan] * 4)
 
 
 def _slope(factors: Sequence[float], values: Sequence[float]) -> float:
+  """NaN where an effect is 0 or not finite."""
+  if not all(0 < value < math.inf for value in values):
+    return math.nan
   return float(np.polyfit(np.log2(factors), np.log2(values), 1)[0])
 
 
@@ -146,6 +169,7 @@ def _config(file: SweepFile, axis: str, factor: int, optimizer: str) -> Config:
     base,
     {
       **ONE_CPU,
+      **check_keys(c, base),
       **few_steps(base, c.steps, SEQ_LEN * c.sequences),
       "data.seq_len": SEQ_LEN,
       "train.micro_batch": c.sequences,
@@ -293,7 +317,7 @@ def _table(slopes: Sequence[Slope]) -> Table:
   for column in ("slope", "interval", "required", ""):
     table.add_column(column, justify="right")
   for s in slopes:
-    i, mark = s.interval, "[red]out[/red]" if s.out else "[green]ok[/green]"
+    i, mark = s.interval, plain(s.state, STYLES[s.state])
     span = f"{i.low:+.2f} … {i.high:+.2f}"
     required = f"{s.limits[0]:+.2f} … {s.limits[1]:+.2f}"
     table.add_row(s.optimizer, s.axis, s.name, f"{i.mean:+.3f}", span, required, mark)

@@ -103,6 +103,8 @@ class CoordsKeys:
   lr: float = ranged(0.0, ge=0, lt=math.inf)  # 0: the base's dense_lr
   sequences: int = ranged(4, gt=0, le=10_000)  # of 32 tokens
   limit: float = ranged(0.25, gt=0, lt=math.inf)  # on the slope of a change
+  experts: int = ranged(0, ge=0)  # of the check's models, as many of them active; 0: the base's
+  vocab_size: int = ranged(0, ge=0, le=10_000_000)  # of the check's models; 0: the base's
 
 
 SECTIONS = {"sweep": SweepKeys, "budget": BudgetKeys, "verdict": VerdictKeys, "coords": CoordsKeys}
@@ -167,7 +169,7 @@ def load_sweep(path: Path) -> SweepFile:
   sweep: SweepKeys = parts["sweep"]
   base = configs.load(path.parent / sweep.base)
   _check(path, sweep, base)
-  _check_coords(path, parts["coords"])
+  _check_coords(path, parts["coords"], base)
   entries = table.get("scale", [])
   if not isinstance(entries, list) or not entries:
     raise ConfigError(f"{path}: needs at least one [[scale]], such as width = 8")
@@ -246,7 +248,7 @@ def check_told(path: Path, section: str, keys: Any) -> None:
       raise ConfigError(f"{path}: {section}.{key} = {value!r} must say something, without a NUL")
 
 
-def _check_coords(path: Path, coords: CoordsKeys) -> None:
+def _check_coords(path: Path, coords: CoordsKeys, base: Config) -> None:
   for key in ("widths", "depths"):
     factors = getattr(coords, key)
     if not factors or min(factors) < 1 or max(factors) > MAX_COORDS:
@@ -257,6 +259,29 @@ def _check_coords(path: Path, coords: CoordsKeys) -> None:
       raise ConfigError(
         f"{path}: coords.{key} = {list(factors)} has no slope; give two different factors at least"
       )
+  of, active = base.moe.num_experts, base.moe.top_k
+  if coords.experts * active % of:
+    raise ConfigError(
+      f"{path}: coords.experts = {coords.experts} of which {active} / {of} are active, as at the "
+      f"base, is no whole number; set a multiple of {of // math.gcd(of, active)}"
+    )
+  try:
+    configs.changed(base, check_keys(coords, base))
+  except ConfigError as error:
+    raise ConfigError(f"{path}: coords: {error}") from error
+
+
+def check_keys(coords: CoordsKeys, base: Config) -> dict[str, Any]:
+  """What makes the check's models smaller than the base, at the same share of active experts: no
+  factor of the rule depends on the vocabulary or, at that share, on the experts.
+  """
+  keys = {}
+  if coords.vocab_size:
+    keys["model.vocab_size"] = coords.vocab_size
+  if coords.experts:
+    keys["moe.num_experts"] = coords.experts
+    keys["moe.top_k"] = coords.experts * base.moe.top_k // base.moe.num_experts
+  return keys
 
 
 def with_rule(config: Config, base: Config) -> Config:

@@ -38,6 +38,7 @@ from stages.workbench import Arm, Workbench
 
 ANCHORS = ("natural", "uniform", "centroid")
 PROPOSED = "proposed"
+EDGE = 0.01  # of a share, outside the swarm's, that is not worth a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +182,11 @@ class Mix:
     verdict = "confirmed" if verdicts == {"confirmed"} else "inconclusive"
     verdict = "refuted" if "refuted" in verdicts else verdict
     shown = ", ".join(f"{n} {x:.2f}" for n, x in zip(self.sources, proposal.shares, strict=True))
-    reasons = " ".join(f"Against {name}: {one.reason}" for name, one in against.items())
-    return Judgement(verdict, f"Proposed: {shown}. {proposal.reason} {reasons}", numbers)
+    reasons = [f"Against {name}: {one.reason}" for name, one in against.items()]
+    drawn = np.array(list(self.swarm().values()))
+    beyond = extrapolated(self.sources, np.array(proposal.shares), drawn)
+    said = (f"Proposed: {shown}.", proposal.reason, beyond, *reasons)
+    return Judgement(verdict, " ".join(filter(None, said)), numbers)
 
   def epochs(self, shares: Sequence[float]) -> dict[str, float]:
     """How often the target's run reads each source through."""
@@ -195,6 +199,19 @@ class Mix:
     seeds = sorted(own.keys() & other.keys())
     a, b = [other[s] for s in seeds], [own[s] for s in seeds]
     return paired.compare(a, b, direction="lower", min_effect=0.0)
+
+
+def extrapolated(sources: Sequence[str], shares: np.ndarray, swarm: np.ndarray) -> str:
+  """Which of the shares [S] lie outside what the mixtures [n, S] had, where no run says what the
+  law does; "" if none.
+  """
+  lows, highs = swarm.min(0), swarm.max(0)
+  beyond = [
+    f"{name} {x:.2f}, in the swarm {low:.2f} to {high:.2f}"
+    for name, x, low, high in zip(sources, shares, lows, highs, strict=True)
+    if not low - EDGE <= x <= high + EDGE
+  ]
+  return f"It extrapolates: {'; '.join(beyond)}." if beyond else ""
 
 
 def run(path: Path, console: Console) -> Path:

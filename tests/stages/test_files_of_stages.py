@@ -106,6 +106,7 @@ def test_a_file_of_a_stage_that_is_no_text(base, read, text):
     (sweep, SWEEP, "They stay.", " ", "sweep.statement = ' ' must say something"),
     (sweep, SWEEP, "[budget]", "[verdict]\nmax_shift = inf\n[budget]", "max_shift = inf"),
     (sweep, SWEEP, "[budget]", "[coords]\nwidths = [0]\n[budget]", "coords.widths"),
+    (sweep, SWEEP, "[budget]", "[coords]\nexperts = 1\n[budget]", "coords.experts = 1 of which"),
     (mixes, MIX, MIX, "mix = 3\n", "mix = 3 must be a table"),
     (mixes, MIX, "[budget]", "[verdict]\nx = 1\n[budget]", r"unknown section \[verdict\]"),
     (mixes, MIX, "[0.5, 0.5]", "[inf, 1]", "must have a weight of 0 or more, and finite"),

@@ -177,6 +177,15 @@ def test_what_wins_small_and_loses_large_is_refuted(write, lab):
   assert judged.verdict == "refuted"
 
 
+def test_a_proposal_outside_the_swarm_says_so():
+  swarm = np.array([[0.85, 0.15], [0.2, 0.8], [1.0, 0.0]])
+  said = mix.extrapolated(("code", "prose"), np.array([0.1, 0.9]), swarm)
+  assert said == (
+    "It extrapolates: code 0.10, in the swarm 0.20 to 1.00; prose 0.90, in the swarm 0.00 to 0.80."
+  )
+  assert mix.extrapolated(("code", "prose"), np.array([0.195, 0.805]), swarm) == ""
+
+
 def test_shuffled_labels_have_no_proposal(write, lab):
   """The losses of another mixture than the one that was run."""
   rng = np.random.default_rng(3)

@@ -143,7 +143,9 @@ def test_from_the_file_to_the_overlay(write, lab, launches, checks):
 
 def test_a_class_that_is_out_stops_the_sweep(write, lab, launches, checks):
   checks.slope = 0.7
-  with pytest.raises(RunError, match="router is out over width with adamw: slope .0.7, required"):
+  with pytest.raises(
+    RunError, match="router is out over width with adamw: slope .0.70 .*, required"
+  ):
     sweep.run(write(), console())
   assert not launches.ids and not [e for e in lab.records.list() if e.stage == "proxy"]
 
