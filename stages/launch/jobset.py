@@ -88,21 +88,10 @@ def name(run_id: str) -> str:
 
 
 def _pod(config: Config, run_id: str, root: Path, first: int, preflight: bool) -> dict[str, Any]:
-  head = f"{name(run_id)}-node-0-0.{name(run_id)}:{config.launch.port}"
-  place = f"{run_id} --root {root}"
-  script = (
-    f"A=$((RESTART + {first})); "
-    f'if [ "$JOB_COMPLETION_INDEX" = 0 ]; then nmoe prod begin {place} --engine jobset '
-    f"--job {name(run_id)} --attempt $A || exit 76; fi; "
-    f"nmoe prod node {place} --attempt $A --head {head} --node $JOB_COMPLETION_INDEX; "
-    f"nmoe prod end {place} --attempt $A --node $JOB_COMPLETION_INDEX"
-  )
-  if preflight:
-    script = f"nmoe prod node {place} --attempt 0 --head {head} --node $JOB_COMPLETION_INDEX"
   container: dict[str, Any] = {
     "name": "node",
     "image": config.jobset.image,
-    "command": ["bash", "-c", script],
+    "command": ["bash", "-c", _script(config, run_id, root, first, preflight)],
     "env": [{"name": "RESTART", "valueFrom": {"fieldRef": {"fieldPath": ATTEMPT}}}],
     "volumeMounts": [
       {"name": "root", "mountPath": str(root)},
@@ -120,6 +109,30 @@ def _pod(config: Config, run_id: str, root: Path, first: int, preflight: bool) -
       {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
     ],
   }
+
+
+def _script(config: Config, run_id: str, root: Path, first: int, preflight: bool) -> str:
+  """What a pod does: begin the attempt (the first pod), be a host of it, ask what its end means.
+
+  The shell is the pod's process 1, to which the kernel delivers a SIGTERM only where it has a trap:
+  it passes it on, so that ranks save.
+  """
+  head = f"{name(run_id)}-node-0-0.{name(run_id)}:{config.launch.port}"
+  place, own = f"{run_id} --root {root}", "--attempt $A --node $JOB_COMPLETION_INDEX"
+  number = "0" if preflight else f"$((RESTART + {first}))"
+  begin = f"nmoe prod begin {place} --engine jobset --job {name(run_id)} --attempt $A"
+  lines = [
+    f"A={number}",
+    f'[ "$JOB_COMPLETION_INDEX" != 0 ] || {begin} || exit 76',
+    f"nmoe prod node {place} --head {head} {own} & NODE=$!",
+    "trap 'kill -TERM $NODE' TERM",
+    "wait $NODE; STATUS=$?",
+    "while kill -0 $NODE 2>/dev/null; do wait $NODE; STATUS=$?; done",
+    f"nmoe prod end {place} {own}",
+  ]
+  if preflight:
+    lines[1], lines[-1] = "", "exit $STATUS"
+  return "\n".join(filter(None, lines)) + "\n"
 
 
 def text(config: Config, run_id: str, root: Path, first: int, preflight: bool = False) -> str:
