@@ -136,7 +136,7 @@ class Work:
       arm.name,
       seed,
       usable=lambda run: self.usable(run) and self.answers(run, config),
-      **self._record(arm, config),
+      **self.record(arm, config),
     )
     if run.finished:
       outcome = "completed" if run.status == "completed" else "diverged"
@@ -206,12 +206,12 @@ class Work:
 
   def start(self, arm: Arm, seed: int) -> Run:
     """Record a new run of an arm at a seed, to be executed by a Job."""
-    record = self._record(arm, arm.at_seed(seed))
+    record = self.record(arm, arm.at_seed(seed))
     run = self.bench.experiments.start_run(self.experiment.id, arm.name, seed, **record)
     self.bench.experiments.release(run.id)
     return run
 
-  def _record(self, arm: Arm, config: Config) -> dict[str, object]:
+  def record(self, arm: Arm, config: Config) -> dict[str, object]:
     """What is written of a run before its first step."""
     return {
       "toml": configs.to_toml(config),

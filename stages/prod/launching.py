@@ -78,7 +78,7 @@ def launch(
     if known is not None and known.status == "completed":
       console.print(f"run {known.id} is completed", markup=False)
       return DONE
-    run = known or work.start(arm, config.train.seed)
+    run = known or _new(work, arm, anew)
     with nullcontext() if dry_run else _alone(bench.root, run.id, config):
       if known is not None:
         _go_on(work, run, config, dry_run)
@@ -97,6 +97,22 @@ def _work_of(bench: Workbench, arm: Arm, known: Run | None) -> Work:
   config = arm.config
   asked = (config.experiment.name, [hypothesis_of(config)], [arm], [config.train.seed])
   return taken_up(bench, "prod", *asked)
+
+
+def _new(work: Work, arm: Arm, anew: bool) -> Run:
+  """A new run; or that of another launch which looked at the same moment and was faster."""
+  seed, records = arm.config.train.seed, work.bench.experiments
+  if anew:
+    return work.start(arm, seed)
+  run = records.find_or_start(
+    work.experiment.id,
+    arm.name,
+    seed,
+    usable=lambda run: not run.finished and work.usable(run),
+    **work.record(arm, arm.config),
+  )
+  records.release(run.id)
+  return run
 
 
 def _handed_over(work: Work, run: Run, config: Config, dry_run: bool) -> int:

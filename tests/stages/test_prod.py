@@ -29,7 +29,7 @@ from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat, Progress
 from stages import workbench
-from stages.prod import hosts, launching, preflight, status
+from stages.prod import earlier, hosts, launching, preflight, status
 from stages.prod.attempt import begin, settle, stuck
 from stages.prod.evidence import evidence
 
@@ -240,6 +240,15 @@ def test_a_run_of_weeks_is_not_left_behind_in_silence(lab, records, monkeypatch)
   assert launched_run(lab, faster, anew=True) not in (first, other)
   free = write_variant(lab.file, "free", "[train]\nlog_every = 3\n")
   assert launched_run(lab, free) == first
+
+
+@pytest.mark.faults
+def test_two_first_launches_at_once_are_one_run(lab, monkeypatch):
+  """Both looked before either had recorded a run."""
+  first = launched_run(lab)
+  monkeypatch.setattr(earlier, "known", lambda *_: None)
+  assert launched_run(lab) == first
+  assert launched_run(lab, anew=True) != first
 
 
 @pytest.mark.faults
