@@ -108,4 +108,10 @@ def _tables(seen: Production) -> str:
     (f"amendment {n}", f"{a.key} = {a.value} from {a.at_tokens:,} tokens: {a.reason} ({a.who})")
     for n, a in enumerate(seen.amendments, start=1)
   ]
-  return html + definitions([("evidence", evidence), ("checkpoints", f"steps {kept}"), *amended])
+  codes = [
+    (f"code from step {e.step} on", f"{e.detail['code']}, commit {e.detail['commit'][:10]}")
+    for e in seen.events
+    if e.kind == "code"
+  ]
+  pairs = [("evidence", evidence), ("checkpoints", f"steps {kept}"), *amended, *codes]
+  return html + definitions(pairs)

@@ -32,6 +32,7 @@ from stages import workbench
 from stages.prod import earlier, hosts, launching, preflight, status
 from stages.prod.attempt import begin, settle, stuck
 from stages.prod.evidence import evidence
+from stages.report.html import write_report
 
 CLAIM = Hypothesis("It is better.", "val/bpb", "lower", 0.0)
 
@@ -273,8 +274,10 @@ def test_other_code_goes_on_when_it_is_accepted(lab, records, monkeypatch):
   assert (event.detail["before"], event.detail["commit"], event.step) == (before, "c0ffee", 12)
   (patch,) = (path for path in records.artifacts(first) if path.endswith("code_repaired.patch"))
   assert Path(patch).read_text() == "the repair"
-  told = [e.id for e in records.list() if e.stage == "prod"]
-  assert len(told) == 1, "the launch is the one experiment"
+  (launch,) = (e.id for e in records.list() if e.stage == "prod")  # the run stays of its experiment
+  begin(lab.root, first, "local")
+  page = write_report(lab.root, launch).read_text()
+  assert "<dt>code from step 12 on</dt><dd>repaired, commit c0ffee</dd>" in page
 
 
 def trained(lab) -> str:
