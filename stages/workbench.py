@@ -11,7 +11,7 @@ from rich.console import Console
 from nmoe.config import file as configs
 from nmoe.config.sections import Config, fingerprint
 from nmoe.data.mixture import load_mixture
-from nmoe.data.prepare import prepare
+from nmoe.data.prepare import clear_unfinished, prepare
 from nmoe.data.sources import check_there
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.files import resolved
@@ -123,6 +123,8 @@ def prepared(
 
   verify: read and compare every file of it, also those of unchanged size and time.
   """
+  for left in clear_unfinished(root):
+    console.print(plain(f"removed {left}: a killed prep-mixture had left it"), soft_wrap=True)
   with console.status(plain(f"preparing {mixture.name}")) as status:
 
     def show(source: str, documents: int, num_bytes: int) -> None:

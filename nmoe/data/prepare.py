@@ -20,7 +20,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -291,22 +291,29 @@ def _lock(folder: Path) -> Iterator[None]:
   with _lock_file(folder.parent, folder.name).open("w") as file:
     try:
       files.lock(file, wait=True)
-      _clear(folder)
+      _cleared(folder.parent, held=folder.name)
     except OSError:  # no locks on this filesystem: what is there may be in use
       pass
     yield
 
 
-def _clear(folder: Path) -> None:
-  """Remove what killed preparers left unfinished beside `folder`, whose lock this process has."""
-  for left in folder.parent.glob(".*-*.partial"):
+def clear_unfinished(root: Path) -> list[Path]:
+  """Remove what killed preparers left in a root; the folders removed."""
+  data = Root(root).data
+  return [left for store in (data, data / "sources") for left in _cleared(store)]
+
+
+def _cleared(store: Path, held: str | None = None) -> list[Path]:
+  """Remove the unfinished folders that nobody fills; held: whose lock this process has."""
+  removed = []
+  for left in sorted(store.glob(".*-*.partial")):
     name = left.name[1:].rpartition("-")[0]
-    if name == folder.name:
-      shutil.rmtree(left, ignore_errors=True)
-      continue
-    with _lock_file(folder.parent, name).open("w") as file:
-      if files.lock(file):
+    # a filesystem without locks: it may be in use
+    with suppress(OSError), _lock_file(store, name).open("w") as file:
+      if name == held or files.lock(file):
         shutil.rmtree(left, ignore_errors=True)
+        removed += [] if left.exists() else [left]
+  return removed
 
 
 def _lock_file(store: Path, name: str) -> Path:

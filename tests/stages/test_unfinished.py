@@ -19,7 +19,7 @@ from nmoe import files
 from nmoe.errors import CheckpointError
 from nmoe.records.provenance import REPO
 from nmoe.records.root import Root
-from stages import evals, export, imports
+from stages import evals, export, imports, workbench
 from stages.checkpoints import exportable
 
 pytestmark = pytest.mark.faults
@@ -27,10 +27,11 @@ CHILD = """
 import signal, sys
 from pathlib import Path
 from rich.console import Console
+from nmoe.data import prepare
 from nmoe.records import checkpoint
 from nmoe.model import export as writing
 from nmoe.evals import sources
-from stages import evals, export, imports
+from stages import evals, export, imports, workbench
 
 def stop(*_):
   print("half", flush=True)
@@ -44,6 +45,9 @@ elif kind == "export":
   writing.write_tokenizer = stop
   more = (None, None, 5.0, "tensors", root, Console(quiet=True))
   export.run(str(source), root.parent / "out", *more)
+elif kind == "prep-mixture":
+  prepare.write_manifest = stop
+  workbench.prepared(source, "byte", root.parent / "fresh", Console(quiet=True))
 else:
   sources.digest = stop
   evals.prep(source, root, Console(quiet=True))
@@ -72,6 +76,13 @@ def made(lab, tmp_path):
       tmp_path,
       lambda c: export.run(str(step), out, None, None, 5.0, "tensors", root, c),
     ),
+    "prep-mixture": (
+      lab.file.with_name("mixture.toml"),
+      Root(tmp_path / "fresh").data / "sources",
+      lambda c: workbench.prepared(
+        lab.file.with_name("mixture.toml"), "byte", tmp_path / "fresh", c
+      ),
+    ),
     "prep-evals": (
       tmp_path / "items.jsonl",
       Root(root).evals,
@@ -92,7 +103,7 @@ def partials(folder: Path) -> list[Path]:
   return sorted(folder.glob(".*.partial"))
 
 
-@pytest.mark.parametrize("kind", ["import", "export", "prep-evals"])
+@pytest.mark.parametrize("kind", ["import", "export", "prep-evals", "prep-mixture"])
 def test_what_a_killed_command_left_the_next_one_removes_and_names(lab, made, kind):
   source, where, command = made[kind]
   process = begun(kind, source, lab.root)
