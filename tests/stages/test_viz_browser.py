@@ -239,7 +239,9 @@ def pages(ids):
     "experiment": (
       "/experiment/rate-1",
       "document.querySelector('svg.graph[data-nodes=\"3\"]') && document.querySelector('iframe') "
-      "&& document.body.innerText.includes('confirmed')",
+      "&& document.body.innerText.includes('confirmed') "
+      f"&& {panels} == 2 && document.body.innerText.includes('mean over 3 pairs of seeds') "
+      "&& /optim.dense_lr\\s+0.003\\s+0.005/.test(document.body.innerText)",
     ),
     "sweep": (
       "/sweep/sweep-1",

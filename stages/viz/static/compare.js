@@ -126,6 +126,19 @@ function Curves({ a, b, names, query }) {
       <${Panel} key=${panel.tag} panel=${panel} style=${style} ...${curveProps(query)} />`)}</div>`;
 }
 
+// What an experiment's page shows of two arms below their results: what differs, and the difference by step.
+export function Apart({ a, b, names, children }) {
+  const path = search({ a: a.join(","), b: b.join(",") });
+  const state = useLive(path, () => getJson("/api/compare?" + path), hits([...a, ...b]));
+  const data = state.data, subtracted = Object.entries(data?.curves || {}).filter(([, c]) => c);
+  return html`<div class="against"><div>${children}
+      ${data && html`<h2>What differs between them</h2><${Changes} changes=${data.changes} names=${names} />`}</div>
+    <div><${Failed} state=${state} />${data && html`<h2 class="first">${names[1]} − ${names[0]} by step</h2>
+      ${subtracted.length === 0 ? html`<p class="soft">No curve was logged by both sides at a common step.</p>`
+        : html`<p class="soft">Thick: mean over ${counted(data.seeds.length, "pair")} of seeds, with its 95 % Student band. Thin: each pair.</p>`}
+      <div class="panels">${subtracted.map(([tag, c]) => html`<${Difference} key=${tag} tag=${tag} curve=${c} seeds=${data.seeds} />`)}</div>`}</div></div>`;
+}
+
 export function Changes({ changes, names }) {
   if (changes.error) return html`<p class="soft">${changes.error}</p>`;
   const rows = changes.rows.filter(([key]) => !key.startsWith("experiment."));

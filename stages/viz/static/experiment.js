@@ -1,8 +1,8 @@
 // Experiments: the list, and one of them from its hypothesis to the evidence around it.
 import { html } from "/static/preact-htm.js";
 import { change, getJson, go, search, useLive } from "/static/api.js";
-import { Results } from "/static/compare.js";
-import { measure, when } from "/static/format.js";
+import { Apart, Results } from "/static/compare.js";
+import { counted, measure, when } from "/static/format.js";
 import { Badge, Failed, Link, Status, useKeys } from "/static/parts.js";
 
 export function Experiments({ data, query }) {
@@ -29,17 +29,26 @@ export function Experiment({ id, data }) {
       ${e.axes.length > 0 && html` · <${Link} to=${"/sweep/" + e.id}>sweep over ${e.axes.join(", ")}<//>`}
       ${produced && html` · <${Link} to=${"/prod/" + produced}>its production<//>`}</div>
     <h1>${e.hypotheses[0]?.statement}</h1>
-    <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason || "There is no conclusion yet."}</p>
+    <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason || `There is no conclusion yet${ended(e)}.`}</p>
     ${e.hypotheses.length > 1 && html`<h2>Hypotheses</h2><${Claims} e=${e} />`}
-    <h2>Results</h2>${e.arms.length === 0 && html`<p class="soft">No run of it has begun.</p>`}${e.arms.length > MANY ? html`<${ByArm} e=${e} metric=${metric} />` : e.results.map((result) => html`
-      <${Results} key=${result.b} rows=${result.rows} measures=${e.measures} metric=${metric}
-        names=${e.arms.length > 1 ? [result.a, result.b] : [result.a]} />
-      ${e.arms.length > 1 && html`<p class="after"><${Link} to=${comparison(e, result.b)}>curves of ${result.b} against ${result.a}<//></p>`}`)}
+    <h2>Results</h2>${e.arms.length === 0 && html`<p class="soft">No run of it has begun.</p>`}${e.arms.length > MANY ? html`<${ByArm} e=${e} metric=${metric} />` : e.results.map((result) => (e.arms.length > 1
+      ? html`<${Pair} key=${result.b} e=${e} result=${result} metric=${metric} />`
+      : html`<${Results} rows=${result.rows} measures=${e.measures} metric=${metric} names=${[result.a]} />`))}
     ${e.arms.length > 0 && html`<h2>Runs</h2><${Members} e=${e} metric=${metric} live=${data.runs} />`}
     <h2>Evidence</h2><${Graph} graph=${e.graph} id=${e.id} />
     <h2>Report</h2>${e.report ? html`<iframe class="report" title="report" sandbox="allow-scripts" src=${"/report/" + e.id} />`
       : html`<p class="soft">None yet: <code>nmoe report ${e.id}</code> writes it.</p>`}`;
 }
+
+function ended(e) {
+  const runs = e.arms.flatMap((arm) => arm.runs), over = runs.filter((r) => ["completed", "failed"].includes(r.status));
+  return runs.length ? `: ${over.length} of the ${counted(runs.length, "run")} begun ended` : "";
+}
+
+// An arm against the first: which is ahead, whether it is noise, what differs.
+const Pair = ({ e, result, metric }) => html`<${Apart} a=${idsOf(e.arms[0])} b=${idsOf(armOf(e, result.b))} names=${[result.a, result.b]}>
+  <${Results} rows=${result.rows} measures=${e.measures} metric=${metric} names=${[result.a, result.b]} />
+  <p class="after"><${Link} to=${comparison(e, result.b)}>curves of ${result.b} against ${result.a}<//></p><//>`;
 
 // Many arms: a row each, and what most of them have of the measures.
 function ByArm({ e, metric }) {
@@ -56,8 +65,9 @@ function ByArm({ e, metric }) {
 }
 
 const MANY = 4;  // arms beyond which a table for each would hide the rest
-const comparison = (e, name) => "/compare?" + search({ a: idsOf(e.arms[0]), b: idsOf(e.arms.find((arm) => arm.name === name)) });
-const idsOf = (arm) => arm.runs.map((r) => r.id).join(",");
+const comparison = (e, name) => "/compare?" + search({ a: idsOf(e.arms[0]).join(","), b: idsOf(armOf(e, name)).join(",") });
+const armOf = (e, name) => e.arms.find((arm) => arm.name === name);
+const idsOf = (arm) => arm.runs.map((r) => r.id);
 
 const Claims = ({ e }) => html`<table><tbody>${e.hypotheses.map((h) => html`<tr><td class="wrap">${h.statement}</td>
   <td>${h.metric}</td><td>${h.direction}</td><td class="num">${h.min_effect}</td></tr>`)}</tbody></table>`;
