@@ -85,7 +85,8 @@ def _script() -> str:
 def _head(found: Findings, many: bool) -> str:
   e = found.experiment
   kind = {"ablate": "Paired ablation", "research": "Architecture research"}.get(e.stage, e.stage)
-  seeds = counted(len(found.seeds), "seed")
+  own = {run.seed for arm in found.arms for run in arm.runs}  # a sweep repeats some of its arms
+  seeds = counted(len(found.seeds if found.compares else own), "seed")
   eyebrow = f"{kind} · {e.id} · {seeds} · {e.created[:10]}"
   return (
     f'<div class="eyebrow">{escape(eyebrow)}</div><h1>{escape(found.claim.statement)}</h1>'
@@ -185,7 +186,7 @@ def _mixtures(found: Findings) -> str:
     table(mixtures.MODEL_HEAD, _escaped(mixtures.model_rows(e)), left=1),
     table(mixtures.head(e), _escaped(mixtures.rows(e)), left=1),
     note="Skill: 1 − RMSE² / variance of what a model says of mixtures that it was not fitted to. "
-    "Of two sources: the proposal orange, natural green, uniform purple.",
+    "The lower the objective, the better.",
   )
 
 

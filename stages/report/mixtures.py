@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -13,6 +13,8 @@ from stages.report.figures import COLORS
 
 MODEL_HEAD = ("left one out", "RMSE", "skill", "rank correlation")
 PROOF_HEAD = ("proposed against", "difference, bits per byte", "95 %", "seeds", "verdict")
+NAMED = {"proposed": COLORS[2], "natural": COLORS[3], "uniform": COLORS[4]}  # stand out
+SWARM = "swarm"
 LOSSES = ((0.0, "#12305e"), (0.5, "#7fa8dc"), (1.0, "#f0e3d4"))
 
 
@@ -69,30 +71,52 @@ def rows(experiment: Experiment) -> list[list[str]]:
 
 def figure(experiment: Experiment) -> Figure:
   """Of two sources the share of one against the objective, of more a panel a pair of shares with
-  the objective as color; then what the law predicts of each mixture, left out, against what was
-  seen.
+  the objective as color; proposed, natural and uniform mixture stand out, once each. Then what the
+  law predicts of each mixture, left out, against what was seen.
   """
   c = experiment.conclusion
   swarm = [m for m in c["mixtures"] if not m["size"] and all(map(math.isfinite, m["bpb"]))]
   values = [_objective(c, m) for m in swarm]
-  tips = [f"{m['arm']} seed {m['seed']}: {v:.4f}" for m, v in zip(swarm, values, strict=True)]
   pairs = list(combinations(c["sources"], 2))
   scale = None
   if len(pairs) == 1:
     first = c["sources"][0]
-    dots = Dots([m[first] for m in swarm], values, list(map(_color, swarm)), tips=tips)
-    named = f"share of {first}"
-    panels = [Panel([dots], f"{named} and objective", named, "objective, bits per byte")]
+    title, x, y = f"share of {first} and objective", f"share of {first}", "objective, bits per byte"
+    panels = [Panel(_by_name(swarm, [m[first] for m in swarm], values, values), title, x, y)]
   else:
     scale = Shades("objective", LOSSES, min(values, default=0.0), max(values, default=1.0))
-    colors = list(map(scale.color, values))
-    panels = [
-      Panel([Dots([m[a] for m in swarm], [m[b] for m in swarm], colors, tips=tips)], title, a, b)
-      for a, b in pairs
-      for title in (f"{a} and {b}",)
-    ]
+    panels = []
+    for a, b in pairs:
+      xs, ys = [m[a] for m in swarm], [m[b] for m in swarm]
+      dots = Dots(xs, ys, list(map(scale.color, values)), tips=_tips(swarm, values))
+      named = _by_name(swarm, xs, ys, values, size=15, shape="open", rest=False)
+      panels.append(Panel([dots, *named], f"{a} and {b}", f"share of {a}", f"share of {b}"))
   predicted = _predictions(c["proposal"]["left_out"])
   return Figure([*panels, *predicted], 340, scale=scale)
+
+
+def _by_name(
+  mixtures: Sequence[Mapping[str, Any]],
+  xs: Sequence[float],
+  ys: Sequence[float],
+  values: Sequence[float],
+  rest: bool = True,
+  size: float = 8,
+  shape: str = "circle",
+) -> list[Dots]:
+  """Those of each name in its color, those without one, where asked for, first."""
+  tips, found = _tips(mixtures, values), []
+  for name, color in NAMED.items() if not rest else ({SWARM: COLORS[1]} | NAMED).items():
+    of = [i for i, m in enumerate(mixtures) if (m["arm"] if m["arm"] in NAMED else SWARM) == name]
+    if of:
+      x, y, said = ([column[i] for i in of] for column in (xs, ys, tips))
+      found.append(Dots(x, y, [color], name, size, shape, said))
+  return found
+
+
+def _tips(mixtures: Sequence[Mapping[str, Any]], values: Sequence[float]) -> list[str]:
+  pairs = zip(mixtures, values, strict=True)
+  return [f"{m['arm']} seed {m['seed']}: {v:.4f}" for m, v in pairs]
 
 
 def _predictions(pairs: list[list[float]]) -> list[Panel]:
@@ -112,12 +136,6 @@ def _predictions(pairs: list[list[float]]) -> list[Panel]:
 
 def _objective(c: Mapping[str, Any], m: Mapping[str, Any]) -> float:
   return sum(w * loss for w, loss in zip(c["objective"], m["bpb"], strict=True))
-
-
-def _color(m: Mapping[str, Any]) -> str:
-  """The proposal and the anchors stand out of the swarm."""
-  named = {"proposed": COLORS[2], "natural": COLORS[3], "uniform": COLORS[4]}
-  return named.get(m["arm"], COLORS[1])
 
 
 def _number(value: float | None) -> str:

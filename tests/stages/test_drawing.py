@@ -296,3 +296,23 @@ def test_mixtures_stand_at_their_shares(sources):
   ]
   np.testing.assert_allclose(at, shares[:, 0], atol=1e-3)
   assert len({dot.get("fill") for dot in plane.iter("circle")}) == (1 if len(sources) == 2 else 6)
+
+
+@pytest.mark.parametrize("sources", [("a", "b"), ("a", "b", "c")])
+def test_the_proposal_and_its_rivals_stand_out_of_the_swarm(sources):
+  arms = ("natural", "uniform", "mixture 3", "proposed")
+  found = [
+    dict(zip(sources, (0.1 + 0.2 * i, 0.9 - 0.2 * i, 0.0), strict=False))
+    | dict(arm=arm, seed=0, size="", bpb=[1.0 + i] * len(sources))
+    for i, arm in enumerate(arms)
+  ]
+  objective = [1 / len(sources)] * len(sources)
+  c = dict(sources=sources, mixtures=found, objective=objective, proposal=dict(left_out=[]))
+  html = mixtures.figure(SimpleNamespace(conclusion=c)).html("mixtures")
+  legend = html[: html.index("<svg")]
+  for name in ("natural", "uniform", "proposed"):
+    assert f"</i>{name}</span>" in legend
+  _, plane = panels(html, "mixtures")[0]
+  marked = [d for d in plane.iter("path") if d.find("title") is not None]
+  assert len(marked) == (0 if len(sources) == 2 else 3)
+  assert sum("natural seed 0: 1.0000" in d.text for d in plane.iter("title")) >= 1
