@@ -237,18 +237,18 @@ def prepared(path: Path, keys: MixKeys, budget: BudgetKeys, base: Config, data: 
   opened = open_data(data)
   names = tuple(source.name for source in opened.sources)
   weights = keys.objective
-  if len(names) < 2 or len(weights) != len(names) or min(weights) < 0 or max(weights) == math.inf:
+  fits = len(weights) == len(names) >= 2
+  if not fits or min(weights) < 0 or not 0 < sum(weights) < math.inf:
     raise ConfigError(
-      f"{path}: mix.objective = {list(keys.objective)} must have a weight of 0 or more, and "
-      f"finite, for each of at least two sources; the mixture has {list(names)}"
+      f"{path}: mix.objective = {list(weights)} must have a weight of 0 or more, and finite, for "
+      f"each of at least two sources, not 0 for all; the mixture has {list(names)}"
     )
   tokens = np.array([opened.train_tokens[name] for name in names])
   caps = np.minimum(1.0, keys.epochs * tokens / keys.target_tokens)
-  if caps.sum() < 1 or sum(keys.objective) <= 0:
+  if caps.sum() < 1:
     raise ConfigError(
       f"{path}: {keys.epochs:g} epochs of {tokens.sum():,} tokens are less than "
-      f"mix.target_tokens = {keys.target_tokens:,}, or mix.objective is all 0; "
-      "lower target_tokens or add text"
+      f"mix.target_tokens = {keys.target_tokens:,}; lower target_tokens or add text"
     )
   base = repeating(path, keys, base, dict(zip(names, tokens.tolist(), strict=True)))
   large = scaled(f"{path}: mix", {"width": keys.width}, base).config

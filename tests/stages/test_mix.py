@@ -211,6 +211,7 @@ def test_runs_that_all_diverge_are_an_outcome(write, lab):
   ("old", "new", "message"),
   [
     ("[0.5, 0.5]", "[1.0]", r"mix.objective = \[1.0\] must have a weight"),
+    ("[0.5, 0.5]", "[0, 0]", r"mix.objective = \[0.0, 0.0\] must have a weight.* not 0 for all"),
     ("target_tokens = 1000", "target_tokens = 1000000000", "lower target_tokens or add text"),
     (
       "target_tokens = 1000",
