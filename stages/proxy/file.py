@@ -182,7 +182,6 @@ def load_sweep(path: Path) -> SweepFile:
 
 
 def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
-  s = base.schedule
   check_told(path, "sweep", sweep)
   for key in ("vary", "control"):
     chosen = getattr(sweep, key)
@@ -215,20 +214,21 @@ def _check(path: Path, sweep: SweepKeys, base: Config) -> None:
       f"{path}: {sweep.base} has scaling.rule = {base.scaling.rule!r}; a base has none, the sweep "
       "adds it"
     )
-  steps = s.decay_tokens // s.batch_tokens
-  if steps < MIN_DECAY_STEPS:
-    raise ConfigError(
-      f"{path}: {sweep.base} decays over {counted(steps, 'step')}; {MIN_DECAY_STEPS} are needed "
-      "for an end that says what a long run's would: raise schedule.decay_tokens"
-    )
 
 
 def _check_scales(path: Path, scales: list[ScalePlan]) -> None:
-  """ConfigError unless they are different, and grow from the base to the last."""
+  """ConfigError unless they are different, decay, and grow from the base to the last."""
   names = [scale.name for scale in scales]
   if len(set(names)) < len(names):
     raise ConfigError(f"{path}: two scales are both {names[-1]!r}; each needs its own factor")
   first = scales[0].config
+  for scale in scales:
+    s = scale.config.schedule
+    if (steps := s.decay_tokens // s.batch_tokens) < MIN_DECAY_STEPS:
+      raise ConfigError(
+        f"{path}: scale {scale.name!r} decays over {counted(steps, 'step')}; {MIN_DECAY_STEPS} are "
+        "needed for an end that says what a long run's would: raise its schedule.decay_tokens"
+      )
   for before, scale in itertools.pairwise(scales):
     if fingerprint(scale.config) == fingerprint(first):
       raise ConfigError(f"{path}: scale {scale.name!r} is the base itself; choose another factor")

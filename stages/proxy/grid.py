@@ -103,6 +103,13 @@ class Sweep:
       for j in range(points)
     ]
 
+  def within_reach(self, group: str, scale: str) -> list[Place]:
+    """The points of a line, registered or beyond."""
+    s = self.file.sweep
+    first = -(s.points // 2) - s.extend
+    xs = range(first, first + s.points + 2 * s.extend)
+    return [Place(group, scale, x * self.octaves(group)) for x in xs]
+
   def check_budget(self) -> None:
     """ConfigError if the budget is less than what is registered: the grids and the repeats."""
     s, lines = self.file.sweep, self.lines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from kernels.arch import ARCHS
 from kernels.tools.build import build
 from nmoe.config.shapes import kernel_shapes
 from nmoe.errors import ConfigError
-from nmoe.records.reader import Reader, Run
+from nmoe.records.provenance import code_version
+from nmoe.records.reader import Experiment, Reader, Run
 from nmoe.records.root import Root
 from nmoe.wording import counted
 from stages.launch import local as launch
@@ -26,7 +28,10 @@ from stages.text import plain
 def show(path: Path, console: Console) -> None:
   file = loaded(path)
   sweep = Sweep.planned(file)
-  runs = recorded(Path(file.base.run.root), file.sweep.name)
+  sweeps = recorded(Path(file.base.run.root))
+  runs = by_scale(next((of for e, of in sweeps if e.name == file.sweep.name), ()))
+  found = outcomes(run for _, of in sweeps for run in of)
+  known = [Sweep.planned(file, Path(digest)) for digest in {digest for digest, _ in found}]
   table = Table(title=plain(file.sweep.statement, "bold"), title_justify="left")
   for column in ("group", "scale", "registered", "at most", "tokens", "seconds", "recorded"):
     table.add_column(column)
@@ -37,7 +42,11 @@ def show(path: Path, console: Console) -> None:
     tokens = file.scales[list(sweep.scales).index(scale)].config.schedule.total_tokens
     seconds = [r.results["wall_s"] for r in runs[scale] if "wall_s" in r.results]
     each = f"{count * statistics.median(seconds):,.0f}" if seconds else "no run to go by"
-    done = sum(r.arm.startswith(f"{group} ") and r.finished for r in runs[scale])
+    asked = [(p, seed) for p in sweep.within_reach(group, scale) for seed in sweep.seeds]
+    done = sum(
+      any((k.data.name, k.arm(place).fingerprint(seed)) in found for k in known)
+      for place, seed in asked
+    )
     row = (group, scale, count, count + s.extend, f"{count * tokens:,}", each, done)
     table.add_row(*(plain(str(cell)) for cell in row))
   console.print(table)
@@ -63,13 +72,22 @@ def build_kernels(path: Path, console: Console) -> None:
   )
 
 
-def recorded(root: Path, name: str) -> dict[str, list[Run]]:
-  """The runs of the newest sweep of that name by scale."""
-  found: dict[str, list[Run]] = defaultdict(list)
+def recorded(root: Path) -> list[tuple[Experiment, list[Run]]]:
+  """The sweeps of a root, newest first, and the runs of each."""
   if not Root(root).experiments_db.exists():
-    return found
+    return []
   with closing(Reader(root)) as records:
-    newest = next((e for e in records.list() if (e.name, e.stage) == (name, "proxy")), None)
-    for run in records.runs(newest.id) if newest else ():
-      found[run.arm.rpartition(" ")[0].partition(" ")[2]].append(run)
+    return [(e, records.runs(e.id)) for e in records.list() if e.stage == "proxy"]
+
+
+def by_scale(runs: Sequence[Run]) -> dict[str, list[Run]]:
+  found: dict[str, list[Run]] = defaultdict(list)
+  for run in runs:
+    found[run.arm.rpartition(" ")[0].partition(" ")[2]].append(run)
   return found
+
+
+def outcomes(runs: Iterable[Run]) -> set[tuple[str, str]]:
+  """Data and fingerprint of the runs that a sweep of this code would take up."""
+  code = code_version()
+  return {(r.data_digest, r.fingerprint) for r in runs if r.finished and r.code_version == code}

@@ -110,7 +110,7 @@ def test_scales_expand_the_base(write):
   )
 
 
-def test_from_the_file_to_the_overlay(write, lab, launches, checks):
+def test_from_the_file_to_the_overlay(write, lab, launches, checks, monkeypatch):
   """Everything runs once; a second call answers from the records; the overlay can be loaded."""
   path = write()
   said = console()
@@ -136,9 +136,25 @@ def test_from_the_file_to_the_overlay(write, lab, launches, checks):
   sweep.run(path, console())
   assert len(launches.ids) == num_runs and checks.asked == ["adamw"]
   assert lab.records.find("rates").id == records.id
+  assert "no run to go by" not in plan_of(path)
+  assert sum(recorded(path)) == 0, "of other code nothing is there"
+  monkeypatch.setattr(plan, "code_version", lambda: "code")
+  assert sum(recorded(path)) == num_runs
+  changed = (path.parent / "base.toml").read_text().replace("embed_lr = 1e-2", "embed_lr = 2e-2")
+  (path.parent / "base.toml").write_text(changed)
+  assert sum(recorded(path)) == 0, "of another base nothing is there"
+
+
+def plan_of(path):
   said = console()
   plan.show(path, said)
-  assert "no run to go by" not in said.file.getvalue()
+  return said.file.getvalue()
+
+
+def recorded(path):
+  """The last column of the plan."""
+  rows = [row.split("│")[-2] for row in plan_of(path).splitlines() if row.startswith("│")]
+  return [int(cell) for cell in rows]
 
 
 def test_a_class_that_is_out_stops_the_sweep(write, lab, launches, checks):
@@ -401,6 +417,7 @@ def test_what_may_stand_behind_a_shift_is_said():
       r"depths = \[1, 9999\] must have .* 64",
     ),
     (("width = 2", "width = 1"), "scale 'width1' is the base itself"),
+    (("width = 2", "batch = 2"), "scale 'batch2' decays over 10 steps; 20 are needed"),
     (("[budget]", "[coords]\nwidths = [2]\n[budget]"), r"coords.widths = \[2\] has no slope; give"),
     (("[budget]\nruns = 40", ""), "budget.runs is missing"),
     (("[sweep]", "[swep]"), r"unknown section \[swep\]; did you mean 'sweep'"),
