@@ -44,6 +44,7 @@ from nmoe.machine.target import select
 from nmoe.model.decoder import Experts, Linear, Mlp, Model
 from nmoe.model.router import Router
 from nmoe.train.optim import Optimizer
+from nmoe.wording import counted
 from stages.judge.intervals import Interval, interval_of
 from stages.proxy.file import AXES, GROUPS, SweepFile, check_keys, load_sweep, with_rule
 from stages.text import plain
@@ -84,9 +85,8 @@ class Slope:
     shown = f"slope {i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}], required {low:+g} to {high:+g}"
     if math.isnan(i.mean):
       shown = "an effect is 0 or not finite"
-    if self.state == "cannot tell":
-      return f"{self.name} cannot be told {of}: {shown}; raise coords.seeds or coords.sequences"
-    return f"{self.name} is {self.state} {of}: {shown}"
+    said = "is out" if self.state == "out" else "cannot be told"
+    return f"{self.name} {said} {of}: {shown}"
 
   def as_dict(self) -> dict[str, Any]:
     return {**asdict(self), "out": self.state != "ok"}
@@ -97,12 +97,25 @@ def run(path: Path, console: Console) -> int:
   file = load_sweep(path)
   found = [slope for kind in ("adamw", "muon") for slope in check(file, kind)]
   console.print(_table(found))
-  failed = [s for s in found if s.state != "ok"]
-  for s in failed:
-    console.print(plain(s.sentence, STYLES[s.state]))
+  failed = failures(found)
+  for sentence in failed:
+    console.print(plain(sentence, STYLES["out"]))
   if not failed:
     console.print(f"all {len(found)} slopes pass")
   return 1 if failed else 0
+
+
+def failures(slopes: Sequence[Slope]) -> list[str]:
+  """A sentence for each class that is out, and one for all that cannot be told, with the widest."""
+  said = [s.sentence for s in slopes if s.state == "out"]
+  if unknown := [s for s in slopes if s.state == "cannot tell"]:
+    widest = max(unknown, key=lambda s: -math.inf if math.isnan(s.interval.sd) else s.interval.sd)
+    said.append(
+      f"{counted(len(unknown), 'slope')} of {len(slopes)} cannot be told from a fault's at "
+      f"{counted(widest.interval.n, 'seed')}: raise coords.seeds or coords.sequences, or widen the "
+      f"range of coords.widths and coords.depths. The widest: {widest.sentence}"
+    )
+  return said
 
 
 def evidence(file: SweepFile, bench: Workbench) -> dict[str, Any]:
@@ -121,10 +134,10 @@ def evidence(file: SweepFile, bench: Workbench) -> dict[str, Any]:
       return before
   with bench.console.status("coordinate check"):
     slopes = [slope for kind in kinds for slope in check(file, kind)]
-  if failed := [s for s in slopes if s.state != "ok"]:
+  if failed := failures(slopes):
     raise RunError(
       f"{file.path}: the coordinate check does not pass, so that no rate is known to transfer; "
-      "nothing was run:\n" + "\n".join(s.sentence for s in failed)
+      "nothing was run:\n" + "\n".join(failed)
     )
   return {"asked": asked, "slopes": [s.as_dict() for s in slopes]}
 

@@ -44,6 +44,25 @@ def test_the_whole_interval_decides(slopes, state):
     assert {"out": "q is out over", "cannot tell": "q cannot be told over"}[state] in found.sentence
 
 
+def test_what_cannot_be_told_is_one_sentence():
+  """Of a small model at two seeds 20 classes are unknown, which is one thing to do."""
+  known = {
+    "q": [0.5, 0.52, 0.48],
+    "o": [0.0, 0.1, 0.05],
+    "w2": [-2.0, 2.0, 1.0],
+    "k": [0.5, -0.5, 0],
+  }
+  slopes = [
+    coords.Slope("adamw", "width", name, coords._interval(np.array(values)), (-0.25, 0.25))
+    for name, values in known.items()
+  ]
+  out, unknown = coords.failures(slopes)
+  assert out.startswith("q is out over width with adamw: slope +0.50 [+0.45, +0.55]")
+  assert unknown.startswith("2 slopes of 4 cannot be told") and "raise coords.seeds" in unknown
+  assert "The widest: w2 cannot be told" in unknown
+  assert coords.failures(slopes[1:2]) == []
+
+
 @pytest.mark.parametrize("effect", [0.0, np.nan, np.inf])
 def test_an_effect_that_is_none_has_no_slope(effect):
   assert np.isnan(coords._slope((2, 4), (1.0, effect)))
