@@ -220,9 +220,12 @@ def _result(
 
 
 def _difference(live: Live, tag: str, pairs: Sequence[tuple[Run, Run]]) -> Json | None:
-  """b − a of a tag at the steps that all pairs have: each seed's, the mean and its 95 % band."""
-  logged = [[live.file(run.id).read([tag]).get(tag) for run in pair] for pair in pairs]
-  logged = [pair for pair in logged if None not in pair]
+  """b − a of a tag at the steps that all pairs which logged it have: each seed's, of whom, the mean
+  and its 95 % band.
+  """
+  every = {a.seed: [live.file(run.id).read([tag]).get(tag) for run in (a, b)] for a, b in pairs}
+  of_seed = {seed: pair for seed, pair in every.items() if None not in pair}
+  logged = list(of_seed.values())
   if not logged:
     return None
   steps = logged[0][0].step
@@ -238,6 +241,7 @@ def _difference(live: Live, tag: str, pairs: Sequence[tuple[Run, Run]]) -> Json 
   half = student_t(0.975, n - 1) * seeds_N.std(0, ddof=1) / math.sqrt(n) if n > 1 else None
   return {
     "steps": steps.tolist(),
+    "of": list(of_seed),
     "seeds": seeds_N.tolist(),
     "mean": mean.tolist(),
     "low": None if half is None else (mean - half).tolist(),

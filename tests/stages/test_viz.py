@@ -216,6 +216,16 @@ def test_a_comparison_is_paired_by_seed_and_has_students_band(client, ids):
   assert "error" in seen["changes"], "this TOML is half a configuration"
 
 
+def test_a_difference_names_the_pairs_that_logged_it(client, root, ids):
+  """Not the seeds of all pairs: one whose metrics are gone has no curve."""
+  Root(root).metrics(ids["variant", 0], 0).unlink()
+  sides = (",".join(ids[arm, seed] for seed in range(3)) for arm in ("baseline", "variant"))
+  answer = client.get("/api/compare", params=dict(zip("ab", sides, strict=True))).json()
+  curve = answer["curves"]["val/bpb"]
+  assert answer["seeds"] == [0, 1, 2] and curve["of"] == [1, 2]
+  np.testing.assert_allclose([of[-1] for of in curve["seeds"]], [-0.11, -0.12], atol=1e-6)
+
+
 def test_an_experiment_tells_its_verdict_arms_and_evidence(client, ids):
   seen = client.get("/api/experiment/topk-1").json()
   assert (seen["verdict"], seen["reason"]) == ("confirmed", "by far")

@@ -240,7 +240,7 @@ def pages(ids):
       "/experiment/rate-1",
       "document.querySelector('svg.graph[data-nodes=\"3\"]') && document.querySelector('iframe') "
       "&& document.body.innerText.includes('confirmed') "
-      f"&& {panels} == 2 && document.body.innerText.includes('mean over 3 pairs of seeds') "
+      f"&& {panels} == 2 && document.body.innerText.includes(' over 3 pairs') "
       "&& /optim.dense_lr\\s+0.003\\s+0.005/.test(document.body.innerText)",
     ),
     "sweep": (

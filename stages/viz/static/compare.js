@@ -32,7 +32,7 @@ function Pair({ a, b, query }) {
     <h2>Difference by step, ${names[1]} − ${names[0]}</h2>
     ${subtracted.length === 0 ? html`<p class="soft">No curve was logged by both sides at a common step.</p>`
       : html`<p class="soft">Thick: mean over seeds, with its 95 % Student band. Thin: each seed. Below 0 is lower.</p>`}
-    <div class="panels">${subtracted.map(([tag, c]) => html`<${Difference} key=${tag} tag=${tag} curve=${c} seeds=${seeds} />`)}</div>
+    <div class="panels">${subtracted.map(([tag, c]) => html`<${Difference} key=${tag} tag=${tag} curve=${c} />`)}</div>
     <h2>Curves</h2><${CurveBar} query=${query} means=${true} />
     <${Curves} a=${state.data.a} b=${state.data.b} names=${names} query=${query} />
     <h2>Evaluation items that flipped</h2><${Flips} path=${path} ids=${[...a, ...b]} names=${names} />
@@ -97,9 +97,9 @@ function Interval({ of, d }) {
     ${d.differences.map((v) => html`<circle cx=${at(v)} cy="8" r="2.2" fill=${tone} />`)}</svg>`;
 }
 
-function Difference({ tag, curve, seeds }) {
+function Difference({ tag, curve }) {
   const x = Float64Array.from(curve.steps);
-  const thin = curve.seeds.map((y, i) => ({ y, label: `seed ${seeds[i]}`, color: grey(), alpha: 0.7, dash: [] }));
+  const thin = curve.seeds.map((y, i) => ({ y, label: `seed ${curve.of[i]}`, color: grey(), alpha: 0.7, dash: [] }));
   const band = curve.high ? [
     { y: curve.high, label: "95 % high", color: "transparent", dash: [], mute: true },
     { y: curve.low, label: "95 % low", color: "transparent", dash: [], mute: true },
@@ -108,7 +108,7 @@ function Difference({ tag, curve, seeds }) {
   const bands = curve.high ? [{ series: [n + 1, n + 2], fill: "rgba(0, 114, 178, 0.16)" }] : undefined;
   const mean = { y: curve.mean, label: "mean", color: COLORS[0], width: 2, dash: [] };
   return html`<${Lines} title=${label(tag)} x=${x} curves=${[...thin, ...band, mean]} bands=${bands} zero=${true}
-    skip=${0.1} xKind="step" note=${`now ${short(curve.mean[curve.mean.length - 1], 3)}`} />`;
+    skip=${0.1} xKind="step" note=${`now ${short(curve.mean[curve.mean.length - 1], 3)} over ${counted(curve.of.length, "pair")}`} />`;
 }
 
 function Curves({ a, b, names, query }) {
@@ -135,8 +135,8 @@ export function Apart({ a, b, names, children }) {
       ${data && html`<h2>What differs between them</h2><${Changes} changes=${data.changes} names=${names} />`}</div>
     <div><${Failed} state=${state} />${data && html`<h2 class="first">${names[1]} − ${names[0]} by step</h2>
       ${subtracted.length === 0 ? html`<p class="soft">No curve was logged by both sides at a common step.</p>`
-        : html`<p class="soft">Thick: mean over ${counted(data.seeds.length, "pair")} of seeds, with its 95 % Student band. Thin: each pair.</p>`}
-      <div class="panels">${subtracted.map(([tag, c]) => html`<${Difference} key=${tag} tag=${tag} curve=${c} seeds=${data.seeds} />`)}</div>`}</div></div>`;
+        : html`<p class="soft">Thick: mean over pairs of one seed, with its 95 % Student band from two pairs on. Thin: each pair.</p>`}
+      <div class="panels">${subtracted.map(([tag, c]) => html`<${Difference} key=${tag} tag=${tag} curve=${c} />`)}</div>`}</div></div>`;
 }
 
 export function Changes({ changes, names }) {

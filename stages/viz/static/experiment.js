@@ -42,7 +42,7 @@ export function Experiment({ id, data }) {
 
 function ended(e) {
   const runs = e.arms.flatMap((arm) => arm.runs), over = runs.filter((r) => ["completed", "failed"].includes(r.status));
-  return runs.length ? `: ${over.length} of the ${counted(runs.length, "run")} begun ended` : "";
+  return runs.length ? `: ${over.length} of ${counted(runs.length, "run")} ${over.length === 1 ? "has" : "have"} ended` : "";
 }
 
 // An arm against the first: which is ahead, whether it is noise, what differs.
