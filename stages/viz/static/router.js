@@ -40,8 +40,8 @@ function Layers({ id, query, layers, tags, names }) {
   return html`<h1>Router of <span class="mono">${id}</span></h1>
     <${Troubles} ids=${[id]} />
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
-    <${Facts} pairs=${[[noun(layers.length, "MoE layer"), layers.length], ["fullest expert over mean, worst layer now", short(last[worst], 3)],
-      ["that layer", layers[worst]], ["layer shown below", layer]]} />
+    <${Facts} pairs=${[[noun(layers.length, "MoE layer"), layers.length], ["fullest expert over mean now", short(last[worst], 3)],
+      ["in this layer", layers[worst]], ["layer shown below", layer]]} />
     <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", `${short(top, 3)} × mean, log scale`]}
       rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => Math.log2(v) / Math.log2(top)} stops=${rising()} cell=${18}
       rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 3)} picked=${layers.indexOf(layer)}
