@@ -17,6 +17,15 @@ SHIPPED = [  # what describes a run, and neither a mixture nor a sweep
   if not tomli.loads(path.read_text()).keys() & {"source", "sweep", "mix"}
 ]
 
+YARN = {  # rope_scaling of a HuggingFace configuration
+  "rope_type": "yarn",
+  "rope_theta": 1e4,
+  "factor": 4.0,
+  "original_max_position_embeddings": 8,
+  "mscale": 1.0,
+  "mscale_all_dim": 1.0,
+}
+
 TINY = """
 [experiment]
 name = "tiny"

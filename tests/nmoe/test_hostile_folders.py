@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from model_configs import tiny
+from model_configs import YARN, tiny
 from safetensors.torch import save_file
 
 from kernels import reference
@@ -23,14 +23,6 @@ from nmoe.records.root import Root
 pytestmark = pytest.mark.faults
 CONFIG = tiny()
 NORM = "model.norm.weight"
-YARN = {
-  "rope_type": "yarn",
-  "rope_theta": 1e4,
-  "factor": 4.0,
-  "original_max_position_embeddings": 8,
-  "mscale": 1.0,
-  "mscale_all_dim": 1.0,
-}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from labs import same_bits, whole_experts
-from model_configs import tiny
+from model_configs import YARN, tiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -257,14 +257,6 @@ def test_numbers_that_cannot_be_the_model_s_are_refused_and_nothing_is_left(tmp_
   assert not list(root.imports.iterdir())
 
 
-YARN = {
-  "rope_type": "yarn",
-  "rope_theta": 1e4,
-  "factor": 4.0,
-  "original_max_position_embeddings": 8,
-  "mscale": 1.0,
-  "mscale_all_dim": 1.0,
-}
 CONTRADICTIONS = {
   "llama": ({"model_type": "llama"}, "model_type = 'llama' is another architecture"),
   "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu', our model has 'silu'"),
