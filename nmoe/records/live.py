@@ -36,6 +36,7 @@ from nmoe.records.root import Root
 from nmoe.records.snapshot import LiveReader, Snapshot
 
 OPEN_TIMEOUT_S = 1.0  # a trainer's flush takes a tenth of it
+RENEWED = 200  # files that one database in memory attaches: some kilobytes of each stay with it
 LIVENESS_S = 5.0  # between two looks at the locks of running runs
 OVERVIEW = (  # what a table of runs shows, and so is read of every file at once
   "train/loss",
@@ -99,8 +100,8 @@ class Opener:
   @contextmanager
   def opened(self, path: Path, timeout_s: float) -> Iterator[duckdb.DuckDBPyConnection]:
     """The open file; waits so long for a trainer that is writing to it."""
-    name = f"file_{next(self._numbers)}"
-    db = self._cursor()
+    number = next(self._numbers)
+    name, db = f"file_{number}", self._cursor(number)
     try:
       _attach(db, path, name, timeout_s)
       try:
@@ -116,9 +117,9 @@ class Opener:
     finally:
       db.close()
 
-  def _cursor(self) -> duckdb.DuckDBPyConnection:
+  def _cursor(self, number: int) -> duckdb.DuckDBPyConnection:
     with self._lock:
-      if self._memory is None:
+      if self._memory is None or number % RENEWED == 0:
         self._memory = duckdb.connect(config={"threads": 1})
       return self._memory.cursor()
 
