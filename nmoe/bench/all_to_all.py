@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.ops import Layout, Ops, Recipe
+from nmoe.distributed.streams import beside, join
 
 
 class _Permute(torch.autograd.Function):
@@ -98,16 +99,14 @@ class AllToAll:
     y_TD = ops.combine(y_TKD, gate)
     if shared_TD is None:
       return y_TD
-    if self.side is not None:
-      torch.cuda.current_stream().wait_stream(self.side)
+    join(self.side)
     return y_TD + shared_TD
 
   def _shared_experts(self, x: Tensor) -> Tensor | None:
     """The shared experts, on their own stream; autograd runs their backward pass there too."""
-    if self.shared is None or self.side is None:
-      return None if self.shared is None else self.shared(x)
-    self.side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(self.side):
+    if self.shared is None:
+      return None
+    with beside(self.side):
       return self.shared(x)
 
 

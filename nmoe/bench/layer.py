@@ -6,7 +6,7 @@ count the slowest rank's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from nmoe.bench.all_to_all import AllToAll, offsets
 from nmoe.config.parameters import parameter_dtype
 from nmoe.config.sections import Config
 from nmoe.distributed.parallel import Parallel
+from nmoe.distributed.streams import beside, join
 from nmoe.errors import CommError, ConfigError
 from nmoe.machine.target import Target
 from nmoe.train.clock import Clock
@@ -57,25 +58,6 @@ def temporarily(thing: object, **values: Any) -> Iterator[None]:
   finally:
     for name, value in before.items():
       setattr(thing, name, value)
-
-
-@contextmanager
-def beside(lane: torch.cuda.Stream | None) -> Iterator[None]:
-  """Work inside comes after all so far and runs beside what follows, until `join`; without a lane
-  in turn.
-  """
-  if lane is None:
-    yield
-    return
-  lane.wait_stream(torch.cuda.current_stream())
-  with torch.cuda.stream(lane):
-    yield
-
-
-def join(lanes: Sequence[torch.cuda.Stream | None]) -> None:
-  for lane in lanes:
-    if lane is not None:
-      torch.cuda.current_stream().wait_stream(lane)
 
 
 class Bench:
@@ -146,7 +128,8 @@ class Bench:
       if rank != self.rdep.rank:
         with beside(self.lanes[rank]):
           _fill(peer.row_CD, sets[i].x_TD, rows)
-    join(self.lanes)
+    for lane in self.lanes:
+      join(lane)
     self.clock.start("between")
 
   def layer(self, forward: Callable, sets: list[Inputs], i: int) -> None:

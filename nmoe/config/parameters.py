@@ -167,7 +167,8 @@ def owners(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[dict[str, 
 
 def _divided(rows: int, room: Sequence[float]) -> list[Span]:
   """The rows [0, rows) in proportion to each one's room, to the nearest row."""
-  stops = [round(rows * part / sum(room)) for part in accumulate(room)]
+  reached = list(accumulate(room))
+  stops = [round(rows * part / reached[-1]) for part in reached]
   return list(pairwise((0, *stops[:-1], rows)))
 
 

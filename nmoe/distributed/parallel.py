@@ -27,6 +27,7 @@ from nmoe.config.parameters import Span, owned_rows, parameter_shapes
 from nmoe.config.sections import Config
 from nmoe.distributed.meeting import Meeting
 from nmoe.distributed.rdep import Passes, Rdep
+from nmoe.distributed.streams import beside, join
 from nmoe.errors import CommError, ConfigError
 from nmoe.machine.target import Target
 from nmoe.wording import counted
@@ -201,7 +202,7 @@ class Parallel:
       return passes()
 
     def forget_all() -> None:
-      self._join()  # with sums that read the gradients
+      join(self.side)  # with sums that read the gradients
       forget()
 
     return self.rdep.run(passes, forget_all)
@@ -226,7 +227,7 @@ class Parallel:
         for number, first in enumerate(part.block)
         if first >= block
       }
-      with self._beside():
+      with beside(self.side):
         self._reduce(sorted(ready - self.reduced), params)
 
     return reduce_from
@@ -236,7 +237,7 @@ class Parallel:
     """Make the gradients of the owned rows those of the global batch; the others are spent."""
     every = {(i, n) for i, part in enumerate(self.shared) for n in range(len(part.buckets))}
     self._reduce(sorted(every - self.reduced), dict(model.named_parameters()))
-    self._join()
+    join(self.side)
     self.reduced = set()
 
   def _reduce(self, which: list[tuple[int, int]], params: Mapping[str, nn.Parameter]) -> None:
@@ -247,20 +248,6 @@ class Parallel:
       grads = {p.name: params[p.name].grad for p in part.buckets[number]}
       part.reduce_bucket(number, grads, self.own)
       self.reduced.add((i, number))
-
-  @contextmanager
-  def _beside(self) -> Iterator[None]:
-    """Work inside comes after all so far, and beside what follows, until `_join`."""
-    if self.side is None:
-      yield
-      return
-    self.side.wait_stream(torch.cuda.current_stream(self.side.device))
-    with torch.cuda.stream(self.side):
-      yield
-
-  def _join(self) -> None:
-    if self.side is not None:
-      torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
   @torch.no_grad()
   def send_weights(self, model: nn.Module) -> None:

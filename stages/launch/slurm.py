@@ -22,6 +22,10 @@ MARGIN_S = 60  # Slurm sends a signal up to this much late
 SUBMIT_S = 60
 
 
+def name(run_id: str) -> str:
+  return f"nmoe-{run_id}"
+
+
 def script(
   config: Config, run_id: str, root: Path, python: str = sys.executable, preflight: bool = False
 ) -> str:
@@ -59,7 +63,7 @@ def options(config: Config, run_id: str, root: Path) -> list[str]:
   """What sbatch is asked for, without the dashes."""
   s = config.slurm
   found = [
-    f"job-name=nmoe-{run_id}",
+    f"job-name={name(run_id)}",
     "dependency=singleton",
     f"nodes={config.nodes}",
     "ntasks-per-node=1",
@@ -79,7 +83,7 @@ def options(config: Config, run_id: str, root: Path) -> list[str]:
 
 def queued(run_id: str) -> str:
   """The ids of a run's jobs in Slurm's queue, "" if it has none. RunError without Slurm."""
-  done = _asked("squeue", "--noheader", f"--name=nmoe-{run_id}", "--format=%i")
+  done = _asked("squeue", "--noheader", f"--name={name(run_id)}", "--format=%i")
   if done.returncode:
     raise RunError(f"squeue failed: {done.stderr.strip()}; is Slurm's controller up?")
   return " ".join(done.stdout.split())

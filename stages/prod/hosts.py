@@ -48,8 +48,8 @@ def job_of(config: Config, run_id: str) -> str:
 def withdrawn(config: Config, run_id: str) -> str:
   """How a job of a run that has not begun yet is taken back, in words; "": no engine has jobs."""
   commands = {
-    "slurm": f"scancel --name=nmoe-{run_id}",
-    "jobset": f"kubectl --namespace {config.jobset.namespace} delete jobset nmoe-{run_id}",
+    "slurm": f"scancel --name={slurm.name(run_id)}",
+    "jobset": f"kubectl --namespace {config.jobset.namespace} delete jobset {jobset.name(run_id)}",
   }
   command = commands.get(config.launch.engine, "")
   return f"; `{command}` takes a job back that waits" if command else ""

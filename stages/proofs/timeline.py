@@ -64,12 +64,13 @@ def divided(events: Iterable[Mapping[str, Any]]) -> Timeline | None:
   scale, parts, before, covered = 1e-3 / len(steps), {}, [], 0.0
   for part in PARTS:
     before += [span for found in spans[part].values() for span in found]
-    parts[part] = (length(before) - covered) * scale
-    covered = length(before)
+    reached = length(before)
+    parts[part], covered = (reached - covered) * scale, reached
   whole = max(end for _, end in before) - min(begin for begin, _ in before)
   parts[IDLE] = (whole - covered) * scale
   main = [s for part in MAIN for found in spans[part].values() for s in found]
-  alone = {name: length(main + found) - length(main) for name, found in spans[OTHER].items()}
+  hidden = length(main)
+  alone = {name: length(main + found) - hidden for name, found in spans[OTHER].items()}
   exposed = {name: us * scale for name, us in sorted(alone.items(), key=lambda item: -item[1])}
   return Timeline(whole * scale, parts, exposed, len(before) / len(steps), waits / len(steps))
 
