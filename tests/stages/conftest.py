@@ -1,8 +1,11 @@
-"""For tests of what a browser shows a page of its own, of the usual size; for others no report."""
+"""What tests of the stages share: a browser's page of the usual size, a report that costs nothing,
+the records of a lab's attempts.
+"""
 
 import pytest
 from chrome import chrome
 
+from nmoe.records.attempts import Attempts
 from stages import runs
 
 
@@ -18,3 +21,10 @@ def no_page(lab, monkeypatch):
   """A report that costs nothing."""
   page = lab.root / "reports" / "index.html"
   monkeypatch.setattr(runs, "write_report", lambda root, experiment: page)
+
+
+@pytest.fixture
+def records(lab):
+  found = Attempts(lab.root)
+  yield found
+  found.close()
