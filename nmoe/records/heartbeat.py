@@ -1,6 +1,6 @@
 """The file by which a production run says that it lives: `{root}/runs/RUN/heartbeat.json`.
 
-Rank 0 rewrites it at each log and each change of state.
+Rank 0 rewrites it at each log, each change of state and, between them, at a step every few seconds.
 """
 
 from __future__ import annotations

@@ -164,8 +164,10 @@ def _frames(text: str) -> list[tuple[str, str, str]]:
 
 def suspect(ranks: Sequence[LastWords]) -> tuple[int, str]:
   """The rank at fault and why; -1 if none stands out."""
+  if len(ranks) == 1:
+    return ranks[0].rank, f"the only rank: {_told(ranks[0])}"
   silent = [one for one in ranks if one.silent]
-  if len(silent) == 1 and len(ranks) > 1:
+  if len(silent) == 1:
     return silent[0].rank, "it ended without a word, the others say why they ended"
   spoke = [one for one in ranks if one.stack]
   busy = [one for one in spoke if not one.waits]
@@ -176,3 +178,9 @@ def suspect(ranks: Sequence[LastWords]) -> tuple[int, str]:
   if len(odd) == 1 and len(spoke) > 2:
     return odd[0].rank, f"it alone was at {odd[0].stack[0]}"
   return -1, "no rank stands out"
+
+
+def _told(one: LastWords) -> str:
+  if one.silent:
+    return "it ended without a word"
+  return f"it was at {one.stack[0]}" if one.stack else one.log[-1]

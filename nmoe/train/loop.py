@@ -73,7 +73,7 @@ from nmoe.train.schedule import end_of, lr_factor, tokens_of
 from nmoe.train.session import Session, TrainState, nothing
 from nmoe.train.startup import StartUp, parser
 from nmoe.train.watch import StepValues, Watch
-from nmoe.train.watchdog import Watchdog
+from nmoe.train.watchdog import START_S, Watchdog
 
 Opened = Callable[..., PreparedData]  # nmoe.data.prepared.open_data, or one that remembers
 
@@ -320,6 +320,7 @@ def execute(
       results = watched(session, state)
   finally:
     faulthandler.cancel_dump_traceback_later()
+  progress.enter("stopping", START_S)  # nothing but its records has a deadline now
   ranks.close()
   if experiments is not None:
     newest()

@@ -21,6 +21,7 @@ from nmoe.records.root import AMEND, STOP
 INTERRUPTED = 75  # it was told to stop and can be resumed (EX_TEMPFAIL)
 FAILED_FOR_GOOD = 76  # another try would end alike, as long as the cause stands
 LINE_S = 20.0  # a log gets a line at least this often, as long as steps are logged
+BEAT_S = 5.0  # and the heartbeat a sign, as long as steps are begun
 
 
 class Progress:
@@ -36,7 +37,7 @@ class Progress:
     self._line = -LINE_S
     self.before = None if heartbeat is None else Heartbeat.read(heartbeat)
     self._entry = Entry(0, 0, 0.0, 0.0, 0.0) if self.before is None else self.before.entry
-    self._state, self._limit_s = "", 0.0
+    self._state, self._limit_s, self._beaten = "", 0.0, 0.0
     if fd is not None:
       os.set_blocking(fd, False)
 
@@ -61,10 +62,12 @@ class Progress:
     return self.tell(entry._asdict())
 
   def enter(self, state: str, limit_s: float = 0.0) -> None:
-    """The run is in one of nmoe.records.heartbeat.STATES from now on, for limit_s at most."""
-    self._limit_s = limit_s
-    if state != self._state:
-      self._state = state
+    """The run is in one of nmoe.records.heartbeat.STATES from now on, or begins another step in it;
+    for limit_s at most.
+    """
+    told = state == self._state and limit_s <= self._limit_s
+    self._state, self._limit_s = state, limit_s
+    if not told or time.monotonic() - self._beaten >= BEAT_S:
       self._beat()
 
   def _beat(self) -> bool:
@@ -74,6 +77,7 @@ class Progress:
     last = Heartbeat.read(self.heartbeat)
     if last is not None and last.attempt > self.attempt:
       return False
+    self._beaten = time.monotonic()
     self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
     said = (time.time(), socket.gethostname(), os.getpid(), self.attempt)
     Heartbeat(self._entry, *said, self._state, self._limit_s).write(self.heartbeat)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -38,9 +38,11 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
+from nmoe.errors import RecordError
 from nmoe.machine import gpus
 from nmoe.records import launches, postmortem
 from nmoe.records.attempts import History
+from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.launches import Launch
 from nmoe.records.root import Root
 from stages.launch import notify
@@ -53,6 +55,7 @@ LOOK_S = 0.5  # ranks are looked at this often
 LEAVE_S = 3.0  # ranks that miss one may take this long to say why they end
 STACKS_S = 1.0  # and this long to write their stacks
 LOOK_GPUS_S = 12.0  # and GPUs may take this long to say how they are, beside all of it
+MISSED_S = 10.0  # a rank that passed its own deadline may take this long to end by it
 GONE_S = 30.0  # what is killed may take this long to give a GPU's memory back
 
 
@@ -141,19 +144,50 @@ class Sign:
       self._say()
 
 
+class Pulse:
+  """The signs of rank 0, if it is of this host, by the clock of this process alone.
+
+  A process that is stopped does not hear its own deadline (nmoe.train.watchdog). Who waits for it
+  ends at his; where all are stopped, or there is no other, nobody does.
+  """
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._last: Heartbeat | None = None
+    self._since = 0.0
+
+  def missed_s(self, ranks: Collection[int]) -> float:
+    """Seconds since the last sign of rank 0, one of these processes, if it should have ended by
+    itself meanwhile; else 0.
+    """
+    now = time.monotonic()
+    try:
+      found = Heartbeat.read(self.path)
+    except (RecordError, OSError):
+      found = None  # rank 0 itself says what is wrong with it
+    if found != self._last:
+      self._last, self._since = found, now
+    if found is None or found.host != socket.gethostname() or found.pid not in ranks:
+      return 0.0
+    age_s = now - self._since
+    return age_s if age_s > found.limit_s + MISSED_S else 0.0
+
+
 class Agent(LocalElasticAgent):
   """torch's agent, which does not wait for ranks that wait for a lost one."""
 
-  def __init__(self, spec: WorkerSpec, logs: Logs, looks: Looks, sign: Sign):
+  def __init__(self, spec: WorkerSpec, logs: Logs, looks: Looks, sign: Sign, pulse: Pulse):
     super().__init__(spec, logs, shutdown_timeout=SAVE_S)
-    self.logs, self.looks, self.sign = logs, looks, sign
+    self.logs, self.looks, self.sign, self.pulse = logs, looks, sign, pulse
 
   def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
     ranks = self._ranks()
     lost = {number: rank for number, rank in enumerate(ranks) if rank.poll()}
     for number, rank in lost.items():
       sys.stderr.write(f"local rank {number}, pid {rank.pid}: exit status {rank.returncode}\n")
-    if lost:
+    if missed_s := self.pulse.missed_s([rank.pid for rank in ranks]):
+      sys.stderr.write(f"rank 0 gave no sign for {missed_s:.0f} s, and its deadline is over\n")
+    if lost or missed_s:
       self._end(ranks)
     self.looks.when_asked()
     return super()._monitor_workers(worker_group)
@@ -221,8 +255,9 @@ def made(config: Config, options: argparse.Namespace, sign: Sign) -> Agent:
     monitor_interval=LOOK_S,
     local_addr=options.address,
   )
+  pulse = Pulse(Root(options.root).heartbeat(options.run))
   looks = Looks(options, config.target.arch)
-  return Agent(spec, Logs(str(logs), redirects=Std.ALL), looks, sign)
+  return Agent(spec, Logs(str(logs), redirects=Std.ALL), looks, sign, pulse)
 
 
 def command(options: argparse.Namespace) -> list[str]:

@@ -27,6 +27,7 @@ warmup_tokens = {batch}
 """
 HANG_S = 8.0
 AGAIN_S = 15.0  # from there to training again
+MISSED_S = 10.0  # after its own deadline, which it cannot hear, its agent ends a rank
 
 
 def often(ranks: int, steps: int) -> str:
@@ -70,3 +71,20 @@ def test_four_ranks_at_any_moment(tmp_path):
   keys |= {"schedule__total_tokens": steps * 2048, "schedule__warmup_tokens": 2048}
   wanted = undisturbed(tmp_path / "undisturbed", steps, **keys)
   assert same_bits(state_of(production.root, production.run_id(), steps), wanted)
+
+
+def test_the_only_rank(tmp_path):
+  """Nobody waits for it, and its own deadline is stopped with it: its agent misses its sign."""
+  production = Production(tmp_path, often(1, 150))
+  production.wait_for(40)
+  os.kill(production.rank(0), signal.SIGSTOP)
+  again_s = HANG_S + MISSED_S + AGAIN_S
+  wait_until(lambda: restarts(production) == 1, again_s, "trains again")
+  assert production.events()[-1].detail["suspect"] == 0
+  code, out = production.end()
+  assert code == 0, out
+  (tmp_path / "undisturbed").mkdir()
+  keys = {"launch__ranks": 1, "schedule__batch_tokens": 512, "train__checkpoint_every": 5}
+  keys |= {"schedule__total_tokens": 150 * 512, "schedule__warmup_tokens": 512}
+  wanted = undisturbed(tmp_path / "undisturbed", 150, **keys)
+  assert same_bits(state_of(production.root, production.run_id(), 150), wanted)

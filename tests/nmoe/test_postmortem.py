@@ -59,7 +59,9 @@ WAITS = ("/lib/torch/distributed/c10d.py:9 all_reduce", "loop.py:3 train")
     ([words(0, *WAITS), words(1, *WAITS)], -1),
     ([words(0, *WAITS), words(1, "/lib/torch/distributed/c10d.py:5 recv"), words(2, *WAITS)], 1),
     ([words(0), words(1)], -1),
-    ([words(0, "x.py:1 f")], -1),
+    ([words(0, "x.py:1 f")], 0),  # there is no other
+    ([words(0)], 0),
+    ([], -1),
   ],
 )
 def test_the_suspect(ranks, rank):
