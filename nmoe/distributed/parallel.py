@@ -34,6 +34,9 @@ from nmoe.wording import counted
 
 SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
 BUCKET = 16 * 2**20  # elements of one collective: 64 MiB of fp32 gradients
+RENAMED = hasattr(dist, "all_gather_single")  # by torch 2.13, which warns of the names before
+all_gather = dist.all_gather_single if RENAMED else dist.all_gather_into_tensor
+reduce_scatter = dist.reduce_scatter_single if RENAMED else dist.reduce_scatter_tensor
 
 
 class Piece(NamedTuple):
@@ -109,7 +112,7 @@ class Shared:
     _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
     if total is not None:
       total += bucket_NC.sum()
-    dist.reduce_scatter_tensor(bucket_NC[self.member], bucket_NC.view(-1), group=self.group)
+    reduce_scatter(bucket_NC[self.member], bucket_NC.view(-1), group=self.group)
     mine = [p for p in pieces if p.owner == self.member]
     _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
 
@@ -119,9 +122,7 @@ class Shared:
     bucket_NC = self._bucket(pieces, weights, weights[pieces[0].name].dtype)
     mine = [p for p in pieces if p.owner == self.member]
     _copy([p.inside(bucket_NC) for p in mine], [p.of(weights) for p in mine])
-    work = dist.all_gather_into_tensor(
-      bucket_NC.view(-1), bucket_NC[self.member], group=self.group, async_op=True
-    )
+    work = all_gather(bucket_NC.view(-1), bucket_NC[self.member], group=self.group, async_op=True)
     others = [p for p in pieces if p.owner != self.member]
     rows, told = [p.of(weights) for p in others], [p.inside(bucket_NC) for p in others]
     return Arriving(self.block[number], work, rows, told)

@@ -12,6 +12,8 @@ import pytest
 from labs import same_bits
 from productions import REPO, Production, kinds, state_of, undisturbed, wait_until
 
+from nmoe.records.root import Root
+
 pytestmark = pytest.mark.faults
 STEPS = 80
 SHORT = f"[schedule]\ntotal_tokens = {STEPS * 1024}\n"
@@ -45,6 +47,8 @@ def test_a_killed_rank(tmp_path, rank):
   assert restart.detail["suspect"] == rank, restart.detail
   assert "1 attempt, 1 restart within it" in out
   assert "production: attempt 1 lost ranks, 1 time so far" in out
+  logs = Root(production.root).logs(production.run_id()).rglob("stderr.log")
+  assert not any("Warning" in log.read_text() for log in logs)  # they would hide its last words
   (tmp_path / "undisturbed").mkdir()
   wanted = undisturbed(tmp_path / "undisturbed", STEPS)
   assert same_bits(state_of(production.root, production.run_id(), STEPS), wanted)
