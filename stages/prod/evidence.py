@@ -67,7 +67,7 @@ def evidence(
   found = [_cited(config, name, records) for name in config.prod.evidence]
   if not found:
     found.append(
-      Evidence("evidence", "", 'prod.evidence cites no experiment; add one: evidence = ["NAME"]')
+      Evidence("prod.evidence", "", 'it cites no experiment; add one: evidence = ["NAME"]')
     )
   for name, command in CHECKS.items():
     if name != "check-ep" or config.launch.ranks > 1:

@@ -219,14 +219,15 @@ def _time(p: Plan, path: Path) -> list[tuple[str, str, str]]:
     ("tokens/s", f"{p.rate.value:,.0f}", p.rate.source),
     ("wall time", _long(p.train_s / share), work),
     ("device hours", _count(hours * c.launch.ranks / share), f"{share:.2%} of the time trains"),
-    ("failures", f"{_count(p.train_s / p.mttf.value)} in that time", p.mttf.source),
+    ("failures", f"{_count(p.train_s / p.mttf.value)} in that time", "one a time between failures"),
   ]
 
 
 def _saving(p: Plan) -> list[tuple[str, str, str]]:
   every = p.config.train.checkpoint_every
-  young = f"Young: sqrt(2 · stall · {_long(p.mttf.value)} between failures)"
+  young = "Young: sqrt(2 · stall · time between failures)"
   rows = [
+    ("between failures", _long(p.mttf.value), p.mttf.source),
     ("checkpoint stall", f"{p.stall.value:.3g} s", p.stall.source),
     ("best interval", _interval(p.interval_s, p.interval_steps), young),
   ]

@@ -104,7 +104,7 @@ def test_the_gate(lab, records):
   assert set(lacks(lab, records, prod__evidence=["better"]).values()) == {""}
   conclude(lab, records, "check", "prod-check-x", "refuted")
   assert "did not pass" in lacks(lab, records)["prod-check"]
-  assert "cites no experiment" in lacks(lab, records)["evidence"]
+  assert "cites no experiment" in lacks(lab, records)["prod.evidence"]
 
 
 @pytest.mark.parametrize(

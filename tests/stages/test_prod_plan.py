@@ -120,6 +120,7 @@ def test_every_configuration_plans(path, monkeypatch, tmp_path):
   found = show(path, Console(file=out, width=160))
   assert [one.what for one in found.evidence if one.lack][-1] == "prod-check"
   assert "storage rate" in out.getvalue() and not (tmp_path / "root").exists()
+  assert "6.5 failures in 1,000 days of a host" in out.getvalue()  # also where no rate is known
 
 
 def test_a_plan_needs_no_torch(tmp_path):
