@@ -15,13 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from nmoe.errors import RecordError
-from nmoe.records import goodput
+from nmoe.records import condition, goodput
+from nmoe.records.condition import ago
 from nmoe.records.live import Live, Logged
 from nmoe.records.measures import MEASURES
 from nmoe.records.reader import Run
 from nmoe.records.snapshot import Snapshot
+from nmoe.wording import counted
 from stages.text import plain, rounded, visible
-from stages.viz.answers import leaves
+from stages.viz.answers import STARTS, leaves, starts
 from stages.viz.ranks import latest
 
 FIGURES = {  # tag -> format of its last value, factor, label where it is no measure
@@ -42,6 +44,8 @@ MOST_LESS = 3 + len(FIGURES) + TASKS  # lines that a picture can do without
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 72  # of a curve at most, in characters
 BESIDE = 42  # what stands before a curve
+ROOMY, ENDS = 100, 22  # columns from which on a curve's ends stand beside it, in so many
+LATE_S = 30.0  # a last line may always be so old
 
 
 def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0) -> None:
@@ -59,7 +63,7 @@ def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0
         time.sleep(every_s)
         seen = live.snapshot()
         run = find(seen, run.id)
-      screen.update(picture(live, seen, run, console.width), refresh=True)
+      screen.update(fitting(live, seen, run, console), refresh=True)
     return
   console.print(picture(live, seen, run, console.width))
   if run.live:
@@ -102,7 +106,8 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int, less: int = 0) -> 
   file = live.file(run.id)
   tags = file.tags()
   tasks = [tag for tag in tags if TASK.fullmatch(tag)]
-  logged = file.read([*FIGURES, *goodput.LOGGED, *_tags(tags, "time/"), *_loads(tags), *tasks])
+  wanted = [*FIGURES, *goodput.LOGGED, *STARTS, *_tags(tags, "time/"), *_loads(tags), *tasks]
+  logged = file.read(wanted)
   empty = [] if less else [Text()]
   named = len(_tasks(_measured(seen, run, logged)))
   most = max(3, min(named, TASKS) - max(0, less - 2))
@@ -113,12 +118,16 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int, less: int = 0) -> 
   trouble = live.trouble(run)
   parts += [plain(run.error, "red")] if run.error else []
   parts += [plain(trouble, "dim" if run.live else "red")] if trouble else []
+  if run.status == "interrupted" and run.id not in seen.history:
+    parts.append(plain("its process ended; the same command goes on with it", "yellow"))
   if "train/loss" in logged:
-    wide = max(8, min(WIDTH, width - BESIDE))
+    roomy = width >= ROOMY
+    wide = max(8, min(WIDTH, width - BESIDE - roomy * ENDS))
     parts += [
       _progress(run, logged, max(8, min(wide, width - 62))),
+      *_resumed(logged),
       *empty,
-      _figures(logged, wide, figures),
+      _figures(logged, wide, figures, roomy),
       *empty,
     ]
     parts += _phases({tag: logged[tag] for tag in _tags(tags, "time/") if tag in logged})
@@ -138,14 +147,31 @@ def _loads(tags: Sequence[str]) -> list[str]:
 
 
 def _head(run: Run, loss: Logged | None) -> Text:
-  age = "" if loss is None else f", last line {time.time() - loss.time[-1]:,.0f} s ago"
-  tone = {"completed": "green", "failed": "red", "running": "blue"}.get(run.status, "yellow")
+  tone = {"completed": "green", "failed": "red", "running": "cyan"}.get(run.status, "yellow")
   return Text.assemble(
     (run.id, "bold"),
     visible(f"  {run.experiment_id} · {run.arm} · seed {run.seed}  "),
     (run.status, tone),
-    age if run.status == "running" else "",
+    _age(loss) if run.status == "running" and loss is not None else "",
   )
+
+
+def _age(loss: Logged) -> tuple[str, str]:
+  """Of the last line; yellow where it is much older than such lines are apart."""
+  age_s = time.time() - loss.time[-1]
+  apart_s = float(np.median(np.diff(loss.time[-20:]))) if len(loss.time) > 1 else 0.0
+  return f", last line {age_s:,.0f} s ago", "yellow" if age_s > max(LATE_S, 10 * apart_s) else ""
+
+
+def _resumed(logged: dict[str, Logged]) -> list[Text]:
+  """When the run last went on after its process ended."""
+  found = starts({tag: logged[tag] for tag in ("train/loss", *STARTS) if tag in logged})
+  if not found:
+    return []
+  last, more = found[-1], len(found) - 1
+  back = f", {counted(int(last['rewound']), 'step')} back" if last["rewound"] else ""
+  text = f"resumed at step {last['step']:,}{back}, {ago(last['when'])}"
+  return [plain(text + (f"; {counted(more, 'time')} before" if more else ""), "dim")]
 
 
 def _progress(run: Run, logged: dict[str, Logged], wide: int) -> Table:
@@ -163,7 +189,7 @@ def _left(logged: dict[str, Logged], tokens: int) -> str:
   return f"{timedelta(seconds=round(tokens / rate))} left" if tokens > 0 and rate > 0 else ""
 
 
-def _figures(logged: dict[str, Logged], wide: int, most: int) -> Table:
+def _figures(logged: dict[str, Logged], wide: int, most: int, roomy: bool) -> Table:
   table = Table.grid(padding=(0, 2))
   table.add_column(width=24, no_wrap=True, overflow="ellipsis")
   table.add_column(justify="right", width=11, no_wrap=True)
@@ -172,19 +198,36 @@ def _figures(logged: dict[str, Logged], wide: int, most: int) -> Table:
     form, factor, name = FIGURES[tag]
     label = name or MEASURES[tag].label.split(",")[0]
     value = logged[tag].value
-    table.add_row(plain(label), f"{factor * value[-1]:{form}}", plain(curve(value, wide), "blue"))
+    last = plain(f"{factor * value[-1]:{form}}", "" if np.isfinite(value[-1]) else "red")
+    row = [plain(label), last, plain(curve(value, wide), "cyan")]
+    if roomy and (ends := [f"{factor * end:{form}}" for end in scale(means(value, wide))]):
+      row.append(plain(" to ".join(dict.fromkeys(ends)) if len(set(ends)) > 1 else "", "dim"))
+    table.add_row(*row)
   return table
 
 
-def curve(values: np.ndarray, width: int) -> str:
-  """The last values as blocks, from least to largest; the first twentieth sets no scale."""
+def means(values: np.ndarray, width: int) -> list[float]:
+  """The finite values as so many means at most; none of fewer than two."""
   known = values[np.isfinite(values)]
   if len(known) < 2:
+    return []
+  return [float(part.mean()) for part in np.array_split(known, min(width, len(known)))]
+
+
+def scale(parts: Sequence[float]) -> tuple[float, ...]:
+  """The least and the largest; the first twentieth sets no scale."""
+  seen = parts[len(parts) // 20 :]
+  return (min(seen), max(seen)) if seen else ()
+
+
+def curve(values: np.ndarray, width: int) -> str:
+  """The values as blocks, from least to largest."""
+  parts = means(values, width)
+  if not parts:
     return ""
-  parts = [float(part.mean()) for part in np.array_split(known, min(width, len(known)))]
-  scale = parts[len(parts) // 20 :]
-  low, span = min(scale), max(scale) - min(scale)
-  places = (round(7 * (min(max(v, low), low + span) - low) / span) if span else 0 for v in parts)
+  low, high = scale(parts)
+  span = high - low
+  places = (round(7 * (min(max(v, low), high) - low) / span) if span else 0 for v in parts)
   return "".join(BLOCKS[place] for place in places)
 
 
@@ -234,7 +277,8 @@ def _production(live: Live, seen: Snapshot, run: Run, logged: dict[str, Logged])
   lost = {k: s for k, s in found.seconds.items() if s >= 0.05 and k != "stepping"}
   most = sorted(lost.items(), key=lambda item: -item[1])[:4]
   text += f" of {found.wall_s:,.0f} s" + "".join(f", {name} {s:,.1f} s" for name, s in most)
-  parts = [plain(text, "dim")]
+  state = condition.state(found)
+  parts = [*([plain(state)] if state else []), plain(text, "dim")]
   for event in events[-4:]:
     when = time.strftime("%F %T", time.gmtime(event.time))
     parts.append(

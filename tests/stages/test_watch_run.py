@@ -1,7 +1,10 @@
 """`nmoe watch`: the figures that the terminal shows are those of the records."""
 
 import io
+import math
+import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -121,6 +124,82 @@ def test_a_low_terminal_shows_what_matters_most(root, live, width, height):
   words = " ".join(text.split())
   for part in ("training loss", "rank 1 is 1 s above the median", "goodput", ": launch", "t0"):
     assert part in words, part
+
+
+def test_the_end_of_a_run_that_failed_is_on_a_low_screen_with_its_reason(root, live, monkeypatch):
+  """The last picture stays on the terminal: were it higher than that, its head would be gone."""
+  run = make(root, seeds=(0,))["variant", 0]
+  writer = Metrics(root, run)
+  writer.add(42, 4200, {tag: 1.0 for tag in FIGURES} | {f"eval/t{i}/acc": 0.5 for i in range(14)})
+  writer.flush()
+  records = Experiments(root)
+  records.update_run(run, status="failed", error="step 43: the loss is not finite")
+  records.close()
+  states = iter(("running", "failed"))
+  found = watch.find
+  monkeypatch.setattr(watch, "find", lambda *of: replace(found(*of), status=next(states)))
+  monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+  written = io.StringIO()
+  watch.watch(live, run, Console(file=written, width=80, height=20, force_terminal=True))
+  last = written.getvalue().rpartition(run)[2]
+  assert "failed" in last and "the loss is not finite" in last
+  assert last.count("\n") < 20
+
+
+def test_a_curve_has_its_ends_beside_it_where_there_is_room(root, live):
+  run = make(root, seeds=(0,), steps=range(0))["variant", 0]
+  writer = Metrics(root, run)
+  for step in range(1, 201):
+    norm = (0.5, 0.75, 0.625, 0.625)[min(step // 50, 3)]
+    writer.add(step, 100 * step, {"train/loss": 2.0, "grad_norm/all": norm, "lr/dense": 1e-3})
+  writer.flush()
+  for width in (100, 120, 200):
+    lines = [line.rstrip() for line in shown(live, run, width).splitlines()]
+    (norm,) = (line for line in lines if line.startswith("gradient norm"))
+    (rate,) = (line for line in lines if line.startswith("learning rate"))
+    assert norm.split()[2] == "0.625" and norm.endswith("0.5 to 0.75")
+    assert " to " not in rate, "a flat one has one value"
+  assert "0.5 to 0.75" not in shown(live, run, 80)
+
+
+def test_what_a_researcher_must_see_has_a_colour(root, live):
+  """A value that is not finite, and a last line that is older than lines of this run come."""
+  run = make(root, seeds=(0,), steps=range(0))["variant", 0]
+  writer = Metrics(root, run)
+  for step in range(1, 6):
+    writer.add(step, step, {"train/loss": 2.0, "grad_norm/all": math.nan})
+    writer.flush()
+  seen = live.snapshot()
+  of = replace(seen.run(run), status="running")
+  assert styles(picture(live, seen, of, 120), "nan") == {"red"}
+  assert styles(picture(live, seen, of, 120), "s ago") == {""}
+  with patch.object(watch.time, "time", return_value=time.time() + 600):
+    assert styles(picture(live, seen, of, 120), "s ago") == {"yellow"}
+
+
+def styles(drawn, words):
+  """Of the pieces of a picture in which these words stand."""
+  pieces = Console(width=120).render(drawn)
+  return {str(piece.style or "").replace("none", "") for piece in pieces if words in piece.text}
+
+
+def test_a_run_that_was_resumed_says_so(root, live):
+  run = make(root, seeds=(0,))["variant", 0]
+  writer = Metrics(root, run)
+  writer.add(41, 4100, {"train/loss": 2.0, "startup/first_step_s": 3.0, "startup/rewound_steps": 7})
+  writer.add(42, 4200, {"train/loss": 2.0})
+  writer.flush()
+  words = " ".join(shown(live, run, 80).split())
+  assert "resumed at step 40, 7 steps back" in words and "ago" in words
+
+
+def test_an_interrupted_run_tells_what_goes_on_with_it(root, live):
+  ids = make(root, seeds=(0,))
+  seen = live.snapshot()
+  console = Console(record=True, width=100)
+  run = replace(seen.run(ids["variant", 0]), status="interrupted")
+  console.print(picture(live, seen, run, 100))
+  assert "its process ended; the same command goes on with it" in console.export_text()
 
 
 def test_a_pipe_gets_whole_lines_of_now_and_of_the_end(root, live, monkeypatch):
