@@ -28,6 +28,7 @@ from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import ArmRecord, Evaluation, Hypothesis
 from nmoe.records.root import Root
+from stages.judge.transfer import Limits, Scale, judge
 from stages.viz.server import Server
 
 pytestmark = pytest.mark.browser
@@ -113,8 +114,10 @@ def production(root, run):
 
 
 def sweep(records, base, claim):
-  """Of two scales and a control, as stages.proxy.sweep records one; each line has its optimum."""
-  optima = {("joint", "base"): 0.2, ("joint", "width 2"): 0.6, ("off", "width 2"): -1.3}
+  """Two scales, two controls, as stages.proxy.sweep records them; each line has its optimum."""
+  optima = {("joint", "base"): 0.2, ("joint", "width 2"): 0.6}
+  optima |= {("off", "width 2"): -1.3, ("embed_only", "width 2"): -0.6}
+  grids = {line: {} for line in optima}
   arms = [
     ArmRecord(f"{g} {s} {x:+d}", {"group": g, "scale": s, "ratio": 1.0, "log2_rate": float(x)}, "")
     for (g, s), x in product(optima, range(-3, 4))
@@ -125,11 +128,12 @@ def sweep(records, base, claim):
     at = optima[arm.point["group"], arm.point["scale"]]
     bpb = 1.3 + 0.03 * (arm.point["log2_rate"] - at) ** 2 + 0.002 * (arm.point["log2_rate"] % 2)
     records.update_run(run, status="completed", results={"val/bpb": bpb})
-  interval = {"mean": 0.4, "low": 0.2, "high": 0.6}
-  group = {"name": "joint", "state": "transfers", "reason": "", "shift": interval}
-  control = {"name": "control", "state": "drifts", "reason": "It moves.", "shift": interval}
-  found = {"reason": "It transfers.", "groups": [group], "control": control}
-  records.conclude(experiment.id, "confirmed", found)
+    grids[arm.point["group"], arm.point["scale"]][arm.point["log2_rate"]] = bpb
+  of = {line: Scale(line[1], 1.0, {0: grid}) for line, grid in grids.items()}
+  base, wide, off, embed = of.values()
+  controls = {"off": [base, off], "embed_only": [base, embed]}
+  judged = judge({"joint": [base, wide]}, controls, Limits())
+  records.conclude(experiment.id, judged.verdict, {"reason": judged.reason} | judged.as_dict())
 
 
 def evaluated(right):
@@ -245,8 +249,10 @@ def pages(ids):
     ),
     "sweep": (
       "/sweep/sweep-1",
-      f"{panels} == 2 && document.querySelector('table[data-optima=\"3\"]') "
-      "&& document.querySelector('table[data-groups=\"2\"]').innerText.includes('control')",
+      f"{panels} == 3 && document.querySelector('table[data-optima=\"4\"]') "
+      "&& [...document.querySelectorAll('table[data-groups=\"3\"] tbody tr')].map(r => "
+      "r.cells[0].innerText).join() == 'joint,control: without the rule,' "
+      "+ 'control: with the embedding\\'s factor alone'",
     ),
     "production": (
       f"/prod/{of}",
@@ -289,6 +295,18 @@ def keep(page, name):
     page.picture(Path(folder) / f"{name}-{width}-{theme}.png", whole=True)
 
 
+def test_from_each_page_of_a_run_all_its_others_are_a_click_away(page, served, made):
+  run = made[1]["variant", 1]
+  others = [f"/run/{run}", f"/run/{run}/router", f"/run/{run}/ranks", f"/prod/{run}"]
+  for address in others:
+    page.open(served + address)
+    page.wait("document.querySelector('header nav')?.innerText.includes('production')")
+    links = page.ask("[...document.querySelectorAll('header nav a')].map(a => a.pathname)")
+    assert links[2:] == others, address
+    here = page.ask("document.querySelector('header nav a.here').pathname")
+    assert here == address
+
+
 def test_no_request_leaves_the_machine_and_the_root_stays_as_it_was(page, served, made):
   before = tree_hash(made[0])
   for address, whole in pages(made[1]).values():
@@ -321,7 +339,7 @@ def test_a_new_line_is_on_the_screen_within_two_seconds(page, served, made):
 
 def test_from_the_runs_to_a_comparison_by_keyboard_alone(page, served, made):
   page.open(served + "/")
-  page.wait("document.querySelectorAll('tbody tr').length == 27")
+  page.wait("document.querySelectorAll('tbody tr').length == 34")
   page.press("/")
   for key in "rate-1":
     page.press(key)
@@ -366,12 +384,12 @@ def test_enter_presses_what_has_the_focus_and_else_opens_the_row(page, served, m
 
 @pytest.mark.parametrize(
   "words, rows",
-  [("rate-1 seed=1", 2), ("seed=1", 2), ("dense_lr=0.00", 0), ("dense_lr=0.00.*", 27), ("[", 0)],
+  [("rate-1 seed=1", 2), ("seed=1", 2), ("dense_lr=0.00", 0), ("dense_lr=0.00.*", 34), ("[", 0)],
 )
 def test_a_key_has_the_value_that_a_filter_names(page, served, made, words, rows):
   """All of it: seed=1 is not seed 10. A pattern may leave it open."""
   page.open(f"{served}/?f={quote(words)}")
-  page.wait(f"document.body.innerText.includes('{rows} of 27 runs')")
+  page.wait(f"document.body.innerText.includes('{rows} of 34 runs')")
   assert page.ask("document.querySelectorAll('tbody tr').length") == rows
 
 

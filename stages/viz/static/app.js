@@ -23,7 +23,8 @@ const PAGES = [
   [/^\/sweep\/([^/]+)$/, Sweep, "sweep"],
   [/^\/prod\/([^/]+)$/, Production, "production"],
 ];
-const OF_RUN = { run: "", router: "/router", ranks: "/ranks" };
+const OF_RUN = { run: (id) => `/run/${id}`, router: (id) => `/run/${id}/router`, ranks: (id) => `/run/${id}/ranks`,
+  production: (id) => `/prod/${id}` };
 const KEYS = [["/", "filter"], ["j k", "next, previous row"], ["x", "select the row"], ["a n", "select all, none"],
   ["c", "compare what is selected"], ["Enter", "open the row"], ["t", "tokens, steps, time"], ["l", "log scale"],
   ["m", "means over 1 %, 5 % of what is shown"],
@@ -75,14 +76,13 @@ function App() {
   const id = decoded(pattern.exec(path)?.[1] || "");
   useEffect(() => { document.title = ["nmoe", name, id].filter(Boolean).join(" · "); }, [path]);
   const data = state.data;
+  const produced = name === "production" || data?.runs.find((r) => r.id === id)?.production;
   return html`<header>
       <${Link} to="/" class="mark">nmoe<//>
       <nav><${Link} to="/" class=${name === "runs" ? "here" : ""}>runs<//>
         <${Link} to="/experiments" class=${/^exp/.test(name) ? "here" : ""}>experiments<//>
-        ${name in OF_RUN && Object.keys(OF_RUN).map((page) => html`<${Link} to=${`/run/${id}${OF_RUN[page]}`}
-          class=${page === name ? "here" : ""}>${page}<//>`)}
-        ${(name in OF_RUN || name === "production") && data?.runs.find((r) => r.id === id)?.production && html`<${Link} to=${`/prod/${id}`}
-          class=${name === "production" ? "here" : ""}>production<//>`}
+        ${name in OF_RUN && Object.entries(OF_RUN).filter(([page]) => page !== "production" || produced).map(([page, to]) => html`
+          <${Link} to=${to(id)} class=${page === name ? "here" : ""}>${page}<//>`)}
         ${["compare", "sweep"].includes(name) && html`<a class="here">${name}</a>`}</nav>
       <span class="where mono">${data?.root}</span>
       <span class="right">${lost ? "no connection" : html`<i class="dot running" />live`}

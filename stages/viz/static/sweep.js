@@ -38,7 +38,8 @@ export function Sweep({ id, query, data }) {
 }
 
 const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a) < String(b) ? -1 : 1);
-const placeName = (place) => (place === "off" ? "control: without the rule" : String(place));
+const CONTROLS = { off: "without the rule", embed_only: "with the embedding's factor alone" };
+const placeName = (place) => (place in CONTROLS ? `control: ${CONTROLS[place]}` : String(place));
 
 function Points({ e, place, hues, log, title, tall }) {
   const of = e.lines.filter((line) => line.panel === place);
@@ -91,14 +92,14 @@ function Optima({ e, hues }) {
     <tbody>${rows}</tbody></table>`;
 }
 
-// What the judge of a transfer found: of each group of rates, and of the control without the rule.
+// What the judge of a transfer found: of each group of rates, and of each control.
 function Conclusion({ e }) {
   const found = e.conclusion || {};
-  const groups = [...(found.groups || []).map((g) => [g.name, g]), ...(found.control ? [["control: without the rule", found.control]] : [])];
+  const groups = [...(found.groups || []), ...(found.controls || [])];
   const plus = (i, digits) => (!i || !finite(i.mean) ? "—" : html`${short(i.mean, digits)}${finite(i.low) && finite(i.high)
     ? html`<span class="soft"> [${short(i.low, digits)}, ${short(i.high, digits)}]</span>` : ""}`);
   return html`${groups.length > 0 && html`<table data-groups=${groups.length}><thead><tr><th>rates</th><th>state</th><th class="num">shift, octaves [95 %]</th>
-      <th class="num">regret, nats [95 %]</th><th>why</th></tr></thead><tbody>${groups.map(([name, g]) => html`<tr><td>${name}</td><td><b>${g.state}</b></td>
+      <th class="num">regret, nats [95 %]</th><th>why</th></tr></thead><tbody>${groups.map((g) => html`<tr><td>${placeName(g.name)}</td><td><b>${g.state || "measured"}</b></td>
       <td class="num">${plus(g.shift, 3)}</td><td class="num">${plus(g.regret, 2)}</td><td class="wrap soft">${g.reason}</td></tr>`)}</tbody></table>`}
     ${groups.length === 0 && html`<p class="soft">${e.reason || "None yet."}</p>`}
     ${Object.keys(found).length > 0 && html`<details><summary>all numbers</summary><pre>${JSON.stringify(found, null, 2)}</pre></details>`}`;
