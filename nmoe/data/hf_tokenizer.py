@@ -38,8 +38,9 @@ class HfTokenizer:
       raise DataError(f"{path} has no separator of documents: none of {', '.join(ENDS)}")
     self.path, self.end = path, ends[0]
     self.eot = vocab[self.end]
-    special = self._fast.get_added_tokens_decoder()
-    self._pieces = _pieces(path, {i: p for p, i in vocab.items() if i not in special})
+    added = self._fast.get_added_tokens_decoder()
+    self._pieces = _pieces(path, {i: p for p, i in vocab.items() if i not in added})
+    self._pieces |= {i: t.content.encode() for i, t in added.items() if not t.special}  # of texts
 
   def save(self, path: Path) -> None:
     """The file as it is read here: it adds nothing around a text, cuts nothing and fills nothing.

@@ -67,6 +67,25 @@ def test_texts_are_whole_whatever_the_file_was_used_for(tmp_path, keys):
   assert len(plain) == len(text)
 
 
+def test_names_that_were_added_and_are_not_special_have_their_bytes(tmp_path):
+  """As DeepSeek's `<think>`, in a text one id: the text is whole, and so is what bits are per."""
+  path = write(tmp_path)
+  table = json.loads(path.read_text())
+  names = {257: "<think>", 258: "日本"}
+  flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
+  for i, name in names.items():
+    table["added_tokens"].append({"id": i, "content": name, "normalized": True} | flags)
+  path.write_text(json.dumps(table))
+  text = f"a<think>日本 b</think>{END}"
+  found, theirs = HfTokenizer(path), AutoTokenizer.from_pretrained(tmp_path)
+  ids = found.encode(text)
+  assert {257, 258} < set(ids.tolist()) and 256 not in ids
+  assert ids.tolist() == theirs.encode(text, split_special_tokens=True, add_special_tokens=False)
+  assert found.decode(ids) == text.encode()
+  assert found.token_bytes()[ids].sum() == len(text.encode())
+  assert found.decode([found.eot]) == b"" and found.token_bytes()[found.eot] == 0
+
+
 VOCAB = {letter: i for i, letter in enumerate(byte_letters().values())} | {END: 256}
 
 
