@@ -29,6 +29,10 @@ from nmoe.evals.suites import BIGBENCH, CORE
 SHOTS = 10  # of BIG-bench's tasks, as in CORE
 BLOCK = "bigbench/benchmark_tasks/"
 FILES = ("core.yaml", "eval_meta_data.csv", "eval_data")
+KEYS = (  # of a task in core.yaml; by has_categories others part a task's mean, here it stays whole
+  "label dataset_uri num_fewshot icl_task_type continuation_delimiter example_delimiter "
+  "has_categories"
+).split()
 BROKEN = (  # what reading a file of other values than ours comes to
   OSError,
   EOFError,
@@ -134,7 +138,11 @@ def _bigbench(table: dict[str, Any], task: str, example: dict[str, Any]) -> Ques
 def read_bundle(folder: Path) -> dict[str, Task]:
   """The tasks of CORE under the names of suites.CORE, each with the chance that the bundle says.
 
-  Raises DataError for what is missing, or of a kind that is not known.
+  The texts are those of nanochat's core_eval.py, with a blank line between examples where
+  core.yaml has no example_delimiter; the answer is the whole choice, as in llm-foundry, which DCLM
+  runs. That one has a line break there, no blanks around a query, a context and a continuation of
+  the data, and of jeopardy the mean of the means of its categories. Raises DataError for what is
+  missing, or of a kind that is not known.
   """
   absent = [name for name in FILES if not (folder / name).exists()]
   if absent:
@@ -158,6 +166,8 @@ def read_bundle(folder: Path) -> dict[str, Task]:
 
 def _bundled(data: Path, entry: dict[str, Any], percent: str) -> Task:
   task, path = f"core_{entry['label']}", data / entry["dataset_uri"]
+  if unknown := entry.keys() - set(KEYS):
+    raise ValueError(f"task {task}: {', '.join(sorted(unknown))} not known; known are {KEYS}")
   kind, delimiter = entry["icl_task_type"], entry.get("continuation_delimiter", " ")
   lines = path.read_text(encoding="utf-8").split("\n")
   questions = [_question(kind, delimiter, json.loads(line), path) for line in lines if line.strip()]
@@ -165,7 +175,8 @@ def _bundled(data: Path, entry: dict[str, Any], percent: str) -> Task:
     raise ValueError(f"{path} has no items")
   match entry["num_fewshot"]:
     case [int(shots)] if shots >= 0:
-      documents = with_shots(task, questions, shots)
+      between = entry.get("example_delimiter", "\n\n")
+      documents = with_shots(task, questions, shots, between=between)
     case other:
       raise ValueError(f"task {task}: num_fewshot {other!r:.80} must be one number in a list")
   if not 0 <= float(percent) < 100:

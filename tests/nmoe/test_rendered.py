@@ -76,6 +76,14 @@ def test_prompts_of_a_bundle(tmp_path):
   assert text.documents[4].contexts[0].endswith("\n\nc4") and text.documents[4].answers == (" d4",)
 
 
+def test_between_examples_is_what_the_bundle_says(tmp_path):
+  folder = bundle(tmp_path / "b", ["arc_easy"])
+  edited("core.yaml", "  num_few", '  example_delimiter: "\\n"\n  num_few')(folder)
+  document = read_bundle(folder)["core_arc_easy"].documents[3]
+  head = document.contexts[0][: document.shots]
+  assert head.count("\n\n") == 0 and head.count("\n") == 4 and head.endswith("\n")
+
+
 A, ROWS = "\nAnswer: ", 12
 PUBLISHED = {  # label: file, examples, kind, delimiter, chance in percent
   "hellaswag_zeroshot": ("language_understanding/hellaswag", 0, 0, None, 25),
@@ -211,6 +219,7 @@ def edited(file, old, new):
 
 
 BROKEN = {
+  "a key of others": (edited("core.yaml", "  num_few", "  prelimiter: Q\n  num_few"), "prelimiter"),
   "no table": (lambda b: (b / "core.yaml").unlink(), "has no core.yaml; is it DCLM's"),
   "no chance": (lambda b: (b / "eval_meta_data.csv").write_text("Eval Task\n"), "arc_easy"),
   "no items": (lambda b: (b / "eval_data" / "arc_easy.jsonl").unlink(), "arc_easy.jsonl"),
