@@ -25,7 +25,7 @@ from nmoe.evals.suites import CORE, Suite, items_digest
 from nmoe.model.decoder import Model
 from nmoe.wording import counted
 
-MAX_CUT = 0.01  # of a task's documents may lose the left of their context
+MAX_LOST = 0.01  # of a task's items may lose some of their own question, not of examples alone
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def core(values: Mapping[str, float], about: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _check_length(task: str, rows: list[Row], longest: int) -> None:
-  cut = sum(row.cut > 0 for row in rows)
-  if cut > MAX_CUT * len(rows):
-    most = max(len(row.ids) - 1 + row.cut for row in rows)
+  lost = [row for row in rows if row.lost > 0]
+  if len(lost) > MAX_LOST * len(rows):
+    most = max(len(row.ids) - 1 + row.lost for row in lost)
     raise DataError(
-      f"task {task}: {cut} of {counted(len(rows), 'item')} do not fit data.seq_len = {longest} "
-      f"(the longest has {most} tokens), more than {MAX_CUT:.0%}; leave the task out, or take "
-      'suite "short"'
+      f"task {task}: {len(lost)} of {counted(len(rows), 'item')} do not fit data.seq_len = "
+      f"{longest}, even without examples (the longest has {most} tokens), more than "
+      f'{MAX_LOST:.0%}; leave the task out, or take suite "short"'
     )

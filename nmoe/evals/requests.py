@@ -61,16 +61,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-  """A choice as ids: separator, context, answer. Those from `start` on are the answer's.
+  """A choice as ids, int32: separator, context, answer. Those from `start` on are the answer's.
 
   merged: a token spans the end of the context, so the answer's first token has some of it.
-  cut: ids that were dropped on the left to fit the model's context.
+  cut: ids that were dropped on the left to fit the model's context; lost: those of them that are
+  no example's, but of the question itself.
   """
 
   ids: np.ndarray
   start: int
   merged: bool
   cut: int
+  lost: int
 
 
 def write_items(
@@ -208,20 +210,28 @@ def _origin(task: str) -> str:
 
 
 def rows_of(document: Document, tokenizer: Tokenizer, longest: int) -> list[Row]:
-  """The choices as ids, each of at most longest + 1 of them (its inputs are all but the last)."""
+  """The choices as ids, each of at most longest + 1 of them (its inputs are all but the last).
+
+  What is too long loses its left, examples first, as in llm-foundry and nanochat.
+  """
   alone = {context: tokenizer.encode(context) for context in set(document.contexts)}
-  pairs = zip(document.contexts, document.answers, strict=True)
-  return [_row(context, alone[context], answer, tokenizer, longest) for context, answer in pairs]
+  rows = []
+  for context, answer in zip(document.contexts, document.answers, strict=True):
+    joint = tokenizer.encode(context + answer)
+    start = _boundary(alone[context], joint)
+    ids = np.concatenate([[tokenizer.eot], joint]).astype(np.int32)
+    cut = max(0, len(ids) - longest - 1)
+    shots = len(tokenizer.encode(context[: document.shots])) if cut else 0
+    merged, lost = start < len(alone[context]), max(0, cut - shots)
+    rows.append(Row(ids[cut:], max(1, start + 1 - cut), merged, cut, lost))
+  return rows
 
 
-def _row(context: str, alone: np.ndarray, answer: str, tokenizer: Tokenizer, longest: int) -> Row:
-  joint = tokenizer.encode(context + answer)
+def _boundary(alone: np.ndarray, joint: np.ndarray) -> int:
+  """How many ids of context and answer together are the context's: those that both begin with."""
   common = min(len(alone), len(joint) - 1)
   differing = np.flatnonzero(alone[:common] != joint[:common])
-  start = int(differing[0]) if len(differing) else common
-  ids = np.concatenate([[tokenizer.eot], joint]).astype(np.int64)
-  cut = max(0, len(ids) - longest - 1)
-  return Row(ids[cut:], max(1, start + 1 - cut), start < len(alone), cut)
+  return int(differing[0]) if len(differing) else common
 
 
 def _table(document: Document) -> dict[str, Any]:

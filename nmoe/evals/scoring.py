@@ -30,14 +30,35 @@ VOCABULARY = 16384  # ids of a block of the head
 
 @dataclass(frozen=True)
 class Batch:
-  """tokens int64 [rows, width]. `position` in the flattened batch comes before answer token
-  `target`, which is number `place` of all answer tokens; all int64 [answer tokens of the batch].
+  """Rows of a batch of `shape` (rows, width), none of them: padding alone.
+
+  first: of each row the number of its first answer token among all of a suite. The arrays are made
+  anew whenever asked for: of a whole suite they would be gigabytes.
   """
 
-  tokens: np.ndarray
-  position: np.ndarray
-  target: np.ndarray
-  place: np.ndarray
+  shape: tuple[int, int]
+  rows: tuple[Row, ...] = ()
+  first: tuple[int, ...] = ()
+
+  @property
+  def tokens(self) -> np.ndarray:
+    """int64 [rows, width], padded with 0 on the right and below."""
+    tokens = np.zeros(self.shape, dtype=np.int64)
+    for line, row in zip(tokens, self.rows, strict=False):
+      line[: len(row.ids) - 1] = row.ids[:-1]
+    return tokens
+
+  @property
+  def answers(self) -> np.ndarray:
+    """int64 [3, answer tokens of the batch]: the place in the flattened batch before the token, its
+    id, and its number.
+    """
+    width, parts = self.shape[1], [np.zeros((3, 0), dtype=np.int64)]
+    for at, (row, first) in enumerate(zip(self.rows, self.first, strict=True)):
+      before = np.arange(row.start - 1, len(row.ids) - 1)
+      ids = row.ids[row.start :].astype(np.int64)
+      parts.append(np.stack([at * width + before, ids, first + np.arange(len(ids))]))
+    return np.concatenate(parts, axis=1)
 
 
 def width_of(row: Row, longest: int) -> int:
@@ -53,7 +74,7 @@ def batches(rows: Sequence[Row], order: Sequence[int], longest: int, tokens: int
 
   Answer tokens are numbered row by row as `rows` has them.
   """
-  first = np.concatenate([[0], np.cumsum([len(r.ids) - r.start for r in rows])])
+  first = np.concatenate([[0], np.cumsum([len(r.ids) - r.start for r in rows])]).tolist()
   by_width: dict[int, list[int]] = {}
   for i in order:
     by_width.setdefault(width_of(rows[i], longest), []).append(i)
@@ -61,22 +82,9 @@ def batches(rows: Sequence[Row], order: Sequence[int], longest: int, tokens: int
   for width, members in sorted(by_width.items()):
     size = max(1, tokens // width)
     for begin in range(0, len(members), size):
-      made.append(_batch(rows, members[begin : begin + size], first, size, width))
+      part = members[begin : begin + size]
+      made.append(Batch((size, width), tuple(rows[i] for i in part), tuple(first[i] for i in part)))
   return made
-
-
-def _batch(
-  rows: Sequence[Row], members: Sequence[int], first: np.ndarray, size: int, width: int
-) -> Batch:
-  tokens = np.zeros((size, width), dtype=np.int64)
-  position, target, place = [], [], []
-  for at, i in enumerate(members):
-    row = rows[i]
-    tokens[at, : len(row.ids) - 1] = row.ids[:-1]
-    position.append(at * width + np.arange(row.start - 1, len(row.ids) - 1))
-    target.append(row.ids[row.start :])
-    place.append(np.arange(first[i], first[i + 1]))
-  return Batch(tokens, *(np.concatenate(x) for x in (position, target, place)))
 
 
 @torch.no_grad()
@@ -91,12 +99,12 @@ def score(
   found = torch.zeros(2, total, dtype=torch.float64, device=device)
   for batch in _share(made, parallel):
     x_TD = model.hidden(torch.from_numpy(batch.tokens).to(device))[0].flatten(0, 1)
-    for begin in range(0, len(batch.position), POSITIONS):
-      part = slice(begin, begin + POSITIONS)
-      count = len(batch.place[part])
-      position, target = (_padded(x[part], device) for x in (batch.position, batch.target))
-      nats, hits = nats_of(x_TD[position], model.head_weight, target)
-      place = torch.from_numpy(batch.place[part]).to(device)
+    answers = batch.answers
+    for begin in range(0, answers.shape[1], POSITIONS):
+      before, target, number = answers[:, begin : begin + POSITIONS]
+      at, wanted = (_padded(x, device) for x in (before, target))
+      nats, hits = nats_of(x_TD[at], model.head_weight, wanted)
+      place, count = torch.from_numpy(number).to(device), len(number)
       found[0, place], found[1, place] = nats[:count].double(), hits[:count].double()
   nats_A, hits_A = parallel.sum(found).cpu().numpy()
   return nats_A, hits_A > 0.5
@@ -104,14 +112,11 @@ def score(
 
 def _share(made: Sequence[Batch], parallel: Parallel) -> Iterator[Batch]:
   """This rank's batches; every rank has as many of each shape, since experts live on all."""
-  shapes = sorted({batch.tokens.shape for batch in made})
-  for shape in shapes:
-    alike = [batch for batch in made if batch.tokens.shape == shape]
-    none = np.zeros(0, dtype=np.int64)
-    empty = Batch(np.zeros(shape, dtype=np.int64), none, none, none)
+  for shape in sorted({batch.shape for batch in made}):
+    alike = [batch for batch in made if batch.shape == shape]
     for begin in range(0, len(alike), parallel.ranks):
       mine = begin + parallel.rank
-      yield alike[mine] if mine < len(alike) else empty
+      yield alike[mine] if mine < len(alike) else Batch(shape)
 
 
 def _padded(values: np.ndarray, device: torch.device) -> Tensor:

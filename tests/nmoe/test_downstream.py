@@ -74,7 +74,7 @@ def test_a_choice_is_scored_as_float64_says(tmp_path, config, model):
   suite = downstream(tmp_path, config)
   items = suite.run(model, Parallel()).items["pets"]
   for row, nats, hit in zip(suite.rows["pets"], items.nats, items.hit, strict=True):
-    ids = torch.from_numpy(row.ids)
+    ids = torch.from_numpy(row.ids).long()
     with torch.no_grad():
       logits = model.logits(ids[None, :-1])[0].double()
     at = torch.arange(row.start - 1, len(ids) - 1)
@@ -234,7 +234,7 @@ def test_no_answer_is_empty_whatever_token_spans_the_boundary(context, answer):
 def test_long_contexts_lose_their_left_and_answers_stay():
   tokenizer = get("byte")
   (row,) = rows_of(Document("d", ("x" * 50 + "abc",), ("de",), 0), tokenizer, 8)
-  assert tokenizer.decode(row.ids) == b"xxxxabcde" and row.cut == 47
+  assert tokenizer.decode(row.ids) == b"xxxxabcde" and row.cut == row.lost == 47
   assert row.start == 7
   (row,) = rows_of(Document("d", ("a",), ("b" * 20,), 0), tokenizer, 8)
   assert len(row.ids) == 9 and row.start == 1  # the first of them has no state before it
@@ -251,7 +251,8 @@ def test_widths():
   assert width_of(row, 1000) == 256 and width_of(row, 202) == 202
   assert NARROWEST == 128
   made = batches([row], [0], 1000, 4096)
-  assert made[0].tokens.shape == (16, 256)
+  assert made[0].shape == made[0].tokens.shape == (16, 256)
+  assert made[0].rows[0] is row and row.ids.dtype == np.int32  # no second copy of a suite is kept
 
 
 def test_nats_over_blocks_of_the_vocabulary():

@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from kernels import reference
@@ -179,6 +180,30 @@ def test_an_item_is_never_among_its_own_examples(tmp_path):
   path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
   with pytest.raises(DataError, match="core_arc_easy: 8 examples are wanted, item 0 has 7"):
     read_bundle(folder)
+
+
+def test_what_does_not_fit_loses_examples_and_never_its_question(lab, tmp_path):
+  """The last ids are scored, as many as the context has; with less of the question: refused."""
+  prepare(f"bundle:{bundle(tmp_path / 'b', ['arc_easy'], shots=10)}", lab.root)
+  config = changed(lab.config, {"data.seq_len": 64, "train.micro_batch": 4})
+  model = Model(config, reference)
+  model.init_weights(0)
+  suite, text = Suite("one", ("core_arc_easy",), 0), get("byte")
+  found = Downstream(suite, lab.root / "evals", config, text)
+  outcome = found.run(model, Parallel())
+  assert outcome.values["eval/core_arc_easy/truncated"] == 28
+  nats = iter(outcome.items["core_arc_easy"].nats)
+  for d in found.documents["core_arc_easy"]:
+    for context, answer in zip(d.contexts, d.answers, strict=True):
+      ids = [text.eot, *(context + answer).encode()][-65:]
+      assert bytes(ids).endswith((context[d.shots :] + answer).encode()) and d.shots > 65
+      with torch.no_grad():
+        log_p = model.logits(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+      count = len(answer.encode())
+      wanted = -sum(log_p[i - 1, ids[i]] for i in range(65 - count, 65))
+      assert next(nats) == pytest.approx(float(wanted), rel=2e-6)
+  with pytest.raises(DataError, match="28 of 28 items do not fit data.seq_len = 8, even without"):
+    Downstream(suite, lab.root / "evals", changed(config, {"data.seq_len": 8}), text)
 
 
 def test_core_is_made_of_all_of_its_tasks_and_of_no_fewer(lab, tmp_path):
