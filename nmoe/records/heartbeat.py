@@ -50,9 +50,14 @@ class Heartbeat(NamedTuple):
 
   @classmethod
   def read(cls, path: Path) -> Heartbeat | None:
-    """None if no rank has started yet. RecordError if it is no heartbeat."""
+    """None if no rank has started yet, or a loss of power left the file empty. RecordError if it is
+    no heartbeat.
+    """
     try:
-      found = json.loads(path.read_text())
+      text = path.read_text()
+      if not text.strip("\0"):
+        return None
+      found = json.loads(text)
       return cls(Entry(**found.pop("entry")), **found)
     except FileNotFoundError:
       return None

@@ -116,11 +116,11 @@ def ask(root: Path, run_id: str, attempt: int, step: int) -> str:
 
 
 def asked(root: Path, run_id: str) -> tuple[int, int]:
-  """(attempt, step) of the newest `ask`; (0, 0): there was none."""
+  """(attempt, step) of the newest `ask`; (0, 0): there was none, or its file is damaged."""
   try:
     found = json.loads(Root(root).look_request(run_id).read_text())
     return found["attempt"], found["step"]
-  except FileNotFoundError:
+  except (FileNotFoundError, ValueError, TypeError, KeyError):
     return 0, 0
 
 

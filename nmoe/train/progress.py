@@ -11,9 +11,11 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nmoe.errors import RecordError
 from nmoe.records.heartbeat import Entry, Heartbeat
 from nmoe.records.root import AMEND, STOP
 
@@ -35,7 +37,7 @@ class Progress:
   def __init__(self, fd: int | None = None, heartbeat: Path | None = None, attempt: int = 0):
     self.fd, self.heartbeat, self.attempt = fd, heartbeat, attempt
     self._line = -LINE_S
-    self.before = None if heartbeat is None else Heartbeat.read(heartbeat)
+    self.before = self._read()
     self._entry = Entry(0, 0, 0.0, 0.0, 0.0) if self.before is None else self.before.entry
     self._state, self._limit_s, self._beaten = "", 0.0, 0.0
     if fd is not None:
@@ -48,8 +50,7 @@ class Progress:
     """
     now = time.monotonic()
     if now - self._line >= LINE_S or entry.step == entry.total:
-      sys.stderr.write(f"{entry}\n")
-      sys.stderr.flush()
+      _say(str(entry))
       self._line = now
     if not tell:
       return True
@@ -74,14 +75,25 @@ class Progress:
     """Write the file; False, and nothing, if it is a newer attempt's, which replaced this one."""
     if self.heartbeat is None:
       return True
-    last = Heartbeat.read(self.heartbeat)
+    last = self._read()
     if last is not None and last.attempt > self.attempt:
       return False
     self._beaten = time.monotonic()
-    self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
     said = (time.time(), socket.gethostname(), os.getpid(), self.attempt)
-    Heartbeat(self._entry, *said, self._state, self._limit_s).write(self.heartbeat)
+    try:
+      self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
+      Heartbeat(self._entry, *said, self._state, self._limit_s).write(self.heartbeat)
+    except OSError as error:  # such as of a disk on which a checkpoint takes all
+      _say(f"{error}: nobody is told that the run lives")
     return True
+
+  def _read(self) -> Heartbeat | None:
+    """What the file says; None also for one that is none of ours: it is written anew."""
+    try:
+      return None if self.heartbeat is None else Heartbeat.read(self.heartbeat)
+    except RecordError as error:
+      _say(str(error))
+      return None
 
   def tell(self, message: dict[str, Any]) -> bool:
     """Send a message of less than 4 KiB, which a pipe takes whole or not; False: launcher gone."""
@@ -94,3 +106,10 @@ class Progress:
     except BrokenPipeError:
       return False
     return True
+
+
+def _say(text: str) -> None:
+  """A line in the log, if its disk has room."""
+  with suppress(OSError):
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nmoe.records.postmortem import LastWords, last_words, suspect, write
+from nmoe.records.postmortem import LastWords, ask, asked, last_words, suspect, write
 from nmoe.records.root import Root
 from nmoe.train.stragglers import LOGS, TOLD, Stragglers, tags
 
@@ -93,6 +93,18 @@ def test_the_file_is_of_the_ranks_before_a_restart(tmp_path):
   )
   assert write(tmp_path, "r", 2)[1].suspect == -1  # of the newest ranks, which said nothing
   assert write(tmp_path, "r", 1) is None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  "left", ["", "\0" * 40, '{"attempt": 2}', "[]"], ids=("empty", "zeros", "cut", "other")
+)
+def test_a_request_that_a_loss_of_power_left(tmp_path, left):
+  """Nobody asks then; the agent that looks twice a second lives."""
+  ask(tmp_path, "r", 2, 40)
+  assert asked(tmp_path, "r") == (2, 40)
+  Root(tmp_path).look_request("r").write_text(left)
+  assert asked(tmp_path, "r") == (0, 0)
 
 
 def test_stragglers():
