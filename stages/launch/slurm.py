@@ -50,7 +50,8 @@ export HEAD=$ADDRESS:{config.launch.port}
   if preflight:
     return f"{first}export ATTEMPT=0\n{run}\n"
   return f"""{first}JOB="--engine slurm --job $SLURM_JOB_ID --hosts $SLURM_JOB_NODELIST"
-export ATTEMPT=$({nmoe} begin {place} $JOB)
+ATTEMPT=$({nmoe} begin {place} $JOB) || exit 76
+export ATTEMPT
 {run}
 {nmoe} end {place} --attempt "$ATTEMPT"
 STATUS=$?

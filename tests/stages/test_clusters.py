@@ -42,6 +42,29 @@ def test_the_batch_script_is_the_golden_one(lab, monkeypatch):
   assert "gpus-per-node" not in slurm.script(cpu, "RUN", Path("/data"))
 
 
+@pytest.mark.faults
+def test_a_job_whose_attempt_cannot_begin_starts_no_host(lab, tmp_path, monkeypatch):
+  """Such as one that Slurm queues again, for a lost node, when its run is completed: what `begin`
+  says is the last word, and the job is not queued once more.
+  """
+  said = "error: run RUN is completed"
+  stubs = {
+    "python": f"echo {said} >&2; exit 1",
+    "scontrol": "echo a",
+    "srun": f"touch {tmp_path}/ran",
+  }
+  for name, body in stubs.items():
+    (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+  config = changed(lab.config, {"launch.engine": "slurm"})
+  text = slurm.script(config, "RUN", lab.root, str(tmp_path / "python"))
+  told = {"env": {"PATH": f"{tmp_path}:/bin:/usr/bin", "SLURM_JOB_ID": "7"}, "capture_output": True}
+  done = subprocess.run(["bash", "-c", text], text=True, **told)
+  assert (done.returncode, done.stderr.strip()) == (76, said)
+  assert not (tmp_path / "ran").exists()
+
+
 def test_the_jobset_is_the_golden_one(lab):
   image = "registry.example/nmoe@sha256:" + "0" * 64
   config = two_hosts(lab, "jobset", jobset__image=image)
