@@ -54,8 +54,9 @@ class Evidence:
   def __str__(self) -> str:
     if self.lack:
       return f"evidence {self.what}: missing: {self.lack}"
-    passed = f"{self.experiment} is confirmed" if self.what not in CHECKS else self.experiment
-    return f"evidence {self.what}: {passed}" + f", with another {self.apart}" * bool(self.apart)
+    came_to = "passed" if self.what in CHECKS else "is confirmed"
+    told = f"evidence {self.what}: {self.experiment} {came_to}"
+    return told + f", with another {self.apart}" * bool(self.apart)
 
 
 def evidence(

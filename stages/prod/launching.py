@@ -82,6 +82,9 @@ def launch(
     with nullcontext() if dry_run else _alone(bench.root, run.id, config):
       if known is not None:
         _go_on(work, run, config, dry_run)
+      else:
+        told = f"run {run.id}; its logs: {Root(bench.root).logs(run.id)}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
       _rest_on(work, run, found, without_evidence)
       if config.launch.engine != "local":
         return _handed_over(work, run, config, dry_run)

@@ -101,6 +101,9 @@ def test_a_launch_for_slurm_is_generated_and_recorded(lab):
   assert launching.launch(file, Console(file=out), "a test", dry_run=True) == 0
   (path,) = (lab.root / "runs").glob("*/job.sbatch")
   assert "srun --kill-on-bad-exit=1" in out.getvalue()
+  assert f"run {path.parent.name}; its logs: {Root(lab.root).logs(path.parent.name)}" in " ".join(
+    out.getvalue().split()
+  )
   assert Root(lab.root).logs(path.parent.name).is_dir()  # without it sbatch's job ends at once
   with closing(History(lab.root)) as reader:
     assert reader.artifacts(path.parent.name) == {

@@ -102,6 +102,8 @@ def test_the_gate(lab, records):
   )
   conclude(lab, records, "check", "prod-check-x", "confirmed")
   assert set(lacks(lab, records, prod__evidence=["better"]).values()) == {""}
+  told = [str(one) for one in evidence(lab.config, lab.file, records, "code") if not one.lack]
+  assert all(one.endswith(" passed") for one in told) and len(told) == 2
   conclude(lab, records, "check", "prod-check-x", "refuted")
   assert "did not pass" in lacks(lab, records)["prod-check"]
   assert "cites no experiment" in lacks(lab, records)["prod.evidence"]
