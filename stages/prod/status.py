@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,15 +13,12 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import RunError
 from nmoe.records import condition
-from nmoe.records.attempts import Event, History
+from nmoe.records.attempts import History
 from nmoe.records.goodput import Account, Production, production
 from nmoe.records.reader import Run
 from nmoe.wording import counted
 from stages.prod.plan import stall_of, young
-
-SENTENCES = ("why", "reason", "error")  # details of an event that need no name
-# bits of a bad step, and what `_words` sums up
-LEFT_OUT = ("values", "startup", "at_tokens", "key", "value", "who", "time")
+from stages.report.events import words
 
 
 def status(run_id: str | None, root: Path, console: Console) -> int:
@@ -82,46 +75,6 @@ def _failures(found: Production, config: Config) -> str:
   each = timedelta(seconds=round(found.mttf_s))
   told = f"{counted(found.failures, 'failure')}, one in {each}; by Young's formula "
   return f"{told}train.checkpoint_every = {steps}, it is {config.train.checkpoint_every}"
-
-
-def words(event: Event) -> str:
-  """An event as a line: when, where, what, and its details without the marks of Python."""
-  when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
-  where = f"attempt {event.attempt}, step {event.step}"
-  rank = f" of rank {event.rank}" if event.kind in ("straggler", "hardware") else ""
-  detail = _words(event.detail)
-  return f"{when} UTC, {where}: {event.kind}{rank}" + (f": {detail}" if detail else "")
-
-
-def _words(detail: Mapping[str, Any]) -> str:
-  parts = []
-  if startup := detail.get("startup"):
-    long = {name.replace("_", " "): s for name, s in startup.items() if s >= 0.05}
-    phases = ", ".join(f"{name} {s:.1f} s" for name, s in long.items())
-    parts.append(f"trains after {sum(startup.values()):.1f} s ({phases})")
-  if "reached_at" in detail:
-    when = time.strftime("%H:%M:%S", time.gmtime(detail["reached_at"]))
-    parts.append(f"those before reached step {detail['reached']} and were last seen at {when}")
-  if detail.get("suspect", -1) >= 0:
-    parts.append(f"suspect: rank {detail['suspect']}")
-  if "at_tokens" in detail:
-    parts.append(f"{detail['key']} = {detail['value']} from {detail['at_tokens']:,} tokens on")
-  done = ("reached", "reached_at", "suspect", *LEFT_OUT)
-  for key, value in detail.items():
-    text = "" if key in done else _value(value)
-    if text:
-      parts.append(text if key in SENTENCES else f"{key.replace('_', ' ')} {text}")
-  return "; ".join(parts)
-
-
-def _value(value: Any) -> str:
-  if isinstance(value, Mapping):
-    return _words(value)
-  if isinstance(value, list):
-    return ", ".join(map(_value, value))
-  if isinstance(value, float):
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
-  return "" if value is None else str(value)
 
 
 def _newest(records: History) -> Run:

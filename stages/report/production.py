@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from html import escape
 from pathlib import Path
 
 from nmoe.records import metrics
 from nmoe.records.goodput import BUCKETS, Production, production
 from stages.report.drawing import Bars, Curve, Figure, Panel, Rule
+from stages.report.events import details, kind, when
 from stages.report.figures import COLORS, ORANGE, thin
 from stages.report.findings import Findings
 from stages.report.page import definitions, facts, table
@@ -95,14 +95,18 @@ def _tables(seen: Production) -> str:
     for a in seen.attempts
   ]
   events = [
-    (time.strftime("%F %T", time.gmtime(e.time)), str(e.attempt), str(e.step), e.kind, e.host)
-    for e in seen.events
+    (when(e), str(e.attempt), str(e.step), kind(e), e.host, details(e)) for e in seen.events
   ]
   rows = [[escape(cell or "under way") for cell in row] for row in attempts]
   html = table(("attempt", "engine", "hosts", "from step", "to step", "outcome"), rows, left=6)
   rows = [[escape(cell) for cell in row] for row in events]
-  html += table(("UTC", "attempt", "step", "event", "host"), rows, left=5)
+  html += table(("UTC", "attempt", "step", "event", "host", "what"), rows, left=6)
   evidence = ", ".join(link.from_id for link in seen.evidence) or "none: launched without"
+  without = [
+    (f"without {', '.join(e.detail['without'])}", e.detail["reason"])
+    for e in seen.events
+    if e.kind == "override"
+  ]
   kept = ", ".join(str(step) for step in seen.checkpoints) or "none"
   amended = [
     (f"amendment {n}", f"{a.key} = {a.value} from {a.at_tokens:,} tokens: {a.reason} ({a.who})")
@@ -113,5 +117,6 @@ def _tables(seen: Production) -> str:
     for e in seen.events
     if e.kind == "code"
   ]
-  pairs = [("evidence", evidence), ("checkpoints", f"steps {kept}"), *amended, *codes]
+  stands = [("evidence", evidence), *without, ("checkpoints", f"steps {kept}")]
+  pairs = [*stands, *amended, *codes]
   return html + definitions(pairs)

@@ -272,6 +272,20 @@ def test_other_code_goes_on_when_it_is_accepted(lab, records, monkeypatch):
   assert "<dt>code from step 12 on</dt><dd>repaired, commit c0ffee</dd>" in page
 
 
+@pytest.mark.faults
+def test_a_report_shows_the_reason_of_a_launch_and_of_its_events(lab, records):
+  """What it does without, and why; who was lost in a restart: as `nmoe prod status` says it."""
+  run = launched_run(lab)
+  number = begin(lab.root, run, "local")
+  records.started(run, number, 0, "a")
+  detail = {"suspect": 1, "why": "it ended without <a> word"}
+  records.started(run, number, 6, "a", detail=detail)
+  (launch,) = (e.id for e in records.list() if e.stage == "prod")
+  page = write_report(lab.root, launch).read_text()
+  assert "<dt>without prod.evidence, check-resume, prod-check</dt><dd>a test</dd>" in page
+  assert "<td>suspect: rank 1; it ended without &lt;a&gt; word</td>" in page
+
+
 def trained(lab) -> str:
   """A run of the lab at another seed, whose checkpoints can be copied."""
   run = lab.record(train__seed=7)
