@@ -51,7 +51,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from nmoe.errors import CheckpointError, CommError, CorruptError, DiskFullError, NmoeError
 from nmoe.files import existing, sha256
-from nmoe.records.hashing import HashingWriter
+from nmoe.records.hashing import HashingWriter, below
 from nmoe.records.manifests import FORMAT, digest, manifest, steps
 from nmoe.records.root import Root
 from nmoe.records.unpickling import read_metadata
@@ -182,8 +182,8 @@ def save(
   except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
     _clear(beside)
     free = shutil.disk_usage(existing(folder)).free
-    below = _below(error)
-    full = isinstance(below, OSError) and below.errno in (errno.ENOSPC, errno.EDQUOT)
+    own = _below(error)
+    full = isinstance(own, OSError) and own.errno in (errno.ENOSPC, errno.EDQUOT)
     raise (DiskFullError if full else CheckpointError)(
       f"checkpoint step {step} was not written to {folder} ({_cause(error)}; {free / 2**30:.2f} "
       "GiB free); "
@@ -571,16 +571,13 @@ def _sync(path: Path) -> None:
 
 
 def _below(error: BaseException) -> BaseException:
-  """The rank's own error below DCP's, or the OSError that torch's writer turned into another."""
+  """The rank's own error below DCP's, or the OSError behind it."""
   if isinstance(error, dcp.api.CheckpointException):
     error = next(iter(error.failures.values()))[0]
-  below = error
-  while below is not None and not isinstance(below, OSError):
-    below = below.__context__
-  return below or error
+  return below(error)
 
 
 def _cause(error: BaseException) -> str:
-  below = _below(error)
-  lines = str(below).strip().splitlines()
-  return f"{type(below).__name__}: {lines[-1] if lines else ''}"
+  own = _below(error)
+  lines = str(own).strip().splitlines()
+  return f"{type(own).__name__}: {lines[-1] if lines else ''}"

@@ -12,6 +12,9 @@ from typing import IO, Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 
 class HashedFile:
@@ -56,5 +59,24 @@ class HashingWriter(dcp.FileSystemWriter):
     super().__init__(folder, per_thread_copy_ahead=0)
     self.fs = self.files = HashedFiles()
 
+  def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    """Raises the OSError of a file itself: the other ranks hear what is raised and nothing of the
+    errors behind it, and torch's archive makes an error of its position in the file of it.
+    """
+    try:
+      return super().write_data(plan, planner)
+    except RuntimeError as error:
+      if (found := below(error)) is error:
+        raise
+      raise OSError(*found.args) from error
+
   def storage_meta(self) -> StorageMeta:
     return StorageMeta(save_id=self.save_id)
+
+
+def below(error: BaseException) -> BaseException:
+  """The OSError behind an error, if there is one; else the error itself."""
+  found: BaseException | None = error
+  while found is not None and not isinstance(found, OSError):
+    found = found.__context__
+  return found or error

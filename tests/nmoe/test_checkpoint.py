@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nmoe.errors import CheckpointError, CorruptError, DiskFullError, FencedError
-from nmoe.records import checkpoint
+from nmoe.records import checkpoint, hashing
 from nmoe.records.checkpoint import Part
 from nmoe.records.root import Root
 
@@ -472,6 +472,27 @@ def test_a_disk_that_is_full_is_told_from_other_failures(saved, monkeypatch):
   with pytest.raises(CheckpointError) as caught:
     checkpoint.save(saved, 30, a_state(30), 0, META)
   assert not isinstance(caught.value, DiskFullError)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("room", [0, 100, 600, 700, 1000, 3000])
+def test_a_disk_that_fills_within_a_tensor_is_told_to_all_ranks(tmp_path, monkeypatch, room):
+  """torch's archive turns the OSError into its own error of a position, and what the other ranks
+  hear of it passes through pickle, which keeps no error behind another.
+  """
+
+  def write(self, data):
+    self.size += memoryview(data).nbytes
+    if self.size > room:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return self.file.write(data)
+
+  monkeypatch.setattr(hashing.HashedFile, "write", write)
+  with pytest.raises(checkpoint.dcp.api.CheckpointException) as caught:
+    writer = hashing.HashingWriter(tmp_path / "step")
+    checkpoint.dcp.save({"x": torch.ones(500)}, storage_writer=writer, no_dist=True)
+  told = pickle.loads(pickle.dumps(caught.value.failures[0][0]))
+  assert isinstance(told, OSError) and told.errno == errno.ENOSPC
 
 
 class Raiser:
