@@ -25,6 +25,7 @@ KINDS = (
   *("preempted", "no progress", "straggler", "hardware", "permanent", "bad step", "skip"),
   *("rewind", "amend", "amended", "corrupt", "pruned", "disk full", "code"),
 )
+ENDS = ("stop", "amended", "diverged", "refused", "disk full")  # of ranks that end an attempt
 ADD_EVENT = "INSERT INTO events VALUES (?,?,?,?,?,?,?,?)"
 OUTCOMES = (
   *("completed", "stopped", "preempted", "crashed", "diverged", "refused", "no progress"),
@@ -191,6 +192,16 @@ class Attempts(Experiments, History):
     row = (run_id, attempt, time.time(), step, kind, rank, host, json.dumps(dict(detail or {})))
     with self._writing() as db:
       db.execute(ADD_EVENT, row)
+
+  def left(self, run_id: str, attempt: int) -> None:
+    """Record that an attempt was told to leave, if its ranks did not: they had not begun to train,
+    or could not save.
+    """
+    kinds = [event.kind for event in self.events(run_id) if event.attempt == attempt]
+    if self.run(run_id).finished or (kinds and kinds[-1] in ENDS):
+      return
+    detail = {"why": "it was told to leave before its ranks could save"}
+    self.event(run_id, attempt, "stop", detail=detail)
 
   def amend(self, run_id: str, amendments: Sequence[Amendment], attempt: int) -> None:
     """Record amendments, all or none; each is an event too."""

@@ -265,7 +265,9 @@ class _Line:
       bucket = "starting" if not began else "stepping" if self.up else "hang wait"
       self._to(self.end, bucket, number)
     elif attempt.ended:
-      self._to(attempt.ended, "save stall" if attempt.outcome in LEFT else "hang wait", number)
+      began = any(life.attempt == number for life in lives)
+      left = "save stall" if began else "starting"
+      self._to(attempt.ended, left if attempt.outcome in LEFT else "hang wait", number)
 
   def _life(self, life: Event, later: list[Event], attempt: Attempt) -> None:
     """From before its processes started to its last sign."""

@@ -41,7 +41,7 @@ from nmoe.config.sections import Config
 from nmoe.errors import RecordError
 from nmoe.machine import gpus
 from nmoe.records import launches, postmortem
-from nmoe.records.attempts import History
+from nmoe.records.attempts import Attempts, History
 from nmoe.records.heartbeat import Heartbeat
 from nmoe.records.launches import Launch
 from nmoe.records.root import Root
@@ -281,6 +281,7 @@ def main() -> int:
   parser.add_argument("--head", default="127.0.0.1:0", help="the first host, and a port")
   parser.add_argument("--address", help="by which others reach this host; default: torch finds it")
   options = parser.parse_args()
+  signal.signal(signal.SIGTERM, _leave)  # until torch has its own, when it starts ranks
   with closing(History(options.root)) as records:
     config = configs.loads(records.run(options.run).toml, f"run {options.run}", env={})
   told, sign = config.prod.notify if options.node == 0 else "", Sign(options)
@@ -290,6 +291,9 @@ def main() -> int:
       result = agent.run()
   except SignalException as error:
     sys.stderr.write(f"{error}\n")
+    if options.node == 0 and options.attempt:
+      with closing(Attempts(options.root)) as records:
+        records.left(options.run, options.attempt)
     return 0  # the rendezvous stays open: the other hosts' agents are told by themselves
   agent.get_worker_group().spec.rdzv_handler.shutdown()
   if result is None or result.state == WorkerState.SUCCEEDED:
@@ -297,6 +301,10 @@ def main() -> int:
   for rank, failure in result.failures.items():
     sys.stderr.write(f"rank {rank}: exit status {failure.exitcode}, {failure.message}\n")
   return 1
+
+
+def _leave(number: int, _: object) -> None:
+  raise SignalException("told to leave while no rank ran", signal.Signals(number))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from nmoe.errors import CheckpointError, RecordError
 from nmoe.records import manifests, postmortem
 from nmoe.records.attempts import Attempt, Attempts, History
 from nmoe.records.condition import AGAIN
+from nmoe.records.goodput import LEFT
 from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
@@ -88,10 +89,14 @@ def begin(
   return number
 
 
-def settle(root: Path, run_id: str, number: int) -> End:
-  """What became of an attempt whose processes have ended, as the records say it; recorded."""
+def settle(root: Path, run_id: str, number: int, told: bool = False) -> End:
+  """What became of an attempt whose processes have ended, as the records say it; recorded. told:
+  this process told them to leave.
+  """
   with closing(Attempts(root)) as records:
     run = records.run(run_id)
+    if told:
+      records.left(run_id, number)
     end = judged(root, records, run, number)
     step = newest_step(root, run_id)
     records.end(run_id, number, outcome=end.outcome, exit_status=end.status, step=step)
@@ -150,7 +155,8 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
   if events and events[-1].kind in ("stop", "amended"):
     if not asked and (events[-1].kind == "amended" or Root(root).amend_request(run.id).exists()):
       return End("amended", "it saved, and goes on under the amendment")
-    return End("stopped" if asked else "preempted", "it was told to leave, and saved")
+    why = events[-1].detail.get("why", "it was told to leave, and saved")
+    return End("stopped" if asked else "preempted", why)
   config = configs.loads(run.toml, f"run {run.id}", env={})
   why = run.error or "a rank died without a word: see the logs"
   if asked:
@@ -165,10 +171,10 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
 
 
 def stuck(attempts: Sequence[Attempt], step: int, limit: int) -> bool:
-  """Whether the last `limit` attempts, of which the newest ends now at the checkpoint of `step`,
-  all ended where the first of them began.
+  """Whether the last `limit` attempts that were not told to leave, of which the newest ends now at
+  the checkpoint of `step`, all ended where the first of them began.
   """
-  last = attempts[-limit:]
+  last = [one for one in attempts if one.outcome not in LEFT][-limit:]
   return len(last) == limit and last[0].first_step == step
 
 

@@ -233,7 +233,7 @@ def _execute(root: Path, run: Run, config: Config, line: Line) -> End:
   while True:
     number = begin(root, run.id, "local")
     told = _attempt(root, run, config, number, line)
-    end = settle(root, run.id, number)
+    end = settle(root, run.id, number, told)
     if end.outcome not in ("crashed", "amended") or told:
       return end
     line.display.say(f"production: attempt {number} {end.outcome}: {end.why}")

@@ -1,16 +1,19 @@
 """Agents of two hosts, both on this one: after a rank was killed all start again, and meet."""
 
+import json
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 
 import pytest
-from productions import REPO, within_seconds
+from productions import REPO, wait_until, within_seconds
 
 from nmoe.config import file as configs
 from nmoe.records.root import Root
 from stages.prod import hosts
+from stages.prod.attempt import begin, settle
 
 RANK = """
 import os, signal, time
@@ -89,3 +92,31 @@ def test_ranks_meet_again_after_one_was_killed(lab, tmp_path, shares):
   within_seconds(lives["life_1_1"].stat().st_mtime - killed, 15, "all have started again")
   logs = [log.read_text() for log in Root(lab.root).logs(run).rglob("stderr.log")]
   assert sum("waits_for_the_lost_rank" in log for log in logs) == 1
+
+
+@pytest.mark.faults
+@pytest.mark.kills
+def test_an_agent_that_waits_for_other_hosts_is_told_to_leave(lab):
+  """A host that is preempted while another is still to come: it leaves at once, and the attempt is
+  to be queued again.
+  """
+  keys = {"launch__ranks": 2, "launch__ranks_per_node": 1, "launch__engine": "slurm"}
+  keys |= {"rdep__group": 1, "schedule__batch_tokens": 1024, "schedule__warmup_tokens": 0}
+  run = lab.record(**keys, schedule__decay_tokens=0)
+  number = begin(lab.root, run, "slurm")
+  config = configs.loads(lab.run(run).toml, "test", env={})
+  command = [sys.executable, "-P", "-m", "stages.launch.agent", "--root", str(lab.root)]
+  command += ["--run", run, "--attempt", str(number), "--nodes", "2", "--address", "127.0.0.1"]
+  command += ["--head", f"127.0.0.1:{free_port()}"]
+  process = subprocess.Popen(command, env=hosts.environment(config, lab.root), cwd=REPO)
+  try:
+    launch = Root(lab.root).launch(run)
+    wait_until(lambda: json.loads(launch.read_text())["pid"] == process.pid, 20, "it says a sign")
+    time.sleep(2.0)
+    process.terminate()
+    assert process.wait(30) == 0
+  finally:
+    process.kill()
+    process.wait()
+  end = settle(lab.root, run, number)
+  assert (end.outcome, end.status) == ("preempted", 75)

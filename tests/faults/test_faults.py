@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from labs import same_bits
@@ -82,6 +83,25 @@ def test_preemption(tmp_path, undisturbed):
   code, out = production.end()
   assert code == 0 and f"goes on from step {stop.step}" in out
   check_equal(production, undisturbed)
+
+
+def test_preemption_while_ranks_start(tmp_path, undisturbed):
+  """By two signals, more often than prod.no_progress: 75 each time; the same command goes on."""
+  production = Production(tmp_path)
+  for count, number in enumerate((signal.SIGTERM, signal.SIGINT) * 2, start=1):
+    wait_until(lambda n=count: len(attempts_so_far(production)) == n, 20, "an attempt begins")
+    time.sleep(0.7 * count)
+    production.process.send_signal(number)
+    code, out = production.end()
+    assert code == 75 and "preempted: it was told to leave before its ranks could save" in out
+    production.process = production.start()
+  assert production.end()[0] == 0
+  assert [one.outcome for one in production.attempts()] == ["preempted"] * 4 + ["completed"]
+  check_equal(production, undisturbed)
+
+
+def attempts_so_far(production: Production) -> list:
+  return production.attempts() if production.run_id() else []
 
 
 def test_stop_and_go(tmp_path, undisturbed):

@@ -21,6 +21,7 @@ from nmoe.config.sections import fingerprint
 from nmoe.distributed.hosts import differences
 from nmoe.errors import ConfigError, FencedError, RecordError, RunError
 from nmoe.records.attempts import Attempt, History, check_newest
+from nmoe.records.goodput import production
 from nmoe.records.launches import Launch
 from nmoe.records.reader import Hypothesis, Reader
 from nmoe.records.root import Root
@@ -402,6 +403,43 @@ def attempt(first: int) -> Attempt:
 def test_no_progress(firsts, step, given_up):
   """Three attempts that end where the first of them began; a newer checkpoint begins the count."""
   assert stuck([attempt(first) for first in firsts], step, 3) is given_up
+
+
+@pytest.mark.faults
+def test_who_was_told_to_leave_made_no_progress_by_no_fault_of_its_own(lab, records):
+  """Preempted again and again while its ranks start, by its launch or on a host of a scheduler: it
+  is queued again each time, and a crash among them is the first.
+  """
+  run = lab.record(prod__no_progress=2)
+  for told in (True, False, True, False):
+    number = begin(lab.root, run, "slurm")
+    if not told:
+      records.left(run, number)  # by the agent of its first host
+      records.left(run, number)
+    end = settle(lab.root, run, number, told=told)
+    assert (end.outcome, end.status) == ("preempted", 75)
+    assert end.why == "it was told to leave before its ranks could save"
+  assert [e.kind for e in records.events(run)].count("stop") == 4
+  outcomes = [settle(lab.root, run, begin(lab.root, run, "slurm")).outcome for _ in range(2)]
+  assert outcomes == ["crashed", "no progress"]
+  seconds = production(lab.root, run).seconds
+  assert seconds["save stall"] == 0  # nothing was saved
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  ("kind", "outcome"),
+  [("stop", "preempted"), ("amended", "amended"), ("disk full", "disk full"), ("crashed", "")],
+)
+def test_what_the_ranks_said_when_told_to_leave_stands(lab, records, kind, outcome):
+  """Its agent adds nothing to an end that they recorded."""
+  run = lab.record()
+  number = begin(lab.root, run, "slurm")
+  records.started(run, number, 0, "a")
+  records.event(run, number, kind, step=3, detail={"error": "no space"})
+  records.left(run, number)
+  assert [e.kind for e in records.events(run)] == ["launch", kind] + ["stop"] * (not outcome)
+  assert settle(lab.root, run, number, told=True).outcome == (outcome or "preempted")
 
 
 def test_hosts_that_differ_are_named():
