@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nmoe import files
+from nmoe.errors import RecordError
 from nmoe.records.attempts import History
 from nmoe.records.root import Root
 
@@ -65,7 +66,10 @@ def telling(root: Path, run_id: str, command: str) -> Iterator[None]:
 
   def watch() -> None:
     while not ended.wait(EVERY_S):
-      deliver(root, run_id, command)
+      try:
+        deliver(root, run_id, command)
+      except (RecordError, OSError) as error:
+        sys.stderr.write(f"prod.notify: {error}; it is told later\n")
 
   thread = threading.Thread(target=watch, daemon=True)
   if command:

@@ -1,10 +1,12 @@
 """The command that is told of events: each once, in order, also after a restart."""
 
 import json
+import threading
 import time
 
 import pytest
 
+from nmoe.errors import RecordError
 from nmoe.records.attempts import Attempts
 from nmoe.records.root import Root
 from stages.launch import notify
@@ -48,6 +50,25 @@ def test_events_are_told_while_a_host_runs(lab, tmp_path, monkeypatch):
       time.sleep(0.05)
   assert json.loads(told.read_text())["kind"] == "stop"
   records.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("error", [RecordError("locked"), OSError(28, "full")], ids=str)
+def test_records_that_cannot_be_read_for_a_moment_end_no_alerts(lab, monkeypatch, capsys, error):
+  """As while another process writes, or a disk is full."""
+  monkeypatch.setattr(notify, "EVERY_S", 0.01)
+  calls, went_on = [], threading.Event()
+
+  def deliver(*_):
+    calls.append(1)
+    if len(calls) == 1:
+      raise error
+    went_on.set()
+
+  monkeypatch.setattr(notify, "deliver", deliver)
+  with notify.telling(lab.root, "run", "true"):
+    assert went_on.wait(10)
+  assert str(error) in capsys.readouterr().err
 
 
 @pytest.mark.faults
