@@ -1,5 +1,5 @@
 """The run that a launch goes on with. One of the same name that other code or other keys began, and
-that has checkpoints, is neither left behind nor taken over in silence.
+that lives or has checkpoints, is neither left behind nor taken over in silence.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def known(bench: Workbench, arm: Arm, accept_code: bool) -> Run | None:
   """The newest completed run of this computation, else the newest that has no outcome; None: a new
   one begins.
 
-  accept_code: one that differs in its code only goes on under this code. ConfigError if a launch of
-  this name stands at a checkpoint, and would be left there.
+  accept_code: one that differs in its code only goes on under this code. ConfigError if another run
+  of this name lives, or stands at a checkpoint and would be left there.
   """
   config = arm.config
   key = fingerprint(config, arm.data.name), arm.data.name, config.train.seed
@@ -36,7 +36,7 @@ def known(bench: Workbench, arm: Arm, accept_code: bool) -> Run | None:
   if finished is not None and finished.status == "completed":
     return finished
   found = next((run for run in mine if not run.finished), None)
-  if found is not None or left is None:
+  if left is None or (found is not None and (left.id == found.id or not left.live)):
     return found
   apart = _apart(decided(left, config), left, arm.data.name)
   if apart or (left.code_version != bench.code_version and not accept_code):
@@ -66,11 +66,13 @@ def take_over(bench: Workbench, run: Run) -> None:
 
 
 def _left(records: History, config: Config) -> Run | None:
-  """The newest run of a launch of this name that stands at a checkpoint without an outcome."""
+  """Of the launches of this name: the run that lives, else the newest that stands at a checkpoint
+  without an outcome.
+  """
   launches = (e for e in records.list() if (e.stage, e.name) == ("prod", config.experiment.name))
-  runs = (run for e in launches for run in reversed(records.runs(e.id)))
-  stand = (run for run in runs if not run.finished and newest_step(records.root, run.id))
-  found = next(stand, None)
+  runs = [run for e in launches for run in reversed(records.runs(e.id)) if not run.finished]
+  stand = (run for run in runs if newest_step(records.root, run.id))
+  found = next((run for run in runs if run.live), None) or next(stand, None)
   return records.run(found.id) if found is not None else None
 
 
@@ -87,13 +89,25 @@ def _apart(config: Config, run: Run, data: str) -> list[str]:
 
 def _refusal(bench: Workbench, run: Run, apart: list[str]) -> str:
   step = newest_step(bench.root, run.id)
+  code = (
+    f"its code was {run.code_version} (commit {run.commit[:10]}), this is "
+    f"{bench.code_version} (commit {bench.commit[:10]})"
+  )
+  if run.live:
+    told = f"run {run.id} ({run.origin}) is {run.status}: {'; '.join(apart) or code}; "
+    amend = f"`nmoe prod amend {run.id}` changes a live run, " * _amendable(apart)
+    return f"{told}{amend}`nmoe prod stop {run.id}` ends it"
   told = f"run {run.id} ({run.origin}) stands at step {step} and would be left there: "
   if apart:
-    amend = any(one.split(" ")[0] in KEYS for one in apart)
-    remedy = "set back what differs" + f" (`nmoe prod amend {run.id}` changes it)" * amend
+    amend = f" (`nmoe prod amend {run.id}` changes it)" * _amendable(apart)
+    remedy = f"set back what differs{amend}"
     return f"{told}{'; '.join(apart)}; {remedy} to go on with it, or launch --anew from step 0"
   return (
-    f"{told}its code was {run.code_version} (commit {run.commit[:10]}), this is "
-    f"{bench.code_version} (commit {bench.commit[:10]}); launch --accept-code to go on with it "
-    "under this code, which its record keeps, or --anew from step 0"
+    f"{told}{code}; launch --accept-code to go on with it under this code, which its record keeps, "
+    "or --anew from step 0"
   )
+
+
+def _amendable(apart: list[str]) -> bool:
+  """Whether one of the differences is of a key that amendments change."""
+  return any(one.split(" ")[0] in KEYS for one in apart)

@@ -237,6 +237,30 @@ def test_a_run_of_weeks_is_not_left_behind_in_silence(lab, records, monkeypatch)
 
 
 @pytest.mark.faults
+def test_a_file_that_is_edited_under_its_live_run_begins_no_other(lab, records, monkeypatch):
+  """Not even before its first checkpoint, nor where the edited one has a run that stopped: both
+  would take the same processors.
+  """
+  slower = write_variant(lab.file, "slower", "[optim]\ndense_lr = 5e-3\n")
+  other = launched_run(lab, slower)
+  first = launched_run(lab)
+  records.claim(first)
+  told = f"run {first} .* is running: optim.dense_lr was 0.01, is 0.005; .*prod amend {first}"
+  with pytest.raises(ConfigError, match=f"{told}.*`nmoe prod stop {first}` ends it"):
+    launched_run(lab, slower)
+  faster = write_variant(lab.file, "faster", "[optim]\ndense_lr = 2e-2\n")
+  with pytest.raises(ConfigError, match=f"run {first} .* is running"):
+    launched_run(lab, faster)
+  assert launched_run(lab) == first  # which is refused by its lock, if it is not a dry run
+  monkeypatch.setattr(workbench, "provenance", lambda _: ("c0ffee", "the repair", "repaired"))
+  with pytest.raises(ConfigError, match=f"run {first} .* is running: its code was .* ends it"):
+    launched_run(lab)
+  records.release(first)
+  records.update_run(first, status="interrupted")
+  assert launched_run(lab, slower) not in (first, other)
+
+
+@pytest.mark.faults
 def test_two_first_launches_at_once_are_one_run(lab, monkeypatch):
   """Both looked before either had recorded a run."""
   first = launched_run(lab)
