@@ -86,7 +86,8 @@ def with_shots(
     if len(others) < shots:
       raise DataError(f"task {task}: {shots} examples are wanted, item {number} has {len(others)}")
     prompt = first + "".join(other.solved + between for other in others)
-    contexts = tuple(prompt + context for context in question.contexts)
+    whole = {context: prompt + context for context in question.contexts}  # once, of all choices
+    contexts = tuple(whole[context] for context in question.contexts)
     documents.append(
       Document(str(number), contexts, question.answers, question.gold, shots=len(prompt))
     )
