@@ -20,7 +20,7 @@ from nmoe.distributed.parallel import Parallel
 from nmoe.errors import DataError
 from nmoe.evals.measure import Items, items_of, summary
 from nmoe.evals.requests import Document, Row, find_task, read_manifest, read_task, rows_of
-from nmoe.evals.scoring import Batch, batches, score
+from nmoe.evals.scoring import Batch, Told, batches, score, untold
 from nmoe.evals.suites import CORE, Suite, items_digest
 from nmoe.model.decoder import Model
 from nmoe.wording import counted
@@ -59,10 +59,10 @@ class Downstream:
     self.digest = items_digest(suite, evals)
     self._batches, self._total = self._cut(config.rank_tokens)
 
-  def run(self, model: Model, parallel: Parallel) -> Outcome:
-    """Score every task; every rank calls it and gets the same outcome."""
+  def run(self, model: Model, parallel: Parallel, told: Told = untold) -> Outcome:
+    """Score every task; every rank calls it and gets the same outcome. told: as of `score`."""
     began = time.perf_counter()
-    nats, hits = score(model, parallel, self._batches, self._total)
+    nats, hits = score(model, parallel, self._batches, self._total, told)
     values, items, begin = {}, {}, 0
     for task, rows in self.rows.items():
       tokens = np.array([len(row.ids) - row.start for row in rows])

@@ -12,7 +12,7 @@ and over blocks of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,13 @@ from nmoe.model.decoder import Model
 NARROWEST = 128
 POSITIONS = 512  # states that meet the head at once
 VOCABULARY = 16384  # ids of a block of the head
+
+
+Told = Callable[[int, int], None]
+
+
+def untold(done: int, total: int) -> None:
+  """Nobody is told how far it is."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,17 @@ def batches(rows: Sequence[Row], order: Sequence[int], longest: int, tokens: int
 
 @torch.no_grad()
 def score(
-  model: Model, parallel: Parallel, made: Sequence[Batch], total: int
+  model: Model, parallel: Parallel, made: Sequence[Batch], total: int, told: Told = untold
 ) -> tuple[np.ndarray, np.ndarray]:
   """float64 [total] nats, and bool [total] whether it is the first choice, of every answer token.
 
-  Every rank calls it with the same batches and gets the same answer.
+  Every rank calls it with the same batches and gets the same answer. told: called after each batch
+  of this rank with how many are done, and of how many.
   """
   device = model.head_weight.device
   found = torch.zeros(2, total, dtype=torch.float64, device=device)
-  for batch in _share(made, parallel):
+  share = list(_share(made, parallel))
+  for done, batch in enumerate(share, 1):
     x_TD = model.hidden(torch.from_numpy(batch.tokens).to(device))[0].flatten(0, 1)
     answers = batch.answers
     for begin in range(0, answers.shape[1], POSITIONS):
@@ -106,6 +115,7 @@ def score(
       nats, hits = nats_of(x_TD[at], model.head_weight, wanted)
       place, count = torch.from_numpy(number).to(device), len(number)
       found[0, place], found[1, place] = nats[:count].double(), hits[:count].double()
+    told(done, len(share))
   nats_A, hits_A = parallel.sum(found).cpu().numpy()
   return nats_A, hits_A > 0.5
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -28,8 +30,10 @@ from nmoe.evals.suites import suite_of
 from nmoe.machine.target import Target, select
 from nmoe.model.decoder import Model
 from nmoe.records import checkpoint
+from nmoe.records.heartbeat import Entry
 from nmoe.records.reader import Reader, Run
 from nmoe.records.root import Root
+from nmoe.train.progress import Progress
 from nmoe.train.schedule import tokens_of
 from nmoe.train.startup import parser
 
@@ -56,7 +60,14 @@ def evaluate(options: argparse.Namespace) -> None:
   downstream = Downstream(suite_of(options.suite, options.limit), root.evals, config, text)
   ranks = parallel.init(config, target, meeting)
   model = load_model(config, target, ranks, root.checkpoints(run.id), options.step)
-  outcome = downstream.run(model, ranks)
+  progress, began = Progress(options.progress if ranks.rank == 0 else None), time.monotonic()
+
+  def told(done: int, total: int) -> None:
+    seconds = time.monotonic() - began
+    rate, left = config.rank_tokens * ranks.ranks * done / seconds, seconds / done * (total - done)
+    progress.tell(Entry(done, total, math.nan, rate, left)._asdict())
+
+  outcome = downstream.run(model, ranks, told)
   shown = samples(model, text, config)
   if ranks.rank == 0:
     items = root.eval_items(run.id, options.step, downstream.suite.asked)

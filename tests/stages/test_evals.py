@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from contextlib import closing
 
 import numpy as np
@@ -56,6 +57,18 @@ def test_a_checkpoint_is_measured_recorded_and_shown(lab, tmp_path):
   with out.open() as stream:
     rows = {(r["task"], r["measure"]): float(r["value"]) for r in csv.DictReader(stream)}
   assert rows["pairs", "bpb"] == last["eval/pairs/bpb"]
+
+
+def test_a_long_evaluation_says_how_far_it_is(lab, tmp_path, monkeypatch):
+  """Batches done and left, of rank 0, as lines where there is no terminal."""
+  evals.prep(items(tmp_path), lab.root, Console(quiet=True))
+  run = lab.record(train__micro_batch=1)
+  lab.attempt(run)
+  monkeypatch.setattr(evals, "LINE_S", 0.0)
+  told = re.findall(
+    r"mine.toml  batch (\d+) of 24  [\d,]+ tokens/s  0:00:0\d left", command(lab, tmp_path, run)[0]
+  )
+  assert told == [str(n) for n in range(1, 25)]
 
 
 def test_a_run_s_own_suite_has_its_own_limit(lab, tmp_path):
