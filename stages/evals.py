@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.status import Status
 from rich.table import Column, Table
 
+from nmoe import wording
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import get as get_tokenizer
@@ -37,7 +39,7 @@ from stages.launch.local import Job, Launcher
 from stages.text import plain
 from stages.workbench import prepared
 
-COLUMNS = ("bpb", "acc", "acc_char", "acc_byte", "p_correct")
+COLUMNS = ("bpb", "acc", "acc_char", "acc_byte", "acc_token", "p_correct")
 COUNTS = ("merged", "truncated")  # shown where there are any
 
 
@@ -62,7 +64,7 @@ def prep(
     counts = (f"{entry[name]:,}" for name in ("documents", "requests"))
     hits = [f"{len(told[task].found):,} of {told[task].checked:,}"] if told else []
     table.add_row(plain(task), *counts, entry["primary"], chance, *hits)
-  console.print(table)
+  _print_whole(table, console)
   console.print(plain(folder), soft_wrap=True)
 
 
@@ -176,7 +178,7 @@ def table_of(values: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def show(told: dict[str, Any], console: Console) -> None:
-  """Samples, then one table whose last line is the suite's mean."""
+  """Samples, then one table whose last line is the suite's mean, then CORE, of all its tasks."""
   console.print("greedy text after fixed prompts:")
   for sample in told["samples"]:
     console.print(plain(repr(sample)))
@@ -186,16 +188,30 @@ def show(told: dict[str, Any], console: Console) -> None:
   for task, measures in tasks.items():
     counts = [f"{measures[n]:.0f}" if n in measures else "" for n in counted]
     table.add_row(plain(task), *(_cell(measures, name) for name in COLUMNS), *counts)
-  console.print(table)
+  _print_whole(table, console)
   console.print(
     "bpb: bits per byte of the right answer; acc: the likeliest answer is right, whole, per "
-    "character, per byte; ±: standard error; every prompt begins with the separator",
+    "character, per byte, per token; ±: standard error; every prompt begins with the separator",
     soft_wrap=True,
   )
+  core, limit = tasks[told["suite"]].get("core"), told["limit"]
+  if core is not None:
+    part = f", of the first {wording.counted(limit, 'document')} of each" if limit else ""
+    console.print(
+      f"CORE {core:.4f}: the mean of (accuracy - chance) / (1 - chance) over its 22 tasks{part}",
+      soft_wrap=True,
+      highlight=False,
+    )
   console.print(
     f"{told['seconds']:.1f} s on {told['device']} ({told['arithmetic']}), items {told['items']}",
     soft_wrap=True,
   )
+
+
+def _print_whole(table: Table, console: Console) -> None:
+  """No number is cut, however narrow the terminal is, or a file that stands for it."""
+  table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+  console.print(table, soft_wrap=True)
 
 
 def _cell(measures: dict[str, float], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from contextlib import closing
@@ -15,6 +16,7 @@ from rich.console import Console
 from nmoe.errors import CheckpointError, DataError, TargetError
 from nmoe.evals import sources
 from nmoe.evals.measure import Items, write_items
+from nmoe.evals.suites import CORE
 from nmoe.machine import driver
 from nmoe.records.reader import Reader
 from nmoe.records.root import Root
@@ -69,6 +71,23 @@ def test_a_long_evaluation_says_how_far_it_is(lab, tmp_path, monkeypatch):
     r"mine.toml  batch (\d+) of 24  [\d,]+ tokens/s  0:00:0\d left", command(lab, tmp_path, run)[0]
   )
   assert told == [str(n) for n in range(1, 25)]
+
+
+@pytest.mark.parametrize(
+  "limit, said", [(0, "22 tasks\n"), (4, "of the first 4 documents of each")]
+)
+def test_core_is_shown_and_no_number_is_cut(limit, said):
+  """Where a terminal has 40 columns, and where it is none."""
+  tasks = {task: {"bpb": 1.25, "acc": 0.5, "acc_se": 0.125, "acc_token": 0.375} for task in CORE}
+  values = {f"eval/{task}/{n}": x for task, about in tasks.items() for n, x in about.items()}
+  values |= {"eval/core/bpb": 1.25, "eval/core/acc": 0.5, "eval/core/core": -0.07608}
+  told = {"values": values, "suite": "core", "limit": limit, "samples": [], "items": "c0"}
+  console = Console(record=True, width=40, file=io.StringIO())
+  evals.show(told | {"seconds": 1.0, "device": "d", "arithmetic": "cpu fp32"}, console)
+  text = console.export_text()
+  assert "CORE -0.0761: " in text and said in text and "\u2026" not in text
+  for task in CORE:
+    assert re.search(rf"^ {task} +1.250 +0.500 ± 0.125 +0.375 *$", text, re.MULTILINE)
 
 
 def test_a_run_s_own_suite_has_its_own_limit(lab, tmp_path):
