@@ -37,6 +37,7 @@ from stages.runs import Work, taken_up, under_way
 from stages.workbench import Arm, Workbench, hypothesis_of
 
 POLL_S = 0.5
+AHEAD_S = 60.0  # clocks of hosts that are set may differ by less
 
 
 def launch(
@@ -216,9 +217,11 @@ def launched(root: Path, run_id: str, who: str) -> RunError:
   if beat is not None:
     age = f"heartbeat {ago(beat.time)} by {beat.host}, pid {beat.pid}"
     told = f"attempt {beat.attempt}, {age}"
-  return RunError(
-    f"run {run_id} is launched already by {who} ({told}); `nmoe prod stop {run_id}` ends it"
-  )
+  remedy = f"`nmoe prod stop {run_id}` ends it"
+  if beat is not None and beat.time > time.time() + AHEAD_S:
+    signs = f"{Root(root).heartbeat(run_id)} and {Root(root).launch(run_id)}"
+    remedy += f"; its clock is ahead: if {beat.host} is gone, delete {signs}"
+  return RunError(f"run {run_id} is launched already by {who} ({told}); {remedy}")
 
 
 def open_attempt(root: Path, run_id: str) -> bool:

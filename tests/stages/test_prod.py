@@ -379,6 +379,26 @@ def test_a_launch_elsewhere_that_has_no_ranks_keeps_another_out(lab):
 
 
 @pytest.mark.faults
+def test_a_sign_of_a_clock_that_is_ahead_names_its_file(lab):
+  """A host whose clock was a day ahead is gone: its sign stays young for a day, so the launch says
+  what to delete.
+  """
+  run, config = lab.record(), changed(lab.config, {"prod.stale_s": 30.0})
+  number = begin(lab.root, run, "local", nodes=["elsewhere"])
+  day, path = time.time() + 86400, Root(lab.root).heartbeat(run)
+  Heartbeat(Entry(1, 9, 2.0, 3.0, 4.0), day, "elsewhere", 7, number).write(path)
+  Launch(number, day, day, "elsewhere", 7).write(lab.root, run)
+  told = rf"86,\d+ s ahead of this clock.*if elsewhere is gone, delete {path} and .*launch.json"
+  with pytest.raises(RunError, match=told):
+    with launching._alone(lab.root, run, config):
+      pass
+  path.unlink()
+  Root(lab.root).launch(run).unlink()
+  with launching._alone(lab.root, run, config):
+    pass
+
+
+@pytest.mark.faults
 def test_a_refused_launch_changes_nothing(lab):
   """While the other's ranks are replaced nobody holds the run itself; and the file was edited."""
   edited = write_variant(lab.file, "edited", "[train]\nlog_every = 4\n")
