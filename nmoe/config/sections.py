@@ -246,8 +246,8 @@ class ProdConfig:
 
   evidence: tuple[str, ...] = free(())  # concluded experiments, by id or name
   max_restarts: int = free(3, ge=0)  # of the ranks, within an attempt
-  max_attempts: int = free(50, gt=0)
-  no_progress: int = free(3, gt=0)  # attempts in a row without a newer checkpoint end the run
+  max_attempts: int = free(50, gt=0)  # but those that were told to leave
+  no_progress: int = free(3, gt=0)  # of them in a row without a newer checkpoint end the run
   stale_s: float = free(120.0, gt=0)  # a heartbeat older than this, and than its state may be
   permanent_tokens: int = free(0, ge=0)  # a checkpoint is kept every so many; 0: none but of decay
   bad_step: Literal["stop", "skip", "rewind"] = schedule("stop")  # about a step that is bad twice

@@ -161,20 +161,21 @@ def judged(root: Path, records: History, run: Run, number: int) -> End:
   why = run.error or "a rank died without a word: see the logs"
   if asked:
     return End("stopped", f"it was told to leave when its ranks had failed: {why}")
-  if stuck(attempts, newest_step(root, run.id), config.prod.no_progress):
+  tries = [one for one in attempts if one.outcome not in LEFT]
+  if stuck(tries, newest_step(root, run.id), config.prod.no_progress):
     n = config.prod.no_progress
     row = f"{n} attempts in a row" if n > 1 else "an attempt"
     return End("no progress", f"{row} ended without a newer checkpoint: {why}")
-  if len(attempts) >= config.prod.max_attempts:
-    return End("no progress", f"{counted(len(attempts), 'attempt')} (prod.max_attempts): {why}")
+  if len(tries) >= config.prod.max_attempts:
+    return End("no progress", f"{counted(len(tries), 'attempt')} (prod.max_attempts): {why}")
   return End("crashed", why)
 
 
 def stuck(attempts: Sequence[Attempt], step: int, limit: int) -> bool:
-  """Whether the last `limit` attempts that were not told to leave, of which the newest ends now at
-  the checkpoint of `step`, all ended where the first of them began.
+  """Whether the last `limit` attempts, of which the newest ends now at the checkpoint of `step`,
+  all ended where the first of them began.
   """
-  last = [one for one in attempts if one.outcome not in LEFT][-limit:]
+  last = attempts[-limit:]
   return len(last) == limit and last[0].first_step == step
 
 

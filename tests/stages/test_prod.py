@@ -471,6 +471,20 @@ def test_who_was_told_to_leave_made_no_progress_by_no_fault_of_its_own(lab, reco
 
 
 @pytest.mark.faults
+def test_attempts_that_were_told_to_leave_are_no_tries(lab, records):
+  """A run that is preempted, stopped and amended for weeks may crash as often as any other."""
+  run = lab.record(prod__max_attempts=2, prod__no_progress=9)
+  for ask in (None, Root(lab.root).stop_request(run), Root(lab.root).amend_request(run)) * 2:
+    number = begin(lab.root, run, "slurm")
+    if ask is not None:
+      ask.touch()
+    assert settle(lab.root, run, number, told=True).outcome in ("preempted", "stopped", "amended")
+  ends = [settle(lab.root, run, begin(lab.root, run, "slurm")) for _ in range(2)]
+  assert [end.outcome for end in ends] == ["crashed", "no progress"]
+  assert ends[1].why.startswith("2 attempts (prod.max_attempts): ")
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("kind", "outcome"),
   [("stop", "preempted"), ("amended", "amended"), ("disk full", "disk full"), ("crashed", "")],
