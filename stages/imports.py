@@ -25,8 +25,9 @@ def run(folder: Path, out: Path, root: Path, console: Console) -> None:
     console.print(plain(f"removed {left}: a killed import had left it"), soft_wrap=True)
   with console.status(plain(f"reading {folder}")):
     found = import_folder(folder, Root(root))
+  config = configs.changed(found.config, {"run.root": str(root.absolute())})  # the weights' own
   try:
-    out.write_text(configs.to_toml(found.config), encoding="utf-8")
+    out.write_text(configs.to_toml(config), encoding="utf-8")
   except OSError as error:
     out.unlink(missing_ok=True)
     raise ConfigError(f"{out} cannot be written ({error}); name another file") from error

@@ -380,6 +380,7 @@ def test_an_exported_run_is_imported_and_trained_on(lab, tmp_path):
   digest = made.model.init.removeprefix("import:")
   said = console.export_text()
   assert made.data.tokenizer == "byte" and digest in said
+  assert made.run.root == str(lab.root)  # where the weights are, whatever root it is run from
   assert "made.toml: set [data] mixture, [optim] and [schedule], then train it" in said
   state = lab.state(run)
   weights = {n: x for n, x in state.items() if checkpoint.kind(n) in ("weights", "router biases")}
