@@ -154,10 +154,14 @@ def read_bundle(folder: Path) -> dict[str, Task]:
     listed = yaml.safe_load((folder / FILES[0]).read_text(encoding="utf-8"))["icl_tasks"]
     with (folder / FILES[1]).open(encoding="utf-8", newline="") as stream:
       chances = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(stream)}
+    ours = {label: entry for entry in listed if f"core_{(label := entry['label'])}" in CORE}
+    if not ours:
+      raise ValueError(
+        f"{FILES[0]} lists none of CORE's tasks: the first is {listed[0]['label']!r:.80}"
+      )
     return {
-      f"core_{entry['label']}": _bundled(folder / FILES[2], entry, chances[entry["label"]])
-      for entry in listed
-      if f"core_{entry['label']}" in CORE
+      f"core_{label}": _bundled(folder / FILES[2], entry, chances[label])
+      for label, entry in ours.items()
     }
   except (*BROKEN, yaml.YAMLError) as error:
     raise DataError(

@@ -245,6 +245,10 @@ def edited(file, old, new):
 
 BROKEN = {
   "a key of others": (edited("core.yaml", "  num_few", "  prelimiter: Q\n  num_few"), "prelimiter"),
+  "tasks of others": (
+    edited("core.yaml", "label: arc_easy", "label: arc_pl"),
+    "none of CORE's tasks",
+  ),
   "no table": (lambda b: (b / "core.yaml").unlink(), "has no core.yaml; is it DCLM's"),
   "no chance": (lambda b: (b / "eval_meta_data.csv").write_text("Eval Task\n"), "arc_easy"),
   "no items": (lambda b: (b / "eval_data" / "arc_easy.jsonl").unlink(), "arc_easy.jsonl"),
