@@ -232,7 +232,7 @@ class LaunchConfig:
   ranks: int = schedule(1, gt=0)
   threads: int = schedule(0, ge=0, le=4096)  # torch CPU threads per rank; 0: cores / ranks, ≤ 8
   slots: int = free(0, ge=0)  # runs of a study side by side; 0: what GPUs there are, one on the cpu
-  # a step takes at most this, and so does an evaluation; of a checkpoint see nmoe.train.watchdog
+  # a step, or a batch of an evaluation, takes at most this; of a checkpoint see nmoe.train.watchdog
   hang_s: float = free(1800.0, gt=0, le=MOST_S)
   engine: Literal["local", "slurm", "jobset"] = free("local")  # of `nmoe prod`: what starts hosts
   ranks_per_node: int = free(0, ge=0)  # 0: all ranks on one host

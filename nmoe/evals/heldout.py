@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nmoe.data.loader import Validation, bits_per_byte
@@ -11,19 +13,24 @@ from nmoe.model.decoder import Model
 
 @torch.no_grad()
 def evaluate(
-  model: Model, validation: Validation, micro_batch: int, ranks: Parallel
+  model: Model,
+  validation: Validation,
+  micro_batch: int,
+  ranks: Parallel,
+  alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """`val/loss` (nats per target token) and `val/bpb` over the frozen validation set, and where it
   has several sources `val/bpb/SOURCE` of each.
 
   Each rank takes its share of every batch. Bits per byte counts the targets that have bytes;
   separators are in the loss but not in it (nmoe.data.loader.bits_per_byte). The host
-  synchronises at the end.
+  synchronises at the end. alive: called before each batch.
   """
   device = model.embed.weight.device
   sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, targets, nats counted, bytes
   by_source = torch.zeros(len(validation.names), 2, dtype=torch.float64, device=device)
   for n, batch in enumerate(validation.batches(micro_batch, ranks.rank, ranks.ranks)):
+    alive()
     tokens, targets, bytes_BS = (t.to(device) for t in batch)
     loss_T = model(tokens, targets).loss_T.double()
     bytes_T = bytes_BS.flatten()

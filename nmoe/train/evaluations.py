@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nmoe.config.sections import Config
 from nmoe.data.loader import Validation
 from nmoe.data.prepared import PreparedData
@@ -38,13 +40,18 @@ class Evaluations:
     """Whether anything is measured after this step; after the last one all is."""
     return due(step, self.config.train.eval_every, last) or self._suite_due(step, last)
 
-  def values(self, step: int, last: int, model: Model) -> dict[str, float]:
-    """By tag, all that is due after this step; every rank calls it. A suite's items are written."""
+  def values(
+    self, step: int, last: int, model: Model, alive: Callable[[], None] = lambda: None
+  ) -> dict[str, float]:
+    """By tag, all that is due after this step; every rank calls it. A suite's items are written.
+    alive: called at each batch.
+    """
     values = {}
     if due(step, self.config.train.eval_every, last):
-      values |= evaluate(model, self.validation, self.config.train.micro_batch, self.parallel)
+      micro_batch = self.config.train.micro_batch
+      values |= evaluate(model, self.validation, micro_batch, self.parallel, alive)
     if self._suite_due(step, last):
-      outcome = self.downstream.run(model, self.parallel)
+      outcome = self.downstream.run(model, self.parallel, lambda *_: alive())
       values |= logged(outcome)
       if self.parallel.rank == 0:
         suite = self.downstream.suite.asked

@@ -192,7 +192,8 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
 def evaluated(session: Session, state: TrainState, last: int) -> dict[str, float]:
   """What is measured of the state, by tag, in the arithmetic of its tokens."""
   state.model.set_forward_bf16(session.config.finishing(state.tokens))
-  return session.evaluations.values(state.step, last, state.model)
+  alive = partial(session.watchdog.enter, "evaluating")
+  return session.evaluations.values(state.step, last, state.model, alive)
 
 
 def build(config: Config, target: Target, ranks: Parallel, root: Root | None = None) -> TrainState:

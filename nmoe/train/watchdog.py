@@ -5,7 +5,7 @@ state, or the next, and end at their deadline:
 
   starting, loading    START_S
   stepping             hang_s, and (20 + log_every) steps, but LEAST_S at least
-  evaluating           hang_s
+  evaluating           hang_s, each batch of it
   saving, stopping     hang_s, or SAVES times what this process saw a checkpoint take, if that is
                        more; SAVE_S, if that is more than hang_s, until it saw one
 """

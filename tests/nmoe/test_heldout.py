@@ -13,6 +13,7 @@ from nmoe.distributed.parallel import Parallel
 from nmoe.evals.heldout import evaluate
 from nmoe.machine.target import select
 from nmoe.train import loop as train
+from nmoe.train import watchdog
 
 
 @pytest.fixture
@@ -83,3 +84,15 @@ def test_evaluation_leaves_no_trace(trained):
   assert measure(trained, 8) == measure(trained, 8)
   assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
   assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.faults
+def test_an_evaluation_of_many_batches_is_no_hang(lab, monkeypatch):
+  """Each batch has launch.hang_s, not all of them together: a run whose last evaluation took longer
+  was ended and restarted there, again and again.
+  """
+  states = []
+  monkeypatch.setattr(watchdog.Watchdog, "enter", lambda self, state: states.append(state))
+  run = lab.record(data__val_tokens=2048, data__seq_len=64, train__micro_batch=2)
+  assert lab.attempt(run) == 0
+  assert states.count("evaluating") == 1 + 2048 // 64 // 2
