@@ -195,7 +195,7 @@ def starts(logged: dict[str, Logged]) -> list[Json]:
   found = []
   for step in begun.step.tolist():
     i = int(np.searchsorted(clock.step, step)) - 1
-    if i >= 0:
+    if 0 <= i < len(clock.step) - 1:
       at = {"step": int(clock.step[i]), "tokens": int(clock.tokens[i])}
       after = {"time": float(clock.time[i] - clock.time[0]), "when": float(clock.time[i + 1])}
       found.append(at | after | {"rewound": rewound.get(step, 0)})

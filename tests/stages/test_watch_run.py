@@ -193,6 +193,15 @@ def test_a_run_that_was_resumed_says_so(root, live):
   assert "resumed at step 40, 7 steps back" in words and "ago" in words
 
 
+def test_a_start_whose_first_line_has_no_loss_yet_is_no_start(root, live):
+  """A file that was imported, or of which lines are missing."""
+  run = make(root, seeds=(0,))["variant", 0]
+  writer = Metrics(root, run)
+  writer.add(41, 4100, {"startup/first_step_s": 3.0})
+  writer.flush()
+  assert "resumed" not in shown(live, run, 80)
+
+
 def test_an_interrupted_run_tells_what_goes_on_with_it(root, live):
   ids = make(root, seeds=(0,))
   seen = live.snapshot()
