@@ -15,7 +15,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels.tools.inspect import short_name
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.sections import Config
@@ -32,7 +31,7 @@ from stages.judge.intervals import student_t
 from stages.judge.table import Judgement
 from stages.launch.display import Display
 from stages.proofs.shortened import claim, named, shortened
-from stages.proofs.timeline import OTHER, Timeline, timeline
+from stages.proofs.timeline import OTHER, Timeline, kernel_name, timeline
 from stages.runs import carrying
 from stages.text import plain
 from stages.workbench import Workbench
@@ -66,9 +65,9 @@ class StepBench:
 
   @property
   def outside(self) -> float:
-    """The share of a step outside forward, backward and optimizer."""
-    total = sum(sum(v) for v in self.phases_ms.values())
-    return 1 - sum(sum(self.phases_ms.get(name, ())) for name in COMPUTE) / total
+    """The share of a step outside forward, backward and optimizer; the median of the stretches."""
+    inside = np.sum([self.phases_ms[name] for name in COMPUTE if name in self.phases_ms], axis=0)
+    return float(np.median(1 - inside / np.array(self.ms)))
 
 
 def step(
@@ -120,7 +119,7 @@ def step(
     _show_timeline(found.timeline, console)
   if before:
     names = ", ".join(p.name for p in against)
-    console.print(plain(change(float(np.mean(found.ms)), before, names)))
+    console.print(plain(change(float(np.median(found.ms)), before, names)))
   if out is not None:
     out.write_text(json.dumps(asdict(found), indent=1))
   return found
@@ -238,15 +237,19 @@ def _show_timeline(t: Timeline, console: Console) -> None:
   for name, ms in t.parts.items():
     table.add_row(name, f"{ms:.2f}", f"{ms / t.ms:.1%}")
   console.print(table)
-  most = ", ".join(f"{short_name(name)} {ms:.1f}" for name, ms in list(t.exposed.items())[:LONGEST])
+  most = ", ".join(
+    f"{kernel_name(name)} {ms:.1f}" for name, ms in list(t.exposed.items())[:LONGEST]
+  )
   console.print(f"{OTHER}, ms each: {most}", soft_wrap=True)
   console.print(f"{t.kernels:,.0f} kernels and copies a step, {t.host_waits:.1f} waits of the host")
 
 
 def _earlier(path: Path) -> float:
-  """Mean milliseconds a step of an earlier measurement."""
+  """Median milliseconds a step of an earlier measurement: neither a stall nor the stretch in which
+  a profile is written is what a step costs.
+  """
   try:
-    return float(np.mean(np.array(json.loads(path.read_text())["ms"], dtype=np.float64)))
+    return float(np.median(np.array(json.loads(path.read_text())["ms"], dtype=np.float64)))
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise ConfigError(f"{path} is not a measurement of `nmoe bench step --out`: {error}") from error
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.tools.inspect import short_name
+
 OTHER, IDLE = "other kernels", "idle"
 PARTS = {  # in turn, by the names of kernels; of several that fit, the first
   "products": re.compile(r"gemm|gemv|nvjet", re.IGNORECASE),
@@ -24,6 +26,9 @@ PARTS = {  # in turn, by the names of kernels; of several that fit, the first
   "collectives": re.compile(r"nccl", re.IGNORECASE),
   "waits for peers": re.compile(r"signals_?Wait"),
 }
+OPERATION = re.compile(  # within the template's arguments of one of torch's kernels
+  r"\b(?!gpu_kernel)\w*(?:_functor|Functor(?:_\w+)?|_cuda_kernel|_kernel_cuda|_kernel_impl)\b"
+)
 MAIN = ("products", "attention")
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 WAITS = ("cudaDeviceSynchronize", "cudaEventSynchronize", "cudaStreamSynchronize")
@@ -73,6 +78,15 @@ def divided(events: Iterable[Mapping[str, Any]]) -> Timeline | None:
   alone = {name: length(main + found) - hidden for name, found in spans[OTHER].items()}
   exposed = {name: us * scale for name, us in sorted(alone.items(), key=lambda item: -item[1])}
   return Timeline(whole * scale, parts, exposed, len(before) / len(steps), waits / len(steps))
+
+
+def kernel_name(kernel: str) -> str:
+  """What a line has room for: the class of a CuTeDSL kernel, the name and operation of torch's."""
+  if "<" not in kernel:
+    return short_name(kernel)
+  name, arguments = kernel.split("<", 1)
+  operation = OPERATION.search(arguments)
+  return name.split("::")[-1] + (f" ({operation[0]})" if operation else "")
 
 
 def part_of(kernel: str) -> str:

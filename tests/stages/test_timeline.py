@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.proofs.timeline import IDLE, OTHER, PARTS, divided, length, part_of, timeline
+from stages.proofs.timeline import (
+  IDLE,
+  OTHER,
+  PARTS,
+  divided,
+  kernel_name,
+  length,
+  part_of,
+  timeline,
+)
 
 GEMM = "kernel_cutlass_kernel_quackgemm_default_epiGemmDefaultSm90_object_at__tensor"
 SEND = "kernel_cutlass_kernel_kernelscudaexchangeSend_object_at__tensor"
@@ -66,6 +75,37 @@ def test_a_line_drawn_by_hand(tmp_path):
   assert list(found.parts) == [*PARTS, IDLE]
   assert found.exposed == pytest.approx({SEND: 1, "Memcpy DtoD": 1})
   assert found.kernels == 6 and found.host_waits == 1
+
+
+@pytest.mark.parametrize(
+  ("kernel", "name"),
+  [  # as a profile of H200s had them, cut where a line is full
+    (
+      "kernel_cutlass_kernel_kernelscudaexchangeSend_object_at__tensorptrbf16",
+      "kernelscudaexchangeSend",
+    ),
+    (
+      "void at::native::elementwise_kernel<128, 2, at::native::gpu_kernel_impl_nocast<at::native::"
+      "addcmul_cuda_kernel(at::TensorIteratorBase&, c10::Scalar const&)::{lambda()#2}>",
+      "elementwise_kernel (addcmul_cuda_kernel)",
+    ),
+    (
+      "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>"
+      ", std::array<char*, 3ul> >(int, at::native::CUDAFunctor_add<c10::BFloat16>)",
+      "vectorized_elementwise_kernel (CUDAFunctor_add)",
+    ),
+    (
+      "void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float, at::native::"
+      "func_wrapper_t<float, at::native::sum_functor<float, float, float>::operator()(at::Tensor"
+      "Iterator&)",
+      "reduce_kernel (sum_functor)",
+    ),
+    ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD (Device -> Device)"),
+  ],
+  ids=["ours", "torch", "functor", "reduction", "copy"],
+)
+def test_a_kernel_s_name_fits_a_line(kernel, name):
+  assert kernel_name(kernel) == name
 
 
 def test_a_profile_without_a_gpu_is_none():
