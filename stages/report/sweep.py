@@ -205,9 +205,10 @@ def coords_figure(experiment: Experiment) -> Figure | None:
 def _interval(i: Mapping[str, float] | None) -> str:
   if i is None or not i["n"]:
     return "—"
-  if not math.isfinite(i["high"]):
-    return f"{i['mean']:+.3g}"
-  return f"{i['mean']:+.3g} [{i['low']:+.3g}, {i['high']:+.3g}]"
+  shown = f"{i['mean']:+.3g}"
+  if math.isfinite(i["high"]):
+    shown += f" [{i['low']:+.3g}, {i['high']:+.3g}]"
+  return shown.replace("-", "−")
 
 
 def _number(value: float | None) -> str:

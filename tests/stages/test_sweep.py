@@ -303,6 +303,11 @@ def test_what_is_drawn_is_what_was_judged(write, checks):
   assert [line.diverged for line in lines if line.group == "off" and not line.seed] == [()]
 
 
+def test_an_interval_is_written_as_in_every_other_table():
+  shown = report._interval({"mean": -0.138, "low": -0.279, "high": 0.00175, "n": 6})
+  assert shown == "−0.138 [−0.279, +0.00175]"
+
+
 def over(axis, *factors):
   return "\n".join(f"[[scale]]\n{axis} = {factor}" for factor in factors)
 
