@@ -5,11 +5,15 @@ items, `netns` and `slurm` what clusters.NEEDS says; without it they are deselec
 """
 
 import importlib.util
+import random
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from clusters import lacking
 from hypothesis import settings
 from labs import Launches, open_lab
@@ -33,6 +37,10 @@ collect_ignore = ["stages/test_jobset.py"] if CLUSTERS["kubernetes"] else []
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
+def pytest_addoption(parser):
+  parser.addoption("--draw", default=0, help="another number: tests draw other values")
+
+
 def pytest_report_header():
   browser = BROWSER or f"none of {', '.join(BROWSERS)}; its tests are deselected"
   harness = "there" if HARNESS else "not installed; its tests are deselected"
@@ -54,6 +62,15 @@ def pytest_collection_modifyitems(config, items):
   if out:
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """A test draws the same whatever ran before it in its process."""
+  seed = zlib.crc32(f"{item.config.option.draw} {item.nodeid}".encode())
+  random.seed(seed)
+  np.random.seed(seed)
+  torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session")

@@ -120,10 +120,11 @@ def in_place(model: Model, config: Config, folder: Path) -> None:
     parameter.mul_(1.5)
 
 
+FAST = {"optim__dense_lr": 0.1, "optim__expert_lr": 0.1}  # a step that four bits can tell
 CHANGES = {
-  "adamw": (step, {}),
-  "adamw, bf16": (step, {"optim__moments": "bf16"}),
-  "muon": (step, {"optim__matrices": "muon", "optim__experts": "muon"}),
+  "adamw": (step, FAST),
+  "adamw, bf16": (step, FAST | {"optim__moments": "bf16"}),
+  "muon": (step, FAST | {"optim__matrices": "muon", "optim__experts": "muon"}),
   "checkpoint": (load, {}),
   "state": (load_state, {}),
   "init": (init, {}),
