@@ -69,6 +69,7 @@ def made(tmp_path_factory):
       ids[arm, seed] = run
   records.conclude(experiment.id, "confirmed", {"reason": "variant − baseline = −0.019"})
   results = {"eval/asked/acc": 0.6, "eval/asked/acc_se": 0.08, "eval/asked/bpb": 1.1}
+  results["eval/mine/acc"] = 0.6
   records.add_evaluation(run, Evaluation(2000, "mine", "d", "cpu fp32", results, 1.0))
   again = records.create("again", "ablate", [claim])
   records.link(again.id, experiment.id, "repeats", "elsewhere")
@@ -284,6 +285,69 @@ def test_every_page_stands_without_an_error(page, served, made, name):
   page.size(1280, 1000)
 
 
+CONTRAST = """(() => {
+  const linear = (v) => (v < 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const channels = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((v) => linear(v / 255));
+  const light = (text) => {
+    const [r, g, b] = channels(text);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const of = (query, name) => [...document.querySelectorAll(query)]
+    .map((e) => light(getComputedStyle(e)[name]));
+  const [paper] = of("header", "backgroundColor");
+  return [...of(".key-line", "borderTopColor"), ...of("rect[data-tone]", "fill")]
+    .map((one) => Math.max(one, paper) / Math.min(one, paper)); })()"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["runs", "run", "router", "compare", "sweep", "production"])
+def test_every_colour_stands_out_on_the_paper(page, served, made, name, theme):
+  """As WCAG 2 counts contrast; a curve is thin, so below 2 it is not seen."""
+  address, whole = pages(made[1])[name]
+  page.open(served + address)
+  page.wait(whole)
+  if page.ask("document.documentElement.dataset.theme") != theme:
+    page.press("d")
+  page.wait(f"document.documentElement.dataset.theme == '{theme}'")
+  found = page.ask(CONTRAST)
+  assert found and min(found) > 2.1, found
+
+
+def test_a_control_stands_on_the_scale_of_what_it_controls(page, served, made):
+  page.open(f"{served}/sweep/sweep-1")
+  ranges = "new Set([...document.querySelectorAll('.panel')].map(p => p.dataset.y)).size"
+  page.wait("document.querySelectorAll('.panel[data-y]').length == 3")
+  assert page.ask(ranges) == 1
+
+
+def test_phases_stand_in_the_order_of_a_step(page, served, made):
+  page.open(f"{served}/run/{made[1]['variant', 1]}/ranks")
+  page.wait("document.querySelector('table[data-late]')")
+  order = "load forward backward graph clip step gather log eval checkpoint".split()
+  for cells in ("table[data-late] tbody td:first-child", ".scroll th.num"):
+    found = page.ask(f"[...document.querySelectorAll('{cells}')].map(c => c.innerText)")
+    phases = [name for name in found if name in order]
+    assert len(phases) > 4 and phases == [name for name in order if name in phases]
+
+
+def test_figures_say_their_unit_their_sign_and_what_they_are_of(page, served, made):
+  ids = made[1]
+  page.open(f"{served}/run/{ids['variant', 2]}")
+  page.wait("document.querySelector('[data-evaluations=\"3\"]')")
+  tasks = page.ask(
+    "[...document.querySelectorAll('[data-evaluations] tbody tr')].map(r => r.cells[0].innerText)"
+  )
+  assert tasks == ["t", "asked", "mine: the suite's mean"]
+  waits = "[...document.querySelectorAll('.panel')]"
+  waits += ".filter(p => /, s$/.test(p.querySelector('b').innerText))"
+  page.wait(f"{waits}.length > 0 && {waits}[0].querySelector('.readout').innerText")
+  for text in page.ask(f"{waits}.map(p => p.querySelector('.readout').innerText)"):
+    assert text.endswith((" ms", " s")), text
+  sides = [",".join(ids[arm, seed] for seed in range(3)) for arm in ("variant", "baseline")]
+  page.open(f"{served}/compare?a={sides[0]}&b={sides[1]}")
+  page.wait("/now \\+0\\.0\\d+ over 3 pairs/.test(document.body.innerText)")
+
+
 def keep(page, name):
   """Pictures of a page, light and dark, narrow and wide."""
   folder = os.environ.get("NMOE_PICTURES")
@@ -448,6 +512,12 @@ def test_curves_can_be_means_of_what_is_shown(page, served, made):
       "format",
       "[-0.04, 0.04, -0.06, 0].map(v => m.measure({ factor: 1, format: ',.1f' }, v, true))",
       ["0.0", "0.0", "−0.1", "0"],
+    ),
+    (
+      "format",
+      "['off +10', 'off -2', 'off +0', 'a-10', 'a-9', 'off +2', 'off -4', 'lr=-2', 'lr=-3', 'off']"
+      ".sort(m.byName)",
+      "a-9,a-10,lr=-3,lr=-2,off,off -4,off -2,off +0,off +2,off +10".split(","),
     ),
   ],
 )

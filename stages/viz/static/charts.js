@@ -97,7 +97,7 @@ function options(props, width, say) {
     },
     scales: {
       x: { time: false, range: (u, a, b) => props.range || (a === b ? [a - 1, b + 1] : [a, b]) },
-      y: { distr: log ? 3 : 1, range: (u) => extent(u, props.range, skip, log) },
+      y: { distr: log ? 3 : 1, range: (u) => props.yRange || extent(u, props.range, skip, log) },
     },
     axes: [{ ...axis(24, 64, props.xText || ((v, digits) => xText(xKind, v, digits))), splits: props.splits },
       { ...axis(wide, 36, short), ...(props.whole ? { incrs: WHOLE } : {}) }],
@@ -181,7 +181,7 @@ export function Lines(props) {
     note.current.style.color = found ? found.curve.color || "" : "";
   };
   useEffect(() => say(null), [props.note]);
-  const shape = JSON.stringify([width > 0, theme, props.log, xKind, height, props.range, props.smooth,
+  const shape = JSON.stringify([width > 0, theme, props.log, xKind, height, props.range, props.yRange, props.smooth,
     curves.map((c) => [c.label, c.color, c.dash, c.width])]);
   const latest = useRef();
   latest.current = props;

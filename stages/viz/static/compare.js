@@ -91,11 +91,13 @@ function Interval({ of, d }) {
   const good = of.better === "lower" ? d.high < 0 : d.low > 0;
   const bad = of.better === "lower" ? d.low > 0 : d.high < 0;
   const tone = good ? "#009e73" : bad ? "#d55e00" : "currentColor";
-  return html`<svg width="160" height="16" role="img" aria-label="interval and pairs">
+  return html`<svg class="interval" width="160" height="16" role="img" aria-label="interval and pairs">
     <line x1=${at(0)} x2=${at(0)} y1="0" y2="16" stroke="currentColor" opacity="0.35" />
     <line x1=${at(d.low)} x2=${at(d.high)} y1="8" y2="8" stroke=${tone} stroke-width="3" opacity="0.5" />
     ${d.differences.map((v) => html`<circle cx=${at(v)} cy="8" r="2.2" fill=${tone} />`)}</svg>`;
 }
+
+const signed = (v) => (v > 0 ? "+" : "") + short(v, 3);
 
 function Difference({ tag, curve }) {
   const x = Float64Array.from(curve.steps);
@@ -108,7 +110,7 @@ function Difference({ tag, curve }) {
   const bands = curve.high ? [{ series: [n + 1, n + 2], fill: "rgba(0, 114, 178, 0.16)" }] : undefined;
   const mean = { y: curve.mean, label: "mean", color: COLORS[0], width: 2, dash: [] };
   return html`<${Lines} title=${label(tag)} x=${x} curves=${[...thin, ...band, mean]} bands=${bands} zero=${true}
-    skip=${0.1} xKind="step" note=${`now ${short(curve.mean[curve.mean.length - 1], 3)} over ${counted(curve.of.length, "pair")}`} />`;
+    skip=${0.1} xKind="step" note=${`now ${signed(curve.mean[curve.mean.length - 1])} over ${counted(curve.of.length, "pair")}`} />`;
 }
 
 function Curves({ a, b, names, query }) {

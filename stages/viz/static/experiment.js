@@ -36,7 +36,7 @@ export function Experiment({ id, data }) {
       : html`<${Results} rows=${result.rows} measures=${e.measures} metric=${metric} names=${[result.a]} />`))}
     ${e.arms.length > 0 && html`<h2>Runs</h2><${Members} e=${e} metric=${metric} live=${data.runs} />`}
     <h2>Evidence</h2><${Graph} graph=${e.graph} id=${e.id} />
-    <h2>Report</h2>${e.report ? html`<iframe class="report" title="report" sandbox="allow-scripts" src=${"/report/" + e.id} />`
+    <h2>Report</h2>${e.report ? html`<p><a href=${"/report/" + e.id} target="_blank" rel="noopener">alone in a tab</a></p><iframe class="report" title="report" sandbox="allow-scripts" src=${"/report/" + e.id} />`
       : html`<p class="soft">None yet: <code>nmoe report ${e.id}</code> writes it.</p>`}`;
 }
 
@@ -59,8 +59,11 @@ function ByArm({ e, metric }) {
     const one = row && (first ? row.a : row.b);
     return one ? html`${measure(e.measures[key], one.mean)}${one.n > 1 ? html`<span class="soft"> ± ${measure(e.measures[key], one.high - one.mean)}</span>` : ""}` : "—";
   };
+  const known = e.arms.map((arm, i) => [arm.name, (i ? of[arm.name]?.find((r) => r.key === metric)?.b : e.results[0]?.rows.find((r) => r.key === metric)?.a)?.mean])
+    .filter(([, mean]) => Number.isFinite(mean));
+  const sign = e.measures[metric]?.better === "higher" ? -1 : 1, best = known.sort((x, y) => sign * (x[1] - y[1]))[0]?.[0];
   return html`<div class="scroll"><table data-arms=${e.arms.length}><thead><tr><th>arm</th>${keys.map((key) => html`<th class="num">${e.measures[key].label}</th>`)}
-    <th></th></tr></thead><tbody>${e.arms.map((arm, i) => html`<tr><td>${arm.name}</td>${keys.map((key) => html`<td class="num">${cell(arm.name, key)}</td>`)}
+    <th></th></tr></thead><tbody>${e.arms.map((arm, i) => html`<tr class=${arm.name === best ? "key" : ""}><td>${arm.name}</td>${keys.map((key) => html`<td class="num">${cell(arm.name, key)}</td>`)}
     <td>${i > 0 && html`<${Link} to=${comparison(e, arm.name)}>against ${e.arms[0].name}<//>`}</td></tr>`)}</tbody></table></div>`;
 }
 

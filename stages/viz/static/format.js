@@ -11,6 +11,9 @@ export const paint = (theme) => COLORS.splice(0, COLORS.length, ...PALETTES[them
 export const grey = () => COLORS[COLORS.length - 1];
 export const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 
+// Where colours name more than the palette has: the one that stands out on the paper of the theme.
+export const tone = (light, dark) => (document.documentElement.dataset.theme === "dark" ? dark : light);
+
 export const color = (i) => COLORS[i % COLORS.length];
 export const dash = (i) => DASHES[Math.floor(i / COLORS.length) % DASHES.length];
 
@@ -50,6 +53,17 @@ export function ticks(values, text) {
   let digits = 3;
   while (digits < 9 && new Set(known.map((v) => text(v, digits))).size < known.length) digits++;
   return values.map((v) => (v === null ? "" : text(v, digits)));
+}
+
+// The order of names in which numbers count, with the sign that stands alone before them: -4, +0, +2, +10.
+const NUMBERS = /((?:(?<![^\s=,/])[+-])?\d+(?:\.\d+)?)/;
+export function byName(a, b) {
+  const [x, y] = [a.split(NUMBERS), b.split(NUMBERS)];
+  for (let i = 0; i < Math.min(x.length, y.length); i++) {
+    const by = i % 2 ? x[i] - y[i] : x[i] < y[i] ? -1 : +(x[i] > y[i]);
+    if (by) return by;
+  }
+  return x.length - y.length;
 }
 
 // "1 run", "2 runs": of things whose name takes an s.

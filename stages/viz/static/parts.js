@@ -1,7 +1,7 @@
 // Small pieces that pages share.
 import { html, useLayoutEffect } from "/static/preact-htm.js";
 import { change, getJson, go, hits, search, useLive } from "/static/api.js";
-import { COLORS, DASHES, grey, seconds } from "/static/format.js";
+import { COLORS, DASHES, byName, grey, seconds } from "/static/format.js";
 
 // An <a> that stays in this page.
 export function Link({ to, children, ...rest }) {
@@ -84,7 +84,7 @@ export const seriesQuery = (query) => ({ x: query.x || "tokens", from: query.fro
 
 // Runs of one arm share a colour; a baseline is grey, as in reports.
 export function armColors(runs) {
-  const arms = [...new Set(runs.map((r) => `${r.experiment}/${r.arm}`))].sort();
+  const arms = [...new Set(runs.map((r) => `${r.experiment}/${r.arm}`))].sort(byName);
   const others = arms.filter((arm) => !arm.endsWith("/baseline"));
   const of = (arm) => (others.includes(arm) ? COLORS[others.indexOf(arm) % (COLORS.length - 1)] : grey());
   return Object.fromEntries(arms.map((arm) => [arm, of(arm)]));
@@ -92,7 +92,7 @@ export function armColors(runs) {
 
 // Beyond the palette's colours arms differ by their dashes.
 export function armDashes(runs) {
-  const arms = [...new Set(runs.map((r) => `${r.experiment}/${r.arm}`))].filter((arm) => !arm.endsWith("/baseline")).sort();
+  const arms = [...new Set(runs.map((r) => `${r.experiment}/${r.arm}`))].filter((arm) => !arm.endsWith("/baseline")).sort(byName);
   return Object.fromEntries(arms.map((arm, i) => [arm, DASHES[Math.floor(i / (COLORS.length - 1)) % DASHES.length]]));
 }
 

@@ -2,13 +2,13 @@
 import { html } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Panel } from "/static/charts.js";
-import { at, color, noun, seconds, short } from "/static/format.js";
+import { at, color, noun, seconds, short, tone } from "/static/format.js";
 import { Starts, marksOf } from "/static/run.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const TAGS = ["train/tokens_per_s", "checkpoint/stall_s", "val/bpb", "train/loss", "grad_norm/all", "data/wait_s"];
-const BUCKETS = { stepping: "#0072b2", "save stall": "#cc79a7", eval: "#009e73", "lost steps": "#d55e00", "hang wait": "#e69f00",
-  starting: "#d3d7dc", compiling: "#8a6a3a", loading: "#56b4e9", queued: "#4e4167", stopped: "#45494e" };
+const buckets = () => ({ stepping: "#0072b2", "save stall": "#cc79a7", eval: "#009e73", "lost steps": "#d55e00", "hang wait": "#e69f00",
+  starting: tone("#a3abb4", "#d3d7dc"), compiling: "#8a6a3a", loading: "#56b4e9", queued: tone("#4e4167", "#9585c4"), stopped: tone("#45494e", "#848c95") });
 
 export function Production({ id, query, data }) {
   const state = useLive(id, () => getJson(`/api/prod/${id}`), hits([id]));
@@ -24,11 +24,11 @@ export function Production({ id, query, data }) {
     ${p.error && html`<p class="notice bad">${p.error}</p>`}<${Troubles} ids=${[id]} />
     <${Facts} pairs=${[["goodput", percent(p.goodput)], ["ETTR: without the queue", percent(p.ettr)], ["wall time", seconds(p.wall_s)],
       [noun(p.attempts.length, "attempt"), p.attempts.length], ["step", p.step.toLocaleString("en")], ["tokens", short(p.tokens)], ["of the plan", percent(share)],
-      ["tokens per second now", short(p.tokens_per_s)], ["left, at the pace so far", p.status === "completed" ? "done" : seconds(p.left_s)]]} />
+      [`tokens per second ${p.status === "completed" ? "at the end" : "now"}`, short(p.tokens_per_s)], ["left, at the pace so far", p.status === "completed" ? "done" : seconds(p.left_s)]]} />
     <h2>Where the wall time went</h2><${Timeline} p=${p} /><${Spent} p=${p} />
-    <h2>Attempts</h2><${Attempts} attempts=${p.attempts} />
-    <h2>Events</h2><${Events} events=${p.events} />
-    <h2>Evidence and checkpoints</h2><${Rests} p=${p} />
+    <div class="against"><div><h2>Attempts</h2><${Attempts} attempts=${p.attempts} />
+        <h2>Evidence and checkpoints</h2><${Rests} p=${p} /></div>
+      <div><h2>Events</h2><${Events} events=${p.events} /></div></div>
     <h2>Curves</h2><${Starts} starts=${p.starts} /><${CurveBar} query=${query} means=${true} /><${Curves} id=${id} query=${query} starts=${p.starts} />`;
 }
 
@@ -37,16 +37,16 @@ function Timeline({ p }) {
   const begun = p.spans[0]?.begin, there = new Set(p.spans.map((s) => s.bucket));
   return html`<svg class="timeline" width="100%" height="26" role="img" aria-label="the wall time, by what it was spent on"
     data-spans=${p.spans.length}>${p.spans.map((s) => html`<rect x=${`${(100 * (s.begin - begun)) / p.wall_s}%`} y="0" height="26"
-      width=${`${(100 * (s.end - s.begin)) / p.wall_s}%`} fill=${BUCKETS[s.bucket]}><title>${s.bucket} for ${seconds(s.end - s.begin)},
+      width=${`${(100 * (s.end - s.begin)) / p.wall_s}%`} data-tone=${s.bucket} fill=${buckets()[s.bucket]}><title>${s.bucket} for ${seconds(s.end - s.begin)},
       attempt ${s.attempt}, from ${at(s.begin)} UTC</title></rect>`)}</svg>
-    <${Legend} entries=${Object.entries(BUCKETS).filter(([name]) => there.has(name))} />`;
+    <${Legend} entries=${Object.entries(buckets()).filter(([name]) => there.has(name))} />`;
 }
 
 function Spent({ p }) {
   const rows = Object.entries(p.seconds).filter(([, s]) => s > 0).sort((a, b) => b[1] - a[1]);
   return html`<table class="spent" data-buckets=${rows.length}><tbody>${rows.map(([name, s]) => html`<tr><td>${name}</td><td class="num">${seconds(s)}</td>
     <td class="num">${((100 * s) / p.wall_s).toFixed(1)} %</td><td class="wide"><svg width="100%" height="9"><rect width=${`${(100 * s) / rows[0][1]}%`}
-      height="9" rx="2" fill=${BUCKETS[name]} /></svg></td></tr>`)}</tbody></table>`;
+      height="9" rx="2" data-tone=${name} fill=${buckets()[name]} /></svg></td></tr>`)}</tbody></table>`;
 }
 
 const Attempts = ({ attempts }) => html`<table data-attempts=${attempts.length}><thead><tr><th class="num">n</th><th>engine</th><th>job</th>

@@ -2,7 +2,8 @@
 import { html } from "/static/preact-htm.js";
 import { getRanks, hits, search, useLive } from "/static/api.js";
 import { HeatMap, rising } from "/static/charts.js";
-import { seconds, short, xText } from "/static/format.js";
+import { seconds, short, whole, xText } from "/static/format.js";
+import { PHASES } from "/static/run.js";
 import { Choice, Facts, Failed, Link, Troubles, curveKeys, useKeys } from "/static/parts.js";
 
 const percent = (share) => `${short(100 * share, 2)} %`;
@@ -31,8 +32,8 @@ export function Ranks({ id, query }) {
       tip=${(r, k) => `rank ${r} at ${xText(kind, x[k])}: ${percent(delay(r, k))} above the median in ${of.names[where(r, k)]}`} />
     ${rows && html`<${HeatMap} ...${map} title="rows that a rank's experts received over the mean" scale=${["1", "≥ 1.5 × mean"]} value=${even}
       shade=${(v) => (v - 1) / 0.5} tip=${(r, k) => `rank ${r} at ${xText(kind, x[k])}: ${short(even(r, k), 3)} × mean`} />`}
-    <h2>Slowest against median, by phase</h2><${Phases} of=${of} />
-    <h2>Every rank, means over the run</h2><${Every} of=${of} />`;
+    <div class="against"><div><h2>Slowest against median, by phase</h2><${Phases} of=${of} /></div>
+      <div><h2>Every rank, means over the run</h2><${Every} of=${of} /></div></div>`;
 }
 
 function Summary({ of }) {
@@ -45,15 +46,19 @@ function Summary({ of }) {
 }
 
 const Phases = ({ of }) => html`<table data-late=${of.late}><thead><tr><th>phase</th><th class="num">slowest rank</th><th class="num">its mean</th>
-  <th class="num">median</th><th class="num">difference</th><th class="num">of the time</th></tr></thead><tbody>${of.phases.map((p, i) => html`
-  <tr class=${i === of.late ? "key" : ""}><td>${p.name}</td><td class="num">${p.rank}</td><td class="num">${seconds(p.seconds)}</td>
+  <th class="num">median</th><th class="num">difference</th><th class="num">of the time</th></tr></thead><tbody>${[...of.phases].sort((a, b) => inStep(a.name, b.name)).map((p) => html`
+  <tr class=${p === of.phases[of.late] ? "key" : ""}><td>${p.name}</td><td class="num">${p.rank}</td><td class="num">${seconds(p.seconds)}</td>
   <td class="num">${seconds(p.median)}</td><td class="num">${seconds(p.above)}</td><td class="num">${percent(p.share)}</td></tr>`)}</tbody></table>`;
+
+// As they follow each other in a step; the server has them by who waits for whom.
+const inStep = (a, b) => PHASES.indexOf(a) - PHASES.indexOf(b);
 
 const UNITS = { rows: "rows received", rounds: "rounds", wait_s: "waiting for data" };
 
 function Every({ of }) {
-  const names = [...of.names.map((name) => `${name}_s`), ...Object.keys(of.each).filter((name) => !of.names.includes(name.replace(/_s$/, "")))];
+  const phases = PHASES.map((name) => `${name}_s`).filter((name) => name in of.each);
+  const names = [...phases, ...Object.keys(of.each).filter((name) => !phases.includes(name))];
   return html`<div class="scroll"><table><thead><tr><th>rank</th>${names.map((name) => html`<th class="num">${UNITS[name] || name.replace(/_s$/, "")}</th>`)}</tr></thead>
     <tbody>${Array.from({ length: of.ranks }, (_, r) => html`<tr><td>${r}</td>${names.map((name) => html`<td class="num">${
-      /_s$/.test(name) ? seconds(of.each[name][r]) : short(of.each[name][r], 4)}</td>`)}</tr>`)}</tbody></table></div>`;
+      /_s$/.test(name) ? seconds(of.each[name][r]) : name === "rows" ? whole(of.each[name][r]) : short(of.each[name][r], 3)}</td>`)}</tr>`)}</tbody></table></div>`;
 }

@@ -2,13 +2,13 @@
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines, apart, smoothed } from "/static/charts.js";
-import { at, color, counted, grey, measure, seconds, short, when, whole } from "/static/format.js";
+import { at, color, counted, grey, measure, seconds, short, tone, when, whole } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, curveProps,
   seriesQuery, useKeys } from "/static/parts.js";
 
-const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"];
-const PHASE_COLORS = ["#d3d7dc", "#56b4e9", "#0072b2", "#0c5a44", "#e69f00", "#4e4167", "#bc6616", "#5a4c16",
-  "#009e73", "#cc79a7"];
+export const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"];
+const PHASE_COLORS = () => [tone("#a3abb4", "#d3d7dc"), "#56b4e9", "#0072b2", tone("#0c5a44", "#8fe0cb"), "#e69f00", tone("#4e4167", "#9585c4"),
+  "#bc6616", tone("#5a4c16", "#a3914a"), "#009e73", "#cc79a7"];
 
 // The groups of a run's panels: title and tags, drawn on one axis each.
 function groups(tags) {
@@ -24,7 +24,7 @@ function groups(tags) {
     ["model FLOPs utilisation, %", ["train/mfu"]],
     ["peak memory, GiB", ["memory/peak_bytes"]],
     ["waiting for data, s", ["data/wait_s"]],
-    ["rows received, and again", of(/^rdep\/rows/)],
+    ["rows received, and dispatched again", of(/^rdep\/rows/)],
     ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
     ["checkpoint stall, s", ["checkpoint/stall_s"]],
   ].map(([title, wanted]) => [title, wanted.filter((tag) => tags.includes(tag))])
@@ -63,6 +63,8 @@ export function Starts({ starts }) {
     `at step ${s.step} (${at(s.when)}${s.rewound ? `, ${counted(s.rewound, "step")} back` : ""})`).join(", ")}.${lost ? ` ${counted(lost, "step")} ${lost === 1 ? "was" : "were"} trained again.` : ""}</p>`;
 }
 
+const named = (task, suite) => (task === suite ? `${task}: the suite's mean` : task);
+
 // The newest value of every task, in the loop and by `nmoe eval`, with its standard error.
 function Evaluations({ run }) {
   const tasks = run.tags.map((tag) => /^eval\/([^/]+)\/acc$/.exec(tag)?.[1]).filter(Boolean);
@@ -70,9 +72,10 @@ function Evaluations({ run }) {
   const state = useLive(search(asked), () => (tasks.length ? getSeries(asked) : []), hits([run.id]));
   if (!tasks.length && !run.evaluations.length) return null;
   const last = Object.fromEntries((state.data || []).map((p) => [p.tag, p.curves[0]?.last]));
+  const suite = run.leaves.find((leaf) => leaf.key === "eval.suite")?.value.replace(/^.*\/|\.toml$/g, "");
   const rows = tasks.map((task) => {
     const of = Object.fromEntries(["acc", "acc_se", "bpb", "bpb_se"].map((m) => [m, last[`eval/${task}/${m}`]?.[1]]));
-    return [task, "in the loop", last[`eval/${task}/acc`]?.[0], of];
+    return [named(task, suite), "in the loop", last[`eval/${task}/acc`]?.[0], of];
   });
   for (const e of run.evaluations) {
     const by = {};
@@ -80,7 +83,7 @@ function Evaluations({ run }) {
       const [, task, m] = tag.split("/");
       (by[task] ||= {})[m] = v;
     }
-    rows.push(...Object.entries(by).map(([task, of]) => [task, `nmoe eval, ${e.suite}, ${e.arithmetic}`, e.step, of]));
+    rows.push(...Object.entries(by).map(([task, of]) => [named(task, e.suite), `nmoe eval, ${e.suite}, ${e.arithmetic}`, e.step, of]));
   }
   const plus = (of, m) => (of[m] === undefined ? "—" : html`${short(of[m], 4)}${of[m + "_se"] ? html`<span class="soft"> ± ${short(of[m + "_se"], 2)}</span>` : ""}`);
   return html`<h2>Evaluations</h2><table data-evaluations=${rows.length}><thead><tr><th>task</th><th class="num">step</th><th class="num">accuracy</th>
@@ -131,7 +134,7 @@ function Group({ title, panels, errors, starts, planned, query }) {
     const n = curves.length + edges.length;
     bands.push({ series: [n - 1, n], fill: color(i) + "26" });
   });
-  const last = curves.length === 1 ? short(curves[0].last, 5) : "";
+  const last = curves.length === 1 ? (/, s$/.test(title) ? seconds : short)(curves[0].last) : "";
   const skip = /loss|bits|norm/.test(title) ? 0.05 : 0;
   return html`<div><${Lines} title=${title} x=${x} curves=${[...curves, ...edges]} bands=${bands.length ? bands : undefined}
       skip=${skip} note=${last} whole=${/^rounds/.test(title)} marks=${marksOf(starts, query)} ...${curveProps(query)} />
@@ -148,9 +151,9 @@ function Phases({ panels, phases, query }) {
   rows.forEach((row) => row.forEach((v, i) => { sum[i] += v; }));
   const total = new Float64Array(x.length);
   const curves = rows.map((row, i) => {
-    const tone = PHASE_COLORS[PHASES.indexOf(of[i].tag.slice(5, -2))];
+    const hue = PHASE_COLORS()[PHASES.indexOf(of[i].tag.slice(5, -2))];
     const y = row.map((v, k) => { total[k] += v; return sum[k] ? (100 * total[k]) / sum[k] : null; });
-    return { y, label: of[i].tag.slice(5, -2), color: tone, fill: tone, dash: [], width: 1 };
+    return { y, label: of[i].tag.slice(5, -2), color: hue, fill: hue, dash: [], width: 1 };
   });
   return html`<div><${Lines} title="time by phase, % of the whole" x=${x} curves=${curves.reverse()}
       ...${{ ...curveProps(query), log: false }} />

@@ -24,6 +24,9 @@ export function Sweep({ id, query, data }) {
   const log = query.log !== "off" && !e.octaves;
   const places = [...new Set(e.lines.map((line) => line.panel))];
   const hues = [...new Set(e.lines.map((line) => line.hue))].sort(order);
+  const values = e.lines.flatMap((line) => line.points.flatMap((p) => p.runs.map((r) => r.value))).filter(finite);
+  const [least, most] = [Math.min(...values), Math.max(...values)], pad = 0.08 * (most - least) || 0.05 * Math.abs(most) || 1;
+  const yRange = places.length > 1 && values.length ? [least - pad, most + pad] : undefined;  // side by side: one scale
   return html`<div class="eyebrow">sweep · <${Link} to=${"/experiment/" + id}>${id}<//></div><h1>${e.hypotheses[0].statement}</h1>
     <p><${Badge} kind=${e.verdict || e.status} /> ${e.reason || "There is no conclusion yet."}</p>
     <div class="bar">${pick("axis", e.axis, e.axes)} ${e.hue && pick("hue", e.hue, e.axes.filter((one) => one !== e.axis))}
@@ -31,7 +34,7 @@ export function Sweep({ id, query, data }) {
       ${!e.octaves && html`<button class=${log ? "on" : ""} onClick=${() => change({ log: query.log === "off" ? "" : "off" })}>log ${e.axis}</button>`}</div>
     ${e.hue && html`<${Legend} entries=${hues.map((h, i) => [`${e.hue} ${h}`, color(i)])} />`}
     <p class="soft">A dot is a run, dashed its seed's parabola over ${e.octaves ? "" : "log₂ of "}${e.axis}, an upright its optimum.</p>
-    <div class=${places.length > 1 ? "panels" : ""}>${places.map((place) => html`<${Points} key=${place} ...${{ e, place, hues, log }}
+    <div class=${places.length > 1 ? "panels" : ""}>${places.map((place) => html`<${Points} key=${place} ...${{ e, place, hues, log, yRange }}
       title=${[e.panel && placeName(place), label(e.metric)].filter(Boolean).join(": ")} tall=${places.length > 1 ? 260 : 360} />`)}</div>
     <h2>Optima</h2><${Optima} e=${e} hues=${hues} />
     <h2>Conclusion</h2><${Conclusion} e=${e} />`;
@@ -41,7 +44,7 @@ const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b 
 const CONTROLS = { off: "without the rule", embed_only: "with the embedding's factor alone" };
 const placeName = (place) => (place in CONTROLS ? `control: ${CONTROLS[place]}` : String(place));
 
-function Points({ e, place, hues, log, title, tall }) {
+function Points({ e, place, hues, log, yRange, title, tall }) {
   const of = e.lines.filter((line) => line.panel === place);
   const every = [...new Set(of.flatMap((line) => line.points.map((p) => p.x)))].sort(order);
   const numeric = every.every((v) => typeof v === "number" && (!log || v > 0));
@@ -66,7 +69,7 @@ function Points({ e, place, hues, log, title, tall }) {
   const text = (v) => (numeric ? short(log ? 2 ** v : v, 3) : String(every[Math.round(v)] ?? ""));
   const pad = 0.05 * (high - low || 1);
   return html`<${Lines} title=${title} x=${grid} curves=${[...dots, ...parabolas]} height=${tall} xText=${text} marks=${marks}
-    splits=${() => every.map(at)} range=${[low - pad, high + pad]} />`;
+    splits=${() => every.map(at)} range=${[low - pad, high + pad]} yRange=${yRange} />`;
 }
 
 function Optima({ e, hues }) {
@@ -83,11 +86,11 @@ function Optima({ e, hues }) {
     const edge = best && (best === means[0] || best === means[means.length - 1]);
     return html`<tr>${e.panel && html`<td>${placeName(line.panel)}</td>`}<td>${line.hue}</td>
       <td class="num">${best ? (typeof best[0] === "number" ? short(best[0], 4) : best[0]) : "—"}</td><td class="num">${best ? show(best[1]) : "—"}</td>
-      <td class="num">${finite(middle) ? short(e.octaves ? middle : 2 ** middle, 4) : "—"}</td>
+      <td class="num">${finite(middle) ? short(e.octaves ? middle : 2 ** middle, 3) : "—"}</td>
       <td class="num">${line.fit ? short(line.fit.curvature, 3) : "—"}</td><td class="num">${finite(line.fit?.noise) ? short(line.fit.noise, 2) : "—"}</td>
       <td class="num">${line.points.reduce((n, p) => n + p.runs.length, 0)}</td><td>${edge ? "at an edge: extend the grid" : ""}</td></tr>`;
   });
-  return html`<table data-optima=${rows.length}><thead><tr>${e.panel && html`<th>${e.panel}</th>`}<th>${e.hue || ""}</th><th class="num">best ${e.axis} run</th>
+  return html`<table data-optima=${rows.length}><thead><tr>${e.panel && html`<th>${e.panel}</th>`}<th>${e.hue || ""}</th><th class="num">${e.axis} of the best run</th>
       <th class="num">${e.metric}</th><th class="num">optimum of parabolas</th><th class="num">curvature, per octave²</th><th class="num">noise</th><th class="num">runs</th><th></th></tr></thead>
     <tbody>${rows}</tbody></table>`;
 }
