@@ -127,10 +127,25 @@ def write_variant(path: Path, name: str, body: str) -> Path:
   return variant
 
 
+class Signals:
+  """Stands in for `signal` in nmoe.train.loop: a run in the process of the tests takes none of its
+  signals. One that is to end them, as a time limit sends it, would end the run and fail its test.
+  """
+
+  SIGTERM = signal.SIGTERM
+
+  def __init__(self):
+    self.handlers: dict[int, Callable[..., None]] = {}
+
+  def signal(self, number: int, handler: Callable[..., None]) -> None:
+    self.handlers[number] = handler
+
+
 class Lab:
   """A root with prepared data, and runs in it that this process executes."""
 
   def __init__(self, folder: Path):
+    self.signals = Signals()
     self.file = write_files(folder)
     self.config = configs.load(self.file, env={})
     self.root = Path(self.config.run.root)
@@ -162,6 +177,10 @@ class Lab:
   def attempt(self, run_id: str, first: Path | None = None, number: int = 0) -> int:
     """Execute a recorded run in this process as a child of the launcher would."""
     return train.attempt(options(self.root, run_id, first, number))
+
+  def terminate(self) -> None:
+    """What a SIGTERM would do to the run that this process executes."""
+    self.signals.handlers[signal.SIGTERM](signal.SIGTERM, None)
 
   def session(self, run_id: str, **more: Any) -> Session:
     """What the loop gets of a run on one rank, with fields replaced."""
@@ -210,15 +229,14 @@ class Lab:
 
 @contextmanager
 def open_lab(folder: Path) -> Iterator[Lab]:
-  """A lab, after which this process has its threads, determinism and signals again."""
+  """A lab, after which this process has its threads and determinism again."""
   threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-  handler = signal.getsignal(signal.SIGTERM)
   checked, train.check_code = train.check_code, lambda *_: None  # records say "code"
   lab = Lab(folder)
+  signals, train.signal = train.signal, lab.signals
   yield lab
   lab.records.close()
-  train.check_code = checked
-  signal.signal(signal.SIGTERM, handler)
+  train.signal, train.check_code = signals, checked
   torch.set_num_threads(threads)
   torch.use_deterministic_algorithms(deterministic)
 

@@ -329,7 +329,7 @@ def test_a_run_that_stops_ends_its_write(lab, monkeypatch):
 
   def slow(path, meta, written):
     if meta["step"] == 3:
-      os.kill(os.getpid(), signal.SIGTERM)
+      lab.terminate()
       time.sleep(0.3)
     seal(path, meta, written)
 

@@ -279,9 +279,17 @@ def finish(run: str, lab: Lab, whole: Whole) -> None:
 
 def test_sigterm_saves_and_leaves(lab, feed, whole):
   run = lab.record()
-  feed.before[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+  feed.before[5] = lab.terminate
   interrupt(run, lab)
   finish(run, lab, whole)
+
+
+def test_a_run_in_the_process_of_the_tests_takes_no_signal_of_theirs(lab, feed):
+  """One that is meant to end them, such as of a time limit, would end the run and fail its test."""
+  run, theirs, seen = lab.record(**SHORT), signal.getsignal(signal.SIGTERM), []
+  feed.before[2] = lambda: seen.append(signal.getsignal(signal.SIGTERM))
+  assert lab.attempt(run) == 0
+  assert seen == [theirs]
 
 
 def test_a_vanished_parent_is_a_reason_to_save_and_leave(lab, feed, whole, monkeypatch):
