@@ -184,6 +184,15 @@ def test_colours_of_a_plot_are_told_apart_with_every_colour_vision(vision):
     for theme, of in re.findall(r"(light|dark): \[(.*?)\]", pages)
   }
   assert {theme: len(palettes[theme]) for theme in ("light", "dark")} == {"light": 7, "dark": 7}
+  for name, usual in (
+    ("run", dict(zip(PHASES, PHASE_COLORS, strict=True))),
+    ("prod", COLOR_OF),
+  ):
+    page = (Path(drawing.__file__).parents[1] / f"viz/static/{name}.js").read_text()
+    (dark,) = re.findall(r"ON_DARK = \{(.*?)\}", page)
+    others = dict(re.findall(r'(\w+): "(#\w+)"', dark))
+    assert others and others.keys() <= usual.keys()
+    palettes[f"{name} on dark"] = (usual | others).values()
   for name, palette in palettes.items():
     for a, b in combinations(palette, 2):
       apart = np.linalg.norm(_lab(a, VISIONS[vision]) - _lab(b, VISIONS[vision]))

@@ -7,8 +7,10 @@ import { Starts, marksOf } from "/static/run.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, curveProps, seriesQuery, useKeys } from "/static/parts.js";
 
 const TAGS = ["train/tokens_per_s", "checkpoint/stall_s", "val/bpb", "train/loss", "grad_norm/all", "data/wait_s"];
-const buckets = () => ({ stepping: "#0072b2", "save stall": "#cc79a7", eval: "#009e73", "lost steps": "#d55e00", "hang wait": "#e69f00",
-  starting: tone("#a3abb4", "#d3d7dc"), compiling: "#8a6a3a", loading: "#56b4e9", queued: tone("#4e4167", "#9585c4"), stopped: tone("#45494e", "#848c95") });
+const BUCKETS = { stepping: "#0072b2", "save stall": "#cc79a7", eval: "#009e73", "lost steps": "#d55e00", "hang wait": "#e69f00",
+  starting: "#d3d7dc", compiling: "#8a6a3a", loading: "#56b4e9", queued: "#4e4167", stopped: "#45494e" };
+const ON_DARK = { queued: "#7f3cdd", stopped: "#505962" };  // where the report's would sink into the page
+const buckets = () => tone(BUCKETS, { ...BUCKETS, ...ON_DARK });
 
 export function Production({ id, query, data }) {
   const state = useLive(id, () => getJson(`/api/prod/${id}`), hits([id]));

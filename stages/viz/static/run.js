@@ -7,8 +7,9 @@ import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, cur
   seriesQuery, useKeys } from "/static/parts.js";
 
 export const PHASES = ["load", "forward", "backward", "graph", "clip", "step", "gather", "log", "eval", "checkpoint"];
-const PHASE_COLORS = () => [tone("#a3abb4", "#d3d7dc"), "#56b4e9", "#0072b2", tone("#0c5a44", "#8fe0cb"), "#e69f00", tone("#4e4167", "#9585c4"),
-  "#bc6616", tone("#5a4c16", "#a3914a"), "#009e73", "#cc79a7"];
+const PHASE_COLORS = ["#d3d7dc", "#56b4e9", "#0072b2", "#0c5a44", "#e69f00", "#4e4167", "#bc6616", "#5a4c16",
+  "#009e73", "#cc79a7"];
+const ON_DARK = { graph: "#2e6b65", step: "#7f3cdd", log: "#ebe7ad" };  // where the report's would sink into the page
 
 // The groups of a run's panels: title and tags, drawn on one axis each.
 function groups(tags) {
@@ -151,9 +152,9 @@ function Phases({ panels, phases, query }) {
   rows.forEach((row) => row.forEach((v, i) => { sum[i] += v; }));
   const total = new Float64Array(x.length);
   const curves = rows.map((row, i) => {
-    const hue = PHASE_COLORS()[PHASES.indexOf(of[i].tag.slice(5, -2))];
+    const name = of[i].tag.slice(5, -2), usual = PHASE_COLORS[PHASES.indexOf(name)], hue = tone(usual, ON_DARK[name] || usual);
     const y = row.map((v, k) => { total[k] += v; return sum[k] ? (100 * total[k]) / sum[k] : null; });
-    return { y, label: of[i].tag.slice(5, -2), color: hue, fill: hue, dash: [], width: 1 };
+    return { y, label: name, color: hue, fill: hue, dash: [], width: 1 };
   });
   return html`<div><${Lines} title="time by phase, % of the whole" x=${x} curves=${curves.reverse()}
       ...${{ ...curveProps(query), log: false }} />
