@@ -9,7 +9,7 @@ from rich.text import Text
 # C0 and C1 controls but tab and newline, and what turns the direction of the text around it.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6))
 
 
 def visible(text: str) -> str:
@@ -23,6 +23,7 @@ def plain(value: object, style: str = "") -> Text:
 
 
 def rounded(number: float, unit: str = "") -> str:
-  """Three digits with a prefix of thousands: "1.23 M", "4.5 GB"."""
-  found = next((p for p in PREFIXES if number >= p[1]), ("", 1.0))
+  """Three digits with a prefix of thousands: "1.23 M", "4.5 GB"; of a unit's parts too: "2 ms"."""
+  prefixes = PREFIXES if unit else PREFIXES[:5]
+  found = next((p for p in prefixes if float(f"{number:.3g}") >= p[1]), ("", 1.0))
   return f"{number / found[1]:.3g} {found[0]}{unit}".rstrip()

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import PurePath
 
 import numpy as np
 from rich.console import Console, Group
@@ -26,7 +27,7 @@ from stages.text import plain, rounded, visible
 from stages.viz.answers import STARTS, leaves, starts
 from stages.viz.ranks import latest
 
-FIGURES = {  # tag -> format of its last value, factor, label where it is no measure
+FIGURES = {  # tag -> format of its last value ("s": a duration), factor, label if it is no measure
   "train/loss": (".4f", 1.0, ""),
   "val/loss": (".4f", 1.0, ""),
   "val/bpb": (".4f", 1.0, ""),
@@ -34,9 +35,9 @@ FIGURES = {  # tag -> format of its last value, factor, label where it is no mea
   "lr/dense": (".3g", 1.0, "learning rate"),
   "train/tokens_per_s": (",.0f", 1.0, ""),
   "train/mfu": (".1%", 1.0, ""),
-  "data/wait_s": (".3g", 1.0, "waiting for data, s"),
+  "data/wait_s": ("s", 1.0, "waiting for data"),
   "memory/peak_bytes": (".2f", 2.0**-30, "peak memory, GiB"),
-  "checkpoint/stall_s": (".3g", 1.0, "checkpoint stall, s"),
+  "checkpoint/stall_s": ("s", 1.0, "checkpoint stall"),
 }
 TASK = re.compile(r"eval/([^/]+)/(acc|acc_se|bpb|bpb_se)")
 TASKS = 12  # shown of an evaluation
@@ -134,7 +135,7 @@ def picture(live: Live, seen: Snapshot, run: Run, width: int, less: int = 0) -> 
     parts += _router({tag: logged[tag] for tag in _loads(tags) if tag in logged})
     parts += _ranks(live, run) if "rank/0/step_s" in tags else []
   parts += _production(live, seen, run, logged)
-  return Group(*parts, *_evaluations(_measured(seen, run, logged), most, empty))
+  return Group(*parts, *_evaluations(run, _measured(seen, run, logged), most, empty))
 
 
 def _tags(tags: Sequence[str], prefix: str) -> list[str]:
@@ -178,7 +179,7 @@ def _progress(run: Run, logged: dict[str, Logged], wide: int) -> Table:
   step, tokens = int(logged["train/loss"].step[-1]), int(logged["train/loss"].tokens[-1])
   total = dict(leaves(run.toml)).get("schedule.total_tokens", tokens)
   row = Table.grid(padding=(0, 2))
-  left = "" if "train/tokens_per_s" not in logged else _left(logged, total - tokens)
+  left = _left(logged, total - tokens) if run.live and "train/tokens_per_s" in logged else ""
   done = f"step {step:,}, {rounded(tokens)} of {rounded(total)} tokens"
   row.add_row(ProgressBar(total=total, completed=tokens, width=wide), done, left)
   return row
@@ -198,12 +199,18 @@ def _figures(logged: dict[str, Logged], wide: int, most: int, roomy: bool) -> Ta
     form, factor, name = FIGURES[tag]
     label = name or MEASURES[tag].label.split(",")[0]
     value = logged[tag].value
-    last = plain(f"{factor * value[-1]:{form}}", "" if np.isfinite(value[-1]) else "red")
+    last = plain(_told(form, factor * value[-1]), "" if np.isfinite(value[-1]) else "red")
     row = [plain(label), last, plain(curve(value, wide), "cyan")]
-    if roomy and (ends := [f"{factor * end:{form}}" for end in scale(means(value, wide))]):
+    if roomy and (ends := [_told(form, factor * end) for end in scale(means(value, wide))]):
       row.append(plain(" to ".join(dict.fromkeys(ends)) if len(set(ends)) > 1 else "", "dim"))
     table.add_row(*row)
   return table
+
+
+def _told(form: str, value: float) -> str:
+  if form != "s":
+    return f"{value:{form}}"
+  return rounded(value, "s") if value < 100 else f"{value:,.0f} s"
 
 
 def means(values: np.ndarray, width: int) -> list[float]:
@@ -305,10 +312,11 @@ def _tasks(last: dict[str, tuple[int, float]]) -> list[str]:
 
 
 def _evaluations(
-  last: dict[str, tuple[int, float]], most: int, empty: list[Text]
+  run: Run, last: dict[str, tuple[int, float]], most: int, empty: list[Text]
 ) -> list[Text | Table]:
-  """The newest value of every task with its standard error."""
-  tasks = _tasks(last)
+  """The newest value of every task with its standard error, and the mean of the run's suite."""
+  suite = PurePath(str(dict(leaves(run.toml)).get("eval.suite", ""))).stem
+  tasks = sorted(_tasks(last), key=lambda task: (task != suite, task))
   if not tasks:
     return []
   table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -317,7 +325,8 @@ def _evaluations(
   for task in tasks[:most]:
     step = max(last[f"eval/{task}/{m}"][0] for m in ("acc", "bpb") if f"eval/{task}/{m}" in last)
     cells = (_with_error(last, f"eval/{task}/{name}") for name in ("acc", "bpb"))
-    table.add_row(plain(task), *cells, f"{step:,}")
+    name = f"mean of {task}" if task == suite else task
+    table.add_row(plain(name), *cells, f"{step:,}")
   if len(tasks) > most:
     table.add_row(plain(f"and {len(tasks) - most} more", "dim"))
   return [*empty, table]

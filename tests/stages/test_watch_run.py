@@ -19,6 +19,7 @@ from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
 from nmoe.records.reader import Evaluation
 from stages import watch
+from stages.text import rounded
 from stages.watch import BLOCKS, FIGURES, curve, fitting, picture
 
 
@@ -177,6 +178,22 @@ def test_what_a_researcher_must_see_has_a_colour(root, live):
     assert styles(picture(live, seen, of, 120), "s ago") == {"yellow"}
 
 
+def test_seconds_have_their_unit_and_a_suites_mean_its_name(root, live):
+  run = make(root, seeds=(0,), steps=range(0))["variant", 0]
+  writer = Metrics(root, run)
+  values = {"train/loss": 2.0, "data/wait_s": 1.61e-5, "checkpoint/stall_s": 1230.4}
+  values |= {f"eval/{task}/acc": 0.5 for task in ("asked", "mine", "told")}
+  writer.add(1, 1, values)
+  writer.flush()
+  seen = live.snapshot()
+  of = replace(seen.run(run), toml='[eval]\nsuite = "some/where/mine.toml"\n')
+  console = Console(record=True, width=80)
+  console.print(picture(live, seen, of, 80))
+  lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+  assert "waiting for data 16.1 µs" in lines and "checkpoint stall 1,230 s" in lines
+  assert [line.split(" 0.5")[0] for line in lines[-3:]] == ["mean of mine", "asked", "told"]
+
+
 def styles(drawn, words):
   """Of the pieces of a picture in which these words stand."""
   pieces = Console(width=120).render(drawn)
@@ -211,6 +228,19 @@ def test_an_interrupted_run_tells_what_goes_on_with_it(root, live):
   assert "its process ended; the same command goes on with it" in console.export_text()
 
 
+def test_only_a_run_that_goes_on_has_time_left(root, live):
+  run = make(root, seeds=(0,), steps=range(0))["variant", 0]
+  writer = Metrics(root, run)
+  writer.add(1, 1000, {"train/loss": 2.0, "train/tokens_per_s": 100.0})
+  writer.flush()
+  seen = live.snapshot()
+  for status, left in (("running", True), ("interrupted", False), ("failed", False)):
+    of = replace(seen.run(run), status=status, toml="[schedule]\ntotal_tokens = 4000\n")
+    console = Console(record=True, width=100)
+    console.print(picture(live, seen, of, 100))
+    assert ("0:00:30 left" in console.export_text()) == left, status
+
+
 def test_a_pipe_gets_whole_lines_of_now_and_of_the_end(root, live, monkeypatch):
   run = make(root, seeds=(0,))["variant", 0]
   states = iter(("running", "running", "completed"))
@@ -238,3 +268,22 @@ def test_a_curve_goes_from_its_largest_to_its_least():
   spiked = np.concatenate([[1000.0], np.linspace(2, 1, 99)])
   assert curve(spiked, 20)[:2] == "██" and curve(spiked, 20)[-1] == "▁"
   assert curve(np.array([1.0, 1.0, np.nan]), 8) == "▁▁" and curve(np.array([np.nan, 1.0]), 8) == ""
+
+
+@pytest.mark.parametrize(
+  "number, unit, told",
+  [
+    (999_400, "", "999 k"),
+    (999_999, "", "1 M"),
+    (999.6, "", "1 k"),
+    (0, "", "0"),
+    (0.25, "", "0.25"),
+    (4.5e9, "B", "4.5 GB"),
+    (0.00238, "s", "2.38 ms"),
+    (1.61e-5, "s", "16.1 µs"),
+    (0, "s", "0 s"),
+  ],
+)
+def test_three_digits_and_a_prefix_say_how_much(number, unit, told):
+  """What rounds up to the next prefix has that one: 1 M, not 1e+03 k."""
+  assert rounded(number, unit) == told
