@@ -20,7 +20,8 @@ from nmoe.records.reader import Hypothesis
 def shortened(
   config: Config, steps: int, phase: int = 0, checkpoint_every: int = 0, keep: int = 1
 ) -> Config:
-  """The configuration with `steps` steps, each logged, and no evaluation before the last.
+  """The configuration with `steps` steps, each logged, and no evaluation before the last, of at
+  most as many held-out tokens as a step has.
 
   phase: steps of warm-up, and of decay; 0: full rates. checkpoint_every, keep: as in [train].
   """
@@ -29,6 +30,7 @@ def shortened(
     config,
     {
       **few_steps(config, steps, batch),
+      "data.val_tokens": min(config.data.val_tokens, batch),
       "schedule.warmup_tokens": phase * batch,
       "schedule.decay_tokens": phase * batch,
       "train.log_every": 1,

@@ -192,7 +192,10 @@ def test_a_check_runs_on_this_host(lab, per_host, ranks):
   made = shortened.comparable(path, [1, 2], 12)
   assert {c.launch.engine for c in made.values()} == {"local"}
   run = SimpleNamespace(toml=configs.to_toml(made[2]), id="made")
+  assert made[2].data.val_tokens < config.data.val_tokens
   assert _same_model(config, run), "it is evidence for the launch"
+  other = changed(config, {"model.dense_dim": 2 * config.model.dense_dim})
+  assert not _same_model(other, run)
 
 
 def test_a_run_that_is_too_fast_is_not_a_proof(lab, monkeypatch):

@@ -48,6 +48,13 @@ def test_its_first_steps(large):
   assert kept.precision.finish_tokens == 3 * BATCH
 
 
+@pytest.mark.parametrize(("held_out", "evaluated"), [(64 * BATCH, BATCH), (4096, 4096)])
+def test_its_evaluation_is_no_longer_than_a_step(large, held_out, evaluated):
+  """After the last step of few: else most of a check's time is that."""
+  made = shortened(configs.changed(large, {"data.val_tokens": held_out}), 6)
+  assert made.data.val_tokens == evaluated
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_other_ranks(large, ranks):
   made = at_ranks(shortened(large, 6), ranks)
