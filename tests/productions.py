@@ -4,6 +4,7 @@ ones, and what it leaves: the end of an undisturbed run is what every fault's en
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from labs import Lab, open_lab, write_variant
 from torch import Tensor
 
 from nmoe.config import file as configs
-from nmoe.records import checkpoint
+from nmoe.records import checkpoint, manifests, metrics
 from nmoe.records.attempts import Attempt, Event, History
 from nmoe.records.root import Root
+from nmoe.records.unpickling import read_metadata
 from nmoe.train.progress import Heartbeat
 from stages.launch import local
 from stages.launch.local import Job, Launcher
@@ -27,6 +29,7 @@ from stages.launch.local import Job, Launcher
 SLACK = float(os.environ.get("SLACK", "2"))  # limits are those of two quiet cores
 FAULTS = Path(__file__).parent / "faults"
 REPO = FAULTS.parents[1]
+LOGGED = ("train/loss", "train/bpb", "val/", "grad_norm/", "lr/", "moe/")  # of equal runs equal
 STEPS = 300
 LONG = f"""
 [schedule]
@@ -47,18 +50,26 @@ stale_s = 30.0
 
 
 class Production:
-  """`nmoe prod launch` of the lab's configuration with LONG and `body` on top.
+  """`nmoe prod launch` of a configuration: by default the lab's, with LONG and `body` on top.
 
   prefix: a command that the launch is an argument of, such as one that enters another host.
   """
 
-  def __init__(self, folder: Path, body: str = "", prefix: Sequence[str] = (), **env: str):
-    self.lab = Lab(folder)
-    self.file = write_variant(self.lab.file, "long", LONG)
-    if body:
-      self.file = write_variant(self.file, "changed", body)
-    self.root = self.lab.root
-    self.env = dict(os.environ) | {"PYTHONPATH": str(FAULTS), "OMP_NUM_THREADS": "1"} | env
+  def __init__(
+    self,
+    folder: Path,
+    body: str = "",
+    prefix: Sequence[str] = (),
+    file: Path | None = None,
+    **env: str,
+  ):
+    if file is None:
+      self.lab = Lab(folder)
+      file = write_variant(self.lab.file, "long", LONG)
+    self.file = write_variant(file, "changed", body) if body else file
+    self.root = Path(configs.load(self.file, env={}).run.root)
+    path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+    self.env = dict(os.environ) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
     self.begun = time.monotonic()
     self.process = self.start(prefix)
 
@@ -89,11 +100,12 @@ class Production:
     raise AssertionError(f"step {step} did not come")
 
   def rank(self, number: int) -> int:
-    """The process of a rank; rank 0 is the one that writes the heartbeat."""
-    first = beat_of(self.root, self.run_id()).pid
-    if number == 0:
-      return first
-    return next(pid for pid in ranks_of(self.run_id()) if pid != first)
+    """The process of a rank."""
+    place = b"RANK=%d" % number
+    for pid in ranks_of(self.run_id()):
+      if place in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        return pid
+    raise AssertionError(f"rank {number} is not there")
 
   def end(self) -> tuple[int, str]:
     """(exit status, what it printed)."""
@@ -129,6 +141,35 @@ def attempts_of(root: Path, run_id: str) -> list[Attempt]:
 def state_of(root: Path, run_id: str, steps: int = STEPS) -> dict[str, Tensor]:
   """At the end."""
   return checkpoint.read(Root(root).checkpoints(run_id) / f"step_{steps:08d}")
+
+
+def files_of(root: Path, run_id: str) -> dict[str, Any]:
+  """The files of the newest checkpoint: name -> hash, as read now and as its manifest says.
+
+  The description of the tensors, which names its run, is what it says of them and their places.
+  """
+  folder = Root(root).checkpoints(run_id)
+  path = folder / f"step_{Root(root).checkpoint_steps(run_id)[-1]:08d}"
+  told = {name: file["sha256"] for name, file in manifests.manifest(path)["files"].items()}
+  read = {name: _sha256(path / name) for name in told}
+  assert read == told
+  described = read_metadata(path)
+  return read | {".metadata": (described.state_dict_metadata, described.storage_data)}
+
+
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def logged_of(root: Path, run_id: str) -> dict[str, tuple[list[int], bytes]]:
+  """tag -> steps and the bits of their values, of all that runs of equal bits log alike."""
+  series = metrics.read(root, run_id)
+  return {
+    tag: (steps.tolist(), values.tobytes())
+    for tag, (steps, _, values) in series.items()
+    if tag.startswith(LOGGED)
+  }
 
 
 def ranks_of(run_id: str) -> list[int]:

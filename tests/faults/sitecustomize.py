@@ -10,13 +10,18 @@ halves N     no fault: from N tokens on all rates are half of the schedule's
 no target    this host's ranks find no target
 nan          the loss of step 41 is not finite
 flip FILE    a gradient of rank 1 is not finite in step 41, once: as long as FILE is not there
+
+On a GPU host whose torch is older than what we require its agent, before 2.12, gets no
+shutdown_timeout.
 """
 
 import fcntl
+import inspect
 import os
 import signal
 import sqlite3
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 FAULT, _, MORE = os.environ.get("FAULT", "").partition(": ")
@@ -57,6 +62,13 @@ def saying(facts):
   key, _, value = MORE.partition("=")
   return lambda *of: facts(*of) | {key: value}
 
+
+if b"stages.launch.agent" in COMMAND and tuple(map(int, version("torch").split(".")[:2])) < (2, 12):
+  from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+  if "shutdown_timeout" not in inspect.signature(LocalElasticAgent.__init__).parameters:
+    init = LocalElasticAgent.__init__
+    LocalElasticAgent.__init__ = lambda self, *of, shutdown_timeout, **more: init(self, *of, **more)
 
 if FAULT == "no locks":
   fcntl.flock = lambda *_: None
