@@ -351,7 +351,11 @@ def bench_step(
   out: Annotated[Path | None, typer.Option(help="Write the measurement here (JSON).")] = None,
   trace: Annotated[Path | None, typer.Option(help="Profile three steps into this folder.")] = None,
 ) -> None:
-  """Milliseconds per step and phase, MFU with its terms, loader rate, peak memory."""
+  """Milliseconds per step and phase, MFU with its terms, loader rate, peak memory.
+
+  The row `log` is what logging costs at train.log_every = steps / 20. What train.routing_every
+  costs: --out without it, then NMOE_TRAIN__ROUTING_EVERY=1 and --against.
+  """
   from stages.proofs import bench_step as bench
 
   bench.step(config, steps, _console(), against, out, trace)
