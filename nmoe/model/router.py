@@ -6,7 +6,8 @@ fp32 weight, the fp32 selection bias, and the ways of keeping experts evenly loa
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,36 +40,56 @@ class Router(nn.Module):
     return force_balance(routing, self.spec) if self.forced_balance else routing
 
 
-class _Chosen(torch.autograd.Function):
-  """score[t, expert[t, k]] of K different experts: torch's own gradient sorts to be repeatable."""
+class _Forced(NamedTuple):
+  """Where the benchmark's routing sends T tokens: what depends on sizes alone."""
+
+  expert_TK: Tensor  # int32: (t·K + k) mod E
+  index_TK: Tensor  # the same, int64
+  place_TE: Tensor  # int64: the k of which expert e is, 0 if of none
+  chosen_TE: Tensor  # bool
+  count_E: Tensor  # int32
+
+
+@lru_cache
+def _forced(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> _Forced:
+  """Made once, for all layers: a dozen small kernels that a real routing has not."""
+  index_TK = torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k) % num_experts
+  first_T1 = torch.arange(num_tokens, device=device)[:, None] * top_k
+  k_TE = (torch.arange(num_experts, device=device) - first_T1) % num_experts
+  chosen_TE = k_TE < top_k
+  place_TE, count_E = k_TE.where(chosen_TE, 0), chosen_TE.sum(0, dtype=torch.int32)
+  return _Forced(index_TK.int(), index_TK, place_TE, chosen_TE, count_E)
+
+
+class _Gates(torch.autograd.Function):
+  """The gates of K different experts. torch's gradient of the choice sorts, to be repeatable."""
 
   @staticmethod
-  def forward(ctx: Any, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
-    ctx.save_for_backward(expert_TK)
-    ctx.num_experts = score_TE.shape[1]
-    return score_TE.gather(1, expert_TK)
+  def forward(ctx: Any, score_TE: Tensor, to: _Forced, spec: RouterSpec) -> Tensor:
+    gate_TK, sum_T1 = score_TE.gather(1, to.index_TK), None
+    if spec.normalize:
+      sum_T1 = gate_TK.sum(1, keepdim=True).add_(1e-20)
+      gate_TK /= sum_T1
+    ctx.save_for_backward(gate_TK, sum_T1)
+    ctx.to, ctx.scale = to, spec.scale
+    return gate_TK * spec.scale
 
   @staticmethod
   @once_differentiable
-  def backward(ctx: Any, dgate_TK: Tensor) -> tuple[Tensor, None]:
-    (expert_TK,) = ctx.saved_tensors
-    zeros_TE = dgate_TK.new_zeros(len(dgate_TK), ctx.num_experts)
-    return zeros_TE.scatter_(1, expert_TK, dgate_TK), None
+  def backward(ctx: Any, dy_TK: Tensor) -> tuple[Tensor, None, None]:
+    gate_TK, sum_T1 = ctx.saved_tensors
+    d_TK = dy_TK * ctx.scale
+    if sum_T1 is not None:  # of g = s / Σ s: (dg - Σ g · dg) / Σ s
+      d_TK = d_TK.sub((gate_TK * d_TK).sum(1, keepdim=True)).div_(sum_T1)
+    return d_TK.gather(1, ctx.to.place_TE).where(ctx.to.chosen_TE, 0.0), None, None
 
 
 def force_balance(routing: Routing, spec: RouterSpec) -> Routing:
   """The benchmark's routing: expert (t·K + k) mod E, with the gates that its scores give."""
-  num_tokens, num_experts = routing.score_TE.shape
-  num_rows = num_tokens * spec.top_k
-  device = routing.score_TE.device
-  row_TK = torch.arange(num_rows, dtype=torch.int64, device=device).view(num_tokens, spec.top_k)
-  expert_TK = row_TK % num_experts
-  gate_TK = _Chosen.apply(routing.score_TE, expert_TK)
-  if spec.normalize:
-    gate_TK = gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
-  extra_E = torch.arange(num_experts, device=device) < num_rows % num_experts
-  count_E = (num_rows // num_experts + extra_E.int()).int()
-  return Routing(expert_TK.int(), gate_TK * spec.scale, routing.score_TE, count_E)
+  score_TE = routing.score_TE
+  to = _forced(len(score_TE), spec.top_k, score_TE.shape[1], score_TE.device)
+  gate_TK = _Gates.apply(score_TE, to, spec)
+  return Routing(to.expert_TK, gate_TK, score_TE, to.count_E)
 
 
 def balance_loss(score_LTE: Tensor, num_sequences: int, top_k: int) -> Tensor:
