@@ -60,10 +60,13 @@ class _Embedding(torch.autograd.Function):
   def backward(ctx: Any, dy_BSD: Tensor) -> tuple[None, Tensor | None]:
     token_BS, weight_VD = ctx.saved_tensors
     wide = torch.promote_types(dy_BSD.dtype, torch.float32)
-    vocab = weight_VD.shape[0]
+    vocab, token_T, dy_TD = weight_VD.shape[0], token_BS.flatten(), dy_BSD.flatten(0, 1).to(wide)
 
     def product(out: Tensor, add: bool) -> None:
-      rows = torch.ops.aten.embedding_dense_backward(dy_BSD.to(wide), token_BS, vocab, -1, False)
+      if out.dtype == wide and len(token_T) < vocab:  # most rows have no token: leave them alone
+        (out if add else out.zero_()).index_add_(0, token_T, dy_TD)
+        return
+      rows = torch.ops.aten.embedding_dense_backward(dy_TD, token_T, vocab, -1, False)
       (out.add_ if add else out.copy_)(rows)
 
     return None, gradient(weight_VD, product)

@@ -384,14 +384,17 @@ def test_parameter_groups():
   assert groups["layers.1.moe.shared.w2"] == groups["embed.weight"] == "dense"
 
 
+@pytest.mark.parametrize("vocab", [4, 5000], ids=["small", "more than tokens"])
 @pytest.mark.parametrize("several", [False, True])
-def test_the_embedding_gradient_of_a_frequent_token_loses_nothing_in_bf16(several: bool) -> None:
+def test_the_embedding_gradient_of_a_frequent_token_loses_nothing_in_bf16(
+  several: bool, vocab: int
+) -> None:
   generator = torch.Generator().manual_seed(0)
   token = torch.randint(0, 3, (2, 2048), generator=generator)
   dy = torch.rand(2, 2048, 8, generator=generator).bfloat16()
-  weight = torch.zeros(4, 8, dtype=torch.bfloat16, requires_grad=True)
+  weight = torch.zeros(vocab, 8, dtype=torch.bfloat16, requires_grad=True)
   weight.grad_dtype = torch.float32 if several else torch.bfloat16
-  exact = torch.zeros(4, 8, dtype=torch.float64).index_add_(
+  exact = torch.zeros(vocab, 8, dtype=torch.float64).index_add_(
     0, token.flatten(), dy.double().flatten(0, 1)
   )
   for times in (1, 2):
