@@ -10,12 +10,12 @@ rows, H heads, S sequence, B batch, V vocabulary. Every function that returns a 
 differentiable with respect to its floating inputs unless it says otherwise.
 
 Gradients of weights have the weight's dtype, but for a bf16 leaf whose `grad_dtype` is fp32 (a view
-is no leaf). In `linear`, `mlp`, `grouped_mlp`, its two halves and `experts` of kernels.cuda, in
-every format, and in `linear_cross_entropy` of both packages, such a leaf's gradient is the fp32
-sum, never rounded to bf16; and if the leaf has a `.grad`, backward adds to it in place, once an
-element and call, and returns no gradient: Tensor.backward is right there, torch.autograd.grad gets
-None. Elsewhere, in the rest of kernels.reference too, the gradient is rounded to bf16, and autograd
-widens and adds it.
+is no leaf). In `linear`, `mlp`, `grouped_mlp`, its two halves, `experts` and the norms of
+kernels.cuda, in every format, and in `linear_cross_entropy` of both packages, such a leaf's
+gradient is the fp32 sum, never rounded to bf16; and if the leaf has a `.grad`, backward adds to it
+in place, once an element and call, and returns no gradient: Tensor.backward is right there,
+torch.autograd.grad gets None. Elsewhere, in the rest of kernels.reference too, the gradient is
+rounded to bf16, and autograd widens and adds it.
 
 Gate and up projections share one weight `w13` whose rows are interleaved: row 2i is the gate's row
 i, row 2i+1 the up projection's row i. So swiglu(h)[..., i] = silu(h[..., 2i]) · h[..., 2i+1].

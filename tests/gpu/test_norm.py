@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu.oracle import TWO, assert_repeats, compare, normal, roundings
+from gpu.oracle import FP32, TWO, assert_repeats, compare, exact_inputs, normal, relative, roundings
 from kernels import reference
 from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.ops import KernelError
@@ -46,6 +46,16 @@ def test_add_rms_norm_equals_the_float64_reference(shape):
 def test_norms_repeat_bit_for_bit():
   inputs, dys = case((8192, 2048), torch.float32)
   assert_repeats(lambda x, w: rms_norm(x, w, EPS), inputs, dys)
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32():
+  (x, weight), (dy,) = case((1000, 512), torch.bfloat16)
+  weight.grad_dtype, exact = torch.float32, exact_inputs([x, weight])
+  for _ in range(3):
+    rms_norm(x, weight, EPS).backward(dy)
+    reference.rms_norm(*exact, EPS).backward(dy.double())
+  assert weight.grad.dtype == torch.float32
+  assert relative(weight.grad, exact[1].grad) <= FP32
 
 
 def test_errors_name_what_is_wrong():
