@@ -204,19 +204,27 @@ def load_values(count_LE: Tensor, bias_LE: Tensor) -> dict[str, float]:
   """Health of each MoE layer's load (arXiv 2408.15664 Eq 4 for max over mean; dead: under 1 % of
   the mean; bias_range: largest less least).
   """
-  values = {}
-  for layer, (count_E, bias_E) in enumerate(zip(count_LE.double(), bias_LE, strict=True)):
-    mean = count_E.mean().clamp(min=1e-12)
-    share = count_E / count_E.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum() / math.log(max(len(share), 2))
-    p05, p50, p95 = (count_E / mean).quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
-    values |= {
-      f"moe/{layer}/load_max_over_mean": float(count_E.max() / mean),
-      f"moe/{layer}/load_p05": float(p05),
-      f"moe/{layer}/load_p50": float(p50),
-      f"moe/{layer}/load_p95": float(p95),
-      f"moe/{layer}/dead": float((count_E < 0.01 * mean).sum()),
-      f"moe/{layer}/entropy": float(entropy),
-      f"moe/{layer}/bias_range": float(bias_E.max() - bias_E.min()),
-    }
-  return values
+  if not len(count_LE):
+    return {}
+  count_LE = count_LE.double()
+  mean_L = count_LE.mean(1).clamp(min=1e-12)
+  share_LE = count_LE / count_LE.sum(1, keepdim=True).clamp(min=1)
+  entropy_L = -(share_LE * share_LE.clamp(min=1e-12).log()).sum(1)
+  of_mean_LE = count_LE / mean_L[:, None]
+  points = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+  p05_L, p50_L, p95_L = of_mean_LE.quantile(points, dim=1)
+  found = {
+    "load_max_over_mean": of_mean_LE.amax(1),
+    "load_p05": p05_L,
+    "load_p50": p50_L,
+    "load_p95": p95_L,
+    "dead": (of_mean_LE < 0.01).sum(1),
+    "entropy": entropy_L / math.log(max(count_LE.shape[1], 2)),
+    "bias_range": bias_LE.amax(1) - bias_LE.amin(1),
+  }
+  layers = zip(*(x_L.tolist() for x_L in found.values()), strict=True)
+  return {
+    f"moe/{layer}/{name}": float(x)
+    for layer, row in enumerate(layers)
+    for name, x in zip(found, row, strict=True)
+  }
