@@ -210,9 +210,12 @@ class Rdep:
     if not self.counts:
       return 0, 0
     count_LRE = torch.stack(list(self.counts.values())).cpu()
-    mine = slice(self.first, self.first + self.num_local)
-    rows = int(count_LRE[:, :, mine].sum())
-    first = sum(sum(self._expected(DISPATCH, count_RE, 0)) for count_RE in count_LRE)
+    count_LE = count_LRE[:, :, self.first : self.first + self.num_local].sum(1)
+    alignment = self.config.rdep.alignment
+    padded_LE = -(-count_LE // alignment) * alignment
+    begin_LE = padded_LE.cumsum(1) - padded_LE  # an expert's rows lie together (kernels.places)
+    first_LE = (self.exchange.capacity - begin_LE).clamp(min=0).minimum(count_LE)
+    rows, first = int(count_LE.sum()), int(first_LE.sum())
     return rows, rows - first
 
   @contextmanager
