@@ -109,6 +109,8 @@ class Shared:
     """
     pieces = self.buckets[number]
     bucket_NC = self._bucket(pieces, grads, torch.float32)
+    if bucket_NC.numel() > sum(p.stop - p.start for p in pieces):
+      bucket_NC.zero_()  # what no piece fills is summed too
     _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
     if total is not None:
       total += bucket_NC.sum()
@@ -132,7 +134,7 @@ class Shared:
   ) -> Tensor:
     width = max(p.at + p.stop - p.start for p in pieces)
     device = tensors[pieces[0].name].device
-    return torch.zeros(self.members, width, dtype=dtype, device=device)
+    return torch.empty(self.members, width, dtype=dtype, device=device)
 
 
 def shared(

@@ -215,14 +215,19 @@ OWNED = ({"a": (0, 2)}, {"a": (2, 3), "b": (0, 5)})
 
 
 def share(group) -> dict[str, list]:
-  """Gradients 1 and 2⁻⁸ summed to their owners, and the owners' weights, in bf16."""
+  """Gradients 1 and 2⁻⁸ summed to their owners, and the owners' weights, in bf16; this rank's own
+  sum. New memory holds NaN.
+  """
   parallel.BUCKET = 7
+  torch.use_deterministic_algorithms(True)
+  torch.utils.deterministic.fill_uninitialized_memory = True
   rank = group.rank()
   part = Shared(OWNED, {"a": 4, "b": 1}, rank, group)
   grad = torch.tensor(2.0**-8 if rank else 1.0)
   grads = {"a": grad.bfloat16().repeat(3, 4), "b": grad.bfloat16().repeat(5)}
+  own = torch.zeros(())
   for number in range(len(part.buckets)):
-    part.reduce_bucket(number, grads)
+    part.reduce_bucket(number, grads, own)
   weights = {"a": torch.full((3, 4), -1.0).bfloat16(), "b": torch.full((5,), -1.0).bfloat16()}
   for name, (start, stop) in part.owned.items():
     weights[name][start:stop] = rank + torch.arange(start, stop).float().view(
@@ -234,7 +239,7 @@ def share(group) -> dict[str, list]:
     for row, told in zip(arriving.rows, arriving.told, strict=True):
       row.copy_(told)
   named = {f"{n} grad": g for n, g in grads.items()} | weights
-  return {name: x.float().tolist() for name, x in named.items()}
+  return {name: x.float().tolist() for name, x in named.items()} | {"own": float(own)}
 
 
 def test_sums_come_to_the_owner_rounded_once_and_weights_from_it() -> None:
@@ -242,6 +247,7 @@ def test_sums_come_to_the_owner_rounded_once_and_weights_from_it() -> None:
   zero, one = ranks.run(share, 2)
   assert zero["a grad"][:2] == [[1.0] * 4] * 2 and one["a grad"][2] == [1.0] * 4
   assert one["b grad"] == [1.0] * 5
+  assert (zero["own"], one["own"]) == (17.0, 17 * 2.0**-8)
   for found in (zero, one):
     assert found["a"] == [[0.0] * 4, [1.0] * 4, [3.0] * 4]
     assert found["b"] == [1.0, 2.0, 3.0, 4.0, 5.0]
