@@ -25,6 +25,7 @@ from stages.workbench import Arm, Workbench, hypothesis_of
 pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"
 PLANNED = 0.05  # how far a run's peak memory may be from what nmoe.config.plan says
+WIDE = 65536  # more than a micro-batch has tokens: the embedding's gradient touches rows alone
 ROUNDING = 2.0**-9  # of one value to bf16, at most
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -81,9 +82,11 @@ def at_work(bench: Workbench, arms: list[Arm]) -> Work:
   return Work(bench, bench.experiments.create(config.experiment.name, "research", claims, planned))
 
 
+@pytest.mark.parametrize("vocab", [384, WIDE])
 @pytest.mark.parametrize("graph", [False, True])
-def test_the_host_waits_for_nothing_between_logs(graph: bool, tmp_path: Path) -> None:
+def test_the_host_waits_for_nothing_between_logs(graph: bool, vocab: int, tmp_path: Path) -> None:
   values = {"run.root": str(tmp_path), "train.log_every": 20, "train.cuda_graph": graph}
+  values |= {"model.vocab_size": vocab}
   config = small(20, **values)
   with Workbench.open(str(tmp_path), Console()) as bench, Display(bench.console) as display:
     arm = bench.arm("small", config)
@@ -103,13 +106,13 @@ def test_the_host_waits_for_nothing_between_logs(graph: bool, tmp_path: Path) ->
   assert not [name for name in calls if name in WAITS]
 
 
-@pytest.mark.parametrize("micro_batch", [16, 32])
+@pytest.mark.parametrize(("micro_batch", "vocab"), [(16, 384), (32, 384), (32, WIDE)])
 def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
-  micro_batch: int, tmp_path: Path
+  micro_batch: int, vocab: int, tmp_path: Path
 ) -> None:
   """And each uses, evaluations included, the memory that was planned for it."""
   values = {"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": micro_batch}
-  values |= {"train.eval_every": 6, "train.cuda_graph": False}
+  values |= {"train.eval_every": 6, "train.cuda_graph": False, "model.vocab_size": vocab}
   config = small(12, **values)
   with Workbench.open(str(tmp_path), Console()) as bench, Display(bench.console) as display:
     arms = [bench.arm("eager", config), bench.arm("eager", config)]
