@@ -76,6 +76,7 @@ class Server:
       "/api/run/{id}": lambda seen, request: answers.run(self.live, seen, _run(seen, request)),
       "/api/compare": self._compare,
       "/api/troubles": self._troubles,
+      "/api/tags": self._tags,
       "/api/flips": self._flips,
       "/api/sweep/{id}": lambda seen, request: sweeps.sweep(
         seen, _experiment(seen, request), dict(request.query_params)
@@ -136,6 +137,11 @@ class Server:
     """Run -> why it shows no curve, or not all; of the runs that are named and have trouble."""
     runs = _runs(seen, request.query_params.getlist("run"))
     return {run.id: why for run in runs if (why := self.live.trouble(run))}
+
+  def _tags(self, seen: Snapshot, request: Request) -> object:
+    """Every tag that one of the named runs logged, in order of name."""
+    runs = _runs(seen, request.query_params.getlist("run"))
+    return {"tags": sorted(set().union(*(self.live.file(run.id).tags() for run in runs)))}
 
   def _series(self, request: Request) -> Response:
     """run, tag: each as often as wanted; x: of X; px: width; from, to: of x; apart: a panel a run,

@@ -1,9 +1,10 @@
-"""What tests of the stages share: a browser's page of the usual size, a report that costs nothing,
-the records of a lab's attempts.
+"""What tests of the stages share: a browser's page of the usual size, the dashboard of a root that
+fills it, a report that costs nothing, the records of a lab's attempts.
 """
 
 import pytest
 from chrome import chrome
+from pages import Served, make
 
 from nmoe.records.attempts import Attempts
 from stages import runs
@@ -14,6 +15,21 @@ def page(browser, tmp_path):
   with chrome(browser, tmp_path / "profile") as page:
     page.size(1280, 1000)
     yield page
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(root, ids of an ablation by arm and seed): what `pages.make` makes."""
+  root = tmp_path_factory.mktemp("viz") / "root"
+  return root, make(root)
+
+
+@pytest.fixture(scope="module")
+def served(made, tmp_path_factory):
+  """Where the dashboard of `made` answers."""
+  server = Served(made[0], tmp_path_factory.mktemp("cache"))
+  yield server.address
+  server.stop()
 
 
 @pytest.fixture

@@ -176,6 +176,18 @@ def test_a_table_its_sparks_and_ten_runs_open_every_file_once(client, ids, monke
   assert len(opened) == len(set(opened)) == len(ids)
 
 
+def test_tags_are_those_that_one_of_the_named_runs_logged(client, root, ids):
+  own = ids["baseline", 0]
+  writer = Metrics(root, own)
+  writer.add(41, 4100, {"moe/0/dead": 1.0})
+  writer.flush()
+  both = [("run", own), ("run", ids["variant", 0])]
+  logged = ["time/step_s", "train/loss", "train/tokens_per_s", "val/bpb"]
+  assert client.get("/api/tags", params=both).json() == {"tags": ["moe/0/dead", *logged]}
+  assert client.get("/api/tags", params=both[1:]).json() == {"tags": logged}
+  assert [client.get(f"/api/tags{of}").status_code for of in ("", "?run=x")] == [404, 404]
+
+
 def test_many_points_keep_their_spikes_in_two_points_a_pixel():
   x = np.arange(100_000.0)
   y = np.sin(x / 9000)

@@ -26,7 +26,7 @@ const PAGES = [
 const OF_RUN = { run: (id) => `/run/${id}`, router: (id) => `/run/${id}/router`, ranks: (id) => `/run/${id}/ranks`,
   production: (id) => `/prod/${id}` };
 const KEYS = [["/", "filter"], ["j k", "next, previous row"], ["x", "select the row"], ["a n", "select all, none"],
-  ["c", "compare what is selected"], ["Enter", "open the row"], ["t", "tokens, steps, time"], ["l", "log scale"],
+  ["o p", "choose columns, panels"], ["c", "compare what is selected"], ["Enter", "open the row"], ["t", "tokens, steps, time"], ["l", "log scale"],
   ["m", "means over 1 %, 5 % of what is shown"],
   ["z", "whole range"], ["drag, double click", "zoom, whole range"], ["d", "dark or light"], ["g h", "runs"],
   ["g e", "experiments"], ["?", "this"]];
