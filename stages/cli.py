@@ -54,7 +54,7 @@ app.add_typer(kernels_app, name="kernels")
 File = Annotated[Path, typer.Argument(help="A configuration (TOML).")]
 ProductionRun = Annotated[str, typer.Argument(help="As `nmoe prod status` names it.")]
 Sweep = Annotated[Path, typer.Argument(help="A sweep (TOML).")]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds; default: [experiment] seeds.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Default: `seeds` of the file.")]
 Root = Annotated[Path, typer.Option(envvar="NMOE_ROOT", help="Where runs and records live.")]
 ROOT = Path(DEFAULT_ROOT)
 

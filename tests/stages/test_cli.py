@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from labs import write_variant
+from rich.text import Text
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from nmoe.config import file as configs
@@ -319,3 +321,19 @@ def test_a_group_without_a_command_shows_its_help(words):
 
 def test_seeds_must_be_positive(lab):
   nmoe("research", "run", lab.file, "--seeds", "0", code=2)
+
+
+def test_no_word_of_a_help_is_taken_for_markup():
+  """As `[experiment]` would be, which is then not shown."""
+  group, said = get_command(app), []
+  for command in (group, *descendants(group)):
+    options = [p.help for p in command.params if getattr(p, "help", None)]
+    said += [text for text in (command.help, *options) if text]
+  assert len(said) > 100
+  assert [text for text in said if Text.from_markup(text).plain != text] == []
+
+
+def descendants(command):
+  for child in getattr(command, "commands", {}).values():
+    yield child
+    yield from descendants(child)
