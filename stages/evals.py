@@ -6,15 +6,12 @@ import csv
 import io
 import json
 import tempfile
-import time
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.status import Status
 from rich.table import Column, Table
 
 from nmoe import wording
@@ -32,11 +29,11 @@ from nmoe.records.experiments import Experiments
 from nmoe.records.manifests import manifest
 from nmoe.records.reader import Evaluation, Reader
 from nmoe.records.root import Root
-from nmoe.train.progress import LINE_S, Entry
 from stages.checkpoints import answerable, step_folder
 from stages.launch import local as launch
+from stages.launch.display import Display
 from stages.launch.local import Job, Launcher
-from stages.text import plain
+from stages.text import plain, visible
 from stages.workbench import prepared
 
 COLUMNS = ("bpb", "acc", "acc_char", "acc_byte", "acc_token", "p_correct")
@@ -143,29 +140,13 @@ def _measured(
     out = Path(folder) / "evaluation.json"
     options = ["--step", str(step), "--suite", suite, "--limit", str(limit), "--out", str(out)]
     job = Job(run_id, config, module="nmoe.train.evaluate", options=tuple(options))
-    label = f"{run_id} step {step}: {suite}"
-    with console.status(plain(label)) as status:
-      ended = launch.run(Launcher(root), job, Progress(console, status, label).follow)
+    with Display(console) as display:
+      line = display.line(visible(f"{run_id} step {step} {suite}"), 1, "reading")
+      ended = launch.run(Launcher(root), job, line.follow, lambda handle: line.idle(handle.failure))
+      line.end("failed" if ended.poll() else "completed")
     if ended.poll():
       raise RunError(f"the evaluation of {run_id} failed: {ended.tail()}")
     return json.loads(out.read_text(encoding="utf-8"))
-
-
-class Progress:
-  """How far an evaluation is: beside what runs on a terminal, else a line every LINE_S."""
-
-  def __init__(self, console: Console, status: Status, label: str):
-    self.console, self.status, self.label = console, status, label
-    self._printed = time.monotonic()
-
-  def follow(self, entry: Entry) -> None:
-    """A batch of rank 0 is done."""
-    left, rate = timedelta(seconds=round(entry.left_s)), f"{entry.tokens_per_s:,.0f} tokens/s"
-    text = plain(f"{self.label}  batch {entry.step:,} of {entry.total:,}  {rate}  {left} left")
-    self.status.update(text)
-    if not self.console.is_terminal and time.monotonic() - self._printed >= LINE_S:
-      self.console.print(text, soft_wrap=True)
-      self._printed = time.monotonic()
 
 
 def table_of(values: dict[str, float]) -> dict[str, dict[str, float]]:

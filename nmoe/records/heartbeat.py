@@ -18,12 +18,12 @@ STATES = ("starting", "loading", "stepping", "saving", "evaluating", "stopping")
 
 class Entry(NamedTuple):
   """A logged step: training loss in nats, the rate since the last one, the time to the end. A rate
-  of 0 means that no step was logged yet.
+  of 0 means that no step was logged yet. Without a loss it is a batch of an evaluation.
   """
 
   step: int
   total: int
-  loss: float
+  loss: float | None
   tokens_per_s: float
   left_s: float
 
@@ -32,6 +32,8 @@ class Entry(NamedTuple):
       return "no step logged yet"
     left = timedelta(seconds=round(self.left_s))
     rate = f"{self.tokens_per_s:,.0f} tokens/s"
+    if self.loss is None:
+      return f"batch {self.step:,}/{self.total:,}  {rate}  {left} left"
     return f"step {self.step}/{self.total}  loss {self.loss:.4f}  {rate}  {left} left"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from contextlib import closing
@@ -65,7 +64,7 @@ def evaluate(options: argparse.Namespace) -> None:
   def told(done: int, total: int) -> None:
     seconds = time.monotonic() - began
     rate, left = config.rank_tokens * ranks.ranks * done / seconds, seconds / done * (total - done)
-    progress.tell(Entry(done, total, math.nan, rate, left)._asdict())
+    progress.tell(Entry(done, total, None, rate, left)._asdict())
 
   outcome = downstream.run(model, ranks, told)
   shown = samples(model, text, config)

@@ -21,6 +21,7 @@ from nmoe.machine import driver
 from nmoe.records.reader import Reader
 from nmoe.records.root import Root
 from stages import evals
+from stages.launch import display
 
 
 def items(folder):
@@ -66,11 +67,12 @@ def test_a_long_evaluation_says_how_far_it_is(lab, tmp_path, monkeypatch):
   evals.prep(items(tmp_path), lab.root, Console(quiet=True))
   run = lab.record(train__micro_batch=1)
   lab.attempt(run)
-  monkeypatch.setattr(evals, "LINE_S", 0.0)
-  told = re.findall(
-    r"mine.toml  batch (\d+) of 24  [\d,]+ tokens/s  0:00:0\d left", command(lab, tmp_path, run)[0]
-  )
-  assert told == [str(n) for n in range(1, 25)]
+  monkeypatch.setattr(display, "LINE_S", 0.0)
+  said = command(lab, tmp_path, run)[0].splitlines()
+  batch = re.compile(r".* step 12 .*mine.toml: batch (\d+)/24  [\d,]+ tokens/s  0:00:0\d left")
+  told = [found[1] for line in said if (found := batch.fullmatch(line))]
+  assert list(dict.fromkeys(told)) == [str(n) for n in range(1, 25)]  # one may be said again
+  assert sum(line.endswith("mine.toml: completed") for line in said) == 1
 
 
 @pytest.mark.parametrize(
