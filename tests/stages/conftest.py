@@ -4,6 +4,8 @@ fills it, a report that costs nothing, the records of a lab's attempts.
 
 import pytest
 from chrome import chrome
+from dashboard import client_of
+from dashboard import make as ablation
 from pages import Served, make
 
 from nmoe.records.attempts import Attempts
@@ -15,6 +17,22 @@ def page(browser, tmp_path):
   with chrome(browser, tmp_path / "profile") as page:
     page.size(1280, 1000)
     yield page
+
+
+@pytest.fixture
+def root(tmp_path):
+  (tmp_path / "root").mkdir()
+  return tmp_path / "root"
+
+
+@pytest.fixture
+def ids(root):
+  return ablation(root)
+
+
+@pytest.fixture
+def client(root, ids, tmp_path):
+  return client_of(root, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import duckdb
 import numpy as np
 import pytest
 from chrome import chrome
+from pages import STEPS, Served
 from roots import add_loads, curves, fill, start_run
-from test_viz_browser import STEPS, Served
 from test_viz_hostile import BASE
 
 from nmoe.config import file as configs

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chrome import chrome
+from pages import STEPS, Served, start
 from roots import curves, fill
-from test_viz_browser import STEPS, Served, start
 
 from nmoe.config import file as configs
 from nmoe.records.experiments import Experiments

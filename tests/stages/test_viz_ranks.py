@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
+from dashboard import make
 from starlette.testclient import TestClient
-from test_viz import make
 
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics

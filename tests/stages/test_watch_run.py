@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from dashboard import make
 from rich.console import Console
-from test_viz import make
 
 from nmoe.errors import RecordError
 from nmoe.records import goodput
@@ -21,12 +21,6 @@ from nmoe.records.reader import Evaluation
 from stages import watch
 from stages.text import rounded
 from stages.watch import BLOCKS, FIGURES, curve, fitting, picture
-
-
-@pytest.fixture
-def root(tmp_path):
-  (tmp_path / "root").mkdir()
-  return tmp_path / "root"
 
 
 @pytest.fixture
