@@ -19,8 +19,9 @@ const known = (v) => v !== undefined && v !== null;
 
 // What a column holds of a run: a result, a leaf of its configuration, the last value of a tag, or about it.
 function cellsOf(data, logged) {
-  const leaves = data.configs.map((of) => new Map(of));
-  return (r, key) => [r.results[key], leaves[r.config].get(key), logged[key]?.[r.id], r[key]].find(known);
+  const maps = [];
+  const leaf = (i, key) => (key.includes(".") ? (maps[i] ||= new Map(data.configs[i])).get(key) : undefined);
+  return (r, key) => r.results[key] ?? leaf(r.config, key) ?? logged[key]?.[r.id] ?? r[key];
 }
 
 // A word with = looks at the leaves of the configuration (and seed, status, target), as key=value, all of
@@ -49,8 +50,8 @@ function matching(data, text, cell, columns) {
   return data.runs.filter((r) => {
     const names = [r.id, ...r.memberships.flat(), r.status, r.host].join("\n");
     const leaves = `train.seed=${r.seed}\nstatus=${r.status}\ntarget=${r.target}\n${configs[r.config]}`;
-    const keys = ["seed", ...columns, ...Object.keys(r.results), ...data.configs[r.config].map(([k]) => k)];
-    const within = ({ key, within: fits }) => keys.some((k) => (k === key || k.endsWith("." + key) || k.endsWith("/" + key)) && fits(cell(r, k)));
+    const keys = () => ["seed", ...columns, ...Object.keys(r.results), ...data.configs[r.config].map(([k]) => k)];
+    const within = ({ key, within: fits }) => keys().some((k) => (k === key || k.endsWith("." + key) || k.endsWith("/" + key)) && fits(cell(r, k)));
     return words.every((word) => (word.key ? within(word) : word.leaf ? word.leaf.test(leaves) : word.name.test(names)));
   });
 }
