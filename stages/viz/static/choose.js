@@ -79,7 +79,7 @@ export function differing(runs, leavesOf) {
   const names = (key) => /^(experiment|run)\./.test(key);
   const differs = (of) => of.size > 1 || [...of.values()][0] < all;
   return Object.entries(values).filter(([, of]) => differs(of)).sort(([a], [b]) => names(a) - names(b) || byName(a, b))
-    .map(([key, of]) => [key, some([...of.keys()].sort(byName))]);
+    .map(([key, of]) => [key, some([...of.keys()].sort(byName).map((value) => value || "—"))]);
 }
 
 const some = (values) => (values.length <= 4 ? values.join(", ") : `${counted(values.length, "value")}: ${values[0]} … ${values[values.length - 1]}`);

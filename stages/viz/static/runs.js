@@ -127,7 +127,7 @@ export function Runs({ query, data }) {
   const runs = data.runs.filter((r) => chosen.includes(r.id));
   return html`<div class="runs"><div class="side">
     <div class="bar">
-      <input ref=${filter} class="filter" type="search" placeholder="words, key=value, key<number, regex  ( / )"
+      <input ref=${filter} class="filter" type="search" placeholder="words, key=value, key<1, regex  ( / )"
         aria-label="filter runs" value=${query.f || ""} onInput=${(e) => change({ f: e.target.value, at: "" })} />
       ${query.f && !wordsOf(query.f) && html`<span class="warn">not a pattern yet</span>`}
       <span class="soft">${shown.length} of ${counted(data.runs.length, "run")}, ${runs.length} selected</span>
