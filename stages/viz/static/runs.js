@@ -164,7 +164,7 @@ function Columns({ data, shown, columns, results }) {
 }
 
 // A cell as its kind is written; a leaf's value is a button that filters by it.
-function Cell({ data, column, value, query }) {
+function written(data, column, value, query) {
   if (data.measures[column]) return measure(data.measures[column], value);
   if (!known(value)) return "—";
   if (column === "created" || column === "updated") return when(value);
@@ -198,7 +198,7 @@ function Table({ data, shown, chosen, toggle, at, query, columns, cell }) {
       <td><${Link} to=${"/run/" + r.id} class="mono" title=${when(r.created)}>${r.id}<//></td>
       <td><${Link} to=${"/experiment/" + r.experiment}>${r.experiment}<//></td>
       <td>${r.arm}</td><td class="num">${r.seed}</td><td><${Status} run=${r} /></td>
-      ${columns.map((key) => html`<td class=${numeric[key]}><${Cell} ...${{ data, column: key, value: cell(r, key), query }} /></td>`)}
+      ${columns.map((key) => html`<td class=${numeric[key]}>${written(data, key, cell(r, key), query)}</td>`)}
       <td><${Spark} y=${sparks[r.id]} color=${colors[r.id]} dash=${dashes[r.id]} /></td></tr>`)}</tbody></table>
     ${rows.length < shown.length && html`<p class="empty"><button onClick=${() => setAll(true)}>
       show all ${shown.length}</button></p>`}
