@@ -46,6 +46,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=5
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout=10
