@@ -19,16 +19,15 @@ class Places(NamedTuple):
 
   @property
   def end_R(self) -> Tensor:
-    return self.edge_RL1[:, -1]
+    return self.edge_RL1[..., -1]
 
 
 def places(count_RE: Tensor, alignment: int) -> Places:
   """Expert-major, then source rank; experts start at multiples of `alignment`. count_RE: the tokens
-  that rank r sends to expert e.
+  that rank r sends to expert e; or [..., R, E], of several layers.
   """
-  ranks, experts = count_RE.shape
-  count_RE = count_RE.long()
-  padded_RL = (-(-count_RE.sum(0) // alignment) * alignment).view(ranks, experts // ranks)
-  edge_RL1 = torch.nn.functional.pad(padded_RL.cumsum(1), (1, 0))
-  before_RE = count_RE.cumsum(0) - count_RE
-  return Places(edge_RL1[:, :-1].flatten() + before_RE, edge_RL1)
+  ranks, count_RE = count_RE.shape[-2], count_RE.long()
+  padded_RL = (-(-count_RE.sum(-2) // alignment) * alignment).unflatten(-1, (ranks, -1))
+  edge_RL1 = torch.nn.functional.pad(padded_RL.cumsum(-1), (1, 0))
+  before_RE = count_RE.cumsum(-2) - count_RE
+  return Places(edge_RL1[..., :-1].flatten(-2).unsqueeze(-2) + before_RE, edge_RL1)

@@ -210,12 +210,9 @@ class Rdep:
     if not self.counts:
       return 0, 0
     count_LRE = torch.stack(list(self.counts.values())).cpu()
-    count_LE = count_LRE[:, :, self.first : self.first + self.num_local].sum(1)
-    alignment = self.config.rdep.alignment
-    padded_LE = -(-count_LE // alignment) * alignment
-    begin_LE = padded_LE.cumsum(1) - padded_LE  # an expert's rows lie together (kernels.places)
-    first_LE = (self.exchange.capacity - begin_LE).clamp(min=0).minimum(count_LE)
-    rows, first = int(count_LE.sum()), int(first_LE.sum())
+    mine = slice(self.first, self.first + self.num_local)
+    rows = int(count_LRE[..., mine].sum())
+    first = int(self._in_round(count_LRE, 0)[..., mine].sum())
     return rows, rows - first
 
   @contextmanager
@@ -296,14 +293,18 @@ class Rdep:
 
   def _expected(self, kind: int, count_RE: Tensor, number: int) -> list[int]:
     """Rows of a round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
+    rows_RE = self._in_round(count_RE, number)
+    if kind == DISPATCH:
+      return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
+    return rows_RE[self.rank].view(self.num_ranks, -1).sum(1).tolist()
+
+  def _in_round(self, count_RE: Tensor, number: int) -> Tensor:
+    """Of the counts [..., R, E] those whose places are in the window of a round."""
     base_RE = places(count_RE, self.config.rdep.alignment).base_RE
     begin = number * self.exchange.capacity
     low = base_RE.clamp(min=begin)
     high = (base_RE + count_RE).clamp(max=begin + self.exchange.capacity)
-    rows_RE = (high - low).clamp(min=0)
-    if kind == DISPATCH:
-      return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
-    return rows_RE[self.rank].view(self.num_ranks, -1).sum(1).tolist()
+    return (high - low).clamp(min=0)
 
 
 class _Received(torch.autograd.Function):
