@@ -1,6 +1,6 @@
 // What a table or its curves show, chosen from all that there is: groups to search, a box each.
 import { html, useEffect, useRef, useState } from "/static/preact-htm.js";
-import { byName, counted } from "/static/format.js";
+import { byName, counted, label } from "/static/format.js";
 import { useKeys } from "/static/parts.js";
 
 const OPEN = 12, MOST = 400;  // of a group: shown at once, shown at all
@@ -63,21 +63,20 @@ function matches(groups, text) {
 }
 
 // Tags by what stands before their first slash.
-export function byPrefix(tags, words) {
+export function byPrefix(tags) {
   const groups = {};
-  for (const tag of [...tags].sort(byName)) (groups[tag.split("/")[0]] ||= []).push([tag, words(tag)]);
+  for (const tag of [...tags].sort(byName)) (groups[tag.split("/")[0]] ||= []).push([tag, label(tag) === tag ? "" : label(tag)]);
   return Object.entries(groups);
 }
 
 // The keys of configurations that differ among the runs, with their values; what only names a run comes last.
 export function differing(runs, leavesOf) {
-  const values = {};
-  for (const leaves of new Set(runs.map(leavesOf))) {
+  const values = {}, configs = new Set(runs.map(leavesOf));
+  for (const leaves of configs) {
     for (const [key, value] of leaves) (values[key] ||= new Map()).set(String(value), (values[key].get(String(value)) || 0) + 1);
   }
-  const all = new Set(runs.map(leavesOf)).size;
   const names = (key) => /^(experiment|run)\./.test(key);
-  const differs = (of) => of.size > 1 || [...of.values()][0] < all;
+  const differs = (of) => of.size > 1 || [...of.values()][0] < configs.size;
   return Object.entries(values).filter(([, of]) => differs(of)).sort(([a], [b]) => names(a) - names(b) || byName(a, b))
     .map(([key, of]) => [key, some([...of.keys()].sort(byName).map((value) => value || "—"))]);
 }

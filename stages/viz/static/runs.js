@@ -3,7 +3,7 @@ import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.j
 import { change, getJson, getSeries, go, hits, search, useLive, watch } from "/static/api.js";
 import { Panel, Spark } from "/static/charts.js";
 import { Chooser, byPrefix, differing } from "/static/choose.js";
-import { byName, color, counted, dash, label, measure, short, when } from "/static/format.js";
+import { byName, color, counted, dash, measure, short, when } from "/static/format.js";
 import { Badge, CurveBar, Legend, Link, Status, Troubles, armColors, armDashes, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
@@ -157,7 +157,7 @@ function Columns({ data, shown, columns, results }) {
     [`configuration that differs among ${counted(shown.length, "run")} shown`, differing(shown, (r) => data.configs[r.config])],
     ["results", [...results].filter((key) => shown.some((r) => key in r.results)).map((key) => [key, data.measures[key]?.label])],
     ["about the run", Object.entries(ABOUT)],
-    ...byPrefix(tags.filter((tag) => !results.has(tag)), (tag) => (label(tag) === tag ? "" : label(tag))).map(([prefix, of]) => [`${prefix}/, last value logged`, of]),
+    ...byPrefix(tags.filter((tag) => !results.has(tag))).map(([prefix, of]) => [`${prefix}/, last value logged`, of]),
   ] : []), [looking, shown, tags]);
   return html`<${Chooser} label="columns" letter="o" groups=${groups} chosen=${columns} ...${{ looking, look }}
     choose=${(keys) => change({ cols: keys.join(",") })} />`;
@@ -252,7 +252,7 @@ function Curves({ runs, query, panels }) {
   const tags = query.tags ? listed(query.tags) : panels;
   const [looking, look] = useState(false);
   const every = useTags(runs, looking);
-  const groups = useMemo(() => byPrefix(every, (tag) => (label(tag) === tag ? "" : label(tag))), [every]);
+  const groups = useMemo(() => byPrefix(every), [every]);
   const ids = runs.map((r) => r.id);
   const asked = { run: ids, tag: tags, px: 600, ...seriesQuery(query) };
   const state = useLive(search(asked), () => (ids.length ? getSeries(asked) : []), hits(ids));
