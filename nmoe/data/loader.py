@@ -33,6 +33,7 @@ from nmoe.data.permutation import key, mix, permute
 from nmoe.data.prepared import CYCLE, PreparedData, allot, drawn, heldout_windows, shares
 from nmoe.errors import ConfigError
 
+WINDOWS = 64  # of the held-out set, counted at once
 PREFETCH = 2  # batches that are made ahead
 
 
@@ -262,19 +263,21 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
   return nats / (math.log(2) * num_bytes)
 
 
-def unigram_bpb(data: PreparedData) -> float:
-  """Bits per byte on all held-out tokens of the best model that ignores context.
+def unigram_bpb(data: PreparedData, validation: Validation) -> float:
+  """Bits per byte, on the targets that a model's `val/bpb` is of, of the best model that ignores
+  context.
 
   Its probabilities are the sources' id frequencies in training text, each count raised by one,
   mixed by the mixture's shares. A baseline: a trained model must be far below it.
   """
   share = shares(data)
   p_V = np.zeros(data.tokenizer.vocab_size)
-  heldout_V = np.zeros(data.tokenizer.vocab_size, dtype=np.int64)
   for source in data.sources:
     counts_V = source.counts("train") + 1
     p_V += share[source.name] * counts_V / counts_V.sum()
-    heldout_V += source.counts("heldout")
+  seen_V = np.zeros_like(p_V)
+  for _, targets, _ in validation.batches(WINDOWS):
+    seen_V += np.bincount(targets[targets >= 0], minlength=len(p_V))
   bytes_V = data.tokenizer.token_bytes()
-  counted_V = np.where(bytes_V > 0, heldout_V, 0)
+  counted_V = np.where(bytes_V > 0, seen_V, 0)
   return bits_per_byte(-(counted_V * np.log(p_V)).sum(), (counted_V * bytes_V).sum())

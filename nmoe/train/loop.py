@@ -185,7 +185,8 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
   if begun == end.step and ranks.any(not watch.evaluated(begun)):
     watch.add(state, evaluated(session, state, begun))
   session.checkpoints.wait()
-  told = {"unigram_bpb": unigram_bpb(session.data), **session.evaluations.items}
+  unigram = unigram_bpb(session.data, session.evaluations.validation)
+  told = {"unigram_bpb": unigram, **session.evaluations.items}
   return watch.results(state) | told
 
 

@@ -12,6 +12,8 @@ from nmoe.wording import counted
 from stages.judge.intervals import Direction, Verdict, floats, interval_of, number, verdict_on
 from stages.judge.table import Judgement, Table
 
+REFERENCE = "a unigram model on the same held-out tokens"  # nmoe.data.loader.unigram_bpb
+
 
 @dataclass(frozen=True)
 class Single:
@@ -59,7 +61,7 @@ def describe(
   min_effect: float = 0.0,
   confidence: float = 0.95,
 ) -> Single:
-  """One arm over its seeds, judged against a constant (the unigram model's bpb, say) if given.
+  """One arm over its seeds, judged against the unigram model's result if given.
 
   Values that are not finite, or None, count as diverged: any of them refutes the hypothesis.
   """
@@ -69,7 +71,7 @@ def describe(
   if reference is None:
     return one
   interval = (one.low - reference, one.high - reference)
-  subject = f"{number(one.mean)} − {number(reference)}"
+  subject = f"{number(one.mean)} − {number(reference)} ({REFERENCE})"
   change = one.mean - reference
   verdict, reason = verdict_on(change, interval, one.n, direction, min_effect, subject)
   if one.diverged:

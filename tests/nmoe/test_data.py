@@ -477,8 +477,11 @@ def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(data):
   assert bits_per_byte(nats.sum().item(), num_bytes.sum().item()) == pytest.approx(8, rel=1e-6)
 
 
-def test_unigram_bpb_against_its_definition(data):
-  """Counted anew from the tokens on disk, token by token, in float64."""
+@pytest.mark.parametrize("tokens", [100, 1500, 1 << 40])
+def test_unigram_bpb_against_its_definition(data, tokens):
+  """Counted anew from the tokens on disk, token by token, in float64: over the very targets that a
+  model's bits per byte is of, however few of the held-out tokens they are.
+  """
 
   def tokens_of(source, split):
     return [
@@ -493,9 +496,11 @@ def test_unigram_bpb_against_its_definition(data):
     train = tokens_of(source, "train")
     for v in probability:
       probability[v] += share[source.name] * (train.count(v) + 1) / (len(train) + 257)
-  heldout = [t for source in data.sources for t in tokens_of(source, "heldout") if t != BYTE.eot]
-  expected = -math.fsum(math.log2(probability[t]) for t in heldout) / len(heldout)
-  assert unigram_bpb(data) == pytest.approx(expected, rel=1e-12)
+  validation = Validation(data, seq_len=32, tokens=tokens)
+  windows = [t for _, y, _ in validation.batches(1) for t in y.flatten().tolist()]
+  assert len(windows) == validation.num_tokens <= tokens
+  bits = [-math.log2(probability[t]) for t in windows if t != BYTE.eot]
+  assert unigram_bpb(data, validation) == pytest.approx(math.fsum(bits) / len(bits), rel=1e-12)
 
 
 # --- damage ---

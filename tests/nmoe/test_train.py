@@ -204,7 +204,7 @@ def whole(tmp_path_factory):
 def test_killed_between_the_last_checkpoint_and_the_record(lab, whole, monkeypatch):
   killed = lab.record()
   with monkeypatch.context() as patch:
-    patch.setattr(train, "unigram_bpb", lambda data: kill())
+    patch.setattr(train, "unigram_bpb", lambda *_: kill())
     with pytest.raises(Killed):
       lab.attempt(killed)
   assert lab.attempt(killed) == 0

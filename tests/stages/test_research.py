@@ -8,7 +8,7 @@ import pytest
 from labs import Lab
 from rich.console import Console
 
-from nmoe.data.loader import unigram_bpb
+from nmoe.data.loader import Validation
 from nmoe.data.prepared import open_data
 from nmoe.data.shards import read_manifest
 from nmoe.errors import ConfigError, DataError, RecordError, RunError
@@ -44,14 +44,17 @@ def test_a_model_is_judged_against_the_unigram(lab, launches):
   found, data = newest(lab), open_data(lab.data)
   done = lab.records.runs(found.id)
   assert [(r.arm, r.seed, r.status) for r in done] == [("tiny", s, "completed") for s in range(3)]
-  source = data.sources[0]
-  seen, held = source.counts("train")[:256] + 1.0, source.counts("heldout")[:256]
-  p = seen / (seen.sum() + source.counts("train")[256] + 1)
+  validation = Validation(data, seq_len=64, tokens=2048)
+  assert validation.num_tokens == 2048 < data.sources[0].counts("heldout").sum()
+  targets = np.concatenate([y.flatten() for _, y, _ in validation.batches(1)])
+  seen, held = data.sources[0].counts("train") + 1.0, np.bincount(targets, minlength=257)[:256]
+  p = seen[:256] / seen.sum()
   assert done[0].results["unigram_bpb"] == pytest.approx(-(held * np.log2(p)).sum() / held.sum())
   bpb = [r.results["val/bpb"] for r in done]
   assert found.conclusion["reference"] == done[0].results["unigram_bpb"]
   assert found.conclusion["mean"] == pytest.approx(sum(bpb) / 3)
-  assert max(bpb) < unigram_bpb(data) - 0.1
+  assert max(bpb) < found.conclusion["reference"] - 0.1
+  assert "(a unigram model on the same held-out tokens) = −" in found.conclusion["reason"]
   assert found.verdict == "confirmed"
   call(lab, seeds=3)
   assert len(launches.ids) == 3
