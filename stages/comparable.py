@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nmoe.data.heldout import differences, heldout_set
 from nmoe.errors import ConfigError, RunError
+from nmoe.evals.requests import by_accuracy, find_task, read_manifest
 from nmoe.evals.suites import ITEMS, Suite, suite_of
 from nmoe.records.measures import of_metric
 from nmoe.records.reader import Hypothesis, Reader, Run, places
@@ -32,8 +34,10 @@ def check_held_out(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> Non
         )
 
 
-def check_suites(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> None:
-  """ConfigError if a metric is of a suite that an arm has not, or that asks it other items."""
+def check_suites(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm], evals: Path) -> None:
+  """ConfigError if a metric is of a suite that an arm has not, or that asks it other items, or an
+  accuracy where no task has one. evals: the folder of prepared items.
+  """
   metric = suite_metric(hypotheses)
   if metric is None:
     return
@@ -51,6 +55,12 @@ def check_suites(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm]) -> None:
         f"{metric}: arm {arm.name} would be asked {_told(suite)}, {arms[0].name} {_told(first)}; "
         "give all arms the same [eval] suite and limit"
       )
+  tasks = {task: read_manifest(find_task(evals, task))["tasks"][task] for task in first.tasks}
+  if metric.endswith("/acc") and not any(map(by_accuracy, tasks.values())):
+    raise ConfigError(
+      f"{metric}: no task of {arms[0].config.eval.suite} is judged by an accuracy, all have one "
+      f"answer; choose {metric.removesuffix('acc')}bpb"
+    )
 
 
 def _told(suite: Suite) -> str:

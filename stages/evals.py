@@ -172,8 +172,16 @@ def show(told: dict[str, Any], console: Console) -> None:
   _print_whole(table, console)
   console.print(
     "bpb: bits per byte of the right answer; acc: the likeliest answer is right, whole, per "
-    "character, per byte, per token; ±: standard error; every prompt begins with the separator",
+    "character, per byte, per token, or greedy decoding gives the one that there is; ±: standard "
+    "error; every prompt begins with the separator",
     soft_wrap=True,
+  )
+  suite, chosen = told["suite"], ", ".join(told["chosen"])
+  console.print(
+    f"{plain(suite)}: bpb is the mean over its {wording.counted(len(tasks) - 1, 'task')}, acc over "
+    f"{chosen or 'none: all have one answer'}",
+    soft_wrap=True,
+    highlight=False,
   )
   core, limit = tasks[told["suite"]].get("core"), told["limit"]
   if core is not None:

@@ -71,7 +71,7 @@ def check(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm], bench: Workbenc
   for arm in arms:
     admit_with_data(arm.config, Root(bench.root), arm.data)
   check_held_out(hypotheses, arms)
-  check_suites(hypotheses, arms)
+  check_suites(hypotheses, arms, Root(bench.root).evals)
 
 
 def _results(study: Study, work: Work) -> tuple[Table, list[Run]]:

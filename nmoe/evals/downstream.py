@@ -19,7 +19,15 @@ from nmoe.data.tokenizer import Tokenizer
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import DataError
 from nmoe.evals.measure import Items, items_of, summary
-from nmoe.evals.requests import Document, Row, find_task, read_manifest, read_task, rows_of
+from nmoe.evals.requests import (
+  Document,
+  Row,
+  by_accuracy,
+  find_task,
+  read_manifest,
+  read_task,
+  rows_of,
+)
 from nmoe.evals.scoring import Batch, Told, batches, score, untold
 from nmoe.evals.suites import CORE, Suite, items_digest
 from nmoe.model.decoder import Model
@@ -41,7 +49,8 @@ class Downstream:
   """A suite, prepared for a configuration's tokenizer, context and micro-batch.
 
   evals: the folder of prepared items (Root.evals). digest: 16 hex digits over the items and their
-  number. Raises DataError for items that are missing, changed, or too long for the context.
+  number. chosen: the tasks over which the suite's accuracy is a mean, those that others report an
+  accuracy of. Raises DataError for items that are missing, changed, or too long for the context.
   """
 
   def __init__(self, suite: Suite, evals: Path, config: Config, tokenizer: Tokenizer):
@@ -56,6 +65,7 @@ class Downstream:
       _check_length(task, rows, self.longest)
       self.documents[task], self.rows[task] = documents, rows
       self.about[task] = read_manifest(folder)["tasks"][task]
+    self.chosen = [task for task, about in self.about.items() if by_accuracy(about)]
     self.digest = items_digest(suite, evals)
     self._batches, self._total = self._cut(config.rank_tokens)
 
@@ -74,9 +84,10 @@ class Downstream:
       values |= {f"eval/{task}/{name}": x for name, x in summary(items[task]).items()}
       values[f"eval/{task}/merged"] = float(sum(row.merged for row in rows))
       values[f"eval/{task}/truncated"] = float(sum(row.cut > 0 for row in rows))
-    for name in ("bpb", "acc"):
-      mean = np.mean([values[f"eval/{task}/{name}"] for task in self.rows])
-      values[f"eval/{self.suite.name}/{name}"] = float(mean)
+    for name, tasks in {"bpb": self.rows, "acc": self.chosen}.items():
+      if tasks:
+        mean = np.mean([values[f"eval/{task}/{name}"] for task in tasks])
+        values[f"eval/{self.suite.name}/{name}"] = float(mean)
     if set(CORE) <= set(self.rows):
       values[f"eval/{self.suite.name}/core"] = core(values, self.about)
     return Outcome(values, items, time.perf_counter() - began)

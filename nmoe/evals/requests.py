@@ -187,6 +187,13 @@ def read_task(folder: Path, task: str, limit: int) -> list[Document]:
     ) from error
 
 
+def by_accuracy(about: Mapping[str, Any]) -> bool:
+  """Whether a task is judged by an accuracy, as its entry in the manifest says: else by the bits of
+  its one answer, a whole program say, which greedy decoding hardly ever gives.
+  """
+  return about["primary"] != "bpb"
+
+
 def find_task(evals: Path, task: str) -> Path:
   """The folder below `evals` that holds a task. DataError if none does, or two do."""
   folders = [p.parent for p in sorted(evals.glob(f"*/{task}.jsonl")) if p.parent.name[0] != "."]

@@ -39,7 +39,7 @@ class Measure:
 
 SUITE = {  # what every suite measures, beside what it does of its tasks
   "bpb": Measure("answers of suite {}, bits per byte", ".4f", "lower"),
-  "acc": Measure("accuracy on suite {}", ".4f", "higher"),
+  "acc": Measure("accuracy, mean over the tasks of suite {} that have one", ".4f", "higher"),
 }
 
 

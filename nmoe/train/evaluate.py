@@ -77,6 +77,7 @@ def evaluate(options: argparse.Namespace) -> None:
       "items": downstream.digest,
       "suite": downstream.suite.name,
       "limit": downstream.suite.limit,
+      "chosen": downstream.chosen,
       "file": str(items),
       "arithmetic": f"{config.target.arch} {config.target.dtype}",
       "device": target.name,

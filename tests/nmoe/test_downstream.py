@@ -427,6 +427,18 @@ def test_items_are_written_and_read(tmp_path, config, model):
   assert values["eval/mine/bpb"] == (values["eval/pets/bpb"] + values["eval/tales/bpb"]) / 2
 
 
+@pytest.mark.faults
+def test_a_suite_s_accuracy_is_of_tasks_that_are_judged_by_one(tmp_path, config, model):
+  """A task of one answer is judged by its bits: that greedy decoding never gives a whole program
+  halved the accuracy of a suite. Without a task of several answers there is none.
+  """
+  prepared(tmp_path, lines(count=8), lines("tales", count=8, choices=1))
+  values = downstream(tmp_path, config, tasks=("pets", "tales")).run(model, Parallel()).values
+  assert values["eval/mine/acc"] == values["eval/pets/acc"] > 0 == values["eval/tales/acc"]
+  alone = downstream(tmp_path, config, tasks=("tales",)).run(model, Parallel()).values
+  assert "eval/mine/bpb" in alone and "eval/mine/acc" not in alone
+
+
 def test_a_suite_in_the_loop_changes_no_bit_of_training(lab, tmp_path):
   prepared(tmp_path, lines(count=20, longest=6))
   (tmp_path / "mine.toml").write_text('tasks = ["pets"]\nlimit = 8\n')

@@ -75,6 +75,23 @@ def test_a_long_evaluation_says_how_far_it_is(lab, tmp_path, monkeypatch):
   assert sum(line.endswith("mine.toml: completed") for line in said) == 1
 
 
+def test_it_is_said_over_which_tasks_an_accuracy_is(lab, tmp_path):
+  """Of one answer it is no choice: such a task has its own line, and no part in the suite's."""
+  path = items(tmp_path)
+  one = {"task": "tale", "context": "once", "choices": [" upon a time"], "gold": 0}
+  path.write_text(path.read_text() + json.dumps(one) + "\n")
+  (tmp_path / "mine.toml").write_text('tasks = ["pairs", "tale"]\n')
+  (tmp_path / "told.toml").write_text('tasks = ["tale"]\n')
+  evals.prep(path, lab.root, Console(quiet=True))
+  run = lab.record()
+  lab.attempt(run)
+  assert (
+    "mine: bpb is the mean over its 2 tasks, acc over pairs\n" in command(lab, tmp_path, run)[0]
+  )
+  said = command(lab, tmp_path, run, suite="told.toml")[0]
+  assert "told: bpb is the mean over its 1 task, acc over none: all have one answer\n" in said
+
+
 @pytest.mark.parametrize(
   "limit, said", [(0, "22 tasks\n"), (4, "of the first 4 documents of each")]
 )
@@ -84,6 +101,7 @@ def test_core_is_shown_and_no_number_is_cut(limit, said):
   values = {f"eval/{task}/{n}": x for task, about in tasks.items() for n, x in about.items()}
   values |= {"eval/core/bpb": 1.25, "eval/core/acc": 0.5, "eval/core/core": -0.07608}
   told = {"values": values, "suite": "core", "limit": limit, "samples": [], "items": "c0"}
+  told["chosen"] = list(CORE)
   console = Console(record=True, width=40, file=io.StringIO())
   evals.show(told | {"seconds": 1.0, "device": "d", "arithmetic": "cpu fp32"}, console)
   text = console.export_text()

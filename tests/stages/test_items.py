@@ -196,6 +196,21 @@ def test_arms_of_other_suites_are_refused_before_they_train(lab, launches, body)
 
 
 @pytest.mark.faults
+def test_an_accuracy_of_a_suite_that_has_none_is_refused_before_it_trains(lab, launches):
+  """The metric would be missing from every result, at the end of the last run."""
+  one = {"task": "tale", "context": "once", "choices": [" upon a time"], "gold": 0}
+  lab.file.with_name("items.jsonl").write_text(json.dumps(one))
+  prepare(lab.file.with_name("items.jsonl"), lab.root)
+  lab.file.with_name("mine.toml").write_text('tasks = ["tale"]\n')
+  base = write_variant(lab.file, "base", '[eval]\nsuite = "mine.toml"\n')
+  own = OWN.replace("mine/bpb", "mine/acc").replace("lower", "higher")
+  variant = write_variant(lab.file, "rate", own + "[optim]\ndense_lr = 1e-3\n")
+  with pytest.raises(ConfigError, match="eval/mine/acc: no task of .*mine.toml.* eval/mine/bpb"):
+    ablate.run(base, variant, 2, Console(quiet=True))
+  assert launches.ids == []
+
+
+@pytest.mark.faults
 def test_items_that_change_under_a_study_end_it_without_a_verdict():
   claim = Hypothesis("It answers better.", "eval/mine/bpb", "lower", 0.0)
   runs = [SimpleNamespace(id=i, status="completed", results={ITEMS: i}) for i in "ab"]
