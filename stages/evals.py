@@ -19,7 +19,7 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data.tokenizer import get as get_tokenizer
 from nmoe.errors import RunError, TargetError
-from nmoe.evals.contamination import Contamination, contamination, texts_of
+from nmoe.evals.contamination import Contamination, N, contamination, texts_of
 from nmoe.evals.contamination import write as write_contamination
 from nmoe.evals.requests import read_manifest, read_task
 from nmoe.evals.sources import PARTIAL, prepare
@@ -59,7 +59,7 @@ def prep(
   for task, entry in tasks.items():
     chance = f"{entry['chance']:.3f}" if entry["chance"] else ""
     counts = (f"{entry[name]:,}" for name in ("documents", "requests"))
-    hits = [f"{len(told[task].found):,} of {told[task].checked:,}"] if told else []
+    hits = [_hits(told[task])] if told else []
     table.add_row(plain(task), *counts, entry["primary"], chance, *hits)
   _print_whole(table, console)
   console.print(plain(folder), soft_wrap=True)
@@ -75,9 +75,18 @@ def _contamination(
     found = contamination(items, texts_of(data, text))
   path = Root(root).contamination(data.name, folder.name)
   write_contamination(path, found)
-  said = f"items with 13 words in a row that the training data have: {path}"
+  said = f"items with {N} words in a row that the training data have: {path}"
+  if any(c.checked < c.documents for c in found.values()):
+    said += f"; too short, of fewer than {N} words: none of those was looked for"
   console.print(plain(said), soft_wrap=True)
   return found
+
+
+def _hits(of: Contamination) -> str:
+  """How many items of a task stand in the data, of those that are long enough to be looked for."""
+  hits = [f"{len(of.found):,} of {of.checked:,}"] if of.checked else []
+  short = of.documents - of.checked
+  return ", ".join(hits + [f"{short:,} too short"] * (short > 0))
 
 
 def run(

@@ -112,17 +112,21 @@ def test_pieces_overlap_and_are_small():
 def test_the_command_reports_and_writes_what_it_found(tmp_path):
   chance = random.Random(5)
   asked = [sentence(chance, 15) for _ in range(6)]
+  asked = {"pets": asked, "both": [*asked[:2], "the cat", "a mat"], "brief": ["the cat", "a mat"]}
   lines = (
-    {"task": "pets", "name": f"n{i}", "context": q, "choices": [" a", " b"], "gold": 0}
-    for i, q in enumerate(asked)
+    {"task": task, "name": f"n{i}", "context": q, "choices": [" a", " b"], "gold": 0}
+    for task, questions in asked.items()
+    for i, q in enumerate(questions)
   )
   (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  file = mixture(tmp_path, [sentence(chance, 40) for _ in range(30)] + ["so " + asked[3]])
+  file = mixture(tmp_path, [sentence(chance, 40) for _ in range(30)] + ["so " + asked["pets"][3]])
   console = Console(record=True, width=120)
   source = str(tmp_path / "items.jsonl")
   evals.prep(source, tmp_path / "root", console, file, "byte")
   said = console.export_text()
-  assert "1 of 6" in said
+  cells = dict(re.findall(r"│ (\w+) +│.*│ +([^│]*?) +│\n", said))
+  assert cells == {"pets": "1 of 6", "both": "0 of 2, 2 too short", "brief": "2 too short"}
+  assert "too short, of fewer than 13 words: none of those was looked for" in said
   (path,) = (tmp_path / "root" / "data").glob("*/contamination-*.json")
   assert json.loads(path.read_text())["pets"] == {"documents": 6, "checked": 6, "found": ["n3"]}
   assert path.stem.removeprefix("contamination-") in {
