@@ -151,7 +151,9 @@ def _measured(
     job = Job(run_id, config, module="nmoe.train.evaluate", options=tuple(options))
     with Display(console) as display:
       line = display.line(visible(f"{run_id} step {step} {suite}"), 1, "reading")
-      ended = launch.run(Launcher(root), job, line.follow, lambda handle: line.idle(handle.failure))
+      ended = launch.run(
+        Launcher(root), job, line.follow, lambda handle: line.idle(handle.failure, handle.state)
+      )
       line.end("failed" if ended.poll() else "completed")
     if ended.poll():
       raise RunError(f"the evaluation of {run_id} failed: {ended.tail()}")

@@ -246,7 +246,7 @@ class Work:
 
     try:
       ended = launch.run(
-        Launcher(self.bench.root), job, show, lambda handle: line.idle(handle.failure)
+        Launcher(self.bench.root), job, show, lambda handle: line.idle(handle.failure, handle.state)
       )
     except KeyboardInterrupt:
       raise self.stopped(job.run, "it was told to") from None
@@ -365,7 +365,7 @@ class SideBySide:
           pair_of[run.id] = pair
           self.start(slot, Job(run.id, arm.at_seed(seed)), label(arm, seed))
         for handle in self.pool.running:
-          self.lines[handle.job.run].idle(handle.failure)
+          self.lines[handle.job.run].idle(handle.failure, handle.state)
         for handle in self.pool.ended():
           arm, seed = pair_of[handle.job.run]
           if self.taken(handle, arm, seed):

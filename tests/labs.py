@@ -251,7 +251,7 @@ def options(
 class Ended:
   """A stages.launch.local.Handle of a job that has ended."""
 
-  pipe, drained, failure = -1, True, ""
+  pipe, drained, failure, state = -1, True, "", ""
 
   def __init__(self, job: Job, status: int):
     self.job, self.status = job, status

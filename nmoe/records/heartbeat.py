@@ -13,7 +13,7 @@ from typing import NamedTuple
 from nmoe import files
 from nmoe.errors import RecordError
 
-STATES = ("starting", "loading", "stepping", "saving", "evaluating", "stopping")
+STATES = ("starting", "loading", "stepping", "saving", "evaluating", "profiling", "stopping")
 
 
 class Entry(NamedTuple):
@@ -30,11 +30,12 @@ class Entry(NamedTuple):
   def __str__(self) -> str:
     if self.tokens_per_s == 0:
       return "no step logged yet"
-    left = timedelta(seconds=round(self.left_s))
     rate = f"{self.tokens_per_s:,.0f} tokens/s"
+    if self.step < self.total:
+      rate += f"  {timedelta(seconds=round(self.left_s))} left"
     if self.loss is None:
-      return f"batch {self.step:,}/{self.total:,}  {rate}  {left} left"
-    return f"step {self.step}/{self.total}  loss {self.loss:.4f}  {rate}  {left} left"
+      return f"batch {self.step:,}/{self.total:,}  {rate}"
+    return f"step {self.step}/{self.total}  loss {self.loss:.4f}  {rate}"
 
 
 class Heartbeat(NamedTuple):

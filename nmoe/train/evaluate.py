@@ -67,6 +67,7 @@ def evaluate(options: argparse.Namespace) -> None:
     progress.tell(Entry(done, total, None, rate, left)._asdict())
 
   outcome = downstream.run(model, ranks, told)
+  progress.tell({"state": "sampling"})
   shown = samples(model, text, config)
   if ranks.rank == 0:
     items = root.eval_items(run.id, options.step, downstream.suite.asked)

@@ -290,7 +290,7 @@ def execute(
     ),
     evaluations=Evaluations(config, ranks, data, Root(root), run.id),
     meta=meta,
-    profiler=Profiler(options.trace, config.steps),
+    profiler=Profiler(options.trace, config.steps, watchdog.enter),
     startup=startup,
     progress=progress,
     watchdog=watchdog,
@@ -355,7 +355,7 @@ def began(records: Attempts, run: Run, state: TrainState, target: Target) -> Non
 def watched_over(options: argparse.Namespace, config: Config) -> Watchdog:
   """The deadlines of this rank and, on rank 0, its heartbeat. It is starting."""
   heartbeat = options.heartbeat if options.rank == 0 else None
-  progress = Progress(options.progress, heartbeat, options.attempt)
+  progress = Progress(options.progress if options.rank == 0 else None, heartbeat, options.attempt)
   watchdog = Watchdog(progress, config.launch.hang_s, config.train.log_every)
   watchdog.enter("starting")
   if options.attempt:

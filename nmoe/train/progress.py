@@ -63,9 +63,11 @@ class Progress:
     return self.tell(entry._asdict())
 
   def enter(self, state: str, limit_s: float = 0.0) -> None:
-    """The run is in one of nmoe.records.heartbeat.STATES from now on, or begins another step in it;
-    for limit_s at most.
+    """The run is in one of nmoe.records.heartbeat.STATES from now on, as the launcher is told, or
+    begins another step in it; for limit_s at most.
     """
+    if state != self._state:
+      self.tell({"state": state})
     told = state == self._state and limit_s <= self._limit_s
     self._state, self._limit_s = state, limit_s
     if not told or time.monotonic() - self._beaten >= BEAT_S:

@@ -8,6 +8,7 @@ state, or the next, and end at their deadline:
   evaluating           hang_s, each batch of it
   saving, stopping     hang_s, or SAVES times what this process saw a checkpoint take, if that is
                        more; SAVE_S, if that is more than hang_s, until it saw one
+  profiling            hang_s, or SAVE_S, if that is more, to write a profile
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def limit(state: str, hang_s: float, step_s: float, log_every: int, save_s: floa
   """
   if state in ("starting", "loading"):
     return START_S
+  if state == "profiling":
+    return max(hang_s, SAVE_S)
   if state in ("saving", "stopping"):
     return max(hang_s, SAVES * save_s if save_s else SAVE_S)
   if state == "evaluating" or step_s == 0:

@@ -44,6 +44,16 @@ class Display:
     return Line(self, label, total, note)
 
 
+DOES = {  # what a run does beside its steps
+  "loading": "loads",
+  "saving": "saves its state",
+  "evaluating": "evaluates",
+  "profiling": "writes its profile",
+  "sampling": "writes samples",
+  "stopping": "ends",
+}
+
+
 class Line:
   """One run's. Without a terminal it is printed at the first step, the last, and every LINE_S."""
 
@@ -51,30 +61,36 @@ class Line:
     self.display, self.label, self.last = display, label, note
     self.entry: Entry | None = None
     self._task = display.bars.add_task(escape(label), total=total, note=escape(note))
-    self._came = self._printed = time.monotonic()
+    self._state, self._note = "", note
+    self._came = self._printed = self._entered = time.monotonic()
 
   def follow(self, entry: Entry) -> None:
     """A step was logged."""
     self.last, self._came, first = str(entry), time.monotonic(), self.entry is None
     self.entry = entry
-    note = self.last.split("  ", 1)[1]
-    self.display.bars.update(self._task, completed=entry.step, total=entry.total, note=note)
+    self._note = self.last.split("  ", 1)[1]
+    self.display.bars.update(self._task, completed=entry.step, total=entry.total, note=self._note)
     if first or entry.step == entry.total:
       self._print(self.last)
     else:
-      self.idle()
+      self.idle(state=self._state)
 
-  def idle(self, failure: str = "") -> None:
-    """To be called often: says at once that a rank failed, and that the run is under way if it was
-    silent for LINE_S.
+  def idle(self, failure: str = "", state: str = "") -> None:
+    """To be called often: says at once that a rank failed, and what the run does if it was silent
+    for LINE_S. state: of nmoe.records.heartbeat.STATES; "": it told none.
     """
     if failure and failure != self.last:
       self.last, self._came = failure, time.monotonic()
       self.display.say(f"{self.label}: {failure}")
-    now = time.monotonic()
+    now, does = time.monotonic(), "" if failure else DOES.get(state, "")
+    if state != self._state:
+      self._state, self._entered = state, now
+      note = ", ".join(filter(None, (self._note, does)))
+      self.display.bars.update(self._task, note=escape(note))
     if now - self._printed >= LINE_S:
-      age = now - self._came
-      self._print(self.last if age < 1 else f"{self.last}  ({age:.0f} s ago)")
+      age = now - (self._entered if does else self._came)
+      told = f"{self.last}, {does}  ({age:.0f} s)" if does else f"{self.last}  ({age:.0f} s ago)"
+      self._print(told if age >= 1 else self.last)
 
   def end(self, note: str) -> None:
     """The run has ended, as `note` says."""

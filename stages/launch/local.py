@@ -75,6 +75,7 @@ class Handle:
 
   def __init__(self, job: Job, logs: Path, follow: Callable[[Entry], None]):
     self.job, self.logs, self.failure = job, logs, ""
+    self.state = ""  # of nmoe.records.heartbeat.STATES, as rank 0 told it
     self.drained = False  # nobody will tell anything more
     self.ranks: list[subprocess.Popen] = []
     self.pipe = -1  # what the ranks tell
@@ -160,6 +161,9 @@ class Handle:
       message = json.loads(line)
       if "end" in message:
         self._said = message["end"]
+        continue
+      if "state" in message:
+        self.state = message["state"]
         continue
       entry = Entry(**message)
       self._follow(entry)

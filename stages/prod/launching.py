@@ -283,7 +283,7 @@ def _follow(root: Path, run_id: str, number: int, line: Line, lost: int) -> int:
   if logged and beat.entry != line.entry:
     line.follow(beat.entry)
   else:
-    line.idle()
+    line.idle(state=beat.state if beat is not None and beat.attempt == number else "")
   return lost
 
 

@@ -184,6 +184,7 @@ def test_deadlines():
     assert limit(state, 8.0, 0.1, 1) == 900.0 and limit(state, 1800.0, 0.1, 1) == 1800.0
     assert limit(state, 8.0, 0.1, 1, 2.0) == 8.0  # of a run whose checkpoints take 2 s
     assert limit(state, 8.0, 0.1, 1, 20.0) == 60.0
+  assert limit("profiling", 8.0, 0.1, 1) == 900.0 and limit("profiling", 1800.0, 0.1, 1) == 1800.0
   assert limit("stepping", 600.0, 0.0, 10) == 600.0  # none is measured
   assert limit("stepping", 600.0, 0.1, 10) == 60.0
   assert limit("stepping", 600.0, 4.0, 10) == 120.0  # 20 steps, and all since the last log

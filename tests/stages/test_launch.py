@@ -278,9 +278,53 @@ def test_without_a_terminal_a_run_prints_plain_lines(monkeypatch):
     "starting  (20 s ago)",
     "step 1/90  loss 5.2500  1,234 tokens/s  0:01:29 left",
     "step 2/90  loss 5.0000  1,234 tokens/s  0:01:28 left  (19 s ago)",
-    "step 90/90  loss 3.0000  1,000 tokens/s  0:00:00 left",
+    "step 90/90  loss 3.0000  1,000 tokens/s",
     "completed",
   ]
+
+
+def test_what_a_run_does_after_its_last_step_is_said(monkeypatch):
+  """Its profile, which took a minute, was "0:00:00 left  (60 s ago)"."""
+  now, out = [100.0], io.StringIO()
+  monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+  with display.Display(Console(file=out, width=40)) as shown:
+    line = shown.line("x", 2, "starting")
+    line.follow(Entry(2, 2, 5.0, 1234.5, 0.0))
+    for state in ("stepping", "profiling", "profiling", "stopping", "stepping"):
+      line.idle("", state)
+      now[0] += 25
+      line.idle("", state)
+  said, last = out.getvalue().splitlines(), "x: step 2/2  loss 5.0000  1,234 tokens/s"
+  assert said == [
+    last,
+    f"{last}  (25 s ago)",
+    f"{last}, writes its profile  (25 s)",
+    f"{last}, writes its profile  (50 s)",
+    f"{last}, ends  (25 s)",
+    f"{last}  (125 s ago)",
+  ]
+
+
+def test_a_rank_tells_each_change_of_its_state(lab, scripts, monkeypatch):
+  """Once, and not the steps between; the launcher shows them while the ranks live."""
+  config = scripts(
+    "import time\n"
+    "for state in ('stepping', 'stepping', 'saving', 'saving', 'stopping'):\n"
+    "  progress.enter(state)\n"
+    "  time.sleep(0.5)\n"
+  )
+  seen, told = [], []
+
+  class Handle(launch.Handle):
+    def __setattr__(self, name, value):
+      super().__setattr__(name, value)
+      if name == "state":
+        told.append(value)
+
+  monkeypatch.setattr(launch, "Handle", Handle)
+  assert start(lab, config, idle=lambda handle: seen.append(handle.state)).poll() == 0
+  assert told == ["", "stepping", "saving", "stopping"]
+  assert set(seen) == set(told)
 
 
 def test_a_log_holds_the_same_lines(capsys, monkeypatch):
