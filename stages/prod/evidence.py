@@ -2,7 +2,7 @@
 
 Experiments that the configuration cites must be confirmed, of stage proxy or ablate, and the
 configuration must be what won: it has the variant's value of every key in which an ablation's arms
-differ, or those of a sweep's transfer.toml, and agrees with a winning run in all other identity
+differ, or the rates that a sweep has on record, and agrees with a winning run in all other identity
 keys but its size. `check ep`, `check resume` and `prod check` of this very configuration and code
 must have passed.
 """
@@ -19,8 +19,6 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config, diff, kind, leaves
 from nmoe.errors import NmoeError
 from nmoe.records.reader import Experiment, Reader, Run
-from nmoe.records.root import Root
-from nmoe.tables import parsed
 
 STAGES = ("proxy", "ablate")
 SIZE = (  # may differ: keys, or the start of keys
@@ -31,7 +29,7 @@ SIZE = (  # may differ: keys, or the start of keys
   "data.",
 )
 ASIDE = ("train.seed", "target.", "experiment.")
-TRANSFERRED = ("optim", "scaling", "model")  # the tables of a transfer.toml that are rates
+TRANSFERRED = ("optim.", "scaling.", "model.")  # keys that a sweep transfers and are rates
 CHECKS = {  # the start of a check's name -> the command that makes it; of several ranks or any
   "check-resume": "nmoe check resume {path}",
   "check-ep": "nmoe check ep {path}",
@@ -90,7 +88,10 @@ def _cited(config: Config, name: str, records: Reader | None) -> Evidence:
   if cited.verdict != "confirmed":
     verdict = cited.verdict or f"not concluded ({cited.status})"
     return Evidence(name, cited.id, f"is {verdict}; only what was confirmed can be cited")
-  won = _variant(cited, records) if cited.stage == "ablate" else _transfer(config, cited)
+  if "groups" in cited.conclusion and "transfer" not in cited.conclusion:
+    told = "an earlier version has concluded it, and kept no rates; call `nmoe proxy sweep` on its "
+    return Evidence(name, cited.id, told + "file again")
+  won = _variant(cited, records) if cited.stage == "ablate" else _transfer(cited)
   runs = [run for run in records.runs(cited.id) if cited.stage != "ablate" or run.arm == "variant"]
   if not runs:
     return Evidence(name, cited.id, "has no run of what won; run it again")
@@ -116,17 +117,10 @@ def _variant(cited: Experiment, records: Reader) -> dict[str, Any]:
   }
 
 
-def _transfer(config: Config, cited: Experiment) -> dict[str, Any]:
-  """The rates that a sweep found; {} if it wrote none."""
-  path = Root(Path(config.run.root)).report(cited.id) / "transfer.toml"
-  if not path.exists():
-    return {}
-  table = parsed(path.read_text(encoding="utf-8"), str(path))
-  return {
-    f"{section}.{key}": value
-    for section in TRANSFERRED
-    for key, value in table.get(section, {}).items()
-  }
+def _transfer(cited: Experiment) -> dict[str, Any]:
+  """The rates that a sweep found, as its record has them; {} of a swarm of mixtures."""
+  found = cited.conclusion.get("transfer", {})
+  return {key: value for key, value in found.items() if key.startswith(TRANSFERRED)}
 
 
 def _lacking(config: Config, won: Mapping[str, Any]) -> str:

@@ -131,6 +131,8 @@ class SweepFile:
   verdict: VerdictKeys
   coords: CoordsKeys
   base: Config
+  goal: Path  # the file that the recommendation extends: the target's, or the base's
+  target: Config  # as it was when the sweep began
   scales: tuple[ScalePlan, ...]  # base first, then in the file's order
 
   @property
@@ -178,7 +180,9 @@ def load_sweep(path: Path) -> SweepFile:
   for number, entry in enumerate(entries, start=1):
     scales.append(scaled(f"{path}: scale {number}", entry, base))
   _check_scales(path, scales)
-  return SweepFile(path, text, **parts, base=base, scales=tuple(scales))
+  goal = (path.parent / (sweep.target or sweep.base)).resolve()
+  target = configs.load(goal) if sweep.target else base
+  return SweepFile(path, text, **parts, base=base, goal=goal, target=target, scales=tuple(scales))
 
 
 def _check(path: Path, sweep: SweepKeys, base: Config) -> None:

@@ -26,7 +26,7 @@ from stages.proxy.file import (
   load_sweep,
   without_rule,
 )
-from stages.proxy.recommend import check_target
+from stages.proxy.recommend import check_target, transferred
 from stages.workbench import Arm, Workbench
 
 METRIC = "val/loss"
@@ -190,8 +190,10 @@ class Sweep:
     }
     found = transfer.judge(groups, controls, self.file.limits)
     health = self._health(table)
+    said = found.as_dict()
     numbers = {
-      **found.as_dict(),
+      **said,
+      "transfer": transferred(self.file, said["groups"]),
       "limits": vars(self.file.limits),
       "points": [_point(result) for result in table.results],
       "health": health,

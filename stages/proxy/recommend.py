@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nmoe import files
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import ConfigError
@@ -18,12 +19,9 @@ from stages.workbench import Workbench
 PLACED = ("transfers", "drifts", "undecided", "cannot tell")  # states of a group with an optimum
 
 
-def check_target(file: SweepFile) -> Config | None:
-  """The target's configuration; ConfigError where the rule does not lead from base to it."""
-  if not file.sweep.target:
-    return None
-  path = file.path.parent / file.sweep.target
-  target, base = configs.load(path), file.base
+def check_target(file: SweepFile) -> None:
+  """ConfigError where the rule does not lead from base to target."""
+  path, target, base = file.goal, file.target, file.base
   check_heads(str(path), target, base)
   own, first = (c.moe.top_k / c.moe.num_experts for c in (target, base))
   if not math.isclose(own, first):
@@ -33,27 +31,30 @@ def check_target(file: SweepFile) -> Config | None:
     )
   if bool(target.model.q_lora_rank) != bool(base.model.q_lora_rank):
     raise ConfigError(f"{path}: one of base and target has a model.q_lora_rank, the other none")
-  return with_rule(target, base)
+  with_rule(target, base)
+
+
+def transferred(file: SweepFile, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What the target, or the base, takes over from a sweep: the rule and the best rates, by key."""
+  keys = rule_keys(file.base) | _recommended(file, groups, corrected(file, groups))
+  for key in ("init_std", "embed_std"):
+    keys[f"model.{key}"] = getattr(file.base.model, key)
+  share = file.target.schedule.total_tokens / file.base.schedule.total_tokens
+  for key in ("warmup_tokens", "decay_tokens"):
+    keys[f"schedule.{key}"] = round(getattr(file.base.schedule, key) * share)
+  return keys
 
 
 def write_transfer(file: SweepFile, outcome: Outcome, bench: Workbench) -> Path:
-  """`transfer.toml` beside the report: the target, or the base, under the rule and the best rates,
-  and the evidence for them.
+  """`transfer.toml` beside the report: what the record says is `transferred`, as a configuration
+  that extends the target's or the base's file, and the evidence for it.
   """
-  sweep = outcome.judgement.numbers
-  goal = (file.path.parent / (file.sweep.target or file.sweep.base)).resolve()
-  target = configs.load(goal)
-  corrections = corrected(file, sweep["groups"])
-  keys = rule_keys(file.base) | _recommended(file, target, sweep["groups"], corrections)
-  for key in ("init_std", "embed_std"):
-    keys[f"model.{key}"] = getattr(file.base.model, key)
-  share = target.schedule.total_tokens / file.base.schedule.total_tokens
-  for key in ("warmup_tokens", "decay_tokens"):
-    keys[f"schedule.{key}"] = round(getattr(file.base.schedule, key) * share)
+  sweep, target = outcome.judgement.numbers, file.target
+  keys, corrections = sweep["transfer"], corrected(file, sweep["groups"])
   configs.changed(target, keys)  # what is written is valid
   text = [
-    f"# The rates of {outcome.experiment.id} for {goal.name}.",
-    f"extends = {configs.quoted(str(goal))}",
+    f"# The rates of {outcome.experiment.id} for {file.goal.name}; the record keeps them too.",
+    f"extends = {configs.quoted(str(file.goal))}",
     "",
   ]
   for section in dict.fromkeys(key.split(".")[0] for key in keys):
@@ -76,8 +77,7 @@ def write_transfer(file: SweepFile, outcome: Outcome, bench: Workbench) -> Path:
       evidence[f"{group['name']}_exponent"] = [group["exponent"][key] for key in ("low", "high")]
   text += ["[evidence]", *_lines(evidence)]
   path = Root(bench.root).report(outcome.experiment.id) / "transfer.toml"
-  path.write_text("\n".join(text) + "\n", encoding="utf-8")
-  return path
+  return files.replace(path, "\n".join(text) + "\n")
 
 
 _SIZES = {
@@ -113,7 +113,6 @@ def corrected(file: SweepFile, groups: Sequence[Mapping[str, Any]]) -> dict[str,
 
 def _recommended(
   file: SweepFile,
-  target: Config,
   groups: Sequence[Mapping[str, Any]],
   corrections: Mapping[str, float],
 ) -> dict[str, float]:
@@ -123,7 +122,7 @@ def _recommended(
   base, best = file.base, {g["name"]: _optimum(g) for g in groups}
   factor = 1.0
   for axis, p in corrections.items():
-    factor *= 1.0 if axis == "tokens" else _ratio(axis, target, base) ** -p
+    factor *= 1.0 if axis == "tokens" else _ratio(axis, file.target, base) ** -p
   rates = {
     f"optim.{key}": getattr(base.optim, key) * 2.0 ** (best["joint"] + best.get(key, 0.0)) * factor
     for key in GROUPS

@@ -116,10 +116,20 @@ def test_what_is_not_size_is_the_winner_s(lab, records):
   assert told == "no arm of it has this configuration's model.tie_embeddings"
 
 
-def test_a_launch_takes_the_rates_of_its_sweep(lab, records):
+@pytest.mark.faults
+@pytest.mark.parametrize("text", [None, "[optim]\nexpert_lr = 0.01\n", "[optim", "optim = 1\n"])
+def test_a_launch_takes_the_rates_of_its_sweep(lab, records, text):
+  """Those on record: whether its transfer.toml is gone, was edited by hand, or never written, for
+  a kill after the verdict.
+  """
   name = conclude(lab, records, "proxy", "better", "confirmed")
-  path = Root(lab.root).report(name) / "transfer.toml"
-  path.parent.mkdir(parents=True)
-  path.write_text("[optim]\nexpert_lr = 0.02\n[evidence]\nrule = 'x'\n")
+  found = {"groups": [], "transfer": {"optim.expert_lr": 0.02, "schedule.decay_tokens": 7}}
+  records.conclude(name, "confirmed", found)
+  if text is not None:
+    path = Root(lab.root).report(name) / "transfer.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
   assert "confirmed optim.expert_lr = 0.02, and this has 0.01" in of_better(lab, records)
   assert of_better(lab, records, optim__expert_lr=0.02) == ""
+  records.conclude(name, "confirmed", {"groups": []})  # as an earlier version did
+  assert "call `nmoe proxy sweep` on its file again" in of_better(lab, records)

@@ -129,7 +129,10 @@ def test_from_the_file_to_the_overlay(write, lab, launches, checks, monkeypatch)
   written = Root(lab.root).report(records.id) / "transfer.toml"
   overlay = configs.load(written, env={})
   assert overlay.scaling.rule == "completep-moe" and overlay.scaling.base_dim == 32
-  evidence = tomli.loads(written.read_text())["evidence"]
+  table = tomli.loads(written.read_text())
+  evidence = table.pop("evidence")
+  told = {f"{s}.{key}": v for s, keys in table.items() if s != "extends" for key, v in keys.items()}
+  assert records.conclusion["transfer"] == told and told["scaling.base_dim"] == 32
   assert evidence["experiment"] == records.id and evidence["extrapolation_width"] == 1.0
   assert evidence["joint"] == records.conclusion["groups"][0]["state"]
   assert checks.asked == ["adamw"]
@@ -189,6 +192,23 @@ def test_a_killed_sweep_goes_on(write, lab, launches):
   runs = lab.records.runs("rates-1")
   assert all(run.finished for run in runs)
   assert len({(run.arm, run.seed) for run in runs}) == len(runs)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("edit", ["[schedule]\ntotal_tokens = 6400", "[model]\nv_dim = 32", None])
+def test_a_target_that_changes_under_its_sweep(write, lab, launches, edit):
+  """The rates are for what it was when the sweep began and found it fit; None: it is gone."""
+  path = write(a=('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"'))
+  target, body = path.with_name("target.toml"), 'extends = "base.toml"\n[model]\nnum_layers = 4\n'
+  target.write_text(body)
+  launches.before[4] = lambda _: target.write_text(body + edit) if edit else target.unlink()
+  sweep.run(path, console())
+  found = lab.records.find("rates")
+  written = (Root(lab.root).report(found.id) / "transfer.toml").read_text()
+  keys = tomli.loads(written)
+  assert keys["schedule"] == {"warmup_tokens": 256, "decay_tokens": 2560}
+  ratios = [keys["evidence"][f"extrapolation_{axis}"] for axis in ("depth", "tokens")]
+  assert ratios == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
