@@ -30,7 +30,7 @@ from stages.judge.table import Judgement
 from stages.launch import local
 from stages.launch.display import Display, Line
 from stages.prod import earlier, hosts
-from stages.prod.attempt import DONE, End, begin, newest_step, request, settle
+from stages.prod.attempt import DONE, NEVER, End, begin, newest_step, request, settle
 from stages.prod.evidence import Evidence, evidence
 from stages.prod.plan import advice
 from stages.runs import Work, taken_up, under_way
@@ -146,7 +146,7 @@ def _carried_out(work: Work, run: Run, config: Config) -> int:
       done = bench.experiments.run(run.id)
       reason = f"{counted(done.results['steps'], 'step')}, {_restarts(root, run.id)}."
       work.conclude(Judgement("completed", reason), [done], summary=True)
-    elif end.status == DONE:
+    elif end.status != NEVER or end.outcome == "superseded":  # it goes on
       bench.experiments.set_status(work.experiment.id, "interrupted")
   return end.status
 

@@ -17,7 +17,7 @@ from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat
 from stages import workbench
 from stages.prod import earlier, launching
-from stages.prod.attempt import begin
+from stages.prod.attempt import End, begin
 from stages.report.html import write_report
 
 
@@ -96,6 +96,26 @@ def test_two_first_launches_at_once_are_one_run(lab, monkeypatch):
   monkeypatch.setattr(earlier, "known", lambda *_: None)
   assert launched_run(lab) == first
   assert launched_run(lab, anew=True) != first
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  ("outcome", "status"),
+  [
+    ("preempted", "interrupted"),
+    ("stopped", "interrupted"),
+    ("disk full", "interrupted"),
+    ("superseded", "interrupted"),
+    ("refused", "failed"),
+    ("no progress", "failed"),
+  ],
+)
+def test_an_experiment_that_goes_on_has_not_failed(lab, records, monkeypatch, outcome, status):
+  """As `experiments list` says it of a launch that was told to leave (Ctrl-C): 75, not 76."""
+  monkeypatch.setattr(launching, "_execute", lambda *_: End(outcome, "why"))
+  launching.launch(lab.file, Console(file=io.StringIO()), "a test")
+  (launch,) = (e for e in records.list() if e.stage == "prod")
+  assert launch.status == status
 
 
 @pytest.mark.faults
