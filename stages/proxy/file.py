@@ -170,6 +170,8 @@ def load_sweep(path: Path) -> SweepFile:
   parts = {name: typed(table.get(name, {}), cls, str(path), name) for name, cls in SECTIONS.items()}
   sweep: SweepKeys = parts["sweep"]
   base = configs.load(path.parent / sweep.base)
+  target = configs.load(path.parent / sweep.target) if sweep.target else base
+  goal = (path.parent / (sweep.target or sweep.base)).resolve()
   _check(path, sweep, base)
   _check_coords(path, parts["coords"], base)
   entries = table.get("scale", [])
@@ -180,8 +182,6 @@ def load_sweep(path: Path) -> SweepFile:
   for number, entry in enumerate(entries, start=1):
     scales.append(scaled(f"{path}: scale {number}", entry, base))
   _check_scales(path, scales)
-  goal = (path.parent / (sweep.target or sweep.base)).resolve()
-  target = configs.load(goal) if sweep.target else base
   return SweepFile(path, text, **parts, base=base, goal=goal, target=target, scales=tuple(scales))
 
 

@@ -30,6 +30,7 @@ from nmoe.data.prepared import open_data
 from nmoe.errors import ConfigError
 from nmoe.records.reader import Hypothesis
 from nmoe.tables import nearest, parsed, ranged, read, typed
+from nmoe.wording import counted
 from stages.judge import mixture, paired
 from stages.judge.table import Judgement, Result, Table
 from stages.proxy.file import BudgetKeys, check_told, scaled
@@ -48,7 +49,7 @@ class MixKeys:
   base: str
   objective: tuple[float, ...]
   target_tokens: int = ranged(gt=0)
-  epochs: float = ranged(4.0, gt=0)  # of a source at most, in the target's run
+  epochs: float = ranged(4.0, gt=0, le=1_000_000)  # of a source at most, in the target's run
   mixtures: int = ranged(0, ge=0)  # 0: the larger of 24 and 8 · (sources + 1)
   anchor_seeds: int = ranged(3, gt=1)
   verify_seeds: int = ranged(5, gt=1)
@@ -88,10 +89,14 @@ class Mix:
   def seed(self) -> int:
     return self.base.train.seed
 
+  @property
+  def size(self) -> int:
+    """How many mixtures the swarm has."""
+    return self.keys.mixtures or max(24, 8 * (len(self.sources) + 1))
+
   def swarm(self) -> dict[str, np.ndarray]:
-    count = self.keys.mixtures or max(24, 8 * (len(self.sources) + 1))
-    found = mixture.swarm(self.natural, self.caps, count, self.seed)
-    names = [*ANCHORS, *(f"mixture {n}" for n in range(len(ANCHORS), count))]
+    found = mixture.swarm(self.natural, self.caps, self.size, self.seed)
+    names = [*ANCHORS, *(f"mixture {n}" for n in range(len(ANCHORS), self.size))]
     return dict(zip(names, found, strict=True))
 
   def arm(self, name: str, of: np.ndarray, size: str = "") -> Arm:
@@ -253,7 +258,12 @@ def prepared(path: Path, keys: MixKeys, budget: BudgetKeys, base: Config, data: 
   base = repeating(path, keys, base, dict(zip(names, tokens.tolist(), strict=True)))
   large = scaled(f"{path}: mix", {"width": keys.width}, base).config
   mix = Mix(keys, budget, base, data, names, tokens, caps, {"": base, f"width{keys.width}": large})
-  registered = len(mix.swarm()) + len(ANCHORS) * (keys.anchor_seeds - 1)
+  if mix.size < (least := len(names) + 2):
+    raise ConfigError(
+      f"{path}: mix.mixtures = {mix.size} is less than {least}, which a fit over "
+      f"{counted(len(names), 'source')} needs; raise it, or leave it out"
+    )
+  registered = mix.size + len(ANCHORS) * (keys.anchor_seeds - 1)
   registered += 3 * keys.verify_seeds * len(mix.sizes) - 2 * min(
     keys.anchor_seeds, keys.verify_seeds
   )

@@ -219,6 +219,12 @@ def test_runs_that_all_diverge_are_an_outcome(write, lab):
       "trains 1,024 tokens of the 1,000,000 of mix.target_tokens.* less than a sample of 65",
     ),
     ("runs = 30", "runs = 3", "budget.runs = 3, but 25 are needed"),
+    ("mixtures = 8", "mixtures = 3", "mix.mixtures = 3 is less than 4, which a fit over 2 sources"),
+    (
+      "mixtures = 8",
+      f"mixtures = {1 << 62}",
+      "budget.runs = 30, but 4611686018427387921 are needed",
+    ),
   ],
 )
 def test_what_is_refused(write, launches, old, new, message):
