@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -31,14 +32,16 @@ def plan(config: Config, console: Console) -> None:
   """Parameters, FLOPs per token and memory of a rank, every term with its formula."""
   p = plans.plan(config)
   n = p.parameters
+  unit, name = _unit(n.total, ((1e9, "B"), (1e6, "M"), (1e3, "k")))
   console.print(
     plain(config.experiment.name, "bold"),
-    f"on {config.target.arch} in {config.target.dtype}: {n.total / 1e9:,.3f} B parameters, "
-    f"{n.active / 1e9:,.3f} B active "
-    f"(without embedding and head {n.body / 1e9:,.3f} B and {n.active_body / 1e9:,.3f} B)",
+    f"on {config.target.arch} in {config.target.dtype}: {n.total / unit:,.3f} {name} parameters, "
+    f"{n.active / unit:,.3f} {name} active (without embedding and head {n.body / unit:,.3f} {name} "
+    f"and {n.active_body / unit:,.3f} {name})",
   )
-  console.print(_terms("FLOPs per token, forward and backward", p.flops, 1e9, "GFLOP"))
-  console.print(_terms("Bytes of a rank at the step's peak", p.memory, 2**30, "GiB"))
+  flops, sizes = ((1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP")), ((2**30, "GiB"), (2**20, "MiB"))
+  console.print(_terms("FLOPs per token, forward and backward", p.flops, flops))
+  console.print(_terms("Bytes of a rank at the step's peak", p.memory, sizes))
   console.print(_schedule(config))
   for remark in remarks(config):
     console.print(remark, markup=False, highlight=False, soft_wrap=True)
@@ -109,7 +112,13 @@ def _mixture(config: Config) -> Table:
   return table
 
 
-def _terms(title: str, terms: tuple[plans.Term, ...], unit: float, name: str) -> Table:
+def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+  """The first of the units that a value has one of, else the last."""
+  return next((one for one in units if one[0] <= value), units[-1])
+
+
+def _terms(title: str, terms: tuple[plans.Term, ...], units: Sequence[tuple[float, str]]) -> Table:
+  unit, name = _unit(sum(t.value for t in terms), units)
   table = Table(title=title, title_justify="left")
   table.add_column("term")
   table.add_column("formula", overflow="fold")

@@ -270,6 +270,16 @@ def test_plan(lab):
   assert "Bytes of a rank at the step's peak" in said
 
 
+def test_the_plan_of_a_small_model_is_not_all_zeros(lab):
+  """Two layers; the first has an MLP, the second a router, a shared and four experts."""
+  q, kv_a, kv_b, o = 2 * 32 * 32, 32 * 32, 16 * 64, 32 * 32
+  body = 2 * (q + kv_a + kv_b + o + 16 + 2 * 32) + 32 + 3 * 32 * 64 + 4 * 32 + 5 * 3 * 32 * 32
+  said = nmoe("plan", lab.file)
+  told = f"{(body + 2 * 257 * 32) / 1e3:.3f} k parameters"
+  assert told in said and f"(without embedding and head {body / 1e3:.3f} k" in said
+  assert " kFLOP " in said and " MiB " in said
+
+
 def test_plan_has_the_mixture_by_tokens(lab):
   text = "[data]\nweights = [2]\nweights_from = [[2048, 1]]\n"
   said = nmoe("plan", write_variant(lab.file, "phases", text))
