@@ -139,8 +139,15 @@ class Exchange(Protocol):
     the same on every rank. Waits for the last of these places, and for no row.
     """
 
-  def fetch(self, x: Tensor) -> Fetched:
-    """x, integers ≥ 0, on its way to the host; the copy is queued now."""
+  def fetch(self, x: Tensor, before: Fetched | None = None) -> Fetched:
+    """x, integers ≥ 0, on its way to the host; the copy is queued now. before: an earlier one of
+    x's shape, whose place the values take and which nobody asks any more.
+    """
+
+  def replayed(self, trips: int) -> AbstractContextManager[None]:
+    """Calls that were captured in a CUDA graph, and are queued again inside, count their trips so
+    much higher than they were told. Other calls do not belong inside.
+    """
 
 
 class MakeExchange(Protocol):

@@ -303,8 +303,11 @@ class Fetched:
 
   def __init__(self, x: Tensor):
     self._host = torch.full(x.shape, -1, dtype=x.dtype, pin_memory=True)
-    self._host.copy_(x, non_blocking=True)
     self._ready = torch.cuda.Event()
+    self.take(x)
+
+  def take(self, x: Tensor) -> None:
+    self._host.copy_(x, non_blocking=True)
     self._ready.record()
 
   def __call__(self) -> list:
@@ -337,6 +340,7 @@ class Exchange:
     self.full = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
     self.full_address = torch.tensor([self.full.data_ptr()]).to(device)
     self.placed = torch.cuda.Event() if pinned else None
+    self.higher = torch.zeros(1, dtype=torch.int64, device=device)  # by which a replay's trips are
     self.mine.origin_C.fill_(-1)
     self.address_C = torch.empty(self.capacity, dtype=torch.int64, device=device)  # never freed
     self.stream = torch.cuda.Stream(device, priority=-1) if pinned else None
@@ -344,7 +348,7 @@ class Exchange:
     self.fused = FUSED
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
-    compile_post_counts()(count_E, self.table, self.rank, trip)
+    compile_post_counts()(count_E, self.table, self.higher, self.rank, trip)
 
   def send(
     self,
@@ -357,7 +361,7 @@ class Exchange:
     slot: int = 0,
   ) -> None:
     self._launch_send(x_TD, gate_TK, route, low, format, slot, packed=False)
-    compile_signal()(self.table, DISPATCH, self.rank, trip)
+    compile_signal()(self.table, self.higher, DISPATCH, self.rank, trip)
 
   def _launch_send(
     self,
@@ -443,7 +447,7 @@ class Exchange:
       contiguous(rows=row_CD)
       run = compile_reply(self.dtype, self.dim, gate_C is not None)
       run(row_CD, gate_C, origin_C, self.table, self.rows, self.blocks)
-    compile_signal()(self.table, RETURN, self.rank, trip)
+    compile_signal()(self.table, self.higher, RETURN, self.rank, trip)
 
   def collect(self, route: Route) -> tuple[Tensor, Tensor]:
     shape = route.expert_TK.shape
@@ -452,7 +456,8 @@ class Exchange:
     return back_TKD, self.mine.back_gate_N[:items].view(shape)
 
   def wait(self, kind: int, trip: int) -> list[int]:
-    compile_wait()(self.mine.signal_KRS, self.record_address, kind, trip, self.deadline_ns)
+    numbers = self.record_address, self.higher
+    compile_wait()(self.mine.signal_KRS, *numbers, kind, trip, self.deadline_ns)
     return []
 
   def late(self) -> tuple[int, int, list[int]] | None:
@@ -491,5 +496,16 @@ class Exchange:
     self.full.zero_()
     return full
 
-  def fetch(self, x: Tensor) -> Fetched:
-    return Fetched(x)
+  def fetch(self, x: Tensor, before: Fetched | None = None) -> Fetched:
+    if before is None:
+      return Fetched(x)
+    before.take(x)
+    return before
+
+  @contextmanager
+  def replayed(self, trips: int) -> Iterator[None]:
+    self.higher.fill_(trips)
+    yield
+    self.higher.zero_()
+    if self.placed is not None:
+      self.placed.record()  # that of the capture says nothing of the replay

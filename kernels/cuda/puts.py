@@ -77,16 +77,20 @@ class Put:
 
 
 class SignalPut:
-  """Thread r sets the signal at this symmetric address on rank r."""
+  """Thread r sets the signal at this symmetric address on rank r, as kernels.cuda.signals does."""
 
   @cute.jit
-  def __call__(self, address: Int64, ranks: Int32, trip: Int64, stream: CUstream):
-    self.kernel(address, ranks, trip).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
+  def __call__(self, address: Int64, higher: Int64, ranks: Int32, told: Int64, stream: CUstream):
+    self.kernel(address, higher, ranks, told).launch(
+      grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
 
   @cute.kernel
-  def kernel(self, address: Int64, ranks: Int32, trip: Int64):
+  def kernel(self, address: Int64, higher: Int64, ranks: Int32, told: Int64):
     peer, _, _ = cute.arch.thread_idx()
     if peer < ranks:
+      more = cute.make_ptr(Int64, higher, cute.AddressSpace.gmem, assumed_align=8)
+      trip = told + cute.make_tensor(more, cute.make_layout(1))[0]
       pointer = cute.make_ptr(Uint64, address, cute.AddressSpace.gmem, assumed_align=8)
       mine = cute.make_tensor(pointer, cute.make_layout(1))
       signal_op(mine, Uint64(trip), Int32(SignalOp.SIGNAL_SET), peer)
@@ -99,7 +103,10 @@ def _kernels() -> tuple[Callable, Callable]:
   Kept for good: NVSHMEM remembers a library by its handle, and would take the next one that the
   driver gives the handle of an unloaded one for initialized.
   """
-  calls = (Put(), Int64(0), Int32(1), Int64(0)), (SignalPut(), Int64(0), Int32(0), Int64(0))
+  calls = (
+    (Put(), Int64(0), Int32(1), Int64(0)),
+    (SignalPut(), Int64(0), Int64(0), Int32(0), Int64(0)),
+  )
   if compiling():
     return tuple(cute.compile(*call, make_fake_stream()) for call in calls)
   return tuple(cute_compile_helper(*call, make_fake_stream())[0] for call in calls)
@@ -209,7 +216,7 @@ class Exchange(direct.Exchange):
   def _signal(self, kind: int, trip: int) -> None:
     if not compiling():
       address = self.mine.signal_KRS[kind, self.rank].data_ptr()
-      self.signal(address, len(self.peers), trip, _stream())
+      self.signal(address, self.higher.data_ptr(), len(self.peers), trip, _stream())
 
 
 def _stream() -> CUstream:

@@ -1,8 +1,10 @@
 """What a rank tells the others, and how it waits for them: the counts, the signals, the deadline.
 
 A signal is the number of the last trip (kernels.exchange) of which a rank's writes are
-complete, one for each kind and rank. Whoever signals fences at system scope and stores with
-release.sys, which is cumulative; whoever waits loads with acquire.sys (kernels.cuda.exchange).
+complete, one for each kind and rank. A kernel adds `mHigher`, which is in the device's memory, to
+the trip that it is told: a CUDA graph, which repeats what it was told, goes on with new numbers.
+Whoever signals fences at system scope and stores with release.sys, which is cumulative; whoever
+waits loads with acquire.sys (kernels.cuda.exchange).
 """
 
 from __future__ import annotations
@@ -53,27 +55,41 @@ class Signal:
   """One block: tell every rank that this rank's trip is complete."""
 
   @cute.jit
-  def __call__(self, mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64, stream):
-    self.kernel(mTable, kind, rank, trip).launch(
+  def __call__(
+    self, mTable: cute.Tensor, mHigher: cute.Tensor, kind: Int32, rank: Int32, trip: Int64, stream
+  ):
+    self.kernel(mTable, mHigher, kind, rank, trip).launch(
       grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
   @cute.kernel
-  def kernel(self, mTable: cute.Tensor, kind: Int32, rank: Int32, trip: Int64):
-    _signal(mTable, kind, rank, trip)
+  def kernel(
+    self, mTable: cute.Tensor, mHigher: cute.Tensor, kind: Int32, rank: Int32, trip: Int64
+  ):
+    _signal(mTable, kind, rank, trip + mHigher[0])
 
 
 class PostCounts:
   """One block: the counts into every rank's count[rank], then the signal."""
 
   @cute.jit
-  def __call__(self, mCount: cute.Tensor, mTable: cute.Tensor, rank: Int32, trip: Int64, stream):
-    self.kernel(mCount, mTable, rank, trip).launch(
+  def __call__(
+    self,
+    mCount: cute.Tensor,
+    mTable: cute.Tensor,
+    mHigher: cute.Tensor,
+    rank: Int32,
+    trip: Int64,
+    stream,
+  ):
+    self.kernel(mCount, mTable, mHigher, rank, trip).launch(
       grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
   @cute.kernel
-  def kernel(self, mCount: cute.Tensor, mTable: cute.Tensor, rank: Int32, trip: Int64):
+  def kernel(
+    self, mCount: cute.Tensor, mTable: cute.Tensor, mHigher: cute.Tensor, rank: Int32, trip: Int64
+  ):
     tidx, _, _ = cute.arch.thread_idx()
     experts, ranks = mCount.shape[0], mTable.shape[1]
     for i in cutlass.range(tidx, ranks * experts, THREADS):
@@ -81,7 +97,7 @@ class PostCounts:
       put(Int32, mTable[COUNT, peer] + (Int64(rank) * experts + expert) * 4, mCount[expert])
     cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
-    _signal(mTable, Int32(COUNTS), rank, trip)
+    _signal(mTable, Int32(COUNTS), rank, trip + mHigher[0])
 
 
 class Wait:
@@ -92,12 +108,13 @@ class Wait:
     self,
     mSignal: cute.Tensor,
     mRecord: cute.Tensor,
+    mHigher: cute.Tensor,
     kind: Int32,
     trip: Int64,
     deadline_ns: Int64,
     stream,
   ):
-    self.kernel(mSignal, mRecord, kind, trip, deadline_ns).launch(
+    self.kernel(mSignal, mRecord, mHigher, kind, trip, deadline_ns).launch(
       grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
     )
 
@@ -106,11 +123,13 @@ class Wait:
     self,
     mSignal: cute.Tensor,
     mRecord: cute.Tensor,
+    mHigher: cute.Tensor,
     kind: Int32,
-    trip: Int64,
+    told: Int64,
     deadline_ns: Int64,
   ):
     peer, _, _ = cute.arch.thread_idx()
+    trip = told + mHigher[0]
     seen, waiting = trip, peer < mSignal.shape[1]
     signal = mSignal.iterator + (kind * mSignal.shape[1] + peer) * SIGNAL_STRIDE
     begun = cute.arch.globaltimer()
@@ -132,19 +151,23 @@ def address_table():
   return fake(Int64, len(Buffers._fields), None, align=8)
 
 
+def one_number():
+  return fake(Int64, 1, align=8)
+
+
 @cached
 def compile_signal():
-  return compile_kernel(Signal(), address_table(), Int32(0), Int32(0), Int64(0))
+  return compile_kernel(Signal(), address_table(), one_number(), Int32(0), Int32(0), Int64(0))
 
 
 @cached
 def compile_post_counts():
-  return compile_kernel(
-    PostCounts(), fake(Int32, None, align=4), address_table(), Int32(0), Int64(0)
-  )
+  tables = fake(Int32, None, align=4), address_table(), one_number()
+  return compile_kernel(PostCounts(), *tables, Int32(0), Int64(0))
 
 
 @cached
 def compile_wait():
-  signal, record = fake(Int64, 3, None, SIGNAL_STRIDE, align=8), fake(Int64, 1, align=8)
-  return compile_kernel(Wait(), signal, record, Int32(0), Int64(0), Int64(0))
+  signal = fake(Int64, 3, None, SIGNAL_STRIDE, align=8)
+  numbers = one_number(), one_number()
+  return compile_kernel(Wait(), signal, *numbers, Int32(0), Int64(0), Int64(0))

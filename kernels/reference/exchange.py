@@ -7,7 +7,8 @@ that order.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Exchange:
     self.blocks: int | None = None
     self.fused = True
     self.full = False
+    self.higher = 0  # by which a replay's trips are
 
   def post_counts(self, trip: int, count_E: Tensor) -> None:
     for peer in self.peers:
@@ -121,7 +123,7 @@ class Exchange:
     return back_TKD, self.mine.back_gate_N[:items].view(shape)
 
   def wait(self, kind: int, trip: int) -> list[int]:
-    signal_R = self.mine.signal_KRS[kind, :, 0]
+    signal_R, trip = self.mine.signal_KRS[kind, :, 0], trip + self.higher
     end, polls = time.monotonic() + self.deadline_s, 0
     while (behind := signal_R < trip).any():
       if time.monotonic() > end:
@@ -149,8 +151,14 @@ class Exchange:
     full, self.full = self.full, False
     return full
 
-  def fetch(self, x: Tensor) -> Fetched:
+  def fetch(self, x: Tensor, before: Fetched | None = None) -> Fetched:
     return Fetched(x.tolist())
+
+  @contextmanager
+  def replayed(self, trips: int) -> Iterator[None]:
+    self.higher = trips
+    yield
+    self.higher = 0
 
   def _write_back(self, origin_C: Tensor, row_CD: Tensor, gate_C: Tensor | None) -> None:
     source_C = torch.where(origin_C < 0, -1, origin_C // self.rows)
@@ -163,7 +171,7 @@ class Exchange:
 
   def _signal(self, kind: int, trip: int) -> None:
     for peer in self.peers:
-      peer.signal_KRS[kind, self.rank, 0] = trip
+      peer.signal_KRS[kind, self.rank, 0] = trip + self.higher
 
 
 def packed(x_TD: Tensor, format: str) -> Tensor:

@@ -96,7 +96,7 @@ class Bench:
     """
     rdep, exchange, clock, d = self.rdep, self.rdep.exchange, self.clock, sets[i]
     with temporarily(exchange, blocks=sms):
-      number = rdep.trip(0, "bench")
+      number = rdep.trips.begin(0, "bench")
       clock.start("dispatch")
       exchange.send(number, d.x_TD, None, d.route, 0, "bf16")
       rdep.wait(DISPATCH, number)
@@ -137,6 +137,28 @@ class Bench:
     self.clock.start("layer")
     self.gradients(forward, sets[i])
     self.clock.start("between")
+
+  def graphs(self, sets: list[Inputs]) -> Variant:
+    """The layer over RDEP as training with train.cuda_graph queues it: a CUDA graph of each set."""
+    made = []
+    for d in sets:
+      self.gradients(self.by_rdep, d)
+      graph = torch.cuda.CUDAGraph()
+      recorded = torch.cuda.graph(
+        graph, capture_error_mode="thread_local"
+      )  # NCCL's looks at events
+      with temporarily(self.rdep, one_round=True), recorded, self.rdep.captured():
+        kept = self.gradients(self.by_rdep, d)
+      made.append((graph, self.rdep.capture, kept))
+
+    def replay(i: int) -> None:
+      graph, capture, _ = made[i]
+      self.clock.start("layer")
+      with temporarily(self.rdep, capture=capture), self.rdep.replayed():
+        graph.replay()
+      self.clock.start("between")
+
+    return replay
 
   def gradients(self, forward: Callable, d: Inputs) -> list[Tensor]:
     """y, and the gradients of x, the gates and the experts' weights."""

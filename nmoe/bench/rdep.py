@@ -28,6 +28,7 @@ from nmoe.train.startup import parser
 
 LATENCY_TOKENS = 128
 SMS = (4, 8, 16, 32, 64, 128)
+GRAPH = "layer, RDEP, as a CUDA graph"
 RETURNED = ("down-projection", "dx")  # the products whose rows go back
 
 
@@ -74,6 +75,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     "fused_return": {what: ms[f"{what}, return"] / ms[f"{what} with return"] for what in RETURNED},
     "speedup": ms["layer, all_to_all_single"] / ms["layer, RDEP"],
     "over_longer_part": ms["layer, RDEP"] / alone,
+    "as_graph": ms[GRAPH] / ms["layer, RDEP"] if GRAPH in ms else None,
     "rows": [asdict(row) for row in rows],
   }
 
@@ -116,6 +118,8 @@ def _layers(bench: Bench, sets: list[Inputs], repeats: int, *, parts: bool) -> I
     "layer, RDEP": partial(bench.layer, bench.by_rdep, sets),
     "layer, all_to_all_single": partial(bench.layer, bench.by_all_to_all, sets),
   }
+  if bench.device.type == "cuda":
+    variants[GRAPH] = bench.graphs(sets)
   if parts:
     variants["layer, RDEP, products with return"] = partial(
       bench.returned, True, variants["layer, RDEP"]

@@ -18,6 +18,7 @@ from typing import Literal
 from nmoe.config.sections import Config
 
 Span = tuple[int, int]  # of rows: start, stop
+BUCKET = 16 * 2**20  # elements of one collective (nmoe.distributed.buckets): 64 MiB in fp32
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

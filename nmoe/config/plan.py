@@ -24,6 +24,7 @@ from kernels import costs
 from nmoe.config.buffers import buffer_layout, row_slots
 from nmoe.config.file import changed
 from nmoe.config.parameters import (
+  BUCKET,
   is_matrix,
   owned_rows,
   parameter_shapes,
@@ -271,6 +272,11 @@ def _held(config: Config) -> Iterator[Term]:
     yield Term("quantized weights", formula, elements * 2 * copy.nbytes)
   received = rdep_bytes(config).capacity
   yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
+  alike = p.total if config.expert_ranks < config.launch.ranks else others
+  travelling = min(BUCKET, alike) if config.launch.ranks > 1 else 0
+  yield Term(
+    "bucket", f"{travelling:,} gradients on their way to their owners, fp32", 4 * travelling
+  )
 
 
 def _quantized_elements(config: Config) -> int:

@@ -149,11 +149,10 @@ def _target_invariants(c: Config) -> Iterator[tuple[str, bool, str]]:
     'to study the numerics, or target.arch = "sm_100a"'
   )
   yield "target.dtype", block and t.arch != "sm_100a" and not t.emulate_blockscale, need
-  need = "is for one GPU without block scales: set it to false, or "
+  need = "is for GPUs without block scales: set it to false, or "
   for misfit, other in (
     (t.arch == "cpu", 'target.arch = "sm_100a"'),
     (block, 'target.dtype = "bf16"'),
-    (c.launch.ranks > 1, "launch.ranks = 1"),
   ):
     yield "train.cuda_graph", c.train.cuda_graph and misfit, need + other
   need = "sees no router in a graph's replay: set it to 0, or train.cuda_graph = false"

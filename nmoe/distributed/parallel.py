@@ -10,21 +10,19 @@ a no-op.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nmoe.config.parameters import Span, owned_rows, parameter_shapes
+from nmoe.config.parameters import Span
 from nmoe.config.sections import Config
+from nmoe.distributed.buckets import Arriving, Shared, copy, shared
 from nmoe.distributed.meeting import Meeting
 from nmoe.distributed.rdep import Passes, Rdep
 from nmoe.distributed.streams import beside, join
@@ -33,122 +31,6 @@ from nmoe.machine.target import Target
 from nmoe.wording import counted
 
 SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
-BUCKET = 16 * 2**20  # elements of one collective: 64 MiB of fp32 gradients
-RENAMED = hasattr(dist, "all_gather_single")  # by torch 2.13, which warns of the names before
-all_gather = dist.all_gather_single if RENAMED else dist.all_gather_into_tensor
-reduce_scatter = dist.reduce_scatter_single if RENAMED else dist.reduce_scatter_tensor
-
-
-class Piece(NamedTuple):
-  """Consecutive elements of a parameter and their place in a bucket [N, C]."""
-
-  name: str
-  start: int
-  stop: int
-  owner: int
-  at: int  # the first one's place in the owner's part
-
-  def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-    return tensors[self.name].view(-1)[self.start : self.stop]
-
-  def inside(self, bucket_NC: Tensor) -> Tensor:
-    return bucket_NC[self.owner, self.at : self.at + self.stop - self.start]
-
-
-def buckets(owned: Sequence[Mapping[str, Span]], row: Mapping[str, int]) -> list[list[Piece]]:
-  """What each owner's rows [start, stop) are cut into: one after the other over the owner's parts.
-
-  row: elements of a row, by parameter. A bucket has at most BUCKET elements.
-  """
-  width, found = -(-BUCKET // len(owned)), defaultdict(list)
-  for owner, rows in enumerate(owned):
-    place = 0
-    for name, (first, last) in rows.items():
-      start, stop = first * row[name], last * row[name]
-      while start < stop:
-        number, at = divmod(place, width)
-        count = min(stop - start, width - at)
-        found[number].append(Piece(name, start, start + count, owner, at))
-        start, place = start + count, place + count
-  return [found[number] for number in sorted(found)]
-
-
-class Arriving(NamedTuple):
-  """A bucket of weights on its way."""
-
-  block: int  # the first one whose forward pass needs it
-  work: dist.Work
-  rows: list[Tensor]  # the others', in the parameters
-  told: list[Tensor]  # what they become, once the work is done
-
-
-class Shared:
-  """Parameters of one dtype that all N members of a group hold, each row owned by one of them.
-
-  owned: the rows of each member; row: elements of a row, by parameter. group: the members, in that
-  order; None: all ranks. Collective.
-  """
-
-  def __init__(
-    self,
-    owned: Sequence[Mapping[str, Span]],
-    row: Mapping[str, int],
-    member: int,
-    group: dist.ProcessGroup | None = None,
-  ):
-    self.members, self.member, self.group = len(owned), member, group
-    self.owned = owned[member]
-    self.buckets = buckets(owned, row) if self.members > 1 else []
-    self.block = [min(_block(p.name) for p in pieces) for pieces in self.buckets]
-
-  def reduce_bucket(
-    self, number: int, grads: Mapping[str, Tensor], total: Tensor | None = None
-  ) -> None:
-    """Sum the owned rows of a bucket's gradients over the members, in fp32, rounded once. Other
-    rows keep what they are. total: to it this rank's own part is added.
-    """
-    pieces = self.buckets[number]
-    bucket_NC = self._bucket(pieces, grads, torch.float32)
-    if bucket_NC.numel() > sum(p.stop - p.start for p in pieces):
-      bucket_NC.zero_()  # what no piece fills is summed too
-    _copy([p.inside(bucket_NC) for p in pieces], [p.of(grads) for p in pieces])
-    if total is not None:
-      total += bucket_NC.sum()
-    reduce_scatter(bucket_NC[self.member], bucket_NC.view(-1), group=self.group)
-    mine = [p for p in pieces if p.owner == self.member]
-    _copy([p.of(grads) for p in mine], [p.inside(bucket_NC) for p in mine])
-
-  def send_bucket(self, number: int, weights: Mapping[str, Tensor]) -> Arriving:
-    """Begin to give every member the owners' rows of a bucket, bit for bit."""
-    pieces = self.buckets[number]
-    bucket_NC = self._bucket(pieces, weights, weights[pieces[0].name].dtype)
-    mine = [p for p in pieces if p.owner == self.member]
-    _copy([p.inside(bucket_NC) for p in mine], [p.of(weights) for p in mine])
-    work = all_gather(bucket_NC.view(-1), bucket_NC[self.member], group=self.group, async_op=True)
-    others = [p for p in pieces if p.owner != self.member]
-    rows, told = [p.of(weights) for p in others], [p.inside(bucket_NC) for p in others]
-    return Arriving(self.block[number], work, rows, told)
-
-  def _bucket(
-    self, pieces: list[Piece], tensors: Mapping[str, Tensor], dtype: torch.dtype
-  ) -> Tensor:
-    width = max(p.at + p.stop - p.start for p in pieces)
-    device = tensors[pieces[0].name].device
-    return torch.empty(self.members, width, dtype=dtype, device=device)
-
-
-def shared(
-  config: Config, rank: int, replicas: dist.ProcessGroup | None = None
-) -> tuple[Shared, ...]:
-  """All parameters of a run over several ranks, by optimizer group.
-
-  replicas: the ranks that hold the experts of `rank`; None: no other does.
-  """
-  row = {name: math.prod(shape[1:]) for name, shape in parameter_shapes(config).items()}
-  place = {"expert": (rank // config.expert_ranks, replicas)}
-  return tuple(
-    Shared(owned, row, *place.get(kind, (rank, None))) for kind, owned in owned_rows(config).items()
-  )
 
 
 @dataclass
@@ -164,6 +46,7 @@ class Parallel:
   shared: tuple[Shared, ...] = ()  # every parameter, with more than one rank
   side: torch.cuda.Stream | None = None  # on which final gradients travel; None on the cpu
   reduced: set[tuple[int, int]] = field(default_factory=set)  # (part, bucket) so far in this step
+  captured: set[tuple[int, int]] = field(default_factory=set)  # those that a graph's replay reduces
   arriving: list[Arriving] = field(default_factory=list)  # of `send_weights`, in the order of use
   own: Tensor | None = None  # fp32 0-d: the sum of this rank's own gradients; None: nobody asks
 
@@ -209,6 +92,34 @@ class Parallel:
       forget()
 
     return self.rdep.run(passes, forget_all)
+
+  @property
+  def repeatable(self) -> bool:
+    """Whether the passes that `run` asks for may be captured and replayed."""
+    return self.rdep is None or self.rdep.one_round
+
+  @contextmanager
+  def capture(self) -> Iterator[None]:
+    """Inside, passes of a step are captured in a CUDA graph; see `Rdep.captured`."""
+    if self.rdep is None:
+      yield
+      return
+    with self.rdep.captured():
+      yield
+      if self.reduced:
+        join(self.side)  # a capture ends with all that it began
+    self.captured, self.reduced = self.reduced, set()
+
+  @contextmanager
+  def replay(self) -> Iterator[None]:
+    """Inside, the passes captured last are queued once more, after all weights have arrived."""
+    if self.rdep is None:
+      yield
+      return
+    self.arrive()
+    with self.rdep.replayed():
+      yield
+    self.reduced = set(self.captured)
 
   def reduce_final(self, model: nn.Module) -> Callable[[int], None] | None:
     """What the model is to call in a step's last backward pass when the gradients of its blocks i,
@@ -272,7 +183,7 @@ class Parallel:
     while self.arriving and self.arriving[0].block <= block:
       arrived = self.arriving.pop(0)
       arrived.work.wait()  # on a GPU the stream does, not the host
-      _copy(arrived.rows, arrived.told)
+      copy(arrived.rows, arrived.told)
 
   @contextmanager
   def explained(self) -> Iterator[None]:
@@ -330,6 +241,11 @@ def init(
       f"{here} with {counted(torch.cuda.device_count(), 'GPU')}, {ranks} in all: on several hosts "
       "each rank needs a GPU of its own; lower launch.ranks_per_node"
     )
+  if config.train.cuda_graph and not alone:
+    raise ConfigError(
+      f"{counted(local_ranks, 'rank')} on {counted(torch.cuda.device_count(), 'GPU')}: their sums "
+      "go through the host, which a graph cannot capture; set train.cuda_graph = false"
+    )
   timeout = timedelta(seconds=config.rdep.deadline_s)
   with collectives(rank, ranks):
     meeting.store.set_timeout(timeout)
@@ -366,17 +282,3 @@ def expert_groups(
     dist.new_subgroups_by_enumeration(rdep, timeout=timeout, backend="gloo")[0],
     dist.new_subgroups_by_enumeration(replicas, timeout=timeout)[0],
   )
-
-
-def _block(name: str) -> int:
-  """The block that uses a parameter first, whose backward pass its gradient is final after: of
-  the embedding one before them all, of the last norm and the head one behind.
-  """
-  if name.startswith("layers."):
-    return int(name.split(".")[1])
-  return -1 if name.startswith("embed.") else sys.maxsize
-
-
-def _copy(into: list[Tensor], of: list[Tensor]) -> None:
-  if into:
-    torch._foreach_copy_(into, of)

@@ -36,6 +36,8 @@ once, from the last layer's counts, whether a rank ran full in any. If so, all r
 know it, forget what the passes computed and repeat them with a wait in every layer, and so the next
 CROWDED steps: routing that overflows once mostly does so again. One round or several, the bits are
 the same; only an abandoned attempt's rows beyond C are lost, with all that was computed from it.
+Passes of one round a layer may be captured in a CUDA graph and replayed (`Rdep.captured`,
+`Rdep.replayed`): their trips then have new numbers.
 
 Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
 graph is a part of this layer's node, as autograd would run their backward pass after it.
@@ -50,7 +52,8 @@ rows.
     q reads of trip s there is queued before its reply to s, or behind it, dw's products, and then
     before its reply to s+1; r writes the slot in trip s+2, which follows that reply. With several
     rounds x, sent in trip s, is read again with dy of s+1: then q replies to s+1 behind dw's
-    products.
+    products. A replay writes the slots that its capture wrote, so it begins an even number of trips
+    after it; where that is odd, a trip of replies alone comes before.
   * a layer's own slot is written by r in a first round, and kept until q's backward pass has read
     it. r sends such rows only after it had the counts of q for that trip, which q sends after all
     that it has queued before.
@@ -66,7 +69,6 @@ One file: the argument above holds for the order of the calls below, forward and
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -77,14 +79,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.buffers import COUNTS, DISPATCH, RETURN, Route
-from kernels.exchange import Memory
-from kernels.formats import quantize_rows
+from kernels.exchange import Fetched, Memory
 from kernels.ops import Ops, Product, Recipe
 from kernels.places import places
 from kernels.sizes import PAYLOADS
 from nmoe.config.buffers import TRANSIENT, buffer_layout, row_slots
 from nmoe.config.sections import Config
 from nmoe.distributed.heap import Heap
+from nmoe.distributed.payload import as_received
+from nmoe.distributed.trips import Trip, Trips, unknown
 from nmoe.errors import CommError
 from nmoe.wording import counted
 
@@ -94,18 +97,13 @@ CROWDED = 16  # steps that wait for the counts of every layer after one that ove
 KIND_NAMES = {COUNTS: "counts", DISPATCH: "rows", RETURN: "returned rows"}
 
 
-def unknown() -> None:
-  """The counts of a trip that no rank has sent yet."""
+class _Capture(NamedTuple):
+  """The trips of passes in a CUDA graph, and what is known of their layers."""
 
-
-class _Trip(NamedTuple):
-  """What the post-mortem of a handshake says about it."""
-
-  number: int
-  layer: int
-  phase: str
-  round: int
-  counts: Callable[[], list | None]  # [R, E] on the host, once they are there
+  after: int  # the last trip before
+  trips: list[Trip]
+  counts: dict[int, Tensor]
+  rounds: dict[int, int]
 
 
 class Rdep:
@@ -133,12 +131,13 @@ class Rdep:
     self.first = self.num_local * self.rank
     self.rounds: dict[int, int] = {}
     self.counts: dict[int, Tensor] = {}
-    self.done = 0  # the last trip whose replies have all come
     self.one_round = False  # layers queue one round and do not ask whether it was enough
     self.crowded = 0  # steps to come that ask
+    self.fetched: dict[int, Fetched] = {}  # by layer, of its last forward pass
+    self.capture: _Capture | None = None
     self.slot: dict[int, int] = {}  # of a layer's kept rows
     self.kept: dict[int, int] = {}  # the trip that wrote them
-    self.trips: deque[_Trip] = deque([_Trip(0, 0, "start", 0, unknown)], maxlen=1024)
+    self.trips = Trips()
     self.slots = row_slots(config)
     if self.num_ranks > 1:
       self.heap = Heap(buffer_layout(config), symmetric, group)
@@ -166,9 +165,9 @@ class Rdep:
     if self.num_ranks == 1:
       self.rounds[layer] = 1
       layout = self.ops.layout(expert_TK, self.num_experts)
-      sent_TD = self._as_received(x_TD, of_gradient=False)
+      sent_TD = as_received(x_TD, self.payload.x, self.ops.quantize, of_gradient=False)
       y_TD = self.ops.experts(sent_TD, gate_TK, layout, w13, w2, recipe)
-      y_TD = self._as_received(y_TD, of_gradient=True)
+      y_TD = as_received(y_TD, self.payload.dy, self.ops.quantize, of_gradient=True)
       return y_TD if shared is None else y_TD + shared(x_TD)
     grad = torch.is_grad_enabled()
     if grad and not x_TD.requires_grad:
@@ -203,6 +202,35 @@ class Rdep:
     self.crowded = CROWDED if self.exchange.overflowed() else self.crowded - 1
     return results
 
+  @contextmanager
+  def captured(self) -> Iterator[None]:
+    """Inside, passes are captured in a CUDA graph, which computes nothing. To be asked for while
+    `one_round` holds; of several captures the last is the one to replay.
+    """
+    with self.trips.aside() as trips:
+      yield
+    self.capture = _Capture(self.trips.done, trips, dict(self.counts), dict(self.rounds))
+
+  @contextmanager
+  def replayed(self) -> Iterator[None]:
+    """Inside, the captured passes are queued once more. Collective."""
+    after, trips, counts, rounds = self.capture
+    if (self.trips.done - after) % TRANSIENT:
+      self._pause()
+    higher = self.trips.done - after
+    self.trips.repeat(trips, higher)
+    with self.exchange.replayed(higher):
+      yield
+    self.trips.done = self.trips.last
+    self.counts.update(counts)
+    self.rounds.update(rounds)
+
+  def _pause(self) -> None:
+    """A trip that moves nothing."""
+    number = self.trips.begin(0, "pause")
+    self.exchange.reply(number, self.exchange.peers[self.rank].origin_C, None, None, None, 0)
+    self.wait(RETURN, number)
+
   def received(self) -> tuple[int, int]:
     """Rows that came to this rank in each layer's last forward pass, summed over layers; and those
     of them that came after the first round, which backward dispatches again. Waits for the device.
@@ -228,7 +256,7 @@ class Rdep:
 
   def post_mortem(self, kind: int, number: int, late: list[int]) -> str:
     """Who is late, at what, and how many rows were expected and have arrived."""
-    trip = next(t for t in reversed(self.trips) if t.number == number)
+    trip = self.trips.of(number)
     counts = trip.counts()
     if counts is None:
       rows = "the number of rows was not yet known"
@@ -247,20 +275,6 @@ class Rdep:
       "raise rdep.deadline_s"
     )
 
-  def trip(
-    self, layer: int, phase: str, round: int = 0, counts: Callable[[], list | None] = unknown
-  ) -> int:
-    """Begin the next trip and return its number, for the exchange. The one before must be over.
-
-    Collective. Round 0 is the first; the rest is for the post-mortem.
-    """
-    assert self.done == self.trips[-1].number, (
-      "RDEP: a backward pass was left unfinished; use Tensor.backward"
-    )
-    number = self.trips[-1].number + 1
-    self.trips.append(_Trip(number, layer, phase, round, counts))
-    return number
-
   def wait(self, kind: int, number: int) -> None:
     """Let what follows come after every rank's signal of this kind and trip; with RETURN the trip
     is over. CommError if a rank misses the deadline.
@@ -269,7 +283,7 @@ class Rdep:
     if late:
       raise CommError(self.post_mortem(kind, number, late))
     if kind == RETURN:
-      self.done = number
+      self.trips.done = number
 
   def close(self) -> None:
     """Give the heap back. Collective; to be called after the last backward pass."""
@@ -283,13 +297,6 @@ class Rdep:
     most = self.slots - TRANSIENT
     assert slot < most, f"RDEP: layer {layer} is one more than the {most} MoE layers of the model"
     return slot
-
-  def _as_received(self, x_TD: Tensor, *, of_gradient: bool) -> Tensor:
-    """On one rank: x, or its gradient, with the values that the payload would leave it."""
-    format = self.payload.dy if of_gradient else self.payload.x
-    if format == "bf16":
-      return x_TD
-    return _Received.apply(x_TD, self.ops.quantize, format, of_gradient)
 
   def _expected(self, kind: int, count_RE: Tensor, number: int) -> list[int]:
     """Rows of a round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
@@ -305,24 +312,6 @@ class Rdep:
     low = base_RE.clamp(min=begin)
     high = (base_RE + count_RE).clamp(max=begin + self.exchange.capacity)
     return (high - low).clamp(min=0)
-
-
-class _Received(torch.autograd.Function):
-  """x through a row's format and its gradient as it is, or the other way round."""
-
-  @staticmethod
-  def forward(ctx: Any, x_TD: Tensor, quantize: Callable, format: str, of_gradient: bool) -> Tensor:
-    ctx.quantize, ctx.format = quantize, format if of_gradient else None
-    if of_gradient:
-      return x_TD.view_as(x_TD)
-    return quantize_rows(x_TD, format, quantize).dequantize(x_TD.dtype)
-
-  @staticmethod
-  @once_differentiable
-  def backward(ctx: Any, dx_TD: Tensor) -> tuple:
-    if ctx.format is not None:
-      dx_TD = quantize_rows(dx_TD, ctx.format, ctx.quantize).dequantize(dx_TD.dtype)
-    return dx_TD, None, None, None
 
 
 class _Send(torch.autograd.Function):
@@ -421,9 +410,10 @@ class _Call:
       self.route = Route(expert_TK, layout, count_RE, self.places.base_RE)
       self._send(self.x_TD, None, self.payload.x, self.keep)
       self.offset_L1 = self._offsets()
-      self.fetched = self.exchange.fetch(count_RE)
+      before = self.rdep.fetched.get(self.layer)
+      self.fetched = self.rdep.fetched[self.layer] = self.exchange.fetch(count_RE, before)
       self.counts = self.fetched.here
-      self.rdep.trips[-1] = self.rdep.trips[-1]._replace(counts=self.counts)
+      self.rdep.trips.know(self.counts)
 
   def forward(
     self,
@@ -479,7 +469,7 @@ class _Call:
 
   def finish_backward(self) -> tuple[Tensor, Tensor]:
     """dx [T, D], summed over k in fp32, and the gates' gradients [T, K]."""
-    assert self.trip == self.rdep.trips[-1].number, "RDEP: another layer ran inside this one"
+    assert self.trip == self.rdep.trips.last, "RDEP: another layer ran inside this one"
     self.exchange.join()
     self.under_way = ()
     self._wait(RETURN)
@@ -562,7 +552,8 @@ class _Call:
 
   def _next(self, number: int) -> None:
     """Begin this pass's next trip, of the given round."""
-    self.trip, self.round = self.rdep.trip(self.layer, self.phase, number, self.counts), number
+    self.trip = self.rdep.trips.begin(self.layer, self.phase, number, self.counts)
+    self.round = number
 
   def _send(self, x_TD: Tensor, gate_TK: Tensor | None, format: str, keep: bool = False) -> None:
     """Dispatch; `keep`: to where the rows stay until the backward pass."""

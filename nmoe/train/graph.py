@@ -1,9 +1,14 @@
 """The forward and backward passes of a step as one CUDA graph: the host queues it with one call.
 
 A small model is not limited by its GPU but by the host, which queues about a thousand kernels a
-step. A graph queues them at once; it computes what they compute, bit for bit. On one H200 a step of
-configs/moonlet/small.toml takes 66.7 ms instead of 68.9; over bytes, without the large head, 23.0
-instead of 45.8; and in batches of 8,192 bytes 8.1 instead of 35.8.
+step, and on several GPUs every layer begins with small ones. A graph queues them at once; it
+computes what they compute, bit for bit. On one H200 a step of configs/moonlet/small.toml takes
+66.7 ms instead of 68.9; over bytes, without the large head, 23.0 instead of 45.8; and in batches of
+8,192 bytes 8.1 instead of 35.8.
+
+Several ranks capture passes of one round a layer, sums of gradients included. Where a layer needs
+more (`Rdep.run`) its passes are queued one by one and the graph is forgotten, with its memory: what
+routing does once it mostly does again. Weights then arrive before the passes, not beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from nmoe.distributed.parallel import Parallel
 
 Passes = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -26,13 +33,16 @@ class Graph:
   `idle_bytes` of it are free between calls, and not for others.
   """
 
-  def __init__(self, model: nn.Module, passes: Passes):
-    self.params, self.passes = list(model.parameters()), passes
+  def __init__(self, model: nn.Module, passes: Passes, ranks: Parallel):
+    self.params, self.passes, self.ranks = list(model.parameters()), passes, ranks
     self.graph: torch.cuda.CUDAGraph | None = None
     self.warm = False
     self.idle_bytes = 0
 
   def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    if not self.ranks.repeatable:
+      self._forget()
+      return self.passes(tokens, targets)
     if not self.warm:  # compiles kernels and lets libraries set themselves up
       self.warm = True
       return self.passes(tokens, targets)
@@ -42,20 +52,29 @@ class Graph:
       static.copy_(given)
     for param, grad in zip(self.params, self.grads, strict=True):
       param.grad = grad
-    self.graph.replay()
+    with self.ranks.replay():
+      self.graph.replay()
     return self.results
 
   def _capture(self, tokens: Tensor, targets: Tensor) -> None:
     """Record the passes, which computes nothing. Other threads may use the GPU meanwhile."""
+    self.ranks.arrive()  # nothing that began before may end inside
     self.inputs = (tokens.clone(), targets.clone())
     self.graph = torch.cuda.CUDAGraph()
     torch.cuda.empty_cache()  # else what the first call left would count as idle before
     before = _idle_bytes()
-    with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), self.ranks.capture():
       self.results = self.passes(*self.inputs)
     self.grads = [param.grad for param in self.params]
     self.idle_bytes = _idle_bytes() - before
     torch.cuda.reset_peak_memory_stats()  # of the first call, whose memory is free again
+
+  def _forget(self) -> None:
+    """Give the memory back. The last replay is over: `Rdep.run` has waited for it."""
+    if self.graph is not None:
+      self.graph.reset()
+      self.graph, self.results, self.grads, self.warm, self.idle_bytes = None, (), [], False, 0
+      torch.cuda.empty_cache()
 
 
 def _idle_bytes() -> int:

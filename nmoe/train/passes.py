@@ -34,7 +34,7 @@ class Passes:
       c.train.routing_every if ranks.rank == 0 else 0,
       local=c.sequences // ranks.ranks,
     )
-    self.graph = Graph(state.model, self._all) if self.config.train.cuda_graph else None
+    self.graph = Graph(state.model, self._all, ranks) if self.config.train.cuda_graph else None
 
   def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's sum of losses, tokens per expert [MoE layers, E], and the losses [T] of the last

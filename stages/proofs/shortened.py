@@ -85,7 +85,7 @@ def at_ranks(config: Config, ranks: int) -> Config:
       "launch.ranks_per_node": 0,
       "rdep.group": group[ranks],
       "train.micro_batch": math.gcd(micro, sequences // ranks),
-      "train.cuda_graph": config.train.cuda_graph and ranks == 1,
+      "train.cuda_graph": config.train.cuda_graph and ranks == 1,  # others may share a GPU
     },
   )
 

@@ -104,7 +104,7 @@ if FAULT == "no target" and OF_RANK:
 
   hosts.select = refuse
 if FAULT in ("nan", "flip") and OF_RANK:
-  from nmoe.distributed.parallel import Shared
+  from nmoe.distributed.buckets import Shared
   from nmoe.train.passes import Passes
 
   passes, reduce_bucket, at = Passes.__call__, Shared.reduce_bucket, {}

@@ -29,7 +29,7 @@ def test_counts_and_signals_reach_every_rank() -> None:
 
 def test_a_wait_ends_when_the_last_signal_comes() -> None:
   first, second = movers(8, "bf16")
-  compile_signal()(first.table, RETURN, 0, 7)
+  compile_signal()(first.table, first.higher, RETURN, 0, 7)
   seen = torch.zeros(1, device="cuda")
   waiting = torch.cuda.Stream()
   torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def test_a_wait_ends_when_the_last_signal_comes() -> None:
     first.wait(RETURN, 7)
     seen.fill_(1.0)
   assert not waiting.query()  # rank 1 has not signalled
-  compile_signal()(second.table, RETURN, 1, 7)
+  compile_signal()(second.table, second.higher, RETURN, 1, 7)
   waiting.synchronize()
   assert seen.item() == 1.0
   assert first.mine.signal_KRS[RETURN, :, 0].tolist() == [7, 7]

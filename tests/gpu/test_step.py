@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
 SMALL = Path(__file__).parents[2] / "configs" / "moonlet" / "small.toml"
 PLANNED = 0.05  # how far a run's peak memory may be from what nmoe.config.plan says
 WIDE = 65536  # more than a micro-batch has tokens: the embedding's gradient touches rows alone
+GPUS = torch.cuda.device_count()
 ROUNDING = 2.0**-9  # of one value to bf16, at most
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -106,12 +107,16 @@ def test_the_host_waits_for_nothing_between_logs(graph: bool, vocab: int, tmp_pa
   assert not [name for name in calls if name in WAITS]
 
 
-@pytest.mark.parametrize(("micro_batch", "vocab"), [(16, 384), (32, 384), (16, WIDE)])
+@pytest.mark.parametrize(
+  ("micro_batch", "vocab", "ranks"),
+  [(16, 384, 1), (32, 384, 1), (16, WIDE, 1), *([(8, 384, 2), (16, WIDE, 2)] if GPUS > 1 else [])],
+)
 def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
-  micro_batch: int, vocab: int, tmp_path: Path
+  micro_batch: int, vocab: int, ranks: int, tmp_path: Path
 ) -> None:
   """And each uses, evaluations included, the memory that was planned for it."""
   values = {"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": micro_batch}
+  values |= {"launch.ranks": ranks}
   values |= {"train.eval_every": 6, "train.cuda_graph": False, "model.vocab_size": vocab}
   config = small(12, **values)
   with Workbench.open(str(tmp_path), Console()) as bench, Display(bench.console) as display:

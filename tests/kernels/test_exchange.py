@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.reference as ops
-from kernels.buffers import Route, views
+from kernels.buffers import RETURN, Route, views
 from kernels.places import places
 from kernels.reference import exchange
 from kernels.sizes import BufferLayout
@@ -104,6 +104,19 @@ def test_rows_are_conserved(data: st.DataObject) -> None:
       block.back_ND[:items], torch.stack([torch.full((items,), r), token_N], 1) * 10.0
     )
     assert block.back_ND[items:].isnan().all()
+
+
+def test_a_replay_counts_its_trips_higher() -> None:
+  layout = BufferLayout(1, 1, 4, 8, 2, "fp32")
+  block = views(layout, aligned(layout.nbytes))
+  mover = exchange.Exchange([block], 0, 0.01)
+  with mover.replayed(4):
+    mover.reply(3, block.origin_C, None, None, None, 0)
+    assert block.signal_KRS[RETURN, 0, 0] == 7
+    assert mover.wait(RETURN, 3) == []
+    assert mover.wait(RETURN, 4) == [0]
+  assert mover.wait(RETURN, 7) == []
+  assert mover.wait(RETURN, 8) == [0]
 
 
 def aligned(nbytes: int) -> Tensor:

@@ -420,11 +420,6 @@ def test_a_default_root_expands_too(tmp_path):
     ("target.dtype", {"target.dtype": "fp8"}, "set target.emulate_blockscale = true"),
     ("target.emulate_blockscale", {"target.emulate_blockscale": True}, "nothing to emulate"),
     ("train.cuda_graph", {"train.cuda_graph": True}, 'or target.arch = "sm_100a"'),
-    (
-      "train.cuda_graph",
-      GRAPH | {"launch.ranks": 2, "train.micro_batch": 8},
-      "or launch.ranks = 1",
-    ),
     ("train.cuda_graph", GRAPH | {"target.dtype": "fp8"}, 'or target.dtype = "bf16"'),
     ("train.routing_every", GRAPH | {"train.routing_every": 10}, "or train.cuda_graph = false"),
     (

@@ -24,9 +24,10 @@ from kernels.reference import symmetric
 from nmoe.config.file import changed
 from nmoe.config.parameters import owned_rows, parameter_shapes
 from nmoe.config.sections import Config, LaunchConfig
-from nmoe.distributed import parallel
+from nmoe.distributed import buckets, parallel
+from nmoe.distributed.buckets import Shared, shared
 from nmoe.distributed.meeting import Meeting
-from nmoe.distributed.parallel import Parallel, Shared
+from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
 from nmoe.machine.target import select
@@ -67,13 +68,13 @@ def gather(config: Config, group) -> Parallel:
   """What `parallel.init` makes of a group of ranks."""
   inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
   rdep = Rdep(config, ops, inside, symmetric)
-  parts = parallel.shared(config, group.rank(), replicas)
+  parts = shared(config, group.rank(), replicas)
   return Parallel(group.rank(), group.size(), rdep, rdep.first, group, None, parts)
 
 
 def train(group, num_ranks: int, capacity: float, expert_ranks: int, beside: bool = False) -> Trace:
   """Three steps of two micro-batches each, as nmoe.train.loop does them."""
-  parallel.BUCKET = 5000  # this process's: parameters and parts lie across buckets
+  buckets.BUCKET = 5000  # this process's: parameters and parts lie across buckets
   config = settings(num_ranks, capacity, expert_ranks)
   together = gather(config, group) if num_ranks > 1 else Parallel()
   model = Model(config, ops, together.rdep)
@@ -218,7 +219,7 @@ def share(group) -> dict[str, list]:
   """Gradients 1 and 2⁻⁸ summed to their owners, and the owners' weights, in bf16; this rank's own
   sum. New memory holds NaN.
   """
-  parallel.BUCKET = 7
+  buckets.BUCKET = 7
   torch.use_deterministic_algorithms(True)
   torch.utils.deterministic.fill_uninitialized_memory = True
   rank = group.rank()
@@ -255,14 +256,14 @@ def test_sums_come_to_the_owner_rounded_once_and_weights_from_it() -> None:
 
 @pytest.mark.parametrize("bucket", [1, 100, 5000, 1 << 24])
 def test_buckets_hold_every_owned_element_once(bucket: int, monkeypatch) -> None:
-  monkeypatch.setattr(parallel, "BUCKET", bucket * 4)
+  monkeypatch.setattr(buckets, "BUCKET", bucket * 4)
   config = settings(4, 2.0, 2)
   shapes = parameter_shapes(config)
   row = {name: int(np.prod(shape[1:])) for name, shape in shapes.items()}
   for owned in owned_rows(config).values():
     for owner, rows in enumerate(owned):
       seen = {name: np.zeros(shapes[name], int).reshape(-1) for name in rows}
-      for pieces in parallel.buckets(owned, row):
+      for pieces in buckets.buckets(owned, row):
         places = Counter()
         for piece in (p for p in pieces if p.owner == owner):
           seen[piece.name][piece.start : piece.stop] += 1

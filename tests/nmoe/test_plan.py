@@ -19,7 +19,7 @@ from nmoe.config.file import changed, load
 from nmoe.config.parameters import num_parameters, parameter_shapes
 from nmoe.config.plan import DEVICES, fits, peak_flops, plan
 from nmoe.config.sections import Config, diff
-from nmoe.distributed.parallel import shared
+from nmoe.distributed.buckets import shared
 from nmoe.model.decoder import Model, parameter_group
 from nmoe.train.optim import Optimizer
 

@@ -21,6 +21,7 @@ from kernels.reference import quantize, symmetric
 from nmoe.config.plan import plan
 from nmoe.config.sections import Config
 from nmoe.distributed import parallel
+from nmoe.distributed.buckets import shared
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
 from nmoe.model.decoder import Linear, Model
@@ -201,7 +202,7 @@ def on_ranks(group: Any, dtype: str, expert_ranks: int) -> list[list[np.ndarray]
   for change in (lambda model: model, without_copies):
     inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
     rdep = Rdep(config, reference, inside, symmetric)
-    parts = parallel.shared(config, group.rank(), replicas)
+    parts = shared(config, group.rank(), replicas)
     together = Parallel(group.rank(), 2, rdep, rdep.first, group, None, parts)
     model = change(model_of(config, rdep))
     optimizer = Optimizer(model, config, reference, together.owned)

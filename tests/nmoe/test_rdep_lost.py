@@ -110,7 +110,7 @@ def test_a_late_rank_of_which_no_rows_were_expected() -> None:
   """Its signal is what is missing: no sum of nothing."""
   trip = SimpleNamespace(number=5, counts=lambda: [], round=0, layer=7, phase="forward")
   rank = SimpleNamespace(
-    trips=[trip],
+    trips=SimpleNamespace(of=lambda _: trip),
     rank=0,
     names=[0, 1, 2, 3],
     config=SimpleNamespace(launch=SimpleNamespace(ranks=4), rdep=SimpleNamespace(deadline_s=30)),

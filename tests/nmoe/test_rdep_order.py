@@ -26,8 +26,8 @@ class Recording(exchange.Exchange):
     self.calls.append({COUNTS: "wait counts", DISPATCH: "wait rows", RETURN: "wait replies"}[kind])
     return super().wait(kind, trip)
 
-  def fetch(self, x: Tensor):
-    fetched = super().fetch(x)
+  def fetch(self, x: Tensor, before=None):
+    fetched = super().fetch(x, before)
 
     def value() -> list:
       self.calls.append("host has counts")

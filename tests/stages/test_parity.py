@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kernels import reference
 from nmoe.config import file as configs
-from nmoe.distributed import parallel
+from nmoe.distributed.buckets import shared
 from nmoe.distributed.parallel import Parallel
 from nmoe.errors import ConfigError, RunError
 from nmoe.model.decoder import Model
@@ -125,7 +125,7 @@ def hand_over(group, toml: str, source: str, target: str, step: int) -> None:
   """Load a checkpoint with this group's ranks and save it again."""
   config, rank = configs.loads(toml, env={}), group.rank()
   place = SimpleNamespace(rank=rank % config.expert_ranks, num_ranks=config.expert_ranks)
-  ours = Parallel(rank, group.size(), shared=parallel.shared(config, rank))
+  ours = Parallel(rank, group.size(), shared=shared(config, rank))
   model = Model(config, reference, place)
   state = TrainState(model, Optimizer(model, config, reference, ours.owned)).tensors()
   first = place.rank * config.moe.num_experts // place.num_ranks
