@@ -61,7 +61,7 @@ def here() -> Machine:
     return Machine("cpu", "cpu", 2, 2048, 8, 48, 8, 30.0, 20.0)
   found = torch.cuda.get_device_capability()
   arch = next(arch.name for arch in ARCHS.values() if arch.capability == found)
-  steps, every = (400, 50) if GPUS > 1 else (800, 100)
+  steps, every = (200, 25) if GPUS > 1 else (800, 100)
   return Machine("small", arch, GPUS, 32768, 32, steps, every, 60.0, 30.0)
 
 
