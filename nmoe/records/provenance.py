@@ -79,7 +79,7 @@ def check_code(run_id: str, recorded: str) -> None:
       raise OtherCodeError(
         f"run {run_id} is recorded with code {recorded}, but this process imported {version} from "
         f"{REPO}: files of nmoe/ or kernels/ were changed meanwhile; restore them and run again to "
-        "go on, or run again under the new code, which makes a new run"
+        "go on; under the new code another run begins, or `nmoe prod launch --accept-code` goes on"
       )
 
 

@@ -4,6 +4,7 @@ that lives or has checkpoints, is neither left behind nor taken over in silence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 
 from nmoe import files
@@ -23,8 +24,9 @@ def known(bench: Workbench, arm: Arm, accept_code: bool) -> Run | None:
   """The newest completed run of this computation, else the newest that has no outcome; None: a new
   one begins.
 
-  accept_code: one that differs in its code only goes on under this code. ConfigError if another run
-  of this name lives, or stands at a checkpoint and would be left there.
+  accept_code: one that differs in its code only goes on under this code, or is done. ConfigError if
+  another run of this name lives, or stands at a checkpoint and would be left there, or if other
+  code has completed this computation.
   """
   config = arm.config
   key = fingerprint(config, arm.data.name), arm.data.name, config.train.seed
@@ -36,12 +38,25 @@ def known(bench: Workbench, arm: Arm, accept_code: bool) -> Run | None:
   if finished is not None and finished.status == "completed":
     return finished
   found = next((run for run in mine if not run.finished), None)
+  if found is None and left is None:
+    return _completed(bench, same, accept_code)
   if left is None or (found is not None and (left.id == found.id or not left.live)):
     return found
   apart = _apart(decided(left, config), left, arm.data.name)
   if apart or (left.code_version != bench.code_version and not accept_code):
     raise ConfigError(_refusal(bench, left, apart))
   return left
+
+
+def _completed(bench: Workbench, same: Sequence[Run], accept_code: bool) -> Run | None:
+  """The newest run that other code has completed, if it is accepted; None: there is none."""
+  done = next((run for run in same if run.status == "completed"), None)
+  if done is not None and not accept_code:
+    raise ConfigError(
+      f"run {done.id} ({done.origin}) is completed: {_codes(bench, done)}; launch --accept-code "
+      "takes it as done, --anew trains it once more from step 0"
+    )
+  return done
 
 
 def decided(run: Run, config: Config) -> Config:
@@ -89,10 +104,7 @@ def _apart(config: Config, run: Run, data: str) -> list[str]:
 
 def _refusal(bench: Workbench, run: Run, apart: list[str]) -> str:
   step = newest_step(bench.root, run.id)
-  code = (
-    f"its code was {run.code_version} (commit {run.commit[:10]}), this is "
-    f"{bench.code_version} (commit {bench.commit[:10]})"
-  )
+  code = _codes(bench, run)
   if run.live:
     told = f"run {run.id} ({run.origin}) is {run.status}: {'; '.join(apart) or code}; "
     amend = f"`nmoe prod amend {run.id}` changes a live run, " * _amendable(apart)
@@ -105,6 +117,13 @@ def _refusal(bench: Workbench, run: Run, apart: list[str]) -> str:
   return (
     f"{told}{code}; launch --accept-code to go on with it under this code, which its record keeps, "
     "or --anew from step 0"
+  )
+
+
+def _codes(bench: Workbench, run: Run) -> str:
+  return (
+    f"its code was {run.code_version} (commit {run.commit[:10]}), this is "
+    f"{bench.code_version} (commit {bench.commit[:10]})"
   )
 
 

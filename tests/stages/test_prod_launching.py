@@ -147,6 +147,30 @@ def test_other_code_goes_on_when_it_is_accepted(lab, records, monkeypatch):
 
 
 @pytest.mark.faults
+def test_a_run_of_weeks_is_not_trained_once_more_for_other_code(lab, records, monkeypatch):
+  """The same command after an update began at step 0, with --accept-code too. What it goes on with
+  comes first.
+  """
+  first = launched_run(lab)
+  records.claim(first)
+  records.update_run(first, status="completed", results={"steps": 12})
+  before = records.run(first).code_version
+  monkeypatch.setattr(workbench, "provenance", lambda _: ("c0ffee", "", "updated"))
+  told = f"run {first} .* is completed: its code was {before} .*, this is updated .*"
+  with pytest.raises(ConfigError, match=f"{told}--accept-code takes it as done, .*--anew trains"):
+    launched_run(lab)
+  console = Console(file=io.StringIO())
+  assert launching.launch(lab.file, console, "a test", accept_code=True) == 0
+  assert f"run {first} is completed" in console.file.getvalue()
+  assert records.run(first).code_version == before
+  second = launched_run(lab, anew=True)
+  assert second != first
+  assert launched_run(lab) == launched_run(lab, accept_code=True) == second
+  slower = write_variant(lab.file, "slower", "[optim]\ndense_lr = 5e-3\n")
+  assert launched_run(lab, slower) not in (first, second), "another computation"
+
+
+@pytest.mark.faults
 def test_a_report_shows_the_reason_of_a_launch_and_of_its_events(lab, records):
   """What it does without, and why; who was lost in a restart: as `nmoe prod status` says it."""
   run = launched_run(lab)
