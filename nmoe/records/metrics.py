@@ -3,11 +3,13 @@
 A table of (step, tokens, tag, value, time); `loads` of (step, layer, count of each expert): the
 tokens that a MoE layer sent to each of its experts in that step; `experts` of (step, layer, name,
 value of each expert): its router's bias, and what nmoe.train.routing samples. DuckDB locks a file
-while it is open for writing, so the writer keeps rows in memory, and `flush` opens the file,
-appends them in one transaction and closes it: others read a live run in between. One who holds the
-file open costs the run nothing: the rows go into `rank_{rank}.rows` (JSON) beside it, and into the
-file at a later flush; `read` counts them in. A killed writer loses the rows not yet flushed and
-nothing else: flush before a checkpoint becomes the newest, `rewind` to its step after loading it.
+while it is open for writing, so the writer keeps rows in memory, and from time to time opens the
+file, appends them in one transaction and closes it: others read a live run in between. That takes
+tens of milliseconds, in which a GPU would have nothing to do, so a thread does it beside the run.
+One who holds the file open costs the run nothing: the rows go into `rank_{rank}.rows` (JSON) beside
+it, and into the file at a later flush; `read` counts them in. A killed writer loses the rows not
+yet flushed and nothing else: flush before a checkpoint becomes the newest, `rewind` to its step
+after loading it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -83,9 +86,17 @@ class LockedError(RecordError):
   """Another process has the file open."""
 
 
+class _Writing(NamedTuple):
+  """Rows on their way to the disk."""
+
+  done: Future[None]
+  rows: list[Row]
+  loads: list[Load]
+
+
 class Metrics:
-  """The writer of one rank of one run. `add` flushes by itself every `batch` rows, and FLUSH_S
-  after the flush before.
+  """The writer of one rank of one run. `add` begins to flush every `batch` rows, and FLUSH_S after
+  the flush before, beside what follows; what becomes of that, the next calls tell.
   """
 
   def __init__(self, root: str | Path, run_id: str, rank: int = 0, batch: int = 4096):
@@ -96,13 +107,24 @@ class Metrics:
     self._loads: list[Load] = []
     self._flushed = time.monotonic()
     self._told = False
+    self._thread = ThreadPoolExecutor(1, "metrics")
+    self._writing: _Writing | None = None
 
   def add(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-    """Log tag -> value at a step, after `tokens` tokens of the run. NaN and infinities are kept."""
+    """Log tag -> value at a step, after `tokens` tokens of the run. NaN and infinities are kept.
+    RecordError if rows of an earlier call could not be written; they and these are kept.
+    """
     now = time.time()
     self._rows += [(step, tokens, tag, float(value), now) for tag, value in values.items()]
-    if len(self._rows) >= self._batch or time.monotonic() - self._flushed >= FLUSH_S:
-      self.flush()
+    if self._writing is not None and self._writing.done.done():
+      error = self._settle()
+      if error is not None:
+        raise error
+    due = len(self._rows) >= self._batch or time.monotonic() - self._flushed >= FLUSH_S
+    if due and self._writing is None:
+      self._flushed = time.monotonic()
+      rows, loads, self._rows, self._loads = self._rows, self._loads, [], []
+      self._writing = _Writing(self._thread.submit(self._write, rows, loads), rows, loads)
 
   def add_loads(self, step: int, count_LE: np.ndarray) -> None:
     """Log the tokens of every expert of every MoE layer in a step, beside its `add`."""
@@ -113,15 +135,32 @@ class Metrics:
     self._loads.append((step, name, value_LE.astype(np.float64)))
 
   def flush(self, insist: bool = False) -> None:
-    """Put what is held on disk, all or nothing.
+    """Put what is held on disk before it returns, all or nothing.
 
     While another process has the file open, the rows go into the file beside it; insist: wait
     LOCK_TIMEOUT_S for the file and raise RecordError then. RecordError too if nothing can be
     written; the rows are kept for the next flush.
     """
+    self._settle()  # what the thread could not write is tried again
     self._flushed = time.monotonic()
+    self._write(self._rows, self._loads, insist)
+    self._rows, self._loads = [], []
+
+  def _settle(self) -> RecordError | None:
+    """Wait for the thread. What it could not write is held again, and why is returned."""
+    if self._writing is None:
+      return None
+    (done, rows, loads), self._writing = self._writing, None
+    error = done.exception()
+    if error is not None:
+      self._rows, self._loads = rows + self._rows, loads + self._loads
+      if not isinstance(error, RecordError):
+        raise error
+    return error
+
+  def _write(self, rows: list[Row], loads: list[Load], insist: bool = False) -> None:
     early, early_loads = _kept(self.beside)
-    rows, loads = early + self._rows, early_loads + self._loads
+    rows, loads = early + rows, early_loads + loads
     if not rows:
       return
     try:
@@ -134,8 +173,6 @@ class Metrics:
       if not self._told:
         sys.stderr.write(f"{error}; its rows are kept in {self.beside.name} meanwhile\n")
       self._told = True
-    self._rows.clear()
-    self._loads.clear()
 
   def _append(self, rows: list[Row], loads: list[Load], again: int | None, insist: bool) -> None:
     """again: the step from which on the file may hold some of the rows already."""
@@ -158,6 +195,7 @@ class Metrics:
 
     Returns by how many steps they went further.
     """
+    self._settle()
     early, early_loads = _kept(self.beside)
     last = max([step, *(row[0] for row in early + self._rows)])
     rows = [row for row in early + self._rows if row[0] <= step]
@@ -339,8 +377,11 @@ def _connect(path: Path, read_only: bool, timeout_s: float) -> duckdb.DuckDBPyCo
 
 
 def is_locked(error: duckdb.Error) -> bool:
-  """Whether another process has the file open just now: DuckDB has no error class for it."""
-  return "Conflicting lock" in str(error) or "Could not set lock" in str(error)
+  """Whether another process, or a thread of this one, has the file open just now: DuckDB has no
+  error class for it.
+  """
+  told = ("Conflicting lock", "Could not set lock", "different configuration than existing")
+  return any(words in str(error) for words in told)
 
 
 def _remedy(error: duckdb.Error) -> str:

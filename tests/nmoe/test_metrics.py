@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -60,12 +61,56 @@ def test_tags_select_and_missing_ones_are_absent(tmp_path):
   assert read(tmp_path, RUN, []) == {} and read(tmp_path, RUN, rank=1) == {}
 
 
+def eventually(true, seconds=10.0):
+  end = time.monotonic() + seconds
+  while not true():
+    assert time.monotonic() < end, "not within its time"
+    time.sleep(0.01)
+
+
 def test_nothing_is_written_before_the_batch_is_full(tmp_path):
   writer = Metrics(tmp_path, RUN, batch=4)
   writer.add(1, 10, {"a": 1.0, "b": 2.0, "c": 3.0})
+  time.sleep(0.2)
   assert not writer.path.exists()
   writer.add(2, 20, {"a": 1.0})
-  assert len(read(tmp_path, RUN)["a"][0]) == 2
+  eventually(lambda: len(read(tmp_path, RUN).get("a", [()])[0]) == 2)
+
+
+def test_a_run_does_not_wait_for_its_metrics(tmp_path, monkeypatch):
+  """Steps go on while a batch is written; theirs come after it, each row once."""
+  entered, go, write = threading.Event(), threading.Event(), Metrics._append
+
+  def slow(self, *args):
+    entered.set()
+    assert go.wait(10)
+    write(self, *args)
+
+  monkeypatch.setattr(Metrics, "_append", slow)
+  writer = Metrics(tmp_path, RUN, batch=2)
+  for step in range(1, 8):
+    writer.add(step, step, {"a": float(step)})
+    writer.add_loads(step, np.ones((1, 2)))
+  assert entered.wait(10) and not writer.path.exists(), "seven steps, and the first two are held"
+  go.set()
+  writer.flush()
+  assert read(tmp_path, RUN)["a"][0].tolist() == list(range(1, 8))
+  with duckdb.connect(str(writer.path), read_only=True) as db:
+    assert db.execute("SELECT step FROM loads").fetchnumpy()["step"].tolist() == list(range(1, 8))
+
+
+def test_rows_that_could_not_be_written_beside_the_run_are_told_and_kept(tmp_path):
+  (tmp_path / "metrics").write_text("a file in the way")
+  writer = Metrics(tmp_path, RUN, batch=2)
+  writer.add(1, 1, {"a": 1.0})
+  writer.add(2, 2, {"a": 2.0})
+  eventually(writer._writing.done.done)
+  with pytest.raises(RecordError, match="cannot be created"):
+    writer.add(3, 3, {"a": 3.0})
+  (tmp_path / "metrics").unlink()
+  writer.add(4, 4, {"a": 4.0})
+  writer.flush()
+  assert read(tmp_path, RUN)["a"][0].tolist() == [1, 2, 3, 4]
 
 
 def test_a_resumed_run_logs_each_row_once(tmp_path):

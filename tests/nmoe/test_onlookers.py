@@ -105,8 +105,10 @@ def test_a_live_run_can_be_watched(tmp_path, monkeypatch):
   writer = logged(tmp_path, 1)
   now[0] += metrics.FLUSH_S
   writer.add(2, 2, {"a": 2.0})
+  writer._writing.done.result(10)
   assert read(tmp_path, "r")["a"][0].tolist() == [1, 2]
   writer.add(3, 3, {"a": 3.0})
+  assert writer._writing is None
   assert read(tmp_path, "r")["a"][0].tolist() == [1, 2]
 
 
