@@ -17,7 +17,7 @@ from typing import Any, Literal, get_type_hints
 from nmoe.records.root import DEFAULT_ROOT
 from nmoe.tables import ranged
 
-MOST_S = 1e6  # of a wait: what every clock and timer takes
+MOST_S, MAX_RATE, MAX_DECAY = 1e6, 1e30, 1e6  # every timer takes the one, fp32 holds the others
 
 
 def identity(default: Any = MISSING, **limits: float) -> Any:
@@ -147,13 +147,13 @@ class DataConfig:
 class OptimConfig:
   matrices: Literal["adamw", "muon"] = identity("adamw")  # of attention and dense matrices
   experts: Literal["adamw", "muon"] = identity("adamw")  # Muon skips those without a token
-  dense_lr: float = schedule(ge=0)
-  router_lr: float = schedule(ge=0)
-  expert_lr: float = schedule(ge=0)
-  embed_lr: float = schedule(0.0, ge=0)  # of embedding and head; 0: dense_lr
-  dense_weight_decay: float = schedule(0.1, ge=0)
-  router_weight_decay: float = schedule(0.0, ge=0)
-  expert_weight_decay: float = schedule(0.1, ge=0)
+  dense_lr: float = schedule(ge=0, le=MAX_RATE)
+  router_lr: float = schedule(ge=0, le=MAX_RATE)
+  expert_lr: float = schedule(ge=0, le=MAX_RATE)
+  embed_lr: float = schedule(0.0, ge=0, le=MAX_RATE)  # of embedding and head; 0: dense_lr
+  dense_weight_decay: float = schedule(0.1, ge=0, le=MAX_DECAY)
+  router_weight_decay: float = schedule(0.0, ge=0, le=MAX_DECAY)
+  expert_weight_decay: float = schedule(0.1, ge=0, le=MAX_DECAY)
   beta1: float = identity(0.9, ge=0, lt=1)
   beta2: float = identity(0.95, ge=0, lt=1)
   eps: float = identity(1e-8, gt=0, le=1)

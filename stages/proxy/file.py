@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nmoe.config import file as configs
-from nmoe.config.sections import Config, fingerprint
+from nmoe.config.sections import MAX_RATE, Config, fingerprint
 from nmoe.errors import ConfigError
 from nmoe.tables import nearest, parsed, ranged, read, typed
 from nmoe.wording import counted
@@ -100,7 +100,7 @@ class CoordsKeys:
   depths: tuple[int, ...] = (1, 2, 4)
   seeds: int = ranged(5, gt=1, le=1000)
   steps: int = ranged(12, gt=0, le=10_000)
-  lr: float = ranged(0.0, ge=0, lt=math.inf)  # 0: the base's dense_lr
+  lr: float = ranged(0.0, ge=0, le=MAX_RATE)  # 0: the base's dense_lr
   sequences: int = ranged(4, gt=0, le=10_000)  # of 32 tokens
   limit: float = ranged(0.25, gt=0, lt=math.inf)  # on the slope of a change
   experts: int = ranged(0, ge=0)  # of the check's models, as many of them active; 0: the base's

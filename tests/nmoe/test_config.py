@@ -106,7 +106,7 @@ def other_value(key: str, value: Any) -> Any:
   strings=st.fixed_dictionaries(
     {k: LINES if k[:6] in ("launch", "slurm.", "jobset") else TEXTS for k in FREE_STRINGS}
   ),
-  rate=st.floats(min_value=1e-300, allow_infinity=False),
+  rate=st.floats(min_value=1e-300, max_value=1e30),
   clip=st.floats(min_value=1e-300),
   seed=st.integers(0, 2**63 - 4),
   linears=st.lists(st.sampled_from(["q", "kv_a", "kv_b", "o", "dense", "shared"])),
@@ -174,6 +174,8 @@ def test_a_wrong_type_names_file_key_and_value(key, tmp_path):
     ("[model]\ndim = true", "model.dim = True is bool, must be int"),
     ("[model]\ntie_embeddings = 1", "model.tie_embeddings = 1 is int, must be bool"),
     ("[optim]\ndense_lr = nan", "optim.dense_lr = nan"),
+    ("[optim]\ndense_lr = 1e39", "optim.dense_lr = 1e+39 must be in [0, 1e+30]"),
+    ("[optim]\nexpert_weight_decay = 1e7", "optim.expert_weight_decay = 10000000.0 must be in"),
     ('[target]\narch = "sm_100"', "did you mean 'sm_100a'?"),
     ('[precision]\nlinears = "q"', "precision.linears = 'q' must be a list"),
     ('[precision]\nlinears = ["q", "kv"]', "precision.linears[1] = 'kv' must be one of"),

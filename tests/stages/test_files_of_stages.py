@@ -106,6 +106,7 @@ def test_a_file_of_a_stage_that_is_no_text(base, read, text):
     (sweep, SWEEP, "They stay.", " ", "sweep.statement = ' ' must say something"),
     (sweep, SWEEP, "[budget]", "[verdict]\nmax_shift = inf\n[budget]", "max_shift = inf"),
     (sweep, SWEEP, "[budget]", "[coords]\nwidths = [0]\n[budget]", "coords.widths"),
+    (sweep, SWEEP, "[budget]", "[coords]\nlr = 1e39\n[budget]", "coords.lr = 1e.39"),
     (sweep, SWEEP, "[budget]", "[coords]\nexperts = 1\n[budget]", "coords.experts = 1 of which"),
     (sweep, SWEEP, "base =", 'target = "a\\u0000"\nbase =', "cannot be read: embedded null byte"),
     (mixes, MIX, MIX, "mix = 3\n", "mix = 3 must be a table"),
