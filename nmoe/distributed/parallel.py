@@ -46,7 +46,8 @@ class Parallel:
   shared: tuple[Shared, ...] = ()  # every parameter, with more than one rank
   side: torch.cuda.Stream | None = None  # on which final gradients travel; None on the cpu
   reduced: set[tuple[int, int]] = field(default_factory=set)  # (part, bucket) so far in this step
-  captured: set[tuple[int, int]] = field(default_factory=set)  # those that a graph's replay reduces
+  graph: torch.cuda.CUDAGraph | None = None  # of a step's passes
+  captured: set[tuple[int, int]] = field(default_factory=set)  # those that its replay reduces
   arriving: list[Arriving] = field(default_factory=list)  # of `send_weights`, in the order of use
   own: Tensor | None = None  # fp32 0-d: the sum of this rank's own gradients; None: nobody asks
 
@@ -98,9 +99,15 @@ class Parallel:
     """Whether the passes that `run` asks for may be captured and replayed."""
     return self.rdep is None or self.rdep.one_round
 
+  @property
+  def apart(self) -> bool:
+    """Whether some ranks may repeat a step's passes without the others: of several RDEP groups."""
+    return self.rdep is not None and self.rdep.num_ranks < self.ranks
+
   @contextmanager
-  def capture(self) -> Iterator[None]:
-    """Inside, passes of a step are captured in a CUDA graph; see `Rdep.captured`."""
+  def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Inside, passes of a step are captured in this CUDA graph; see `Rdep.captured`."""
+    self.graph = graph
     if self.rdep is None:
       yield
       return
@@ -121,6 +128,15 @@ class Parallel:
       yield
     self.reduced = set(self.captured)
 
+  def forget(self) -> None:
+    """End the graph, if there is one, and give its memory back."""
+    if self.graph is None:
+      return
+    self.graph.reset()
+    self.graph, self.captured = None, set()
+    if self.rdep is not None:
+      self.rdep.capture, self.rdep.counts = None, {}  # which hold its memory
+
   def reduce_final(self, model: nn.Module) -> Callable[[int], None] | None:
     """What the model is to call in a step's last backward pass when the gradients of its blocks i,
     i + 1, … are final: their sums travel beside the rest of the pass. Every rank comes to the same
@@ -129,7 +145,7 @@ class Parallel:
     None where that is all done there: on one rank, and where the ranks are several RDEP groups, one
     of which may repeat its passes without the others.
     """
-    if self.rdep is None or self.rdep.num_ranks < self.ranks:
+    if self.rdep is None or self.apart:
       return None
     params = dict(model.named_parameters())
     self.reduced = set()
@@ -141,8 +157,9 @@ class Parallel:
         for number, first in enumerate(part.block)
         if first >= block
       }
-      with beside(self.side):
-        self._reduce(sorted(ready - self.reduced), params)
+      if ready - self.reduced:  # a capture joins the stream only where it has work
+        with beside(self.side):
+          self._reduce(sorted(ready - self.reduced), params)
 
     return reduce_from
 
@@ -198,8 +215,10 @@ class Parallel:
     """Leave the run: the counterpart of `init`.
 
     A group's threads end with its last reference; one that outlives the interpreter may abort it.
+    NCCL ends a group only when no graph has work of it any more.
     """
     self.arrive()
+    self.forget()
     if self.ranks > 1:
       self.rdep.close()
       self.rdep, self.control, self.saving, self.shared = None, None, None, ()

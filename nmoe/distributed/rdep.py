@@ -131,7 +131,8 @@ class Rdep:
     self.first = self.num_local * self.rank
     self.rounds: dict[int, int] = {}
     self.counts: dict[int, Tensor] = {}
-    self.one_round = False  # layers queue one round and do not ask whether it was enough
+    # Layers queue one round and do not ask whether it was enough, which on one rank it always is.
+    self.one_round = self.num_ranks == 1
     self.crowded = 0  # steps to come that ask
     self.fetched: dict[int, Fetched] = {}  # by layer, of its last forward pass
     self.capture: _Capture | None = None
@@ -214,6 +215,9 @@ class Rdep:
   @contextmanager
   def replayed(self) -> Iterator[None]:
     """Inside, the captured passes are queued once more. Collective."""
+    if self.num_ranks == 1:
+      yield
+      return
     after, trips, counts, rounds = self.capture
     if (self.trips.done - after) % TRANSIENT:
       self._pause()
@@ -257,7 +261,7 @@ class Rdep:
   def post_mortem(self, kind: int, number: int, late: list[int]) -> str:
     """Who is late, at what, and how many rows were expected and have arrived."""
     trip = self.trips.of(number)
-    counts = trip.counts()
+    counts = None if kind == COUNTS else trip.counts()  # else those of the layer's pass before
     if counts is None:
       rows = "the number of rows was not yet known"
     else:
@@ -284,6 +288,11 @@ class Rdep:
       raise CommError(self.post_mortem(kind, number, late))
     if kind == RETURN:
       self.trips.done = number
+
+  @property
+  def nbytes(self) -> int:
+    """Of the symmetric heap, which torch does not count."""
+    return self.heap.nbytes if self.num_ranks > 1 else 0
 
   def close(self) -> None:
     """Give the heap back. Collective; to be called after the last backward pass."""

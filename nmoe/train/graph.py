@@ -63,7 +63,10 @@ class Graph:
     self.graph = torch.cuda.CUDAGraph()
     torch.cuda.empty_cache()  # else what the first call left would count as idle before
     before = _idle_bytes()
-    with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), self.ranks.capture():
+    with (
+      torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+      self.ranks.capture(self.graph),
+    ):
       self.results = self.passes(*self.inputs)
     self.grads = [param.grad for param in self.params]
     self.idle_bytes = _idle_bytes() - before
@@ -71,10 +74,12 @@ class Graph:
 
   def _forget(self) -> None:
     """Give the memory back. The last replay is over: `Rdep.run` has waited for it."""
-    if self.graph is not None:
-      self.graph.reset()
-      self.graph, self.results, self.grads, self.warm, self.idle_bytes = None, (), [], False, 0
-      torch.cuda.empty_cache()
+    self.warm = False
+    if self.graph is None:
+      return
+    self.graph, self.inputs, self.results, self.grads, self.idle_bytes = None, (), (), [], 0
+    self.ranks.forget()
+    torch.cuda.empty_cache()
 
 
 def _idle_bytes() -> int:

@@ -205,7 +205,7 @@ def build(config: Config, target: Target, ranks: Parallel, root: Root | None = N
   ConfigError, before anything is allocated, if a GPU has too little free memory for the run.
   """
   if target.device.type == "cuda":
-    heap = 0 if ranks.rdep is None else ranks.rdep.heap.nbytes  # of the plan, and there already
+    heap = 0 if ranks.rdep is None else ranks.rdep.nbytes  # of the plan, and there already
     misfit = plan.fits(plan.plan(config), torch.cuda.mem_get_info(target.device)[0] + heap)
     if misfit is not None:
       raise ConfigError(f"{target.name}: {misfit}")

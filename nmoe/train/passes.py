@@ -53,12 +53,13 @@ class Passes:
     """Tell the model how the step's tokens are counted over experts, if a loss asks for it.
 
     Of one micro-batch a rank it has them, and sums them over the ranks. Of several it needs them
-    before the first one's backward pass: all go forward once more, which costs a third of a step.
+    before the first one's backward pass, and where some ranks may repeat the passes without the
+    others no sum may be inside: all go forward once more, which costs a third of a step.
     """
     c, model, ranks, micros = self.config, self.state.model, self.ranks, self.config.micro_batches
     if not c.moe.global_balance_alpha:
       return
-    if micros == 1:
+    if micros == 1 and not ranks.apart:
       model.step_counts = lambda count_LE: ranks.sum(count_LE.long())
       return
     self.clock.start("forward")

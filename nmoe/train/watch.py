@@ -170,8 +170,7 @@ class Watch:
     if self.target.device.type == "cuda":
       idle = 0 if self.graph is None else self.graph.idle_bytes
       rdep = self.session.parallel.rdep
-      heap = 0 if rdep is None else rdep.heap.nbytes  # NVSHMEM's, which torch does not count
-      return torch.cuda.max_memory_allocated() + idle + heap
+      return torch.cuda.max_memory_allocated() + idle + (0 if rdep is None else rdep.nbytes)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
   def _progress(self, state: TrainState, values: dict[str, float]) -> None:

@@ -1,19 +1,31 @@
 """The global-batch balance loss: counted once per step, over all micro-batches and ranks."""
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import ranks
 import torch
 from labs import Lab
+from model_configs import tiny
 
+import kernels.reference
+from kernels.reference import symmetric
 from nmoe.config import file as configs
 from nmoe.data.loader import Loader
 from nmoe.data.prepared import open_data
+from nmoe.distributed import parallel
+from nmoe.distributed.buckets import shared
 from nmoe.distributed.parallel import Parallel
+from nmoe.distributed.rdep import Rdep
+from nmoe.model.decoder import Model
 from nmoe.model.router import global_balance_loss
 from nmoe.records import metrics
 from nmoe.train.clock import Clock
 from nmoe.train.loop import build
 from nmoe.train.passes import Passes
+from nmoe.train.session import TrainState
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
 
@@ -99,6 +111,50 @@ def test_several_micro_batches_are_one(lab, micro_batch):
     torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5 * size, msg=name)
   router = "layers.1.moe.router.weight"
   assert float((found[router] - without[router]).norm() / without[router].norm()) > 0.05
+
+
+def in_groups(group, repeats: bool) -> dict[str, np.ndarray]:
+  """This rank's part of a step's gradients, of four ranks in two groups, of which the first repeats
+  its passes, as where one of its ranks runs full.
+  """
+  config = tiny(
+    launch__ranks=4,
+    rdep__group=2,
+    rdep__deadline_s=20.0,
+    schedule__batch_tokens=8 * 24,
+    moe__balance_alpha=0.0,
+    moe__global_balance_alpha=ALPHA,
+  )
+  inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
+  rdep, rank = Rdep(config, kernels.reference, inside, symmetric), group.rank()
+  full = iter([False, repeats and rank < 2, False])  # asked before the passes and after each
+  rdep.exchange.overflowed = lambda: next(full)
+  parts = shared(config, rank, replicas)
+  together = Parallel(rank, 4, rdep, rdep.first, group, None, parts)
+  model = Model(config, kernels.reference, rdep)
+  model.init_weights(0)
+  session = SimpleNamespace(
+    config=config, parallel=together, target=SimpleNamespace(device=torch.device("cpu"))
+  )
+  state = TrainState(model, None)
+  nobody = SimpleNamespace(data=SimpleNamespace(sources=[]))
+  passes = Passes(session, state, Clock(torch.device("cpu")), nobody)
+  generator = torch.Generator().manual_seed(0)
+  batch = torch.randint(0, 97, (8, 25), generator=generator).chunk(4)[rank]
+  loss, counts, _ = passes(batch[:, :-1], batch[:, 1:])
+  together.reduce_gradients(model)
+  found = {
+    name: model.get_parameter(name).grad[slice(*rows)] for name, rows in together.owned.items()
+  }
+  found |= {"loss": together.sum(loss), "counts": together.sum(counts)}
+  return {name: x.numpy().copy() for name, x in found.items()}
+
+
+def test_one_group_may_repeat_its_passes_without_the_others():
+  """No sum over all ranks is inside them."""
+  wanted, found = (ranks.run(in_groups, 4, repeats) for repeats in (False, True))
+  for one, other in zip(wanted, found, strict=True):
+    assert {n: x.tobytes() for n, x in one.items()} == {n: x.tobytes() for n, x in other.items()}
 
 
 def test_it_is_off_unless_asked_for(lab):

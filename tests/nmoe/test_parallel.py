@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -275,6 +277,20 @@ def test_buckets_hold_every_owned_element_once(bucket: int, monkeypatch) -> None
         wanted = np.zeros_like(seen[name])
         wanted[start * row[name] : stop * row[name]] = 1
         assert (seen[name] == wanted).all(), name
+
+
+def test_a_bucket_that_the_backward_pass_does_not_fill_takes_no_stream(monkeypatch) -> None:
+  """A capture would end with a stream that nobody joins."""
+  entered = []
+  monkeypatch.setattr(parallel, "beside", lambda stream: entered.append(stream) or nullcontext())
+  owned = {"embed.weight": (0, 1), "layers.0.w": (0, 1)}, {"layers.1.w": (0, 1)}
+  whole = Shared(owned, dict.fromkeys(["embed.weight", "layers.0.w", "layers.1.w"], 1), 0)
+  assert whole.block == [-1]
+  together = Parallel(0, 2, SimpleNamespace(num_ranks=2), shared=(whole,))
+  final = together.reduce_final(nn.Module())
+  for block in (1, 0):
+    final(block)
+  assert entered == [] and together.reduced == set()
 
 
 def test_one_rank_needs_no_group() -> None:

@@ -116,6 +116,8 @@ def test_a_late_rank_of_which_no_rows_were_expected() -> None:
     config=SimpleNamespace(launch=SimpleNamespace(ranks=4), rdep=SimpleNamespace(deadline_s=30)),
     _expected=lambda *_: [128, 128, 128, 0],
   )
+  counts = Rdep.post_mortem(rank, COUNTS, 5, [3])
+  assert "the number of rows was not yet known" in counts, "these are of the layer's pass before"
   message = Rdep.post_mortem(rank, DISPATCH, 5, [3])
   assert "rows of rank 3 did not come within 30 s (no rows were expected of it, but" in message
   rank._expected = lambda *_: [128, 128, 0, 128]
