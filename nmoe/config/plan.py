@@ -218,8 +218,21 @@ def memory(config: Config) -> tuple[Term, ...]:
   held.append(Term("gradients", f"{peak.name}: {_grad_width(config)} bytes each", peak.gradients))
   held.append(Term("workspace", f"{peak.name}: {peak.formula}", peak.workspace))
   if config.train.cuda_graph:
-    held.append(_evaluation(config))
+    held += [_arriving(config), _evaluation(config)]
   return tuple(term for term in held if term.value)
+
+
+def _alike(config: Config) -> int:
+  """Elements of a rank's parameters that other ranks hold too."""
+  p, ranks = parameters(config), config.launch.ranks
+  replicated = p.experts // config.expert_ranks if config.expert_ranks < ranks else 0
+  return p.total - p.experts + replicated if ranks > 1 else 0
+
+
+def _arriving(config: Config) -> Term:
+  """Updated weights on their way from their owners, all at once, with all that a graph keeps."""
+  alike, width = _alike(config), parameter_width(config)
+  return Term("arriving", f"{alike:,} weights from their owners · {width}", alike * width)
 
 
 def _evaluation(config: Config) -> Term:
@@ -272,8 +285,7 @@ def _held(config: Config) -> Iterator[Term]:
     yield Term("quantized weights", formula, elements * 2 * copy.nbytes)
   received = rdep_bytes(config).capacity
   yield Term("rdep buffers", f"capacity {config.rdep.capacity} of the balanced load", received)
-  alike = p.total if config.expert_ranks < config.launch.ranks else others
-  travelling = min(BUCKET, alike) if config.launch.ranks > 1 else 0
+  travelling = min(BUCKET, _alike(config))
   yield Term(
     "bucket", f"{travelling:,} gradients on their way to their owners, fp32", 4 * travelling
   )

@@ -217,6 +217,18 @@ def test_an_evaluation_comes_beside_what_a_graph_keeps():
   assert terms["evaluation"] == {term.name: term.value for term in plan(wider).memory}["evaluation"]
 
 
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_weights_arrive_beside_what_a_graph_keeps(group):
+  """As many as buckets bring (nmoe.distributed.buckets), but no padding and no wider routers."""
+  config = load(CONFIGS / "moonlet" / "small.toml", env={})
+  config = changed(config, {"launch.ranks": 4, "train.micro_batch": 4, "rdep.group": group})
+  pieces = [p for part in shared(config, 0) for bucket in part.buckets for p in bucket]
+  terms = {term.name: term.value for term in plan(config).memory}
+  assert terms["arriving"] == 2 * sum(p.stop - p.start for p in pieces)
+  without = plan(changed(config, {"train.cuda_graph": False}))
+  assert plan(config).peak_bytes - without.peak_bytes == terms["arriving"] + terms["evaluation"]
+
+
 @pytest.mark.parametrize(
   ("payload", "balanced"),
   [
