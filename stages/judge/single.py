@@ -50,6 +50,8 @@ def judge(hypothesis: Hypothesis, table: Table) -> Judgement:
     direction=hypothesis.direction,
     min_effect=hypothesis.min_effect,
   )
+  told = f"{hypothesis.metric} is compared with nothing; of val/bpb a unigram model's is known."
+  one = replace(one, reason=one.reason or told)
   return Judgement(one.verdict, one.reason, one.as_dict())
 
 

@@ -69,8 +69,9 @@ def test_seeds_count_up_from_the_configured_one(lab, launches):
 
 def test_another_metric_is_described(lab, launches):
   lab.file.write_text(lab.file.read_text().replace('"lower"', '"lower"\nmetric = "val/loss"'))
-  call(lab, seeds=1)
+  said = " ".join(call(lab, seeds=1).split())
   assert (newest(lab).verdict, newest(lab).conclusion["reference"]) == ("described", None)
+  assert "described: val/loss is compared with nothing; of val/bpb a unigram model's" in said
 
 
 @pytest.mark.parametrize("bad_seeds", [{0}, {0, 1}])
