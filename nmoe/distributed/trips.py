@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-TOLD = 2**14  # the last trips, of which a post-mortem can tell: a replay begins all of its at once
+TOLD = 2**10  # the last trips, of which a post-mortem can tell, beside all of a replay
 
 
 def unknown() -> None:
@@ -58,11 +58,15 @@ class Trips:
   @contextmanager
   def aside(self) -> Iterator[list[Trip]]:
     """What begins and ends inside does not count; it is in the list, once inside is left."""
-    before, done, found = self._told.copy(), self.done, []
+    before, done, found = self._told, self.done, []
+    self._told = deque(before)
     yield found
     found += [trip for trip in self._told if trip.number > done]
     self._told, self.done = before, done
 
   def repeat(self, trips: Sequence[Trip], higher: int) -> None:
     """Trips of `aside` begin, all at once, with numbers so much higher."""
+    most = TOLD + len(trips)
+    if self._told.maxlen < most:
+      self._told = deque(self._told, most)
     self._told.extend(trip._replace(number=trip.number + higher) for trip in trips)

@@ -14,6 +14,7 @@ from rdep_cases import CASES, RECIPE, Data, config, make, share, step
 
 import kernels.reference as ops
 from kernels.reference import exchange, symmetric
+from nmoe.distributed import trips
 from nmoe.distributed.rdep import Rdep
 from nmoe.distributed.trips import Trips
 
@@ -79,6 +80,25 @@ def replays(group, between: int) -> tuple[list, list, list[tuple[int, int]], lis
   known = [trip.number for trip in rdep.trips._told]
   sent, transient = list(rdep.exchange.sent), rdep.slots - 2
   return found, both_layers(rdep, data), sent, known, transient
+
+
+@pytest.mark.parametrize("captured", [3, 4, 11])
+def test_a_post_mortem_knows_every_trip_of_a_replay(captured: int, monkeypatch) -> None:
+  """They begin at once, more of them than are told of otherwise; and those just before."""
+  monkeypatch.setattr(trips, "TOLD", 4)
+  told = Trips()
+  with told.aside() as found:
+    for layer in range(captured):
+      told.done = told.begin(layer, "forward")
+  assert (told.last, told.done) == (0, 0)
+  for higher in (0, 2 * captured):
+    told.repeat(found, higher)
+    for layer in range(captured):
+      assert told.of(higher + 1 + layer).layer == layer
+    told.done = told.last
+    while told.last < 2 * captured:
+      told.done = told.begin(0, "evaluation")
+  assert told.of(2 * captured).phase == "evaluation"
 
 
 @pytest.mark.parametrize("between", [0, 1, 2, 3])
