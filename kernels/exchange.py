@@ -141,7 +141,8 @@ class Exchange(Protocol):
 
   def fetch(self, x: Tensor, before: Fetched | None = None) -> Fetched:
     """x, integers ≥ 0, on its way to the host; the copy is queued now. before: an earlier one of
-    x's shape, whose place the values take and which nobody asks any more.
+    x's shape, whose place the values take and which nobody asks any more; until they have come,
+    `here` may tell its values.
     """
 
   def replayed(self, trips: int) -> AbstractContextManager[None]:

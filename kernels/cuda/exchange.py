@@ -299,7 +299,7 @@ def compile_reply(dtype, dim: int, gates: bool):
 
 
 class Fetched:
-  """A copy into pinned memory. Elements that have not come are -1 on the host."""
+  """A copy into pinned memory. Elements that have not come are -1 there, or of the one before."""
 
   def __init__(self, x: Tensor):
     self._host = torch.full(x.shape, -1, dtype=x.dtype, pin_memory=True)

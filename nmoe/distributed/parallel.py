@@ -35,7 +35,7 @@ SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
 
 @dataclass
 class Parallel:
-  """This process among the ranks. Every method is collective, and the same on all ranks."""
+  """This process among the ranks. Methods are collective, and alike on all ranks; not `forget`."""
 
   rank: int = 0
   ranks: int = 1
