@@ -21,7 +21,7 @@ from nmoe.config.sections import Config
 from nmoe.errors import ConfigError, RunError
 from nmoe.records.attempts import Attempts, History
 from nmoe.records.condition import ago
-from nmoe.records.heartbeat import Heartbeat
+from nmoe.records.heartbeat import Entry, Heartbeat
 from nmoe.records.launches import Launch
 from nmoe.records.reader import Run
 from nmoe.records.root import Root
@@ -249,27 +249,30 @@ def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> b
   arguments = ["--root", str(root), "--run", run.id, "--attempt", str(number)]
   arguments += ["--address", "127.0.0.1"]
   command = local.child_command("stages.launch.agent", arguments)
-  told, lost = False, 0
+  told, lost, beat = False, 0, Heartbeat.read(Root(root).heartbeat(run.id))
+  before = None if beat is None else beat.entry
   with ExitStack() as cleanup, local.interruptible():
     cleanup.callback(local.terminate, local.compile_beside(root, config, logs))
     agent = local.spawn(command, hosts.environment(config, root), logs / "agent.txt")
     cleanup.callback(agent.kill)
     while agent.poll() is None:
       try:
-        lost = _follow(root, run.id, number, line, lost)
+        lost = _follow(root, run.id, number, line, lost, before)
         time.sleep(POLL_S)
       except KeyboardInterrupt:
         if told:
           raise
         agent.terminate()
         told = True
-    _follow(root, run.id, number, line, lost)
+    _follow(root, run.id, number, line, lost, before)
   return told
 
 
-def _follow(root: Path, run_id: str, number: int, line: Line, lost: int) -> int:
+def _follow(
+  root: Path, run_id: str, number: int, line: Line, lost: int, before: Entry | None
+) -> int:
   """Show the newest step, and that the ranks were lost, if it was more than `lost` times; how often
-  it was.
+  it was. before: of an earlier attempt, which the heartbeat says until a step is logged.
   """
   launch = Launch.read(root, run_id)
   if launch is not None and launch.attempt == number and launch.restarts > lost:
@@ -280,7 +283,7 @@ def _follow(root: Path, run_id: str, number: int, line: Line, lost: int) -> int:
     )
   beat = Heartbeat.read(Root(root).heartbeat(run_id))
   logged = beat is not None and beat.attempt == number and beat.entry.tokens_per_s > 0
-  if logged and beat.entry != line.entry:
+  if logged and beat.entry not in (line.entry, before):
     line.follow(beat.entry)
   else:
     line.idle(state=beat.state if beat is not None and beat.attempt == number else "")

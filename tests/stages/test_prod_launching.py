@@ -16,6 +16,7 @@ from nmoe.records.launches import Launch
 from nmoe.records.root import Root
 from nmoe.train.progress import Entry, Heartbeat
 from stages import workbench
+from stages.launch.display import Display
 from stages.prod import earlier, launching
 from stages.prod.attempt import End, begin
 from stages.report.html import write_report
@@ -168,6 +169,37 @@ def test_a_run_of_weeks_is_not_trained_once_more_for_other_code(lab, records, mo
   assert launched_run(lab) == launched_run(lab, accept_code=True) == second
   slower = write_variant(lab.file, "slower", "[optim]\ndense_lr = 5e-3\n")
   assert launched_run(lab, slower) not in (first, second), "another computation"
+
+
+@pytest.mark.faults
+def test_a_step_of_an_earlier_attempt_is_not_shown_again(lab, records, monkeypatch):
+  """New ranks say in their heartbeat what the last ones reached, until they log a step: the launch
+  said "goes on from step 0", then "step 4", with the time that was left there.
+  """
+  path, out = Root(lab.root).heartbeat(launched_run(lab)), io.StringIO()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  old, new = Entry(4, 12, 5.0, 10.0, 9.0), Entry(1, 12, 6.0, 10.0, 12.0)
+  Heartbeat(old, time.time(), "a", 7, 1).write(path)
+
+  class Agent:
+    polls = iter((("starting", old), ("stepping", old), ("stepping", new), None))
+
+    def poll(self):
+      state = next(self.polls)
+      if state is None:
+        return 0
+      Heartbeat(state[1], time.time(), "a", 8, 2, state[0]).write(path)
+      return None
+
+    def kill(self):
+      pass
+
+  monkeypatch.setattr(launching, "POLL_S", 0.0)
+  monkeypatch.setattr(launching.local, "spawn", lambda *_: Agent())
+  with Display(Console(file=out, width=200)) as display:
+    run = records.run(path.parent.name)
+    launching._attempt(lab.root, run, lab.config, 2, display.line("production", 12, "starting"))
+  assert out.getvalue().splitlines() == [f"production: {new}"]
 
 
 @pytest.mark.faults
