@@ -509,7 +509,7 @@ def test_memory_that_the_heap_holds_already_is_not_missed(lab, monkeypatch):
   config = configs.changed(lab.config, {"launch.ranks": 2, "rdep.group": 2, "train.micro_batch": 4})
   needed, heap = plan(config).peak_bytes, 1 << 20
   target = replace(select(lab.config), device=torch.device("cuda"))
-  ranks = Parallel(rdep=SimpleNamespace(heap=SimpleNamespace(nbytes=heap)))
+  ranks = Parallel(rdep=SimpleNamespace(nbytes=heap))
   monkeypatch.setattr(train, "Model", model)
   monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - heap, needed))
   with pytest.raises(Begun):
