@@ -1,69 +1,31 @@
-"""The loader's promises (pure, exact proportions, no repeats, independent of ranks), validation and
-bits per byte, and what a damaged folder says."""
+"""The loader's promises: pure, exact proportions, no repeats, independent of ranks."""
 
 import hashlib
-import json
 import math
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_cases import in_memory, two_sources
 
-from nmoe.data import tokenizer
-from nmoe.data.loader import Loader, Prefetcher, Validation, bits_per_byte, unigram_bpb
-from nmoe.data.mixture import FilesSource, Mixture, Phase, phases
+from nmoe.data.loader import Loader, Prefetcher
+from nmoe.data.mixture import Phase, phases
 from nmoe.data.permutation import key, permute
-from nmoe.data.prepare import prepare
 from nmoe.data.prepared import (
   CYCLE,
-  PreparedData,
-  PreparedSource,
   cycle_counts,
   open_data,
   shares,
 )
-from nmoe.data.shards import Stream, digest
+from nmoe.data.shards import Stream
 from nmoe.errors import ConfigError, DataError
-
-BYTE = tokenizer.get("byte")
-
-
-def in_memory(lengths, weights=None, temperature=1.0, heldout=()):
-  """Sources a, b, … whose tokens are their own positions, so that a sample shows where it lies."""
-  sources = tuple(
-    PreparedSource(
-      name=chr(ord("a") + i),
-      weight=weights[i] if weights else None,
-      folder=Path(),
-      manifest={},
-      train=Stream([np.arange(n, dtype=np.uint32)]),
-      heldout=Stream([np.arange(heldout[i] if heldout else 0, dtype=np.uint32)]),
-    )
-    for i, n in enumerate(lengths)
-  )
-  return PreparedData("digest", BYTE, temperature, sources)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A prepared mixture of two small sources with several shards each."""
-  root = tmp_path_factory.mktemp("data")
-  rng = np.random.default_rng(0)
-  sources = []
-  for name, words in (("plain", ["one ", "two ", "three "]), ("odd", ["ä", "ß ", "¿", "z"])):
-    (root / name).mkdir()
-    for i in range(200):
-      text = "".join(rng.choice(words, size=rng.integers(5, 120)))
-      (root / name / f"{i:03d}.txt").write_text(text, encoding="utf-8")
-    sources.append(FilesSource(name=name, paths=(str(root / name / "*"),), format="text"))
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr("nmoe.data.shards.SHARD_TOKENS", 8192)
-    patch.setattr("nmoe.data.prepare.BATCH_BYTES", 4096)
-    return prepare(Mixture(sources=tuple(sources), holdout=0.1), BYTE, root)
+  return two_sources(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -413,176 +375,3 @@ def test_prefetcher_counts_the_time_waited(data):
   list(batches)
   waited = batches.wait_s()
   assert waited > 0 and batches.wait_s() == 0
-
-
-# --- validation and bits per byte ---
-
-
-def collect(validation, batch_size, ranks=1):
-  """All windows in order: the ranks' batches put together, padding removed."""
-  parts = [list(validation.batches(batch_size, r, ranks)) for r in range(ranks)]
-  assert len({len(p) for p in parts}) == 1
-  joined = [torch.cat([p[i][j] for i in range(len(parts[0])) for p in parts]) for j in range(3)]
-  whole = joined[1][:, 0] >= 0
-  assert (joined[1][~whole] == -1).all() and not joined[2][~whole].any()
-  return [t[whole] for t in joined]
-
-
-@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (7, 1), (4, 2), (3, 5), (64, 2)])
-def test_validation_is_frozen(data, batch_size, ranks):
-  validation = Validation(data, seq_len=32, tokens=1500)
-  assert validation.num_tokens == 1500 // 32 * 32
-  expected = collect(validation, 1)
-  found = collect(Validation(data, seq_len=32, tokens=1500), batch_size, ranks)
-  assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-  tokens, targets, num_bytes = found
-  assert tokens.numel() == validation.num_tokens
-  assert torch.equal(tokens[:, 1:], targets[:, :-1])
-  assert torch.equal(num_bytes, (targets != BYTE.eot).int())
-
-
-@given(
-  heldout=st.lists(st.integers(0, 250), min_size=1, max_size=4).filter(lambda h: max(h) > 16),
-  tokens=st.integers(1, 900),
-)
-def test_validation_windows_are_distinct_and_in_proportion(heldout, tokens):
-  data = in_memory([1000] * len(heldout), heldout=heldout)
-  validation = Validation(data, seq_len=16, tokens=tokens)
-  have = np.array([max(0, h - 1) // 16 for h in heldout])
-  expected = min(max(1, tokens // 16), have.sum())
-  take = np.bincount(validation.source_W, minlength=len(heldout))
-  assert take.sum() == expected and (take <= have).all()
-  assert (np.abs(take - expected * have / have.sum()) < 1).all()
-  inputs = collect(validation, 1)[0].numpy()
-  assert (inputs < np.array(heldout)[validation.source_W][:, None]).all()
-  places = inputs + 1000 * validation.source_W[:, None]
-  assert len(np.unique(places)) == places.size
-
-
-def test_validation_ignores_weights_and_shares_nothing_with_training(data):
-  for source in data.sources:
-    assert not set(source.hashes("train").tolist()) & set(source.hashes("heldout").tolist())
-    assert len(source.hashes("heldout"))
-
-
-def test_too_little_held_out_is_named():
-  data = in_memory([1000, 1000], heldout=[16, 0])
-  with pytest.raises(DataError, match="'a': 16, .*needs 17; raise mixture.holdout"):
-    Validation(data, seq_len=16, tokens=100)
-
-
-def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(data):
-  tokens, targets, num_bytes = collect(Validation(data, seq_len=32, tokens=1500), 4)
-  nats = (num_bytes > 0) * math.log(256)
-  assert bits_per_byte(nats.sum().item(), num_bytes.sum().item()) == pytest.approx(8, rel=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [100, 1500, 1 << 40])
-def test_unigram_bpb_against_its_definition(data, tokens):
-  """Counted anew from the tokens on disk, token by token, in float64: over the very targets that a
-  model's bits per byte is of, however few of the held-out tokens they are.
-  """
-
-  def tokens_of(source, split):
-    return [
-      t
-      for e in source.manifest[split]["shards"]
-      for t in np.load(source.folder / e["file"]).tolist()
-    ]
-
-  share = shares(data)
-  probability = dict.fromkeys(range(257), 0.0)
-  for source in data.sources:
-    train = tokens_of(source, "train")
-    for v in probability:
-      probability[v] += share[source.name] * (train.count(v) + 1) / (len(train) + 257)
-  validation = Validation(data, seq_len=32, tokens=tokens)
-  windows = [t for _, y, _ in validation.batches(1) for t in y.flatten().tolist()]
-  assert len(windows) == validation.num_tokens <= tokens
-  bits = [-math.log2(probability[t]) for t in windows if t != BYTE.eot]
-  assert unigram_bpb(data, validation) == pytest.approx(math.fsum(bits) / len(bits), rel=1e-12)
-
-
-# --- damage ---
-
-
-def flip(path):
-  content = bytearray(path.read_bytes())
-  content[-1] ^= 1
-  path.write_bytes(content)
-
-
-def cut(path):
-  path.write_bytes(path.read_bytes()[:-10])
-
-
-def edit(path):
-  manifest = json.loads(path.read_text())
-  manifest["holdout"] = 0.5
-  path.write_text(json.dumps(manifest))
-
-
-def outdated(path):
-  manifest = json.loads(path.read_text()) | {"format": 0}
-  del manifest["sha256"]
-  path.write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
-
-
-SHARD, MANIFEST = "train-tokens-00001.npy", "manifest.json"
-
-
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize(
-  ("name", "damage", "message"),
-  [
-    (SHARD, flip, "sha256 is [0-9a-f]{64}, the manifest says [0-9a-f]{64}"),
-    (SHARD, cut, "holds [0-9]+ bytes, the manifest says [0-9]+"),
-    (SHARD, Path.unlink, "cannot be read"),
-    ("train-counts.npy", cut, "holds [0-9]+ bytes, the manifest says [0-9]+"),
-    (MANIFEST, Path.unlink, "no readable manifest"),
-    (MANIFEST, cut, "no readable manifest"),
-    (MANIFEST, edit, "hashes to [0-9a-f]{64}, it states [0-9a-f]{64}"),
-    (MANIFEST, outdated, "format is 0, this version reads"),
-    (MANIFEST, lambda p: p.write_text("[]"), "not a manifest"),
-  ],
-)
-def test_damage_is_found_and_named(folder, tmp_path, name, damage, message, verify):
-  copy = tmp_path / "data"
-  shutil.copytree(folder.parent, copy)
-  source = copy / "sources" / json.loads((folder / MANIFEST).read_text())["sources"][1]["source"]
-  damage(source / name)
-  if damage is flip and not verify:
-    open_data(copy / folder.name, verify=False)  # only sizes are compared
-    return
-  with pytest.raises(DataError, match=f"{source / name}.*{message}.*delete {source} and prepare"):
-    open_data(copy / folder.name, verify=verify)
-
-
-def test_a_damaged_mixture_is_named(folder, tmp_path):
-  copy = tmp_path / "data"
-  shutil.copytree(folder.parent, copy)
-  cut(copy / folder.name / MANIFEST)
-  with pytest.raises(DataError, match=f"{copy / folder.name / MANIFEST}: no readable manifest"):
-    open_data(copy / folder.name)
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-  with pytest.raises(DataError, match=f"{tmp_path}/none/manifest.json: no readable manifest"):
-    open_data(tmp_path / "none")
-
-
-def test_deleting_what_is_damaged_and_preparing_again_restores_it(folder, tmp_path):
-  sources = tuple(
-    FilesSource(name=name, paths=(str(folder.parents[1] / name / "*"),), format="text")
-    for name in ("plain", "odd")
-  )
-  mixture = Mixture(sources=sources, holdout=0.1)
-  prepared = prepare(mixture, BYTE, tmp_path)
-  before = Loader(open_data(prepared), seq_len=24, seed=0).samples(np.arange(50))
-  damaged = open_data(prepared).sources[0].folder
-  cut(damaged / "train-tokens-00000.npy")
-  with pytest.raises(DataError):
-    open_data(prepared)
-  shutil.rmtree(damaged)
-  data = open_data(prepare(mixture, BYTE, tmp_path))
-  assert np.array_equal(Loader(data, seq_len=24, seed=0).samples(np.arange(50)), before)
