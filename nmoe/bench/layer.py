@@ -144,9 +144,7 @@ class Bench:
     for d in sets:
       self.gradients(self.by_rdep, d)
       graph = torch.cuda.CUDAGraph()
-      recorded = torch.cuda.graph(
-        graph, capture_error_mode="thread_local"
-      )  # NCCL's looks at events
+      recorded = torch.cuda.graph(graph, capture_error_mode="thread_local")  # NCCL's thread may ask
       with temporarily(self.rdep, one_round=True), recorded, self.rdep.captured():
         kept = self.gradients(self.by_rdep, d)
       made.append((graph, self.rdep.capture, kept))
