@@ -55,8 +55,9 @@ def check_suites(hypotheses: Sequence[Hypothesis], arms: Sequence[Arm], evals: P
         f"{metric}: arm {arm.name} would be asked {_told(suite)}, {arms[0].name} {_told(first)}; "
         "give all arms the same [eval] suite and limit"
       )
-  tasks = {task: read_manifest(find_task(evals, task))["tasks"][task] for task in first.tasks}
-  if metric.endswith("/acc") and not any(map(by_accuracy, tasks.values())):
+  if metric.endswith("/acc") and not any(
+    by_accuracy(read_manifest(find_task(evals, task))["tasks"][task]) for task in first.tasks
+  ):
     raise ConfigError(
       f"{metric}: no task of {arms[0].config.eval.suite} is judged by an accuracy, all have one "
       f"answer; choose {metric.removesuffix('acc')}bpb"

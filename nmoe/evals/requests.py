@@ -160,13 +160,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_task(folder: Path, task: str, limit: int) -> list[Document]:
   """The first `limit` documents of a prepared task (0: all), after its hash was checked."""
   path = folder / f"{task}.jsonl"
-  tasks = read_manifest(folder)["tasks"]
-  if task not in tasks:
-    raise DataError(
-      f"{folder}/manifest.json has no task {task}; delete {path}, and run `nmoe prep-evals` on "
-      "your own file"
-    )
-  wanted = tasks[task]["sha256"]
+  wanted = read_manifest(folder)["tasks"][task]["sha256"]
   try:
     data = path.read_bytes()
   except OSError as error:
@@ -195,14 +189,20 @@ def by_accuracy(about: Mapping[str, Any]) -> bool:
 
 
 def find_task(evals: Path, task: str) -> Path:
-  """The folder below `evals` that holds a task. DataError if none does, or two do."""
+  """The folder below `evals` whose manifest has a task. DataError if none has, or two hold it."""
   folders = [p.parent for p in sorted(evals.glob(f"*/{task}.jsonl")) if p.parent.name[0] != "."]
   if len(folders) > 1:
     names = ", ".join(f.name for f in folders)
     raise DataError(f"{evals}: task {task} is in {names}; delete all of these but one")
   if not folders:
     raise DataError(f"{evals} holds no items of task {task}; {_origin(task)}")
-  return folders[0]
+  (folder,) = folders
+  if task not in read_manifest(folder)["tasks"]:
+    raise DataError(
+      f"{folder}/manifest.json has no task {task}; delete {folder}/{task}.jsonl, and run "
+      "`nmoe prep-evals` on your own file"
+    )
+  return folder
 
 
 def _origin(task: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from labs import write_variant
 from rich.console import Console
 
-from nmoe.errors import ConfigError, RecordError, RunError
+from nmoe.errors import ConfigError, DataError, RecordError, RunError
 from nmoe.evals.measure import Items, per_document, read_items, write_items
 from nmoe.evals.sources import prepare
 from nmoe.evals.suites import ITEMS
@@ -206,6 +206,22 @@ def test_an_accuracy_of_a_suite_that_has_none_is_refused_before_it_trains(lab, l
   own = OWN.replace("mine/bpb", "mine/acc").replace("lower", "higher")
   variant = write_variant(lab.file, "rate", own + "[optim]\ndense_lr = 1e-3\n")
   with pytest.raises(ConfigError, match="eval/mine/acc: no task of .*mine.toml.* eval/mine/bpb"):
+    ablate.run(base, variant, 2, Console(quiet=True))
+  assert launches.ids == []
+
+
+@pytest.mark.parametrize("metric", ["val/bpb", "eval/mine/bpb", "eval/mine/acc"])
+def test_a_file_of_items_that_no_manifest_names_is_refused_before_it_trains(lab, launches, metric):
+  """Put there by hand, whatever is asked of it: a rank would say so after it was started."""
+  own_suite(lab)
+  (there,) = Root(lab.root).evals.glob("*/pairs.jsonl")
+  there.with_name("stray.jsonl").write_text(there.read_text())
+  lab.file.with_name("mine.toml").write_text('tasks = ["stray"]\n')
+  base = write_variant(lab.file, "base", '[eval]\nsuite = "mine.toml"\n')
+  own = OWN.replace("eval/mine/bpb", metric)
+  own = own.replace("lower", "higher") if metric.endswith("acc") else own
+  variant = write_variant(lab.file, "rate", own + "[optim]\ndense_lr = 1e-3\n")
+  with pytest.raises(DataError, match="manifest.json has no task stray; delete .*stray.jsonl"):
     ablate.run(base, variant, 2, Console(quiet=True))
   assert launches.ids == []
 
