@@ -273,7 +273,7 @@ def unigram_bpb(data: PreparedData, validation: Validation) -> float:
   share = shares(data)
   p_V = np.zeros(data.tokenizer.vocab_size)
   for source in data.sources:
-    counts_V = source.counts("train") + 1
+    counts_V = source.train_counts() + 1
     p_V += share[source.name] * counts_V / counts_V.sum()
   seen_V = np.zeros_like(p_V)
   for _, targets, _ in validation.batches(WINDOWS):

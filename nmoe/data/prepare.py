@@ -146,8 +146,8 @@ def _write_source(
   """
   skipped: Counter[str] = Counter()
   with (
-    SplitWriter(folder, "train", tokenizer.vocab_size) as train,
-    SplitWriter(folder, "heldout", tokenizer.vocab_size) as heldout,
+    SplitWriter(folder, "train", tokenizer.vocab_size, counted=True) as train,
+    SplitWriter(folder, "heldout", tokenizer.vocab_size, counted=False) as heldout,
     ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
   ):
     writers = dict(zip(SPLITS, (train, heldout), strict=True))

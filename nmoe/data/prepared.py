@@ -32,9 +32,9 @@ class PreparedSource:
   train: Stream
   heldout: Stream
 
-  def counts(self, split: str) -> np.ndarray:
-    """int64 [V], how often each id occurs in "train" or "heldout"."""
-    return load_array(self.folder / f"{split}-counts.npy")
+  def train_counts(self) -> np.ndarray:
+    """int64 [V], how often each id occurs in training text."""
+    return load_array(self.folder / "train-counts.npy")
 
   def hashes(self, split: str) -> np.ndarray:
     """uint64 [documents] of "train" or "heldout": the first 8 bytes of each text's sha256."""

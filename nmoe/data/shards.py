@@ -4,7 +4,7 @@ A split (train or heldout) of a source is
   {split}-tokens-00000.npy …  uint16 or uint32, every document followed by the separator
   {split}-offsets.npy         uint64 [documents + 1], first token of each document, then the end
   {split}-hashes.npy          uint64 [documents], first 8 bytes (little endian) of a text's sha256
-  {split}-counts.npy          int64 [V], how often each id occurs
+  train-counts.npy            int64 [V], how often each id occurs; of no other split
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from nmoe.errors import DataError
 from nmoe.files import sha256
 
-FORMAT = 2  # raise it whenever the same source would give other tokens or files
+FORMAT = 2  # raise it whenever a source would give other tokens, or what is there is not enough
 SHARD_TOKENS = 1 << 27
 MANIFEST = "manifest.json"
 
@@ -68,12 +68,15 @@ class NpyWriter:
 
 
 class SplitWriter:
-  """Writes one split of a source into a folder; `finish` returns its entry of the manifest."""
+  """Writes one split of a source into a folder; `finish` returns its entry of the manifest.
 
-  def __init__(self, folder: Path, split: str, vocab_size: int):
+  counted: how often each id occurs is written too.
+  """
+
+  def __init__(self, folder: Path, split: str, vocab_size: int, counted: bool):
     self._folder, self._split = folder, split
     self._dtype = token_dtype(vocab_size)
-    self._counts = np.zeros(vocab_size, dtype=np.int64)
+    self._counts = np.zeros(vocab_size, dtype=np.int64) if counted else None
     self._offsets = NpyWriter(folder / f"{split}-offsets.npy", np.uint64)
     self._hashes = NpyWriter(folder / f"{split}-hashes.npy", np.uint64)
     self._offsets.append(np.zeros(1))
@@ -88,7 +91,8 @@ class SplitWriter:
       self._roll()
     tokens = np.concatenate(documents)
     self._shards[-1].append(tokens)
-    self._counts += np.bincount(tokens, minlength=len(self._counts))
+    if self._counts is not None:
+      self._counts += np.bincount(tokens, minlength=len(self._counts))
     ends = self._tokens + np.cumsum([len(d) for d in documents])
     self._offsets.append(ends)
     self._hashes.append(hashes)
@@ -99,9 +103,10 @@ class SplitWriter:
       self._shards[-1].close()
     self._offsets.close()
     self._hashes.close()
-    counts = NpyWriter(self._folder / f"{self._split}-counts.npy", np.int64)
-    counts.append(self._counts)
-    counts.close()
+    if self._counts is not None:
+      counts = NpyWriter(self._folder / f"{self._split}-counts.npy", np.int64)
+      counts.append(self._counts)
+      counts.close()
     shards = [{"file": shard.path.name, "tokens": shard.length} for shard in self._shards]
     return {
       "documents": self._hashes.length,

@@ -19,7 +19,8 @@ from nmoe.data import prepare as preparation
 from nmoe.data import shards, sources_python, tokenizer
 from nmoe.data.mixture import FilesSource, HuggingFaceSource, Mixture, PythonSource
 from nmoe.data.prepare import prepare
-from nmoe.data.shards import read_manifest
+from nmoe.data.prepared import open_data
+from nmoe.data.shards import read_manifest, write_manifest
 from nmoe.errors import DataError
 
 BYTE = tokenizer.get("byte")
@@ -83,9 +84,10 @@ def test_documents_are_written_split_and_indexed(tmp_path):
     assert manifest[split]["bytes"] == sum(len(d.encode()) for d in expected)
     hashes = [int.from_bytes(hashlib.sha256(d.encode()).digest()[:8], "little") for d in expected]
     assert np.load(source / f"{split}-hashes.npy").tolist() == hashes
-    ids = [i for d in expected for i in (*d.encode(), BYTE.eot)]
-    counts = np.load(source / f"{split}-counts.npy")
-    assert counts.tolist() == np.bincount(ids, minlength=BYTE.vocab_size).tolist()
+  ids = [i for d in DOCUMENTS if not is_heldout(d, 0.1) for i in (*d.encode(), BYTE.eot)]
+  counts = np.load(source / "train-counts.npy")
+  assert counts.tolist() == np.bincount(ids, minlength=BYTE.vocab_size).tolist()
+  assert not (source / "heldout-counts.npy").exists()  # nothing reads them
   assert 20 <= manifest["heldout"]["documents"] <= 65  # 40 expected
 
 
@@ -125,6 +127,18 @@ def test_prepared_sources_are_reused_for_equal_content(tmp_path, monkeypatch):
   second = prepare(mixture_of(there), BYTE, tmp_path)
   assert second != first
   assert prepared_sources(second) == prepared_sources(first)
+
+
+def test_a_source_that_holds_counts_of_its_held_out_text_is_used_as_it_is(tmp_path):
+  """As all did that were prepared before 2026-11-28."""
+  mixture = mixture_of(text_source(write_texts(tmp_path / "in", DOCUMENTS)))
+  ((source, manifest),) = prepared_sources(prepare(mixture, BYTE, tmp_path))
+  np.save(source / "heldout-counts.npy", np.zeros(BYTE.vocab_size, np.int64))
+  write_manifest(source, {**manifest, "files": shards.list_files(source)})
+  before = (source / "manifest.json").read_bytes()
+  (opened,) = open_data(prepare(mixture, BYTE, tmp_path, anew=True)).sources
+  assert opened.folder == source and (source / "manifest.json").read_bytes() == before
+  assert opened.train_counts().sum() == opened.train.length == manifest["train"]["tokens"]
 
 
 @pytest.mark.parametrize("change", ["content", "holdout", "max_documents", "tokenizer"])
