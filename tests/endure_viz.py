@@ -1,9 +1,10 @@
 """A dashboard and a trainer beside each other for long: what either costs the other.
 
 `PYTHONPATH=. python tests/endure_viz.py flush`: ten minutes of a trainer that flushes 100 tags
-twice a second while three browsers look on; how long its flushes took. `... heap`: 3,600 refreshes
-of the table of runs, ten a second; what the page's heap and the server's memory grew by. A second
-number: how much of it, in minutes or refreshes. A third, for heap: seconds between two refreshes.
+twice a second while three browsers look on; how long it waited for its log lines, which a thread
+flushes, and how long those flushes took. `... heap`: 3,600 refreshes of the table of runs, ten a
+second; what the page's heap and the server's memory grew by. A second number: how much of it, in
+minutes or refreshes. A third, for heap: seconds between two refreshes.
 """
 
 from __future__ import annotations
@@ -56,21 +57,24 @@ def make(root: Path) -> list[str]:
 
 
 def write(root: Path, run: str, every_s: float, seconds: float) -> None:
-  """Be a trainer: log, flush, and print how long it took and whether rows had to wait beside."""
-  writer, step = Metrics(root, run), int(STEP[-1])
+  """Be a trainer: log a line, of which a thread begins the flush, and wait for that; print how long
+  both took and whether rows had to wait beside.
+  """
+  writer, step = Metrics(root, run, batch=1), int(STEP[-1])
   values = {tag: float(of[-1]) for tag, of in curves(STEP, 0, 0.0, LAYERS).items()}
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     step += 10
-    writer.add(step, 1000 * step, values)
-    began, used, error = time.perf_counter(), time.process_time(), ""
+    began, used, waited, error = time.perf_counter(), time.process_time(), 0.0, ""
     try:
+      writer.add(step, 1000 * step, values)
+      waited = time.perf_counter() - began
       writer.flush()
     except RecordError as refused:
       error = str(refused)
     took, cpu = time.perf_counter() - began, time.process_time() - used
-    line = {"s": took, "cpu": cpu, "beside": writer.beside.exists(), "error": error}
-    sys.stdout.write(json.dumps(line) + "\n")
+    line = {"waited": waited, "s": took, "cpu": cpu, "beside": writer.beside.exists()}
+    sys.stdout.write(json.dumps(line | {"error": error}) + "\n")
     sys.stdout.flush()
     time.sleep(max(0.0, every_s - took))
 
@@ -119,14 +123,15 @@ def flush(minutes: float) -> None:
       assert not any(page.errors for page in pages), [page.errors for page in pages]
     told = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
     told.sort(key=lambda line: line["s"])
-    took = [line["s"] for line in told]
+    took, waited = ([1000 * line[of] for line in told] for of in ("s", "waited"))
     slow = [f"{1000 * line['s']:.0f} ({1000 * line['cpu']:.0f} of CPU)" for line in told[-3:]]
     errors = [line["error"] for line in told if line["error"]]
     beside = sum(line["beside"] for line in told)
     asked = [sum("/api/series" in url for url in page.requests) for page in pages]
   sys.stdout.write(
-    f"{len(took)} flushes in {minutes:g} min: median {1000 * statistics.median(took):.0f} ms, "
-    f"99 % {1000 * took[int(0.99 * len(took))]:.0f} ms, worst {', '.join(slow)} ms; load average "
+    f"{len(took)} lines in {minutes:g} min, waited for: median {statistics.median(waited):.2f} ms, "
+    f"worst {max(waited):.1f} ms; their flushes: median {statistics.median(took):.0f} ms, "
+    f"99 % {took[int(0.99 * len(took))]:.0f} ms, worst {', '.join(slow)} ms; load average "
     f"{os.getloadavg()[0]:.1f}; {beside} kept beside; {len(errors)} errors {errors[:1]}; "
     f"{asked} refreshes of the three pages, heaps {_mb(heaps[2])} MB then, {_mb(heaps[-1])} now\n"
   )
