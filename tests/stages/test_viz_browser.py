@@ -5,6 +5,7 @@ Pictures of the pages are left in NMOE_PICTURES, where that is set.
 
 import json
 import os
+import re
 import time
 from itertools import product
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_figures_say_their_unit_their_sign_and_what_they_are_of(page, served, ma
   )
   assert tasks == ["t", "asked", "mine: the suite's mean"]
   waits = "[...document.querySelectorAll('.panel')]"
-  waits += ".filter(p => /, s$/.test(p.querySelector('b').innerText))"
+  waits += ".filter(p => /^(waiting|checkpoint stall)/.test(p.querySelector('b').innerText))"
   page.wait(f"{waits}.length > 0 && {waits}[0].querySelector('.readout').innerText")
   for text in page.ask(f"{waits}.map(p => p.querySelector('.readout').innerText)"):
     assert text.endswith((" ms", " s")), text
@@ -287,6 +288,38 @@ def test_a_key_has_the_value_that_a_filter_names(page, served, made, words, rows
   assert page.ask("document.querySelectorAll('tbody tr').length") == rows
 
 
+def test_a_log_axis_has_ticks_that_are_read(page, served, made):
+  """At least three on each, whatever decades it spans; what a canvas is told to write is noted."""
+  note = """window.written = new Map(); const write = CanvasRenderingContext2D.prototype.fillText;
+    CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+      const of = this.canvas.closest(".panel")?.querySelector("b").innerText;
+      written.set(of, [...(written.get(of) || []), [text, this.textAlign]]);
+      return write.call(this, text, x, y); }"""
+  noted = page.send("Page.addScriptToEvaluateOnNewDocument", source=note)["identifier"]
+  page.open(f"{served}/?f=rate-1&log=1")
+  page.wait("document.querySelectorAll('.panel[data-y] canvas').length == 6")
+  told = page.ask("[...written]")
+  page.send("Page.removeScriptToEvaluateOnNewDocument", identifier=noted)
+  labels = {of: {text for text, align in texts if align == "right"} for of, texts in told}
+  assert len(labels) == 6 and all(len(of - {""}) >= 3 for of in labels.values()), labels
+
+
+def test_what_lies_under_the_cursor_is_told_value_first(page, served, made):
+  """A caption is cut at its end: there stands the curve's name, which its colour tells too."""
+  page.open(f"{served}/?f=rate-1&x=step")
+  page.wait("document.querySelectorAll('.panel[data-y] canvas').length == 6")
+  box = page.ask(
+    "(r => [r.x + r.width / 2, r.y + r.height / 2])"
+    "(document.querySelector('.panel .u-over').getBoundingClientRect())"
+  )
+  page.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+  page.wait("/ at /.test(document.querySelector('.panel .readout').innerText)", 5)
+  told = page.ask("document.querySelector('.panel .readout').innerText")
+  value, place, name = re.fullmatch(r"([\d.]+) at ([\d,]+) · (.+ · seed \d)", told).groups()
+  assert 2.5 < float(value) < 6 and 0 < int(place.replace(",", "")) <= 2000
+  assert name.startswith(("baseline", "variant"))
+
+
 def test_curves_can_be_means_of_what_is_shown(page, served, made):
   """Of 5 % of the points around each, as NumPy has them; fewer spikes, and the address says so."""
   page.open(f"{served}/?sel={made[1]['baseline', 0]}&x=step&tags=grad_norm/all")
@@ -318,6 +351,22 @@ def test_curves_can_be_means_of_what_is_shown(page, served, made):
       [[], [], [6, 6], [6, 12]],
     ),
     (
+      "charts",  # one hardly higher than another is drawn over it too; one that is apart is not
+      "m.apart([[1, 2, 3, 9], [1.01, 2.01, 3.01, 8], [1.2, 2.2, 3.2, 9]]"
+      ".map(y => ({ y, dash: [] }))).map(c => c.dash)",
+      [[], [6, 6], []],
+    ),
+    (
+      "charts",
+      "[[2.58, 5.2], [0.1, 9], [1e-5, 0.2], [0.995, 1.005]].map(([a, b]) => m.logTicks(a, b))",
+      [
+        [3, 3.5, 4, 4.5, 5],
+        [0.1, 0.2, 0.5, 1, 2, 5],
+        [1e-5, 1e-4, 1e-3, 0.01, 0.1],
+        [0.996, 0.998, 1, 1.002, 1.004],
+      ],
+    ),
+    (
       "charts",
       "[[], [1, null], [1, null, 2], [1, 2, null, 3]].map(m.few)",
       [True, True, True, False],
@@ -326,6 +375,12 @@ def test_curves_can_be_means_of_what_is_shown(page, served, made):
       "format",
       "[2e-4, -2e-4, 2.51e-5, 0.25, -3, 0].map(v => m.short(v))",
       ["2e-4", "−2e-4", "2.51e-5", "0.25", "−3", "0"],
+    ),
+    (
+      "format",
+      "[0, 1.8e-5, 5e-4, 0.001, 0.5, 12, 4000].map(v => m.textOf('time/gather_s')(v, 3))"
+      ".concat([7e-4, 6543].map(v => m.textOf('train/tokens_per_s')(v, 3)))",
+      ["0 s", "0.018 ms", "0.5 ms", "1 ms", "500 ms", "12 s", "4000 s", "7e-4", "6.54k"],
     ),
     (
       "format",

@@ -1,6 +1,6 @@
 // Lines (uPlot) and maps (a canvas). Both redraw when their data, theme or width change.
 import { html, useEffect, useRef, useState } from "/static/preact-htm.js";
-import { color, dash, label, short, ticks, whole, xText } from "/static/format.js";
+import { color, dash, label, short, textOf, ticks, whole, xText } from "/static/format.js";
 
 export const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 
@@ -55,13 +55,32 @@ export function few(y) {
   return known < 3;
 }
 
-// Curves of which an earlier one has every value are dashed, so that both are seen.
+// Curves that would hide an earlier one, from which they hardly differ, are dashed, so that both are seen.
 export function apart(curves) {
-  const same = (a, b) => a.length === b.length && a.every((v, i) => Object.is(v, b[i]));
+  const middle = (of, at) => of.sort((a, b) => a - b)[Math.floor(at * (of.length - 1))];
+  const every = curves.flatMap((c) => Array.from(c.y).filter(Number.isFinite)), wide = middle(every, 0.95) - middle(every, 0.05);
+  const same = (a, b) => {
+    const both = Array.from(a, (v, i) => Math.abs(v - b[i])).filter(Number.isFinite);
+    return both.length > 0 && middle(both, 0.5) <= 0.01 * wide;
+  };
   return curves.map((curve, i) => {
     const under = curves.slice(0, i).filter((other) => same(curve.y, other.y)).length;
     return under ? { ...curve, dash: [6, 6 * under] } : curve;
   });
+}
+
+// Ticks of a logarithmic axis: decades, 1 2 5 of few, and round values evenly apart of less than one.
+export function logTicks(low, high) {
+  const decades = Math.log10(high / low), steps = decades > 3 ? [1] : [1, 2, 5], found = [];
+  const each = Math.max(1, Math.ceil(decades / 8));
+  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) {
+    if (decades <= 3 || e % each === 0) found.push(...steps.map((m) => +`${m}e${e}`).filter((v) => v >= low && v <= high));
+  }
+  if (found.length > 2) return found;
+  const [size, e] = ((high - low) / 4).toExponential().split("e").map(Number);
+  const step = +`${[5, 2, 1].find((m) => m <= size)}e${e}`;
+  const first = Math.ceil(low / step), n = Math.floor(high / step) - first + 1;
+  return Array.from({ length: n }, (_, i) => +((first + i) * step).toPrecision(12));
 }
 
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];  // ticks of what is counted
@@ -100,7 +119,8 @@ function options(props, width, say) {
       y: { distr: log ? 3 : 1, range: (u) => props.yRange || extent(u, props.range, skip, log) },
     },
     axes: [{ ...axis(24, 64, props.xText || ((v, digits) => xText(xKind, v, digits))), splits: props.splits },
-      { ...axis(wide, 36, short), ...(props.whole ? { incrs: WHOLE } : {}) }],
+      { ...axis(wide, 36, props.yText || short), ...(props.whole ? { incrs: WHOLE } : {}),
+        ...(log ? { splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits } : {}) }],
     bands,
     series: [{}, ...curves.map((curve, i) => ({
       label: curve.label,
@@ -170,14 +190,14 @@ function nearest(u, curves) {
 // x, curves: [{y, label, color?, dash?, width?, fill?}] on that x; marks: [{x, color?}], upright lines.
 export function Lines(props) {
   const { x, curves, title, xKind = "tokens", height = TALL() } = props;
-  const textOf = props.xText || ((v) => (xKind === "step" ? whole(v) : xText(xKind, v, 5)));
+  const at = props.xText || ((v) => (xKind === "step" ? whole(v) : xText(xKind, v, 5)));
   const ref = useRef(), plot = useRef(null), note = useRef();
   const width = useWidth(ref);
   const theme = useTheme();
   const say = (found) => {
     if (!note.current) return;
-    note.current.textContent = found
-      ? `${found.curve.label}  ${short(found.y, 5)}  at ${textOf(found.x)}` : props.note || "";
+    note.current.textContent = found  // what does not fit is cut off at the end
+      ? `${(props.yText || short)(found.y, 5)} at ${at(found.x)} · ${found.curve.label}` : props.note || "";
     note.current.style.color = found ? found.curve.color || "" : "";
   };
   useEffect(() => say(null), [props.note]);
@@ -240,7 +260,7 @@ export function Panel({ panel, style, ...rest }) {
   const curves = rest.smooth ? means(logged, rest.smooth) : logged;
   const skip = /loss|bpb|norm/.test(panel.tag) ? 0.05 : 0;
   return html`<${Lines} x=${panel.x} curves=${curves} title=${rest.title || label(panel.tag)}
-    skip=${skip} ...${rest} />`;
+    skip=${skip} yText=${textOf(panel.tag)} ...${rest} />`;
 }
 
 // A map of rows × columns. `shade(value)` in 0..1 picks from `stops`; null is left blank.

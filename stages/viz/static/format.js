@@ -82,6 +82,10 @@ export function seconds(s) {
   return `${(s / 86400).toFixed(1)} d`;
 }
 
+// How the values of a tag are written; text(value, digits). Those in seconds carry their unit.
+export const textOf = (tag) => (/(?<!_per)_s$/.test(tag) ? lasting : short);
+const lasting = (s, digits) => (!finite(s) ? "—" : s !== 0 && Math.abs(s) < 1 ? `${trim(1000 * s, digits)} ms` : `${trim(s, digits)} s`);
+
 export const when = (iso) => (iso || "").slice(0, 16).replace("T", " ");
 export const at = (unix) => new Date(unix * 1000).toISOString().slice(0, 19).replace("T", " ");
 
@@ -102,7 +106,7 @@ export const LABELS = {
   "lr/router": "learning rate, router",
   "lr/expert": "learning rate, experts",
   "memory/peak_bytes": "peak memory, GiB",
-  "data/wait_s": "waiting for data, s",
-  "checkpoint/stall_s": "checkpoint stall, s",
+  "data/wait_s": "waiting for data",
+  "checkpoint/stall_s": "checkpoint stall",
 };
 export const label = (tag) => LABELS[tag] || tag;

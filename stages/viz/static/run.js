@@ -2,7 +2,7 @@
 import { html, useState } from "/static/preact-htm.js";
 import { getJson, getSeries, hits, search, useLive } from "/static/api.js";
 import { Lines, apart, smoothed } from "/static/charts.js";
-import { at, color, counted, grey, measure, seconds, short, tone, when, whole } from "/static/format.js";
+import { at, color, counted, grey, measure, seconds, short, textOf, tone, when, whole } from "/static/format.js";
 import { CurveBar, Facts, Failed, Legend, Link, Status, Troubles, curveKeys, curveProps,
   seriesQuery, useKeys } from "/static/parts.js";
 
@@ -24,10 +24,10 @@ function groups(tags) {
     ["tokens per second", ["train/tokens_per_s"]],
     ["model FLOPs utilisation, %", ["train/mfu"]],
     ["peak memory, GiB", ["memory/peak_bytes"]],
-    ["waiting for data, s", ["data/wait_s"]],
+    ["waiting for data", ["data/wait_s"]],
     ["rows received, and dispatched again", of(/^rdep\/rows/)],
     ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
-    ["checkpoint stall, s", ["checkpoint/stall_s"]],
+    ["checkpoint stall", ["checkpoint/stall_s"]],
   ].map(([title, wanted]) => [title, wanted.filter((tag) => tags.includes(tag))])
     .filter(([, wanted]) => wanted.length);
 }
@@ -135,10 +135,10 @@ function Group({ title, panels, errors, starts, planned, query }) {
     const n = curves.length + edges.length;
     bands.push({ series: [n - 1, n], fill: color(i) + "26" });
   });
-  const last = curves.length === 1 ? (/, s$/.test(title) ? seconds : short)(curves[0].last) : "";
+  const yText = textOf(panels[0]?.tag || ""), last = curves.length === 1 ? yText(curves[0].last, 4) : "";
   const skip = /loss|bits|norm/.test(title) ? 0.05 : 0;
   return html`<div><${Lines} title=${title} x=${x} curves=${[...curves, ...edges]} bands=${bands.length ? bands : undefined}
-      skip=${skip} note=${last} whole=${/^rounds/.test(title)} marks=${marksOf(starts, query)} ...${curveProps(query)} />
+      skip=${skip} note=${last} yText=${yText} whole=${/^rounds/.test(title)} marks=${marksOf(starts, query)} ...${curveProps(query)} />
     ${curves.length > 1 && html`<${Legend} entries=${curves.map((c) => [`${c.label}  ${short(c.last, 4)}`, c.color, c.dash])} />`}</div>`;
 }
 

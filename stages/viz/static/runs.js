@@ -3,7 +3,7 @@ import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.j
 import { change, getJson, getSeries, go, hits, search, useLive, watch } from "/static/api.js";
 import { Panel, Spark } from "/static/charts.js";
 import { Chooser, byPrefix, differing } from "/static/choose.js";
-import { byName, color, counted, dash, measure, short, when } from "/static/format.js";
+import { byName, color, counted, dash, measure, textOf, when } from "/static/format.js";
 import { Badge, CurveBar, Legend, Link, Status, Troubles, armColors, armDashes, curveKeys, curveProps, seriesQuery,
   useKeys } from "/static/parts.js";
 
@@ -168,7 +168,7 @@ function written(data, column, value, query) {
   if (data.measures[column]) return measure(data.measures[column], value);
   if (!known(value)) return "—";
   if (column === "created" || column === "updated") return when(value);
-  if (column.includes("/")) return short(value, 4);
+  if (column.includes("/")) return textOf(column)(value, 4);
   if (!column.includes(".")) return value;
   const word = `${column}=${String(value).replace(/[*+?^${}()|[\]\\]/g, "\\$&").replace(/\s/g, ".")}`;
   const words = (query.f || "").split(/\s+/).filter(Boolean);
@@ -190,7 +190,7 @@ function Table({ data, shown, chosen, toggle, at, query, columns, cell }) {
     ${text}${query.sort === key ? " ↑" : query.sort === "-" + key ? " ↓" : ""}</th>`;
   return html`<div class="list scroll"><table><thead><tr><th></th>${head("id", "run")}
     ${head("experiment", "experiment")}${head("arm", "arm")}${head("seed", "seed", "num")}
-    ${head("status", "status")}${columns.map((key) => head(key, HEADS[key] || (key.includes("/") ? key : key.split(".").pop()), numeric[key]))}<th>its curve</th></tr></thead>
+    ${head("status", "status")}${columns.map((key) => head(key, HEADS[key] || (key.includes("/") ? key : key.split(".").pop()), numeric[key]))}<th>loss curve</th></tr></thead>
     <tbody>${rows.map((r, i) => html`<tr key=${r.id} class=${i === at ? "at" : ""}>
       <td><button class="swatch" aria-label=${"select " + r.id} aria-pressed=${chosen.includes(r.id)}
         style=${{ background: hatched(colors[r.id], dashes[r.id]), borderColor: colors[r.id] || "" }}
