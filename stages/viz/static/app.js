@@ -28,7 +28,7 @@ const OF_RUN = { run: (id) => `/run/${id}`, router: (id) => `/run/${id}/router`,
 const KEYS = [["/", "filter"], ["j k", "next, previous row"], ["x", "select the row"], ["a n", "select all, none"],
   ["o p", "choose columns, panels"], ["c", "compare what is selected"], ["Enter", "open the row"], ["t", "tokens, steps, time"], ["l", "log scale"],
   ["m", "means over 1 %, 5 % of what is shown"],
-  ["z", "whole range"], ["drag, double click", "zoom, whole range"], ["d", "dark or light"], ["g h", "runs"],
+  ["s", "swap the sides of a comparison"], ["z", "whole range"], ["drag", "zoom"], ["double-click", "whole range"], ["d", "dark or light"], ["g h", "runs"],
   ["g e", "experiments"], ["?", "this"]];
 
 const wanted = localStorage.getItem("theme");

@@ -71,7 +71,7 @@ export function Results({ rows, measures, names, metric }) {
       <tr class=${row.key === metric ? "key" : ""}><td>${measures[row.key].label}</td><td class="num">${plus(measures[row.key], row.a)}</td></tr>`)}</tbody></table>`;
   }
   return html`<table data-results=${rows.length}><thead><tr><th></th><th class="num">${names[0]}</th><th class="num">${names[1]}</th>
-      <th class="num">difference</th><th class="num">95 % interval</th><th></th></tr></thead>
+      <th class="num">difference</th><th class="num">95 % interval</th><th>pairs</th></tr></thead>
     <tbody>${rows.map((row) => {
       const of = measures[row.key], d = row.difference;
       const known = d && d.low !== null && d.high !== null;
@@ -94,7 +94,7 @@ function Interval({ of, d }) {
   return html`<svg class="interval" width="160" height="16" role="img" aria-label="interval and pairs">
     <line x1=${at(0)} x2=${at(0)} y1="0" y2="16" stroke="currentColor" opacity="0.35" />
     <line x1=${at(d.low)} x2=${at(d.high)} y1="8" y2="8" stroke=${tone} stroke-width="3" opacity="0.5" />
-    ${d.differences.map((v) => html`<circle cx=${at(v)} cy="8" r="2.2" fill=${tone} />`)}</svg>`;
+    ${d.differences.map((v) => html`<circle cx=${at(v)} cy="8" r="2.2" fill=${tone} />`)}</svg><span class="soft">${good ? "better" : bad ? "worse" : ""}</span>`;
 }
 
 const signed = (v) => (v > 0 ? "+" : "") + short(v, 3);

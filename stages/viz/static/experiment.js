@@ -78,7 +78,7 @@ const Claims = ({ e }) => html`<table><tbody>${e.hypotheses.map((h) => html`<tr>
 function Members({ e, metric, live }) {
   const age = Object.fromEntries(live.map((r) => [r.id, r.age_s]));
   const of = e.measures[metric], failed = e.arms.some((arm) => arm.runs.some((r) => r.error));
-  return html`<table><thead><tr><th>run</th><th>arm</th><th class="num">seed</th><th>status</th><th class="num">${metric}</th>
+  return html`<table><thead><tr><th>run</th><th>arm</th><th class="num">seed</th><th>status</th><th class="num">${of?.label || metric}</th>
       <th class="num">tok/s</th>${failed && html`<th>error</th>`}</tr></thead>
     <tbody>${e.arms.flatMap((arm) => arm.runs.map((r) => html`<tr key=${r.id + arm.name}>
       <td><${Link} to=${"/run/" + r.id} class="mono">${r.id}<//></td><td>${arm.name}</td><td class="num">${r.seed}</td>

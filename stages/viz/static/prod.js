@@ -59,7 +59,7 @@ const Attempts = ({ attempts }) => html`<table data-attempts=${attempts.length}>
 
 // What an event tells, in words: numbers short, times as times, a rank of −1 (nobody) not at all.
 const told = (detail) => Object.entries(detail).filter(([k, v]) => !(k === "suspect" && v < 0) && v !== "" && v !== null)
-  .map(([k, v]) => `${["why", "reason"].includes(k) ? "" : k.replaceAll("_", " ")} ${/_at$/.test(k) && v > 1e9 ? at(v) : k === "startup" ? lasted(v) : value(v)}`).join(" · ");
+  .map(([k, v]) => `${["why", "reason"].includes(k) ? "" : k === "suspect" ? "suspect: rank" : k.replaceAll("_", " ")} ${/_at$/.test(k) && v > 1e9 ? at(v) : k === "startup" ? lasted(v) : value(v)}`).join(" · ");
 // How long each part of a start took is in seconds.
 const lasted = (parts) => Object.entries(parts).map(([k, s]) => `${k.replaceAll("_", " ")} ${seconds(s)}`).join(", ");
 const value = (v) => (typeof v === "number" ? short(v, 4) : Array.isArray(v) ? v.map(value).join(", ") : typeof v !== "object" || v === null ? String(v)

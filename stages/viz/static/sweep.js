@@ -91,7 +91,7 @@ function Optima({ e, hues }) {
       <td class="num">${line.points.reduce((n, p) => n + p.runs.length, 0)}</td><td>${edge ? "at an edge: extend the grid" : ""}</td></tr>`;
   });
   return html`<table data-optima=${rows.length}><thead><tr>${e.panel && html`<th>${e.panel}</th>`}<th>${e.hue || ""}</th><th class="num">${e.axis} of the best run</th>
-      <th class="num">${e.metric}</th><th class="num">optimum of parabolas</th><th class="num">curvature, per octave²</th><th class="num">noise</th><th class="num">runs</th><th></th></tr></thead>
+      <th class="num">${of?.label || e.metric}</th><th class="num">optimum of parabolas</th><th class="num">curvature, per octave²</th><th class="num">noise</th><th class="num">runs</th><th></th></tr></thead>
     <tbody>${rows}</tbody></table>`;
 }
 
