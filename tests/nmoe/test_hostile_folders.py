@@ -7,16 +7,13 @@ import struct
 
 import pytest
 import torch
+from folder_cases import folder_of
 from model_configs import YARN, tiny
-from safetensors.torch import save_file
 
-from kernels import reference
 from nmoe.errors import CheckpointError, ConfigError
-from nmoe.model.decoder import Model
 from nmoe.model.hf_config import hf_config
 from nmoe.model.hf_folder import described_in
 from nmoe.model.imports import import_folder
-from nmoe.model.names import to_hf
 from nmoe.model.safetensors import dequantized
 from nmoe.records.root import Root
 
@@ -28,14 +25,7 @@ NORM = "model.norm.weight"
 @pytest.fixture
 def folder(tmp_path):
   """A model's folder that is right."""
-  model = Model(CONFIG, reference)
-  model.init_weights(5)
-  tensors = {k: v.clone().contiguous() for k, v in to_hf(model.state_dict()).items()}
-  path = tmp_path / "hf"
-  path.mkdir()
-  save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-  tell(path, {})
-  return path
+  return folder_of(tmp_path, CONFIG)
 
 
 def tell(folder, values, gone=()):
