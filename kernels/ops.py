@@ -34,6 +34,21 @@ from kernels.copies import Copies, Key
 from kernels.errors import KernelError as KernelError
 
 
+class Rows(NamedTuple):
+  """A logical matrix inside a stored weight: the rows r with start <= r mod period < stop."""
+
+  period: int
+  start: int
+  stop: int
+
+  def view(self, weight: Tensor) -> Tensor:
+    """A writable view [..., O / period, stop - start, I] of weight [..., O, I].
+
+    Its flatten(-3, -2) is the matrix.
+    """
+    return weight.unflatten(-2, (-1, self.period))[..., self.start : self.stop, :]
+
+
 @dataclass(frozen=True)
 class RouterSpec:
   """How a router turns logits into experts and gates (DeepSeek-V3, arXiv 2412.19437 Eq 12-16)."""
@@ -205,11 +220,29 @@ class Ops(Protocol):
     fp32 [T] without gradient).
     """
 
-  def newton_schulz(self, g: Tensor, steps: int) -> Tensor:
-    """Muon's orthogonalisation (quintic, bf16 on CUDA) of each matrix of g [..., A, B] -> as g.
+  def muon(
+    self,
+    params: list[Tensor],
+    grads: list[Tensor],
+    masters: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    blocks: Sequence[Rows],
+    sizes: Sequence[float],
+    steps: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: Tensor,
+    experts: bool,
+  ) -> None:
+    """Muon in place on fp32 masters of one shape [..., O, I]; params and grads as adamw's.
 
-    Coefficients (3.4445, -4.7750, 2.0315), input divided by its Frobenius norm + 1e-7. Not
-    differentiable.
+    m += (1 - momentum) (g - m); of Nesterov's point g + momentum (m - g) each block is made nearly
+    orthogonal by `steps` of Newton-Schulz (quintic 3.4445, -4.7750, 2.0315 on the block over its
+    Frobenius norm + 1e-7; bf16 on CUDA): O. Then W = (1 - lr weight_decay) W - lr size O. The
+    blocks cover all rows, sizes are theirs. Momenta may be bf16. experts: a matrix of [E, O, I]
+    whose gradient is zero throughout stays as it is, its momentum too. NaN grad_scale: as adamw's.
     """
 
   def adamw(

@@ -12,7 +12,7 @@ from kernels.cuda.experts import (
 )
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
-from kernels.cuda.newton_schulz import newton_schulz
+from kernels.cuda.muon import muon
 from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.cuda.quantization import quantize
 from kernels.cuda.rope import mla_qkv
@@ -32,7 +32,7 @@ __all__ = [
   "linear_cross_entropy",
   "mla_qkv",
   "mlp",
-  "newton_schulz",
+  "muon",
   "quantize",
   "rms_norm",
   "route",

@@ -26,13 +26,13 @@ from kernels.cuda.experts import (
 )
 from kernels.cuda.layout import layout
 from kernels.cuda.loss import linear_cross_entropy
-from kernels.cuda.newton_schulz import newton_schulz
+from kernels.cuda.muon import muon
 from kernels.cuda.norm import add_rms_norm, rms_norm
 from kernels.cuda.quantization import quantize
 from kernels.cuda.rope import mla_qkv
 from kernels.cuda.router import route
 from kernels.formats import quantize_rows
-from kernels.ops import Product, Recipe, RouterSpec
+from kernels.ops import Product, Recipe, RouterSpec, Rows
 from kernels.shapes import Shapes
 from kernels.sizes import PAYLOADS, BufferLayout
 
@@ -214,8 +214,20 @@ def _adamw(s: Shapes) -> None:
       step(copies=[_copies(s, weight)])
 
 
-def _newton_schulz(s: Shapes) -> None:
-  newton_schulz(meta(s.num_experts // s.ranks, s.expert_dim, s.dim, grad=False), 1)
+def _muon(s: Shapes) -> None:
+  moment = BF16 if s.moments == "bf16" else FP32
+  rule = {
+    "lr": 0.1,
+    "momentum": 0.95,
+    "weight_decay": 0.1,
+    "grad_scale": meta(dtype=FP32, grad=False),
+  }
+  shape = s.num_experts // s.ranks, 2 * s.expert_dim, s.dim
+  rule |= {"blocks": (Rows(2, 0, 1), Rows(2, 1, 2)), "sizes": (1.0, 1.0), "steps": 1}
+  for param, grad in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
+    for idle in (False, True):
+      state = [[meta(*shape, dtype=t, grad=False)] for t in (param, grad, FP32, moment)]
+      muon(*state, experts=idle, **rule)
 
 
 def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -245,4 +257,4 @@ def jobs(shapes: Shapes) -> Iterator[tuple[str, Callable[[], None]]]:
   elif shapes.payload != "bf16":
     yield "payload", partial(_payload, shapes)
   if shapes.muon:
-    yield "newton_schulz", partial(_newton_schulz, shapes)
+    yield "muon", partial(_muon, shapes)

@@ -22,24 +22,32 @@ TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
 CLUSTER = (2, 1)  # makes the tile of sm_90a square, as a symmetric product wants
 
 
+def check_sides(rows: int, columns: int) -> None:
+  """KernelError for matrices that the products cannot take."""
+  check(
+    rows % 8 == 0 and columns % 8 == 0,
+    f"newton_schulz: matrices of {rows} by {columns}; make both multiples of 8",
+  )
+
+
 def _symmetric(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: float) -> None:
   """out = alpha · x xᵀ + beta · c for [L, M, K] and [L, M, M]."""
   gemm_symmetric(x, x, out, c, None, *TILE[ARCH.name], *CLUSTER, alpha=alpha, beta=beta)
 
 
 @torch.no_grad()
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
-  """See kernels.ops.Ops.newton_schulz. Matrices' sides must be multiples of 8."""
+def newton_schulz(g: Tensor, norm: Tensor, steps: int) -> Tensor:
+  """bf16, contiguous: each matrix of g / norm made nearly orthogonal, as kernels.ops.Ops.muon says.
+
+  g [..., A, B], sides multiples of 8; norm fp32 [..., 1, 1], at least the largest singular value.
+  """
   check_device(g.device)
   rows, columns = g.shape[-2:]
-  check(
-    rows % 8 == 0 and columns % 8 == 0,
-    f"newton_schulz: matrices of {rows} by {columns}; make both multiples of 8",
-  )
+  check_sides(rows, columns)
   if g.numel() == 0:
-    return g.clone()
-  norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-  x = (g / (norm + 1e-7)).bfloat16().reshape(-1, rows, columns)
+    return g.bfloat16()
+  x = torch.div(g, norm, out=g.new_empty(g.shape, dtype=torch.bfloat16))
+  x = x.view(-1, rows, columns)
   x = (x.mT if rows > columns else x).contiguous()
   gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
   poly, other = torch.empty_like(gram), torch.empty_like(x)
@@ -49,4 +57,4 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     _symmetric(gram, poly, gram, c, b)
     gemm(poly, x.mT, other, x, None, *TILE[ARCH.name], *CLUSTER, beta=a)
     x, other = other, x
-  return (x.mT if rows > columns else x).to(g.dtype).reshape(g.shape).contiguous()
+  return (x.mT if rows > columns else x).reshape(g.shape).contiguous()

@@ -15,7 +15,7 @@ from kernels.reference.experts import (
   grouped_mlp_forward,
 )
 from kernels.reference.loss import linear_cross_entropy
-from kernels.reference.newton_schulz import newton_schulz
+from kernels.reference.muon import muon
 from kernels.reference.norm import add_rms_norm, rms_norm
 from kernels.reference.rope import mla_qkv
 from kernels.reference.router import combine, layout, route
@@ -34,7 +34,7 @@ __all__ = [
   "linear_cross_entropy",
   "mla_qkv",
   "mlp",
-  "newton_schulz",
+  "muon",
   "quantize",
   "rms_norm",
   "route",

@@ -10,7 +10,7 @@ from kernels.arithmetic import NEWTON_SCHULZ, wide
 
 @torch.no_grad()
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
-  """See Ops.newton_schulz (arXiv 2502.16982 Eq 3-4). bf16 on CUDA, fp32 or float64 on a CPU."""
+  """As Ops.muon says (arXiv 2502.16982 Eq 3-4). bf16 on CUDA, fp32 or float64 on a CPU."""
   a, b, c = NEWTON_SCHULZ
   tall = g.shape[-2] > g.shape[-1]
   x = g.mT if tall else g

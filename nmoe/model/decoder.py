@@ -25,7 +25,7 @@ from kernels.buffers import DTYPES
 from kernels.copies import Copies
 from kernels.formats import derive
 from kernels.gradient import gradient
-from kernels.ops import Ops, Recipe, Routing
+from kernels.ops import Ops, Recipe, Routing, Rows
 from nmoe.config.parameters import is_matrix, parameter_dtype, parameter_group
 from nmoe.config.scaling import initial_std
 from nmoe.config.sections import Config, ModelConfig, YarnConfig
@@ -436,21 +436,6 @@ def rope_tables(m: ModelConfig, yarn: YarnConfig, seq_len: int) -> tuple[Tensor,
     frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
   angle = torch.arange(seq_len, dtype=torch.float64)[:, None] * frequency
   return angle.cos().float(), angle.sin().float()
-
-
-class Rows(NamedTuple):
-  """A logical matrix inside a stored weight: the rows r with start <= r mod period < stop."""
-
-  period: int
-  start: int
-  stop: int
-
-  def view(self, weight: Tensor) -> Tensor:
-    """A writable view [..., O / period, stop - start, I] of weight [..., O, I].
-
-    Its flatten(-3, -2) is the matrix.
-    """
-    return weight.unflatten(-2, (-1, self.period))[..., self.start : self.stop, :]
 
 
 def matrix_blocks(name: str, shape: tuple[int, ...], config: Config) -> tuple[Rows, ...]:

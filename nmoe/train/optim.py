@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.copies import Copies
-from kernels.ops import Ops
+from kernels.ops import Ops, Rows
 from nmoe.config import scaling
 from nmoe.config.parameters import Span, parameter_group
 from nmoe.config.sections import Config
 from nmoe.errors import RunError
-from nmoe.model.decoder import Rows, copies_of, matrix_blocks
+from nmoe.model.decoder import copies_of, matrix_blocks
 from nmoe.records.checkpoint import Part
 
 GROUPS = ("dense", "router", "expert")
@@ -66,12 +66,12 @@ class Batch:
   lr: float
   weight_decay: float
   blocks: tuple[Rows, ...]  # () for AdamW
-  scales: tuple[float, ...]  # on Muon's update of each block (nmoe.config.scaling)
+  sizes: tuple[float, ...]  # of Muon's update of each block before the rate
   slots: list[Slot] = field(default_factory=list)
 
   @property
   def rule(self) -> tuple:
-    return self.lr, self.weight_decay, self.blocks, self.scales
+    return self.lr, self.weight_decay, self.blocks, self.sizes
 
 
 class Optimizer:
@@ -131,17 +131,17 @@ class Optimizer:
     if not blocks:
       return self.adamw.setdefault((group, lr, decay), Batch(lr, decay, (), ()))
     matrices = [block.view(slot.data).flatten(-3, -2).shape[-2:] for block in blocks]
-    scales = tuple(
-      scaling.muon_factor(self.whole, slot.name, n, tuple(matrix))
-      for n, matrix in enumerate(matrices)
+    sizes = tuple(
+      UPDATE_RMS * math.sqrt(max(m)) * scaling.muon_factor(self.whole, slot.name, n, tuple(m))
+      for n, m in enumerate(matrices)
     )
-    key = (lr, decay, blocks, scales, slot.data.shape)
+    key = (lr, decay, blocks, sizes, slot.data.shape)
     for batch in self.muon:
       first = batch.slots[0].data
       room = (len(batch.slots) + 1) * first.numel() <= MUON_BATCH
       if room and (*batch.rule, first.shape) == key:
         return batch
-    self.muon.append(Batch(lr, decay, blocks, scales))
+    self.muon.append(Batch(lr, decay, blocks, sizes))
     return self.muon[-1]
 
   @torch.no_grad()
@@ -215,30 +215,21 @@ class Optimizer:
     does not shrink with a fading momentum: it would move the expert on, in a stale direction, by
     nearly its own norm. (AdamW's step fades by itself, and stays as torch's is.)
     """
-    lr = torch.where(grad_scale.isnan(), 0.0, batch.lr * lr_factor)
-    updates = torch.stack([self._direction(slot, grad_scale) for slot in batch.slots])
-    for block, scale in zip(batch.blocks, batch.scales, strict=True):
-      part = block.view(updates)
-      matrices = part.flatten(-3, -2)
-      orthogonal = self.ops.newton_schulz(matrices, self.config.muon_steps)
-      size = UPDATE_RMS * math.sqrt(max(matrices.shape[-2:])) * scale
-      part.copy_(orthogonal.view_as(part)).mul_(size)
-    for slot, update in zip(batch.slots, updates, strict=True):
-      rate = lr if slot.group != "expert" else torch.where(_got_tokens(slot.grad), lr, 0.0)
-      slot.master.mul_(1 - rate * batch.weight_decay).sub_(update.mul_(rate))
-      if slot.data is not slot.master:
-        slot.data.copy_(slot.master)
-
-  def _direction(self, slot: Slot, grad_scale: Tensor) -> Tensor:
-    """Nesterov's point of the averaged gradient, fp32 (the same direction as the sum's)."""
-    momentum, mu = slot.moments["momentum"], self.config.muon_momentum
-    old = momentum.float()
-    grad = torch.where(grad_scale.isnan(), old, slot.grad.float() * grad_scale)
-    average = old.lerp(grad, 1 - mu)
-    if slot.group == "expert":
-      average = torch.where(_got_tokens(slot.grad), average, old)
-    momentum.copy_(average)
-    return grad.lerp(average, mu)
+    slots, o = batch.slots, self.config
+    self.ops.muon(
+      [slot.data for slot in slots],
+      [slot.grad for slot in slots],
+      [slot.master for slot in slots],
+      [slot.moments["momentum"] for slot in slots],
+      blocks=batch.blocks,
+      sizes=batch.sizes,
+      steps=o.muon_steps,
+      lr=batch.lr * lr_factor,
+      momentum=o.muon_momentum,
+      weight_decay=batch.weight_decay,
+      grad_scale=grad_scale,
+      experts=slots[0].group == "expert",
+    )
 
   def state_dict(self) -> dict[str, Tensor]:
     """The live state, so that filling these tensors in place loads it.
@@ -262,11 +253,6 @@ class Optimizer:
           whole = len(slot.param)
           part = tensor if len(tensor) == whole else Part.of(tensor, slot.rows.start, whole)
           yield f"{slot.name}.{name}", part
-
-
-def _got_tokens(grad: Tensor) -> Tensor:
-  """bool [E, 1, 1]: the experts whose gradient [E, A, B] is not zero throughout."""
-  return torch.linalg.vector_norm(grad, torch.inf, dim=(-2, -1), keepdim=True) != 0
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:

@@ -8,9 +8,11 @@ from gpu.oracle import raw_bytes, relative
 from kernels import reference
 from kernels.copies import Copies
 from kernels.cuda.adamw import adamw
+from kernels.cuda.muon import muon
 from kernels.cuda.newton_schulz import newton_schulz
 from kernels.cuda.quantization import quantize_operand
-from kernels.ops import KernelError, Recipe
+from kernels.ops import KernelError, Recipe, Rows
+from kernels.reference.newton_schulz import newton_schulz as exact_newton_schulz
 
 pytestmark = pytest.mark.gpu
 
@@ -177,16 +179,112 @@ def test_fp16_and_uneven_lists_are_refused():
 )
 def test_newton_schulz(shape):
   g = torch.randn(shape, device="cuda")
-  out = newton_schulz(g, 5)
-  exact = reference.newton_schulz(g.double().cpu(), 5)
-  assert out.shape == g.shape and out.dtype == g.dtype
+  norm = torch.linalg.matrix_norm(g, keepdim=True)
+  out = newton_schulz(g, norm, 5)
+  exact = exact_newton_schulz(g.double().cpu(), 5)
+  assert out.shape == g.shape and out.dtype == BF16 and out.is_contiguous()
   singular = torch.linalg.svdvals(out.double())
   assert 0.3 < singular.min() and singular.max() < 1.4
   # five bf16 steps: about 1 % of the exact iteration's result
   assert relative(out.cpu(), exact) < 3e-2
-  assert torch.equal(out, newton_schulz(g, 5))
+  assert torch.equal(out, newton_schulz(g, norm, 5))
 
 
 def test_newton_schulz_refuses_unaligned_matrices():
   with pytest.raises(KernelError, match="multiples of 8"):
-    newton_schulz(torch.randn(12, 16, device="cuda"), 5)
+    newton_schulz(torch.randn(12, 16, device="cuda"), ONE.cuda(), 5)
+
+
+GATED = (Rows(2, 0, 1), Rows(2, 1, 2))  # w13
+HEADS = (Rows(24, 0, 16), Rows(24, 16, 24))  # q, by heads
+MUON = dict(lr=1e-2, momentum=0.95, weight_decay=0.1)
+CHANGE = {0: 2.0**-8, 5: 3e-2}  # of a master by steps: X itself rounded once; as newton_schulz
+
+
+def muon_state(shape, param, grad, momentum, count=2):
+  """(params, grads, masters, momenta); an fp32 parameter is its own master."""
+  masters = [torch.randn(shape, device="cuda") for _ in range(count)]
+  params = masters if param == FP32 else [m.to(param) for m in masters]
+  grads = [torch.randn(shape, device="cuda").to(grad) for _ in range(count)]
+  return params, grads, masters, [torch.randn(shape, device="cuda").to(momentum) for _ in masters]
+
+
+def clones(groups):
+  return [[t.clone() for t in group] for group in groups]
+
+
+@pytest.mark.parametrize("steps", CHANGE)
+@pytest.mark.parametrize("grad", [BF16, FP32])
+@pytest.mark.parametrize("momentum", [BF16, FP32])
+@pytest.mark.parametrize("param", [BF16, FP32])
+@pytest.mark.parametrize(
+  ("shape", "blocks"),
+  [((4, 256, 192), GATED), ((144, 104), HEADS), ((264, 64), (Rows(264, 0, 264),))],
+)
+def test_muon_follows_float64(shape, blocks, param, momentum, grad, steps):
+  ours = muon_state(shape, param, grad, momentum)
+  experts = len(shape) == 3
+  if experts:
+    ours[1][0][1] = 0
+  rule = MUON | dict(blocks=blocks, sizes=(0.5, 2.0)[: len(blocks)], steps=steps, experts=experts)
+  before = clones(ours)
+  exact = [[t.double().cpu() for t in group] for group in ours]
+  exact[0] = exact[2]
+  muon(*ours, grad_scale=torch.tensor(0.7, device="cuda"), **rule)
+  reference.muon(*exact, grad_scale=torch.tensor(0.7), **rule)
+  for i, (master, old) in enumerate(zip(ours[2], before[2], strict=True)):
+    moved, want = (master - old).cpu(), exact[2][i] - old.double().cpu()
+    assert relative(moved, want) < CHANGE[steps]
+    assert relative(ours[3][i].cpu(), exact[3][i]) < (4e-3 if momentum == BF16 else 3e-7)
+    assert torch.equal(ours[0][i], master.to(param))
+  if experts:
+    for after, old in zip(ours, before, strict=True):
+      assert torch.equal(after[0][1], old[0][1])
+
+
+def test_muon_of_a_nan_scale_leaves_everything():
+  ours = muon_state((2, 64, 32), BF16, FP32, FP32)
+  before = clones(ours)
+  nan = torch.tensor(torch.nan, device="cuda")
+  muon(*ours, grad_scale=nan, blocks=GATED, sizes=(1.0, 1.0), steps=5, experts=True, **MUON)
+  for group, kept in zip(ours, before, strict=True):
+    assert all(torch.equal(a, b) for a, b in zip(group, kept, strict=True))
+
+
+@pytest.mark.parametrize("param", [BF16, FP32])
+def test_muon_repeats_bit_for_bit_and_counts_as_a_write(param):
+  ours = muon_state((8, 256, 512), param, FP32, FP32)
+  other = clones(ours)
+  other[0] = other[2] if param == FP32 else other[0]
+  for group in (ours, other):
+    version = group[0][0]._version
+    muon(
+      *group, grad_scale=ONE.cuda(), blocks=GATED, sizes=(1.0, 1.0), steps=5, experts=True, **MUON
+    )
+    assert group[0][0]._version > version
+  for a, b in zip(ours, other, strict=True):
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 1024, 512), (8, 512, 1088)])
+def test_muon_of_one_matrix_or_of_many_gives_the_same_bits(shape):
+  """A rank's calls have as many experts as it owns."""
+  ours = muon_state(shape, BF16, FP32, FP32)
+  rule = MUON | dict(blocks=GATED, sizes=(1.0, 1.0), steps=5, experts=True)
+  parts = [[[group[0][i : i + 1].clone()] for group in ours] for i in range(shape[0])]
+  muon(*ours, grad_scale=ONE.cuda(), **rule)
+  for i, part in enumerate(parts):
+    muon(*part, grad_scale=ONE.cuda(), **rule)
+    for whole, one in zip(ours, part, strict=True):
+      assert torch.equal(whole[0][i : i + 1], one[0])
+
+
+def test_muon_refuses_what_its_kernels_cannot_take():
+  rule = dict(blocks=GATED, sizes=(1.0, 1.0), steps=5, experts=True, **MUON)
+  ours = muon_state((2, 64, 32), BF16, FP32, FP32)
+  with pytest.raises(KernelError, match="different lengths"):
+    muon(ours[0][:1], *ours[1:], grad_scale=ONE.cuda(), **rule)
+  with pytest.raises(KernelError, match="need one shape and one dtype"):
+    muon(ours[0], [g.half() for g in ours[1]], *ours[2:], grad_scale=ONE.cuda(), **rule)
+  with pytest.raises(KernelError, match="multiples of 8"):
+    muon(*muon_state((2, 64, 12), BF16, FP32, FP32), grad_scale=ONE.cuda(), **rule)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from kernels.ops import KernelError
-from kernels.reference import adamw, newton_schulz
+from kernels.ops import KernelError, Rows
+from kernels.reference import adamw, muon
+from kernels.reference.newton_schulz import newton_schulz
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -105,3 +106,51 @@ def test_adamw_refuses_step_zero_and_uneven_lists():
     adamw(params, gradients(1), masters, m, v, step=0, grad_scale=scale, **SETTINGS)
   with pytest.raises(KernelError, match="different lengths"):
     adamw(params, gradients(1)[:2], masters, m, v, step=1, grad_scale=scale, **SETTINGS)
+
+
+MUON = {"blocks": (Rows(2, 0, 1), Rows(2, 1, 2)), "sizes": (0.5, 2.0), "steps": 5, "lr": 0.01}
+MUON |= {"momentum": 0.9, "weight_decay": 0.1, "experts": True}
+
+
+def expert_state(dtype=torch.float32, momentum=torch.float32):
+  """(params, grads, masters, momenta) of two weights of three experts."""
+  generator = torch.Generator().manual_seed(6)
+  masters, grads, momenta = (
+    [torch.randn(3, 8, 6, generator=generator) for _ in range(2)] for _ in range(3)
+  )
+  params = masters if dtype == torch.float32 else [m.to(dtype) for m in masters]
+  return params, grads, masters, [m.to(momentum) for m in momenta]
+
+
+@pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16])
+def test_muon_is_its_formula_expert_by_expert(momentum):
+  """Through the singular values of every expert's gate and up matrices; one expert has no token."""
+  params, grads, masters, momenta = expert_state(torch.bfloat16, momentum)
+  grads[1][2] = 0
+  old = [[t.clone().double() for t in group] for group in (grads, masters, momenta)]
+  muon(params, grads, masters, momenta, grad_scale=torch.tensor(0.5), **MUON)
+  for weight, (g, w, m) in enumerate(zip(*old, strict=True)):
+    for e in range(3):
+      if g[e].any():
+        m[e] += 0.1 * (0.5 * g[e] - m[e])
+        point = 0.5 * g[e] + 0.9 * (m[e] - 0.5 * g[e])
+        for row, size in ((0, 0.5), (1, 2.0)):
+          w[e, row::2] = 0.999 * w[e, row::2] - 0.01 * size * through_svd(point[row::2], 5)
+    torch.testing.assert_close(masters[weight].double(), w, rtol=1e-5, atol=1e-5)
+    rtol = 2**-8 if momentum == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(momenta[weight].double(), m, rtol=rtol, atol=1e-6)
+    assert torch.equal(params[weight], masters[weight].bfloat16())
+
+
+def test_muon_changes_nothing_when_the_scale_is_nan():
+  state = expert_state()
+  before = [t.clone() for group in state for t in group]
+  muon(*state, grad_scale=torch.tensor(torch.nan), **MUON)
+  after = [t for group in state for t in group]
+  assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_muon_refuses_uneven_lists():
+  params, grads, masters, momenta = expert_state()
+  with pytest.raises(KernelError, match="different lengths"):
+    muon(params, grads[:1], masters, momenta, grad_scale=torch.tensor(1.0), **MUON)

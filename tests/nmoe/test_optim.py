@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import _muon
 
 from kernels import reference
+from kernels.reference.newton_schulz import newton_schulz
 from nmoe.config.file import changed, load
 from nmoe.config.parameters import owners
 from nmoe.config.sections import Config
@@ -121,6 +123,9 @@ class Plain(nn.Module):
     self.o.weight = nn.Parameter(torch.randn(rows, columns, generator=generator).to(dtype))
 
 
+MUON = sys.modules[reference.muon.__module__]
+
+
 def torch_newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
   coefficients = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
   return torch.stack(
@@ -129,11 +134,12 @@ def torch_newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
-def test_muon_equals_torch_on_a_plain_matrix(shape):
+def test_muon_equals_torch_on_a_plain_matrix(shape, monkeypatch):
   """With torch's own Newton-Schulz in our place, 10 steps agree to fp32 rounding."""
   c = config(**{"optim.matrices": "muon"})
   ours, theirs = Plain(*shape), Plain(*shape)
-  optimizer = Optimizer(ours, c, SimpleNamespace(newton_schulz=torch_newton_schulz))
+  monkeypatch.setattr(MUON, "newton_schulz", torch_newton_schulz)
+  optimizer = Optimizer(ours, c, reference)
   oracle = torch.optim.Muon(
     theirs.parameters(), lr=c.optim.dense_lr * 0.5, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
   )
@@ -161,26 +167,26 @@ def test_muon_orthogonalises_each_logical_block():
       steps, inputs = (block.view(t).flatten(-3, -2) for t in (update, grads[name]))
       size = steps.shape[-2:]
       for step, grad in zip(steps.reshape(-1, *size), inputs.reshape(-1, *size), strict=True):
-        want = reference.newton_schulz(grad, 5) * UPDATE_RMS * math.sqrt(max(size))
+        want = newton_schulz(grad, 5) * UPDATE_RMS * math.sqrt(max(size))
         torch.testing.assert_close(step, want, rtol=1e-3, atol=1e-4, msg=labelled(name))
         assert step.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25), name
 
 
-def test_muon_batches_same_shaped_matrices():
+def test_muon_batches_same_shaped_matrices(monkeypatch):
   """One call per block of each shape, and the memory limit does not change the result."""
   c = config(**{"optim.matrices": "muon", "optim.experts": "muon"})
   calls = []
 
   def counted(g, steps):
     calls.append(tuple(g.shape))
-    return reference.newton_schulz(g, steps)
+    return newton_schulz(g, steps)
 
-  ops = SimpleNamespace(adamw=reference.adamw, newton_schulz=counted)
-  model, one_by_one = Model(c, ops), Model(c, ops)
+  monkeypatch.setattr(MUON, "newton_schulz", counted)
+  model, one_by_one = Model(c, reference), Model(c, reference)
   for m in (model, one_by_one):
     m.init_weights(0)
     fill_grads(m, 2)
-  Optimizer(model, c, ops).step(1.0, ONE)
+  Optimizer(model, c, reference).step(1.0, ONE)
   kinds = {
     (p.shape, blocks)
     for name, p in model.named_parameters()
@@ -189,7 +195,7 @@ def test_muon_batches_same_shaped_matrices():
   assert len(calls) == sum(len(blocks) for _, blocks in kinds)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(optim, "MUON_BATCH", 1)
-    optimizer = Optimizer(one_by_one, c, ops)
+    optimizer = Optimizer(one_by_one, c, reference)
   assert all(len(batch.slots) == 1 for batch in optimizer.muon)
   optimizer.step(1.0, ONE)
   for a, b in zip(model.parameters(), one_by_one.parameters(), strict=True):
@@ -208,7 +214,7 @@ IDLE = [  # experts without a token, step by step
 
 @pytest.mark.faults
 @pytest.mark.parametrize("micro_batch", [4, 2])
-def test_muon_leaves_an_expert_without_a_token_alone(micro_batch):
+def test_muon_leaves_an_expert_without_a_token_alone(micro_batch, monkeypatch):
   """Each expert is as torch's Muon makes it that takes only the steps in which it got tokens: its
   momentum stays, and no decay.
   """
@@ -216,8 +222,8 @@ def test_muon_leaves_an_expert_without_a_token_alone(micro_batch):
     **{"optim.experts": "muon", "train.micro_batch": micro_batch, "optim.expert_weight_decay": 0.2}
   )
   model, _ = build(c)
-  ops = SimpleNamespace(newton_schulz=torch_newton_schulz, adamw=reference.adamw)
-  optimizer = Optimizer(model, c, ops)
+  monkeypatch.setattr(MUON, "newton_schulz", torch_newton_schulz)
+  optimizer = Optimizer(model, c, reference)
   names = [n for n, _ in model.named_parameters() if n.endswith("experts.w2")]
   params = dict(model.named_parameters())
   oracle, theirs = {}, {}
@@ -466,7 +472,7 @@ def test_a_parameter_without_gradient_stops_the_step():
 def test_a_step_never_reads_the_device(kind):
   """Meta tensors have no values: a host synchronisation would raise."""
   c = config(**{"optim.matrices": kind, "optim.experts": kind, "target.dtype": "bf16"})
-  ops = SimpleNamespace(adamw=lambda *_, **__: None, newton_schulz=reference.newton_schulz)
+  ops = SimpleNamespace(adamw=lambda *_, **__: None, muon=reference.muon)
   with torch.device("meta"):
     model = Model(c, ops)
   optimizer = Optimizer(model, c, ops)

@@ -11,10 +11,11 @@ from torch import Tensor
 from kernels.copies import Copies, Key
 from kernels.cuda.adamw import adamw
 from kernels.cuda.jit import ARCH
+from kernels.cuda.muon import muon
 from kernels.cuda.newton_schulz import newton_schulz
 from kernels.cuda.products import block_scaled_product
 from kernels.cuda.quantization import quantize, quantize_operand
-from kernels.ops import Recipe
+from kernels.ops import Recipe, Rows
 from kernels.tools.rates import Case, How, Row, normal, rows
 from kernels.tools.timing import SETS
 
@@ -71,12 +72,34 @@ def bench_newton_schulz(how: How, steps: int = 5) -> Iterator[Row]:
     g = [normal(batch, narrow, wide) for _ in range(SETS)]
     flops = steps * batch * (4.0 * narrow**2 * wide + 2.0 * narrow**3)
     shape = {"batch": batch, "A": narrow, "B": wide, "steps": steps}
-    cases.append(Case("newton_schulz", partial(_orthogonal, g, steps), flops, shape))
+    norm = torch.linalg.matrix_norm(g[0], keepdim=True) * 1.01
+    cases.append(Case("newton_schulz", partial(_orthogonal, g, norm, steps), flops, shape))
   yield from rows(cases, "TFLOP/s", how)
 
 
-def _orthogonal(g: list[Tensor], steps: int, i: int) -> Tensor:
-  return newton_schulz(g[i], steps)
+def _orthogonal(g: list[Tensor], norm: Tensor, steps: int, i: int) -> Tensor:
+  return newton_schulz(g[i], norm, steps)
+
+
+def bench_muon(how: How, steps: int = 5) -> Iterator[Row]:
+  """Experts' w13: FLOPs of Newton-Schulz as of whole products, all else is in the time."""
+  experts, rows_, columns = EXPERTS
+  cases, one = [], torch.ones((), device="cuda")
+  rule = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "grad_scale": one, "experts": True}
+  rule |= {"blocks": (Rows(2, 0, 1), Rows(2, 1, 2)), "sizes": (1.0, 1.0), "steps": steps}
+  narrow = rows_ // 2
+  flops = 2.0 * steps * experts * (4.0 * narrow**2 * columns + 2.0 * narrow**3)
+  for moment in (torch.float32, torch.bfloat16):
+    state = [
+      normal(*EXPERTS, dtype=t) for t in (torch.bfloat16, torch.float32, torch.float32, moment)
+    ]
+    shape = dict(zip("ERC", EXPERTS, strict=True)) | {"moments": str(moment), "steps": steps}
+    cases.append(Case("muon", partial(_step, state, rule), flops, shape))
+  yield from rows(cases, "TFLOP/s", how)
+
+
+def _step(state: list[Tensor], rule: dict[str, object], _: int) -> None:
+  muon(*([t] for t in state), **rule)
 
 
 def bench_quantizer(how: How, num_rows: int = 196608, dim: int = 2048) -> Iterator[Row]:
@@ -140,6 +163,7 @@ def bench_block_scaled(how: How, num_rows: int = 49152, dim: int = 2048) -> Iter
 BENCHES: dict[str, Callable[[How], Iterator[Row]]] = {
   "adamw": bench_adamw,
   "newton_schulz": bench_newton_schulz,
+  "muon": bench_muon,
   "quantizer": bench_quantizer,
   "block_scaled": bench_block_scaled,
 }
