@@ -13,7 +13,8 @@ the bits do not depend on how many matrices a call has, which is how many a rank
 norm splits a matrix by their number.) A NaN grad_scale, and an expert whose gradient is zero
 throughout, leave everything as it is, decided on the device.
 
-Compiled, not run.
+One H200, five layers' 2.42 G elements: 170 ms a step, 127 of it products (kernels/RESULTS.md).
+On sm_100a compiled, not run.
 """
 
 from __future__ import annotations
