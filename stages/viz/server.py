@@ -99,10 +99,17 @@ class Server:
       Route("/static/{name}", self._file),
     ]
     guard = Middleware(Guard, host=host, token=token)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers={NmoeError: _refused})
+    handlers = {NmoeError: _refused, 404: self._missing}
+    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
   async def _page(self, request: Request) -> Response:
     return self._named("index.html")
+
+  async def _missing(self, request: Request, error: HTTPException) -> Response:
+    """In words: those of the pages where no page, answer or file was asked for by name."""
+    if request.url.path.startswith(("/api/", "/static/", "/report/")):
+      return PlainTextResponse(error.detail, 404)
+    return HTMLResponse(self.static["index.html"], 404)
 
   async def _file(self, request: Request) -> Response:
     return self._named(request.path_params["name"])

@@ -181,6 +181,50 @@ def test_no_runs_and_addresses_that_are_none(root, serve, page):
   assert not [error for error in page.errors if "404" not in error]
 
 
+TYPED = (
+  "x=bad",
+  "x=constructor",
+  "from=abc&to=def",
+  "from=5",
+  "from=9000&to=1000",
+  "from=5000&to=5000",
+  "from=1e308&to=1e309",
+  "at=abc",
+  "sort=__proto__",
+  "cols=constructor,__proto__,val/bpb&tags=toString,train/loss",
+)
+
+
+def test_what_makes_no_sense_in_an_address_is_as_if_it_were_not_there(root, serve, page):
+  (run,) = made(root)
+  address = serve()
+  of_ranks = {f"rank/{rank}/forward_s": np.ones(len(STEPS)) for rank in (0, 1)}
+  fill(root, run, 0, STEPS, curves(STEPS, 0, 0.0, 2) | of_ranks)
+  paths = [
+    "/",
+    f"/run/{run}",
+    f"/run/{run}/router",
+    f"/run/{run}/ranks",
+    f"/compare?a={run}&b={run}",
+  ]
+  for path, query in [(path, query) for path in paths for query in TYPED]:
+    page.open(address + path + ("&" if "?" in path else "?") + query)
+    page.wait(
+      "document.querySelector('.panel canvas') && !/must be/.test(document.body.innerText)", 8
+    )
+    assert not page.ask(f"{SIGHT}.includes('in this range')"), (path, query)
+    assert page.errors == [], (path, query)
+
+
+def test_an_address_of_no_page_says_so_and_leads_back(root, serve, page):
+  (run,) = made(root)
+  address = serve()
+  for path in ("/nothing", f"/run/{run}/more", "/run/", "/etc/passwd"):
+    page.open(address + path)
+    page.wait(f"{SIGHT}.includes('No such page') && document.querySelector('main a[href=\"/\"]')")
+  assert page.ask("fetch('/api/none').then(a => a.text())") == "Not Found"
+
+
 def test_two_browsers_see_the_same_new_line(root, serve, page, browser, tmp_path):
   (run,) = made(root)
   address = serve()

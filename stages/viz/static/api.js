@@ -1,5 +1,6 @@
 // What the server is asked, and how its answers are read. State lives in the URL.
 import { useEffect, useReducer, useRef, useState } from "/static/preact-htm.js";
+import { X_NAMES } from "/static/format.js";
 
 export async function getJson(path) {
   const answer = await fetch(path);
@@ -87,8 +88,20 @@ export function useAddress() {
     listeners.add(again);
     return () => listeners.delete(again);
   }, []);
-  return [location.pathname, Object.fromEntries(new URLSearchParams(location.search))];
+  return [location.pathname, sound(Object.fromEntries(new URLSearchParams(location.search)))];
 }
+
+// A query without what makes no sense: an address may be typed by hand.
+export function sound({ x, from, to, at, ...rest }) {
+  const [low, high] = [+from, +to], known = from && to && Number.isFinite(low) && Number.isFinite(high);
+  if (Object.hasOwn(X_NAMES, x)) rest.x = x;
+  if (known && high - low > 1e-12 * Math.max(Math.abs(low), Math.abs(high))) Object.assign(rest, { from, to });
+  if (/^\d+$/.test(at)) rest.at = at;
+  return rest;
+}
+
+// Names with commas between them; what every object has is no name.
+export const listed = (text) => (text ? text.split(",").filter((name) => name && !(name in {})) : []);
 
 export function change(values) {
   const query = { ...Object.fromEntries(new URLSearchParams(location.search)), ...values };

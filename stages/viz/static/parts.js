@@ -75,7 +75,7 @@ export function curveProps(query) {
     log: Boolean(query.log),
     smooth: ["1", "5"].includes(query.mean) ? +query.mean / 100 : 0,
     range: zoomed ? [+query.from, +query.to] : undefined,
-    onZoom: (a, b) => change(a === null ? { from: "", to: "" } : { from: a.toPrecision(6), to: b.toPrecision(6) }),
+    onZoom: (a, b) => change(a === null ? { from: "", to: "" } : { from: +a.toPrecision(8), to: +b.toPrecision(8) }),
     sync: "page",
   };
 }

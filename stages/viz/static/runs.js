@@ -1,6 +1,6 @@
 // All runs: a table to filter and select from, and the curves of what is selected.
 import { html, useEffect, useMemo, useRef, useState } from "/static/preact-htm.js";
-import { change, getJson, getSeries, go, hits, search, useLive, watch } from "/static/api.js";
+import { change, getJson, getSeries, go, hits, listed, search, useLive, watch } from "/static/api.js";
 import { Panel, Spark } from "/static/charts.js";
 import { Chooser, byPrefix, differing } from "/static/choose.js";
 import { byName, color, counted, dash, measure, textOf, when } from "/static/format.js";
@@ -14,7 +14,6 @@ const ABOUT = { created: "when it was recorded, UTC", updated: "last change of i
 const MANY = 300; // rows drawn before "show all"
 const READ = 100; // runs whose tags are looked up, of those shown
 
-const listed = (text) => (text ? text.split(",") : []);
 const known = (v) => v !== undefined && v !== null;
 
 // What a column holds of a run: a result, a leaf of its configuration, the last value of a tag, or about it.
