@@ -137,6 +137,37 @@ def hidden(tree: ast.AST) -> list[str]:
   ]
 
 
+def defined(body: Iterable[ast.stmt]) -> set[str]:
+  """The names that a module's statements bind, those under an if, try or with among them."""
+  names = set()
+  for node in body:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+      names.add(node.name)
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+      names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    else:
+      stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+      names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+      names |= defined(inner for inner in ast.walk(node) if inner is not node and named(inner))
+  return names
+
+
+def named(node: ast.AST) -> bool:
+  return isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
+
+
+def missing(tree: ast.AST, trees: dict[str, ast.Module]) -> list[str]:
+  """What a tree imports from our modules that is not there."""
+  return [
+    f"line {node.lineno}: {node.module} has no {alias.name}"
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ImportFrom) and node.module in trees
+    for alias in node.names
+    if alias.name not in defined(trees[node.module].body)
+    and f"{node.module}.{alias.name}" not in trees
+  ]
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
   return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
@@ -221,6 +252,19 @@ def test_the_rule_sees_a_hidden_type():
   text = "def f(session: Any, ops: ModuleType, rdep, x: Any, *, config: object, exchange: E): ..."
   assert hidden(ast.parse(text)) == [
     f"line 1: {name}" for name in ("session", "ops", "rdep", "config")
+  ]
+
+
+@pytest.mark.parametrize("folder", ["gpu", "compile"])
+def test_tests_that_ci_does_not_collect_import_what_is_there(folder):
+  tests = sorted((ROOT / "tests" / folder).glob("*.py"))
+  own = {f"{folder}.{path.stem}": ast.parse(path.read_text(encoding="utf-8")) for path in tests}
+  found = {name: missing(tree, TREES | own) for name, tree in own.items()}
+  assert {name: lines for name, lines in found.items() if lines} == {}
+  gone = ast.parse("from kernels.ops import FUNCTIONS, gone\nfrom kernels import ops, nothing")
+  assert missing(gone, TREES) == [
+    "line 1: kernels.ops has no gone",
+    "line 2: kernels has no nothing",
   ]
 
 

@@ -4,7 +4,7 @@ import torch
 from gpu.oracle import ONE, compare, relative
 from kernels.cuda.router import logit_parts, padded, route
 from kernels.ops import KernelError, RouterSpec
-from kernels.tools.bench import Moe, MoeLayer, kept
+from kernels.tools.benches.moe import Moe, MoeLayer, kept
 
 pytestmark = pytest.mark.gpu
 
