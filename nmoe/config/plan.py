@@ -34,6 +34,8 @@ from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
 from nmoe.wording import counted
 
+CUBLAS = 4096 * 8 << 10  # bytes of a workspace, as kernels.arch asks for it
+
 
 @dataclass(frozen=True)
 class Term:
@@ -289,6 +291,17 @@ def _held(config: Config) -> Iterator[Term]:
   yield Term(
     "bucket", f"{travelling:,} gradients on their way to their owners, fp32", 4 * travelling
   )
+  if config.target.arch != "cpu":
+    yield _workspaces(config)
+
+
+def _workspaces(config: Config) -> Term:
+  """torch keeps one for each thread and stream that has asked cuBLAS for a product: forward's and
+  autograd's; a graph is captured on a stream of its own, and these are in its memory.
+  """
+  streams = 1 + config.train.cuda_graph
+  formula = f"2 threads · {counted(streams, 'stream')} · {CUBLAS >> 20} MiB"
+  return Term("cuBLAS workspaces", formula, 2 * streams * CUBLAS)
 
 
 def _quantized_elements(config: Config) -> int:
