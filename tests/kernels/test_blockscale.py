@@ -1,4 +1,7 @@
-"""MXFP8 and NVFP4 against numpy oracles: tables of values, search of the nearest, ties even."""
+"""MXFP8 and NVFP4 against numpy oracles: tables of values, search of the nearest, ties even.
+
+One file: both formats share their codes, scales, rounding and rotation, and the tables of them.
+"""
 
 from fractions import Fraction
 

@@ -1,4 +1,7 @@
-"""Checkpoints: what is stored, what is verified, and that nothing half written is ever believed."""
+"""Checkpoints: what is stored, what is verified, and that nothing half written is ever believed.
+
+One file: every test reads, spoils or follows up one small checkpoint.
+"""
 
 import errno
 import json

@@ -1,4 +1,7 @@
-"""The configuration: round trips, layers, tags, and an error that names file, key and value."""
+"""The configuration: round trips, layers, tags, and an error that names file, key and value.
+
+One file: every configuration is one text of which a key differs.
+"""
 
 from dataclasses import MISSING, fields, replace
 from math import inf

@@ -1,4 +1,7 @@
-"""The model against HuggingFace's DeepSeek-V3 with the same weights, and its own invariants."""
+"""The model against HuggingFace's DeepSeek-V3 with the same weights, and its own invariants.
+
+One file: every test asks one tiny model, of which one key differs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The optimizer against torch's own AdamW and Muon, its groups, its clip and its state."""
+"""The optimizer against torch's own AdamW and Muon, its groups, its clip and its state.
+
+One file: both optimizers are asked the same of the same small model.
+"""
 
 import copy
 import math

@@ -1,4 +1,7 @@
-"""Rows dispatched packed: what arrives, and that N ranks still train the model of one."""
+"""Rows dispatched packed: what arrives, and that N ranks still train the model of one.
+
+One file: what a row becomes alone is the oracle of what it becomes on its way.
+"""
 
 from __future__ import annotations
 

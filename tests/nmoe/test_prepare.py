@@ -1,4 +1,7 @@
-"""Preparation: what is written, when it is reused, and what every fault leaves behind."""
+"""Preparation: what is written, when it is reused, and what every fault leaves behind.
+
+One file: the same documents are prepared, at peace and disturbed.
+"""
 
 import errno
 import hashlib

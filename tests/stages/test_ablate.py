@@ -1,4 +1,7 @@
-"""A paired ablation from its two files to its verdict, and every way in which it can stop."""
+"""A paired ablation from its two files to its verdict, and every way in which it can stop.
+
+One file: every way begins with the same two files.
+"""
 
 import io
 import math

@@ -1,4 +1,7 @@
-"""A sweep from its file to transfer.toml: grids, extension, repeats, records, what it refuses."""
+"""A sweep from its file to transfer.toml: grids, extension, repeats, records, what it refuses.
+
+One file: every sweep is one text of which a line or two differ.
+"""
 
 import io
 import json

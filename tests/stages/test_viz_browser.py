@@ -1,6 +1,8 @@
 """The dashboard in headless Chromium: every page, live, by keyboard, from its own server alone.
 
 Pictures of the pages are left in NMOE_PICTURES, where that is set.
+
+One file: one browser and one server stand before every test.
 """
 
 import json
