@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,16 +63,18 @@ def pack(panels: Sequence[Panel], pixels: int) -> bytes:
   """A header's length (uint32), the header (JSON, padded so that what follows starts at a multiple
   of 8), every x as float64, then every y as float32; all little-endian.
 
-  The header: [{tag, length, curves: [{**name, last: [x, y] or null}]}], in the columns' order.
+  The header: [{tag, length, curves: [{**name, last: [x, y] or null}]}], in the columns' order; y is
+  in words where it is no number.
   """
   header, xs, ys = [], [], []
   for panel in panels:
     x, columns = joined(panel.curves, pixels)
-    lasts = [[float(a[-1]), _finite(b[-1])] if len(a) else None for a, b in panel.curves]
+    lasts = [[float(a[-1]), _told(float(b[-1]))] if len(a) else None for a, b in panel.curves]
     curves = [{**name, "last": last} for name, last in zip(panel.names, lasts, strict=True)]
     header.append({"tag": panel.tag, "length": len(x), "curves": curves})
     xs.append(x.astype("<f8").tobytes())
-    ys += [column.astype("<f4").tobytes() for column in columns]
+    with np.errstate(over="ignore"):  # beyond fp32 is infinite
+      ys += [column.astype("<f4").tobytes() for column in columns]
   return framed(header, xs + ys)
 
 
@@ -82,5 +85,7 @@ def framed(header: object, columns: Sequence[bytes]) -> bytes:
   return b"".join([struct.pack("<I", len(text)), text, *columns])
 
 
-def _finite(value: float) -> float | None:
-  return float(value) if np.isfinite(value) else None
+def _told(value: float) -> float | str:
+  if math.isnan(value):
+    return "NaN"
+  return value if math.isfinite(value) else "∞" if value > 0 else "−∞"

@@ -104,10 +104,41 @@ def test_values_that_are_no_numbers_are_gaps(root, serve, page):
     "[...document.querySelectorAll('.panel')].map(p => p.dataset.y.split(',').map(Number))"
   )
   assert 2.5 < loss[0] < loss[1] < 6 and 0 < norms[0] < norms[1] < 6
+  page.open(f"{address}/run/{first}")
+  page.wait("document.querySelectorAll('.panel[data-y] canvas').length >= 8")
+  assert page.ask("document.querySelector('.panel .readout').innerText") == "NaN", "of the loss now"
   for path in (f"/run/{second}", f"/compare?a={first}&b={second}", f"/run/{second}/router"):
     page.open(address + path)
     page.wait("document.querySelectorAll('.panel canvas').length >= 2")
   assert page.errors == []
+
+
+PAINTED = """(c => { const { data } = c.getContext("2d").getImageData(60, 4, c.width - 64, 1);
+  const each = Array.from({ length: data.length / 4 }, (_, i) => data.slice(4 * i, 4 * i + 4));
+  return new Set(each.map((one) => one.join()));
+})(document.querySelector("figure[data-rows='2'] canvas"))"""
+
+
+def test_a_layer_of_infinite_load_spoils_no_other(root, serve, page):
+  """The scale is that of what is finite; what is not is blank; the worst layer is the other."""
+  (run,) = made(root)
+  values = curves(STEPS, 0, 0.0, 2)
+  load = values["moe/0/load_max_over_mean"]
+  values["moe/0/load_max_over_mean"] = np.where(STEPS % 70 == 0, np.inf, load)
+  values["moe/0/load_max_over_mean"][-1] = np.nan
+  fill(root, run, 0, STEPS, values | {f"moe/{i}/dead": np.zeros(len(STEPS)) for i in range(2)})
+  page.open(f"{serve()}/run/{run}/router")
+  page.wait("document.querySelectorAll('.panel canvas').length >= 4")
+  page.wait(f"[...{PAINTED}].length > 2", 5)
+  colours = page.ask(f"[...{PAINTED}]")
+  assert "0,0,0,0" in colours and "0,0,0,255" not in colours
+  assert page.ask("document.querySelector('figure .scale').innerText").startswith("1, balanced")
+  assert "2 × mean" in page.ask("document.querySelector('figure .scale').innerText")
+  assert page.ask("document.querySelectorAll('.facts b')[2].innerText") == "1"
+  low = page.ask(
+    "[...document.querySelectorAll('.panel')].find(p => /^dead/.test(p.innerText)).dataset.y"
+  )
+  assert -0.5 < float(low.split(",")[0]) <= 0, "there are no fewer dead experts than none"
 
 
 def test_a_file_that_is_cut_and_one_that_is_exchanged_while_watched(root, serve, page):

@@ -22,7 +22,7 @@ const SHOWN = { "memory/peak_bytes": 2 ** -30, "train/mfu": 100 };
 
 function shown(curve, factor) {
   curve.y = curve.y.map((v) => factor * v);
-  if (curve.last && curve.last[1] !== null) curve.last[1] *= factor;
+  if (typeof curve.last?.[1] === "number") curve.last[1] *= factor;
 }
 
 // [{tag, x: Float64Array, curves: [{run, last, y: Float32Array}]}]

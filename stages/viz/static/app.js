@@ -44,9 +44,9 @@ function flip() {
   redraw();
 }
 
-// What is cut off in a table is told by its title.
+// What is cut off in a table or a legend is told by its title.
 addEventListener("mouseover", ({ target }) => {
-  const cell = target.closest?.("td, th");
+  const cell = target.closest?.("td, th, .legend span");
   if (cell && cell.scrollWidth > cell.clientWidth) cell.title = cell.innerText;
 });
 

@@ -43,6 +43,7 @@ function extent(u, range, skip, log) {
   }
   if (low > high) return log ? [0.1, 1] : [0, 1];
   if (log) return [low * 0.95, high * 1.05];
+  if (low === 0 && high === 0) return [-0.1, 1];
   const flat = high - low < 1e-6 * Math.max(Math.abs(low), Math.abs(high));  // rounding, not a change
   const pad = (flat ? 0 : 0.06 * (high - low)) || 0.05 * Math.abs(high) || 1;
   return [low - pad, high + pad];
@@ -285,7 +286,7 @@ export function HeatMap({ title, note, rows, columns, value, shade, stops, tip, 
     for (let r = 0; r < rows; r++) {
       for (let k = 0; k < columns; k++) {
         const v = value(r, k);
-        if (v === null || Number.isNaN(v)) continue;
+        if (!Number.isFinite(v)) continue;
         const i = 3 * Math.round(255 * Math.min(1, Math.max(0, shade(v))));
         picture.data.set([table[i], table[i + 1], table[i + 2], 255], 4 * (r * columns + k));
       }

@@ -20,7 +20,7 @@ export const dash = (i) => DASHES[Math.floor(i / COLORS.length) % DASHES.length]
 const finite = (x) => typeof x === "number" && Number.isFinite(x);
 
 export function short(x, digits = 4) {
-  if (!finite(x)) return "—";
+  if (!finite(x)) return typeof x === "string" ? x : "—";  // what is no number is told in words
   if (x === 0) return "0";
   const size = Math.abs(x);
   for (const [unit, scale] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
@@ -84,7 +84,7 @@ export function seconds(s) {
 
 // How the values of a tag are written; text(value, digits). Those in seconds carry their unit.
 export const textOf = (tag) => (/(?<!_per)_s$/.test(tag) ? lasting : short);
-const lasting = (s, digits) => (!finite(s) ? "—" : s !== 0 && Math.abs(s) < 1 ? `${trim(1000 * s, digits)} ms` : `${trim(s, digits)} s`);
+const lasting = (s, digits) => (!finite(s) ? short(s) : s !== 0 && Math.abs(s) < 1 ? `${trim(1000 * s, digits)} ms` : `${trim(s, digits)} s`);
 
 export const when = (iso) => (iso || "").slice(0, 16).replace("T", " ");
 export const at = (unix) => new Date(unix * 1000).toISOString().slice(0, 19).replace("T", " ");

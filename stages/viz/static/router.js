@@ -34,14 +34,14 @@ function Layers({ id, query, layers, tags, names }) {
   if (!state.data || state.error) return html`<${Failed} state=${state} />`;
   const panels = state.data, x = panels[0].x, kind = query.x || "tokens";
   const at = (r, k) => panels[r].curves[0]?.y[k] ?? NaN;
-  const last = panels.map((p) => p.curves[0]?.last?.[1] ?? NaN);
-  const worst = last.indexOf(Math.max(...last));
-  const top = panels.reduce((most, p) => (p.curves[0]?.y || []).reduce((a, v) => (v > a ? v : a), most), LEAST_TOP);
+  const last = panels.map((p) => p.curves[0]?.last?.[1]);
+  const worst = last.indexOf(Math.max(...last.filter(Number.isFinite)));
+  const top = panels.reduce((most, p) => (p.curves[0]?.y || []).reduce((a, v) => (v > a && v < Infinity ? v : a), most), LEAST_TOP);
   return html`<h1>Router of <span class="mono">${id}</span></h1>
     <${Troubles} ids=${[id]} />
     <${CurveBar} query=${query}><span class="soft">layers: <kbd>j</kbd> <kbd>k</kbd> or a click</span><//>
     <${Facts} pairs=${[[noun(layers.length, "MoE layer"), layers.length], ["fullest expert over mean now", short(last[worst], 3)],
-      ["in this layer", layers[worst]], ["layer shown below", layer]]} />
+      ["in this layer", layers[worst] ?? "—"], ["layer shown below", layer]]} />
     <${HeatMap} title="fullest expert over mean, by layer" note="" scale=${["1, balanced", `${short(top, 3)} × mean, log scale`]}
       rows=${layers.length} columns=${x.length} value=${at} shade=${(v) => Math.log2(v) / Math.log2(top)} stops=${rising()} cell=${18}
       rowLabel=${(r) => `layer ${layers[r]}`} columnLabel=${(k) => xText(kind, x[k], 3)} picked=${layers.indexOf(layer)}
@@ -76,7 +76,7 @@ function ExpertMap({ id, layer, kind }) {
   const { n, experts, steps, values } = state.data;
   if (!n) return null;
   const [title, place, unit, ends] = KINDS[kind];
-  const most = values.reduce((a, v) => Math.max(a, Math.abs(v)), 1e-9);
+  const most = values.reduce((a, v) => (Number.isFinite(v) ? Math.max(a, Math.abs(v)) : a), 1e-9);
   const means = Float64Array.from(steps, (_, k) => {
     let sum = 0;
     for (let e = 0; e < experts; e++) sum += values[k * experts + e];
