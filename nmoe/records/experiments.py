@@ -394,20 +394,6 @@ class Experiments(Reader):
     """Whether this process holds the run."""
     return run_id in self._locks
 
-  def find_finished(
-    self, fingerprint: str, data_digest: str, seed: int, code_version: str
-  ) -> Run | None:
-    """The newest finished run of the same computation, or None."""
-    same = self._same(fingerprint, data_digest, seed, code_version)
-    return next((run for run in same if run.finished), None)
-
-  def find_unfinished(
-    self, fingerprint: str, data_digest: str, seed: int, code_version: str
-  ) -> Run | None:
-    """The newest run of the same computation that can go on: interrupted, running or failed."""
-    same = self._same(fingerprint, data_digest, seed, code_version)
-    return next((run for run in same if not run.finished), None)
-
   def of_any_code(self, fingerprint: str, data_digest: str, seed: int) -> list[Run]:
     """The runs of the same configuration, data and seed, newest first."""
     rows = self._read(
@@ -420,7 +406,9 @@ class Experiments(Reader):
   def left_under_other_code(
     self, fingerprint: str, data_digest: str, seed: int, code_version: str
   ) -> Run | None:
-    """The newest unfinished run of the same configuration, data and seed that other code made."""
+    """The newest run of the same configuration, data and seed that other code made, if it is
+    unfinished.
+    """
     rows = self._read(
       RUN_SQL + "WHERE r.fingerprint = ? AND r.data_digest = ? AND r.seed = ? "
       "AND r.code_version != ? ORDER BY r.rowid DESC, m.rowid LIMIT 1",

@@ -85,15 +85,20 @@ def test_runs_of_one_second_have_different_ids(tmp_path, monkeypatch):
 
 
 def test_reuse_needs_the_same_computation(tmp_path):
+  """A run that can go on is the newest; one that is finished comes before it."""
   db = Experiments(tmp_path)
   experiment = db.create("muon", **HYPOTHESIS)
-  run = start(db, experiment.id, seed=1)
-  key = (run.fingerprint, run.data_digest, 1, run.code_version)
-  assert db.find_finished(*key) is None and db.find_unfinished(*key).id == run.id
-  db.update_run(run.id, status="completed", results={"val/bpb": 1.0})
-  assert db.find_finished(*key).id == run.id and db.find_unfinished(*key) is None
-  for i, other in enumerate(("0" * 16, "other", 2, "w")):
-    assert db.find_finished(*(*key[:i], other, *key[i + 1 :])) is None
+
+  def asked(seed=1, **changed):
+    return db.find_or_start(experiment.id, "baseline", seed, **(RECORD | changed)).id
+
+  runs = [start(db, experiment.id, seed=1).id for _ in range(2)]
+  assert asked() == runs[1]
+  db.update_run(runs[0], status="completed", results={"val/bpb": 1.0})
+  assert asked() == runs[0]
+  others = [asked(**{key: "w"}) for key in ("fingerprint", "data_digest", "code_version")]
+  assert len({*runs, *others, asked(seed=2)}) == 6
+  assert asked(toml="other words", environment={"torch": "2.14"}) == runs[0]
 
 
 def test_a_run_counts_in_several_experiments(tmp_path):

@@ -78,8 +78,9 @@ def test_what_a_command_asks_of_the_records(large):
   db = Experiments(large)
   arms = [ArmRecord("arm", {}, "c")]
   claim = db.find("muon-7").headline
-  key = ("0" * 16, "d" * 12, 1, "v" * 12)
-  assert best(lambda: db.find_finished(*key)) < 0.01
+  names = "toml fingerprint data_digest commit diff code_version target".split()
+  record = dict.fromkeys(names, "new") | {"environment": {}}
+  assert best(lambda: db.find_or_start("muon-7", "arm", 1, **record)) < 0.02
   assert best(lambda: db.find("muon-7")) < 0.01
   assert best(lambda: db.runs("muon-7")) < 0.02
   assert best(lambda: db.find_or_create("new", "ablate", [claim], arms, range(5))) < 0.05
