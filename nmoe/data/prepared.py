@@ -36,10 +36,6 @@ class PreparedSource:
     """int64 [V], how often each id occurs in training text."""
     return load_array(self.folder / "train-counts.npy")
 
-  def hashes(self, split: str) -> np.ndarray:
-    """uint64 [documents] of "train" or "heldout": the first 8 bytes of each text's sha256."""
-    return load_array(self.folder / f"{split}-hashes.npy")
-
 
 @dataclass(frozen=True)
 class PreparedData:
