@@ -282,4 +282,3 @@ function legend(arms, dashes) {
   return base ? [["baseline", base[1]], ...others] : others;
 }
 
-export const Verdict = ({ e }) => html`<${Badge} kind=${e.verdict || e.status} />`;
