@@ -30,7 +30,7 @@ def read_before(data: PreparedData, config: Config, tokens: int) -> History:
   """
   c, samples = config.data, tokens // config.data.seq_len
   of = phases([source.name for source in data.sources], c.weights, c.weights_from)
-  _, counts, streams = drawn(data, of, c.fraction, c.seq_len)
+  counts, streams = drawn(data, of, c.fraction, c.seq_len)
   found = []
   for phase, count in zip(of, counts, strict=True):
     first = -(-phase.tokens // c.seq_len)

@@ -59,7 +59,7 @@ class Loader:
     self.holes = holes
     self.data, self.seq_len, self.seed = data, seq_len, seed
     of = weights if isinstance(weights, Sequence) else (Phase(0, weights),)
-    self.shares_P, counts, self._streams = drawn(data, of, fraction, seq_len)
+    counts, self._streams = drawn(data, of, fraction, seq_len)
     self._length = np.array([s.length for s in self._streams], dtype=np.uint64)
     self._windows = np.maximum(self._length // np.uint64(seq_len), np.uint64(1))
     self._keys = np.array([key("order", seed, s.name) for s in data.sources], dtype=np.uint64)
@@ -101,10 +101,6 @@ class Loader:
       self._streams[s].read(o, row)
     return rows
 
-  def sample(self, n: int) -> np.ndarray:
-    """int64 [seq_len + 1], sample n >= 0."""
-    return self.samples(np.array([n], dtype=np.uint64))[0]
-
   def batch(
     self, step: int, batch_size: int, rank: int = 0, ranks: int = 1
   ) -> tuple[np.ndarray, np.ndarray]:
@@ -125,13 +121,6 @@ class Loader:
     first += rank * local
     rows = self.samples(np.arange(first, first + local, dtype=np.uint64))
     return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
-
-  def epochs(self, tokens: int) -> dict[str, float]:
-    """How often each source has been read through after `tokens` of training, by its shares."""
-    starts = np.minimum(self._first_P * 1.0, tokens / self.seq_len)
-    samples_P = np.diff(starts, append=tokens / self.seq_len)
-    part = samples_P @ (self._counts_PS / CYCLE) / self._windows
-    return dict(zip(self.shares_P[0], part.tolist(), strict=True))
 
 
 def _interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,11 +216,6 @@ class Validation:
     chosen = [(np.arange(n) * 2 + 1) * h // (2 * n) for n, h in zip(take, have, strict=True) if n]
     self.source_W = np.repeat(np.arange(len(take)), take)  # of each window
     self._offset_W = np.concatenate(chosen) * seq_len
-
-  @property
-  def num_tokens(self) -> int:
-    """Targets in the set."""
-    return len(self._offset_W) * self.seq_len
 
   def batches(
     self, batch_size: int, rank: int = 0, ranks: int = 1

@@ -159,13 +159,13 @@ def check_vocabulary(config: Config, ids: Tokenizer) -> None:
 
 def drawn(
   data: PreparedData, phases: Sequence[Phase], fraction: float, seq_len: int
-) -> tuple[list[dict[str, float]], list[np.ndarray], list[Stream]]:
-  """(shares of the sources, counts of a cycle, both by phase; what is read of each source).
+) -> tuple[list[np.ndarray], list[Stream]]:
+  """(counts of a cycle by phase; what is read of each source).
 
   DataError if a source with a positive share is shorter than one sample.
   """
-  shares_P = [shares(data, phase.weights) for phase in phases]
-  counts = [cycle_counts(np.array(list(share.values()))) for share in shares_P]
+  shares_P = [list(shares(data, phase.weights).values()) for phase in phases]
+  counts = [cycle_counts(np.array(share)) for share in shares_P]
   streams = [s.train.first(math.ceil(fraction * s.train.length)) for s in data.sources]
   for source, stream, count in zip(data.sources, streams, sum(counts), strict=True):
     if count and stream.length <= seq_len:
@@ -174,7 +174,7 @@ def drawn(
         f"{seq_len} needs {seq_len + 1}; shorten data.seq_len, raise data.fraction, add text, or "
         "drop the source"
       )
-  return shares_P, counts, streams
+  return counts, streams
 
 
 def heldout_windows(data: PreparedData, seq_len: int) -> np.ndarray:

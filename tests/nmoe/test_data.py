@@ -106,7 +106,7 @@ def test_any_run_of_samples_has_its_proportions(weights, first, length):
   """A cycle of samples exactly, wherever it starts; fewer to the stated error."""
   loader = Loader(in_memory([1000] * len(weights), weights), seq_len=8, seed=0)
   source, _, _ = loader.locate(np.arange(first, first + length))
-  part = cycle_counts(np.array(list(loader.shares_P[0].values()))) / CYCLE
+  part = cycle_counts(np.array(list(shares(loader.data).values()))) / CYCLE
   error = np.abs(np.bincount(source, minlength=len(weights)) - length * part)
   assert (error <= (length != CYCLE) * (1 + len(weights) * part) + 1e-9).all()
 
@@ -216,7 +216,7 @@ def test_a_sample_depends_on_seed_and_n_alone(data, ids, seed):
   loader = Loader(data, seq_len=24, seed=seed)
   together = loader.samples(np.array(ids))
   for n, row in reversed(list(zip(ids, together, strict=True))):
-    assert np.array_equal(Loader(data, seq_len=24, seed=seed).sample(n), row)
+    assert np.array_equal(Loader(data, seq_len=24, seed=seed).samples(np.array([n])), row[None])
     assert np.array_equal(loader.batch(n, 1)[0][0], row[:-1])
 
 
@@ -235,14 +235,12 @@ def test_samples_are_the_text(folder, data):
     assert np.array_equal(row, streams[s][at])
 
 
-def test_epochs_are_counted_by_samples_drawn():
+def test_an_epoch_is_as_many_samples_as_a_source_has_windows():
   loader = Loader(in_memory([8000, 1000], weights=[1.0, 3.0]), seq_len=8, seed=0)
   source, epoch, _ = loader.locate(np.arange(CYCLE))
-  found = loader.epochs(CYCLE * 8)
-  for s, name in enumerate("ab"):
-    windows = loader.data.train_tokens[name] // 8
-    assert found[name] == (source == s).sum() / windows
-    assert int(epoch[source == s].max()) == math.ceil(found[name]) - 1
+  for s, windows in enumerate((1000, 125)):
+    count = int((source == s).sum())
+    np.testing.assert_array_equal(epoch[source == s], np.arange(count) // windows)
 
 
 def test_a_source_shorter_than_a_window_is_named():
@@ -316,27 +314,20 @@ def test_a_batch_of_phases_depends_on_seed_and_step_alone(step, ranks, seed):
   tokens, _ = phased(seed).batch(step, 8)
   parts = [phased(seed).batch(step, 8, r, ranks)[0] for r in range(ranks)]
   assert np.array_equal(np.concatenate(parts), tokens)
-  one_by_one = [phased(seed).sample(8 * step + i)[:-1] for i in reversed(range(8))]
-  assert np.array_equal(np.stack(one_by_one[::-1]), tokens)
-
-
-def test_epochs_add_up_over_phases():
-  loader, samples = phased(), CYCLE + 2000
-  source, _, _ = loader.locate(np.arange(samples))
-  windows = np.array([4000, 900, 70_000]) // 8
-  counted = np.bincount(source, minlength=3) / windows
-  np.testing.assert_allclose(list(loader.epochs(8 * samples).values()), counted, atol=3 / 112)
+  one_by_one = [phased(seed).samples(np.array([8 * step + i])) for i in reversed(range(8))]
+  assert np.array_equal(np.concatenate(one_by_one[::-1])[:, :-1], tokens)
 
 
 def test_a_fraction_is_the_first_tokens_and_repeats_them():
   """A tenth of the text is read through ten times as often."""
-  whole, tenth = phased(), phased(fraction=0.1)
+  tenth = phased(fraction=0.1)
   ids = np.arange(CYCLE)
-  rows, source = tenth.samples(ids), tenth.locate(ids)[0]
+  rows, (source, epoch, _) = tenth.samples(ids), tenth.locate(ids)
+  np.testing.assert_array_equal(source, phased().locate(ids)[0])
   for s, length in enumerate((400, 90, 7000)):
     assert rows[source == s].max() == length - 1
-  few, many = (np.array(list(each.epochs(8 * 1000).values())) for each in (whole, tenth))
-  np.testing.assert_allclose(many, few * 10, rtol=0.03)
+    count = int((source == s).sum())
+    np.testing.assert_array_equal(epoch[source == s], np.arange(count) // (length // 8))
   with pytest.raises(DataError, match="source 'b' has 8 training tokens.*raise data.fraction"):
     phased(fraction=0.008)
 
