@@ -68,7 +68,9 @@ MEASURES = {  # in the order in which a report lists them
 
 
 def measured(tag: str) -> Measure | None:
-  """What a metric is: of MEASURES, or `eval/NAME/bpb` of a suite in NAME.toml; None: neither."""
+  """What a metric is: of MEASURES, or one of SUITE as `eval/NAME/…`, of a suite in NAME.toml; None:
+  neither.
+  """
   first, _, rest = tag.partition("/")
   suite, _, name = rest.rpartition("/")
   own = first == "eval" and name in SUITE and suite and "/" not in suite
