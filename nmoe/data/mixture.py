@@ -26,6 +26,7 @@ split = "train"
 name = "prose"
 kind = "python"
 part = "prose"          # or "code"
+tree = "stdlib"         # or "packages": what is installed beside it
 """
 
 from __future__ import annotations
