@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -27,14 +28,15 @@ from stages.text import plain, rounded, visible
 from stages.viz.answers import STARTS, leaves, starts
 from stages.viz.ranks import latest
 
-FIGURES = {  # tag -> format of its last value ("s": a duration), factor, label if it is no measure
+# tag -> format of its last value ("s": a duration, "%": a share), factor, label if it is no measure
+FIGURES = {
   "train/loss": (".4f", 1.0, ""),
   "val/loss": (".4f", 1.0, ""),
   "val/bpb": (".4f", 1.0, ""),
   "grad_norm/all": (".3g", 1.0, "gradient norm"),
   "lr/dense": (".3g", 1.0, "learning rate"),
   "train/tokens_per_s": (",.0f", 1.0, ""),
-  "train/mfu": (".1%", 1.0, ""),
+  "train/mfu": ("%", 1.0, ""),
   "data/wait_s": ("s", 1.0, "waiting for data"),
   "memory/peak_bytes": (".2f", 2.0**-30, "peak memory, GiB"),
   "checkpoint/stall_s": ("s", 1.0, "checkpoint stall"),
@@ -44,6 +46,7 @@ TASKS = 12  # shown of an evaluation
 MOST_LESS = 3 + len(FIGURES) + TASKS  # lines that a picture can do without
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 72  # of a curve at most, in characters
+LONGEST = 32  # of a task's name that is shown, in characters
 BESIDE = 42  # what stands before a curve
 ROOMY, ENDS = 100, 22  # columns from which on a curve's ends stand beside it, in so many
 LATE_S = 30.0  # a last line may always be so old
@@ -161,7 +164,7 @@ def _age(loss: Logged) -> tuple[str, str]:
   """Of the last line; yellow where it is much older than such lines are apart."""
   age_s = time.time() - loss.time[-1]
   apart_s = float(np.median(np.diff(loss.time[-20:]))) if len(loss.time) > 1 else 0.0
-  return f", last line {age_s:,.0f} s ago", "yellow" if age_s > max(LATE_S, 10 * apart_s) else ""
+  return f", last line {ago(loss.time[-1])}", "yellow" if age_s > max(LATE_S, 10 * apart_s) else ""
 
 
 def _resumed(logged: dict[str, Logged]) -> list[Text]:
@@ -208,6 +211,10 @@ def _figures(logged: dict[str, Logged], wide: int, most: int, roomy: bool) -> Ta
 
 
 def _told(form: str, value: float) -> str:
+  if not math.isfinite(value):
+    return str(value)
+  if form == "%":
+    return f"{100 * value:.1f} %"
   if form != "s":
     return f"{value:{form}}"
   return rounded(value, "s") if value < 100 else f"{value:,.0f} s"
@@ -244,21 +251,22 @@ def _phases(phases: dict[str, Logged]) -> list[Text]:
     return []
   step = max(int(rows.step[-1]) for rows in phases.values())
   last = {tag: float(rows.value[-1]) for tag, rows in phases.items() if rows.step[-1] == step}
-  total = sum(last.values()) or 1.0
-  longest = sorted(last.items(), key=lambda item: -item[1])
-  shares = (
+  known = {tag: s for tag, s in last.items() if math.isfinite(s) and s > 0}
+  total = sum(known.values())
+  shares = [
     f"{tag[5:].removesuffix('_s')} {100 * s / total:.0f} %"
-    for tag, s in longest
+    for tag, s in sorted(known.items(), key=lambda item: -item[1])
     if s >= 0.005 * total
-  )
-  return [plain("time: " + ", ".join(shares), "dim")]
+  ]
+  return [plain("time: " + ", ".join(shares), "dim")] if shares else []
 
 
 def _router(loads: dict[str, Logged]) -> list[Text]:
-  worst = {tag: float(r.value[-1]) for tag, r in loads.items() if tag.endswith("over_mean")}
+  last = {tag: v for tag, rows in loads.items() if math.isfinite(v := float(rows.value[-1]))}
+  worst = {tag: v for tag, v in last.items() if tag.endswith("over_mean")}
   if not worst:
     return []
-  dead = sum(float(rows.value[-1]) for tag, rows in loads.items() if tag.endswith("/dead"))
+  dead = sum(v for tag, v in last.items() if tag.endswith("/dead"))
   layer = max(worst, key=worst.get)
   text = f"router: fullest expert over mean {worst[layer]:.2f} in MoE layer {layer.split('/')[1]}"
   return [plain(f"{text}, {dead:.0f} dead expert{'' if dead == 1 else 's'}", "dim")]
@@ -270,8 +278,9 @@ def _ranks(live: Live, run: Run) -> list[Text]:
   phase = None if found is None else latest(found)
   if phase is None:
     return []
-  text = f"ranks: rank {phase.rank} is {phase.above:.2g} s above the median in {phase.name}"
-  return [plain(f"{text}, {phase.share:.1%} of the time between logs", "dim")]
+  above = rounded(phase.above, "s")
+  text = f"ranks: rank {phase.rank} is {above} above the median in {phase.name}"
+  return [plain(f"{text}, {100 * phase.share:.1f} % of the time between logs", "dim")]
 
 
 def _production(live: Live, seen: Snapshot, run: Run, logged: dict[str, Logged]) -> list[Text]:
@@ -280,7 +289,7 @@ def _production(live: Live, seen: Snapshot, run: Run, logged: dict[str, Logged])
     return []
   attempts, events = seen.history[run.id]
   found = goodput.account(live.root, run, attempts, events, logged)
-  text = f"goodput {found.goodput:.1%}, ETTR {found.ettr:.1%}"
+  text = f"goodput {100 * found.goodput:.1f} %, ETTR {100 * found.ettr:.1f} %"
   lost = {k: s for k, s in found.seconds.items() if s >= 0.05 and k != "stepping"}
   most = sorted(lost.items(), key=lambda item: -item[1])[:4]
   text += f" of {found.wall_s:,.0f} s" + "".join(f", {name} {s:,.1f} s" for name, s in most)
@@ -320,8 +329,9 @@ def _evaluations(
   if not tasks:
     return []
   table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-  for name in ("task", "accuracy", "bits per byte", "step"):
-    table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+  table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=LONGEST)
+  for name in ("accuracy", "bits per byte", "step"):
+    table.add_column(name, justify="right", no_wrap=True)
   for task in tasks[:most]:
     step = max(last[f"eval/{task}/{m}"][0] for m in ("acc", "bpb") if f"eval/{task}/{m}" in last)
     cells = (_with_error(last, f"eval/{task}/{name}") for name in ("acc", "bpb"))

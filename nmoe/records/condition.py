@@ -17,7 +17,16 @@ AGAIN = 75  # the exit status of an attempt that is to be queued again
 def ago(when: float) -> str:
   """How long something is past, in words. Clocks of hosts differ, and a clock can step back."""
   seconds = time.time() - when
-  return f"{seconds:,.0f} s ago" if seconds > -1 else f"{-seconds:,.0f} s ahead of this clock"
+  if seconds <= -1:
+    return f"{-seconds:,.0f} s ahead of this clock"
+  for least, unit, digits, name in (
+    (172_800, 86_400, 1, "d"),
+    (5400, 3600, 1, "h"),
+    (90, 60, 0, "min"),
+  ):
+    if seconds >= least:
+      return f"{seconds / unit:.{digits}f} {name} ago"
+  return f"{abs(seconds):.0f} s ago"
 
 
 def _aged(when: float, most_s: float) -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 from nmoe.errors import RecordError
 from nmoe.records import goodput
 from nmoe.records.attempts import Attempts
+from nmoe.records.condition import ago
 from nmoe.records.experiments import Experiments
 from nmoe.records.live import Live
 from nmoe.records.metrics import Metrics
@@ -42,7 +43,7 @@ def test_the_last_figures_of_a_run_are_shown(root, live):
   writer.add(41, 4100, values | {"train/tokens_per_s": 1234.5, "train/mfu": 0.407})
   writer.flush()
   text = shown(live, run)
-  for part in ("topk-1 · variant · seed 2", "completed", "2.3457", "1.2500", "1,234", "40.7%"):
+  for part in ("topk-1 · variant · seed 2", "completed", "2.3457", "1.2500", "1,234", "40.7 %"):
     assert part in text, part
   assert "time: forward 75 %, step 25 %" in text
   assert "fullest expert over mean 2.50 in MoE layer 3, 4 dead experts" in text
@@ -70,9 +71,9 @@ def test_a_production_run_with_evaluations_fits_eighty_columns(root, live):
     seconds = goodput.production(root, run)
     for part in (
       "step 41, 4.1 k of 4.1 k tokens",
-      f"goodput {seconds.goodput:.1%}, ETTR {seconds.ettr:.1%}",
+      f"goodput {100 * seconds.goodput:.1f} %, ETTR {100 * seconds.ettr:.1f} %",
       "attempt 1, step 0: launch",
-      "ranks: rank 1 is 1 s above the median in load, 12.5% of the time between logs",
+      "ranks: rank 1 is 1 s above the median in load, 12.5 % of the time between logs",
       "asked 0.7500 ± 0.031 1.5000 60",
       "told 0.5000 — 41",
     ):
@@ -162,14 +163,48 @@ def test_what_a_researcher_must_see_has_a_colour(root, live):
   run = make(root, seeds=(0,), steps=range(0))["variant", 0]
   writer = Metrics(root, run)
   for step in range(1, 6):
-    writer.add(step, step, {"train/loss": 2.0, "grad_norm/all": math.nan})
+    nan = dict.fromkeys(("grad_norm/all", "data/wait_s", "train/mfu"), math.nan)
+    writer.add(step, step, {"train/loss": 2.0} | nan)
     writer.flush()
   seen = live.snapshot()
   of = replace(seen.run(run), status="running")
   assert styles(picture(live, seen, of, 120), "nan") == {"red"}
-  assert styles(picture(live, seen, of, 120), "s ago") == {""}
+  assert styles(picture(live, seen, of, 120), " ago") == {""}
+  assert "nan s" not in shown(live, run) and "nan %" not in shown(live, run)
   with patch.object(watch.time, "time", return_value=time.time() + 600):
-    assert styles(picture(live, seen, of, 120), "s ago") == {"yellow"}
+    assert styles(picture(live, seen, of, 120), "10 min ago") == {"yellow"}
+
+
+def test_a_layer_of_nan_hides_no_other_and_no_share_is_of_nan(root, live):
+  run = make(root, seeds=(0,), steps=range(0))["variant", 0]
+  writer = Metrics(root, run)
+  loads = {f"moe/{layer}/load_max_over_mean": value for layer, value in enumerate((math.nan, 3.5))}
+  dead = {"moe/0/dead": math.nan, "moe/1/dead": 2.0}
+  times = {"time/step_s": math.inf, "time/forward_s": 1.0}
+  for step in (1, 2):
+    writer.add(step, step, {"train/loss": 2.0} | loads | dead | times)
+  writer.flush()
+  text = shown(live, run, 80)
+  assert "over mean 3.50 in MoE layer 1, 2 dead experts" in text, text
+  assert "nan" not in text and "time: forward 100 %" in text, text
+
+
+def test_a_long_name_leaves_the_numbers_beside_it(root, live):
+  run = make(root, seeds=(0,), steps=range(0))["variant", 0]
+  writer = Metrics(root, run)
+  writer.add(1, 1, {"train/loss": 2.0, f"eval/{'n' * 200}/acc": 0.4321, "eval/t/bpb": 1.2345})
+  writer.flush()
+  text = shown(live, run, 80)
+  assert "0.4321" in text and "1.2345" in text and "accuracy" in text, text
+
+
+@pytest.mark.parametrize(
+  "seconds, told",
+  [(0.4, "0 s ago"), (89, "89 s ago"), (2846, "47 min ago"), (9000, "2.5 h ago")]
+  + [(345_600, "4.0 d ago"), (-30, "30 s ahead of this clock")],
+)
+def test_how_long_ago_is_told_in_the_largest_unit(seconds, told):
+  assert ago(time.time() - seconds) == told
 
 
 def test_seconds_have_their_unit_and_a_suites_mean_its_name(root, live):
