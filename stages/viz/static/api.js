@@ -72,9 +72,24 @@ export function search(query) {
 
 // The page's address: where it is, and its query as an object. Every change redraws.
 const listeners = new Set();
-addEventListener("popstate", () => redraw());
+history.scrollRestoration = "manual";
+addEventListener("popstate", ({ state }) => {
+  redraw();
+  until = Date.now() + 2000;
+  restore(state?.y || 0);
+});
+
+// Scroll to where one left a page, once it is as high as it was, unless one has moved on.
+let until = 0;
+function restore(y) {
+  scrollTo(0, y);
+  if (Math.abs(scrollY - y) > 1 && Date.now() < until) requestAnimationFrame(() => restore(y));
+}
+for (const kind of ["wheel", "keydown", "pointerdown"]) addEventListener(kind, () => { until = 0; }, { passive: true });
 
 export function go(path, replace = false) {
+  until = 0;
+  if (!replace) history.replaceState({ y: scrollY }, "");
   history[replace ? "replaceState" : "pushState"](null, "", path);
   if (!replace) scrollTo(0, 0);
   redraw();
