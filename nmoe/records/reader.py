@@ -371,14 +371,19 @@ class Reader:
 
   def _seen(self, run: Run) -> Run:
     """The run with the status that is true: "running" needs an owner that holds its lock; where it
-    has none, or failed, a launch that lives is "starting" or "restarting" its ranks.
+    has none, or failed, a launch that lives is "starting" or "restarting" its ranks. A study that
+    has given it up for a child to claim is "starting" it, if its process still lives.
     """
+    row = run.status
     if run.status == "running" and not _owned(Root(self.root).lock(run.id), run):
       run = replace(run, status="interrupted")
     if run.status in ("interrupted", "failed") and not run.finished:
       launch = Launch.read(self.root, run.id)
       if launch is not None and launch.lives:
         return replace(run, status=launch.status)
+    if row == "interrupted" and lives(run.host, run.pid, run.updated):
+      if _carried_out(Root(self.root).experiment_lock(run.experiment_id)):
+        return replace(run, status="starting")
     return run
 
   def _experiments(self, rows: Sequence[sqlite3.Row]) -> list[Experiment]:

@@ -60,6 +60,29 @@ def test_a_killed_owner_leaves_an_interrupted_run_that_can_be_resumed(tmp_path):
     db.claim(run.id)
 
 
+def test_a_run_that_its_study_gave_to_a_child_is_starting_until_the_child_has_it(tmp_path):
+  """It stood as interrupted while its child was loading, which on a GPU takes minutes."""
+  db = Experiments(tmp_path)
+  experiment = db.create("muon", **HYPOTHESIS).id
+  run = start(db, experiment)
+  db.release(run.id)
+  reader = Reader(tmp_path)
+  assert reader.run(run.id).status == "interrupted", "nobody carries its experiment out"
+  db.set_status(experiment, "running")
+  assert reader.run(run.id).status == "starting" and reader.run(run.id).live
+  owner = child(tmp_path, f"db.claim({run.id!r}); print('up', flush=True); time.sleep(60)")
+  assert owner.stdout.readline() == "up\n"
+  assert reader.run(run.id).status == "running"
+  owner.send_signal(signal.SIGKILL)
+  owner.communicate()
+  assert reader.run(run.id).status == "interrupted", "of a child that was killed"
+  other = start(db, experiment)
+  db.release(other.id)
+  assert reader.run(other.id).status == "starting"
+  db.close()
+  assert reader.run(other.id).status == "interrupted", "of a study that ended"
+
+
 @pytest.mark.faults
 def test_a_deleted_lock_makes_no_second_owner(tmp_path):
   """Whoever tidied up `locks/`: the owner lives, and only its death ends its run."""
