@@ -256,6 +256,28 @@ def test_an_address_of_no_page_says_so_and_leads_back(root, serve, page):
   assert page.ask("fetch('/api/none').then(a => a.text())") == "Not Found"
 
 
+def test_a_run_before_its_first_result_has_its_newest_line_in_the_table(root, serve, page):
+  """Results come with an evaluation; until then a loss, a speed and an MFU are those logged."""
+  made(root)
+  records = Experiments(root)
+  claim = Hypothesis("It runs.", "val/bpb", "lower", 0.005)
+  run = start(
+    records, records.create("under way", "research", [claim]), "arm", 0, configs.load(BASE)
+  )
+  values = {"train/loss": 2.5, "train/tokens_per_s": 12345.0, "train/mfu": 0.421}
+  writer = Metrics(root, run)
+  writer.add(10, 1000, {tag: np.nan for tag in values})
+  writer.add(20, 2000, values)
+  writer.flush()
+  page.open(serve() + "/")
+  cells = "[...document.querySelectorAll('tbody tr')[0].cells].slice(6, 10).map(c => c.innerText)"
+  page.wait(f"{cells}.join() == '—,2.5000,12,345,42.1'", 10)
+  writer.add(30, 3000, values | {"train/loss": 2.25})
+  writer.flush()
+  page.wait(f"{cells}[1] == '2.2500'", 10)
+  records.close()
+
+
 def test_two_browsers_see_the_same_new_line(root, serve, page, browser, tmp_path):
   (run,) = made(root)
   address = serve()

@@ -25,8 +25,8 @@ function shown(curve, factor) {
   if (typeof curve.last?.[1] === "number") curve.last[1] *= factor;
 }
 
-// [{tag, x: Float64Array, curves: [{run, last, y: Float32Array}]}]
-export async function getSeries(query) {
+// [{tag, x: Float64Array, curves: [{run, last, y: Float32Array}]}]; raw: in the unit that was logged.
+export async function getSeries(query, raw = false) {
   const [header, body, start] = await getColumns("/api/series?" + search(query));
   let at = start;
   for (const panel of header) {
@@ -37,7 +37,7 @@ export async function getSeries(query) {
     for (const curve of panel.curves) {
       curve.y = new Float32Array(body, at, panel.length);
       at += 4 * panel.length;
-      if (panel.tag in SHOWN) shown(curve, SHOWN[panel.tag]);
+      if (panel.tag in SHOWN && !raw) shown(curve, SHOWN[panel.tag]);
     }
   }
   return header;

@@ -11,6 +11,7 @@ const COLUMNS = ["val/bpb", "train/loss", "train/tokens_per_s", "train/mfu"];
 const HEADS = { "val/bpb": "val bpb", "train/loss": "loss", "train/tokens_per_s": "tok/s",
   "train/mfu": "MFU %" };
 const ABOUT = { created: "when it was recorded, UTC", updated: "last change of its record, UTC", host: "machine", target: "processor" };
+const LIVE = ["running", "starting", "restarting"];
 const MANY = 300; // rows drawn before "show all"
 const READ = 100; // runs whose tags are looked up, of those shown
 
@@ -63,9 +64,9 @@ function sorted(runs, by, cell) {
     .map(([r]) => r);
 }
 
-// Tag -> run -> its last value, of every run: read after the page stands, some runs at a time, and again
-// when there is more.
-function useLogged(runs, tags) {
+// Tag -> run -> its last value, of every run that `lacks` it: read after the page stands, some runs at a
+// time, and again when there is more.
+function useLogged(runs, tags, lacks) {
   const [values, setValues] = useState({});
   const [changes, setChanges] = useState(0);
   const asked = useRef(new Set());
@@ -77,17 +78,17 @@ function useLogged(runs, tags) {
     let gone = false;
     const ask = async (tag) => {
       for (;;) {
-        const next = runs.filter((r) => !asked.current.has(`${tag} ${r.id}`)).slice(0, 50).map((r) => r.id);
+        const next = runs.filter((r) => lacks(r, tag) && !asked.current.has(`${tag} ${r.id}`)).slice(0, 50).map((r) => r.id);
         if (gone || !next.length) return;
         next.forEach((id) => asked.current.add(`${tag} ${id}`));
-        const [panel] = await getSeries({ run: next, tag, px: 1 });
+        const [panel] = await getSeries({ run: next, tag, px: 1 }, true);
         const last = Object.fromEntries(panel.curves.map((curve) => [curve.run, curve.last?.[1]]));
         setValues((old) => ({ ...old, [tag]: { ...old[tag], ...last } }));
       }
     };
     tags.forEach((tag) => ask(tag).catch(() => {}));
     return () => { gone = true; };
-  }, [tags.join(), runs.length, changes]);
+  }, [tags.join(), runs, changes]);
   return values;
 }
 
@@ -101,7 +102,8 @@ function useTags(runs, looking) {
 export function Runs({ query, data }) {
   const columns = query.cols ? listed(query.cols) : COLUMNS;
   const results = useMemo(() => new Set([...Object.keys(data.measures), ...data.runs.flatMap((r) => Object.keys(r.results))]), [data]);
-  const logged = useLogged(data.runs, columns.filter((key) => key.includes("/") && !results.has(key)));
+  const logged = useLogged(data.runs, columns.filter((key) => key.includes("/")),
+    (r, tag) => !results.has(tag) || (!(tag in r.results) && LIVE.includes(r.status)));
   const cell = useMemo(() => cellsOf(data, logged), [data, logged]);
   const shown = useMemo(() => sorted(matching(data, query.f, cell, columns), query.sort, cell), [data, query.f, query.sort, query.cols, cell]);
   const chosen = query.sel === undefined ? shown.slice(0, 10).map((r) => r.id)
