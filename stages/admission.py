@@ -9,10 +9,11 @@ from nmoe.config.parameters import num_parameters
 from nmoe.config.sections import Config
 from nmoe.data import prepared
 from nmoe.data.tokenizer import get as get_tokenizer
-from nmoe.errors import CheckpointError, ConfigError
+from nmoe.errors import ConfigError
 from nmoe.evals.requests import find_task
 from nmoe.evals.suites import suite_of
 from nmoe.machine import driver
+from nmoe.model.imported import imported_config
 from nmoe.records.root import Root
 
 
@@ -25,9 +26,7 @@ def admit(config: Config, root: Root) -> None:
     check_memory(config)
   prepared.check_vocabulary(config, get_tokenizer(config.data.tokenizer))
   if config.model.init != "seed":
-    folder = root.imported(config.model.init.removeprefix("import:"))
-    if not folder.is_dir():
-      raise CheckpointError(f"{folder} is not there; run `nmoe import` on the model's folder again")
+    imported_config(config, root)
   if config.eval.suite != "none":
     for task in suite_of(config.eval.suite).tasks:
       find_task(root.evals, task)

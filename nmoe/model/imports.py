@@ -30,6 +30,7 @@ from nmoe.errors import CheckpointError
 from nmoe.files import publish, unfinished
 from nmoe.model.export import check_room
 from nmoe.model.hf_folder import described_in
+from nmoe.model.imported import imported_at
 from nmoe.model.names import computed, from_hf, state_shapes
 from nmoe.model.safetensors import Folder, check_finite
 from nmoe.records import checkpoint
@@ -104,12 +105,22 @@ def _store(folder: Path, root: Root, config: Config, state: Iterator[tuple[str, 
       checkpoint.save_streamed(partial, 0, hashed(), meta)
       if (folder / "tokenizer.json").is_file():
         shutil.copy(folder / "tokenizer.json", partial)
-      publish(partial, root.imported(named().model.init.removeprefix("import:")))
+      _replace(partial, imported_at(named(), root))
   except OSError as error:
     raise CheckpointError(
       f"{root.imports} cannot be written ({error}); make room or name another root, then run again"
     ) from error
   return named()
+
+
+def _replace(partial: Path, folder: Path) -> None:
+  """Publish a folder; one of the same digest stays if it is whole. Raises OSError."""
+  if folder.exists():
+    try:
+      checkpoint.verify(folder / "step_00000000")
+    except CheckpointError:
+      shutil.rmtree(folder)
+  publish(partial, folder)
 
 
 def state_bytes(config: Config) -> int:

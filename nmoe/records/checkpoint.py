@@ -52,7 +52,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from nmoe.errors import CheckpointError, CommError, CorruptError, DiskFullError, NmoeError
 from nmoe.files import existing, sha256
 from nmoe.records.hashing import HashingWriter, below
-from nmoe.records.manifests import FORMAT, digest, manifest, steps
+from nmoe.records.manifests import FORMAT, digest, manifest, remedy_of, steps
 from nmoe.records.root import Root
 from nmoe.records.unpickling import read_metadata
 
@@ -456,14 +456,13 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
   for name, want in files[part::parts]:
     file = path / name
     if not file.is_file():
-      raise CorruptError(f"{file} is missing; delete {path} to resume from an earlier step")
+      raise CorruptError(f"{file} is missing; {remedy_of(path)}")
     size = file.stat().st_size
     if size != want["size"] or (hashed := sha256(file)) != want["sha256"]:
       found = f"size {size}" if size != want["size"] else f"sha256 {hashed[:12]}"
       raise CorruptError(
         f"{file} is corrupt: {found}, manifest has size {want['size']} and sha256 "
-        f"{want['sha256'][:12]}; "
-        f"delete {path} to resume from an earlier step"
+        f"{want['sha256'][:12]}; {remedy_of(path)}"
       )
   read_metadata(path)
 

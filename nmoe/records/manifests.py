@@ -27,9 +27,16 @@ def steps(folder: Path) -> list[int]:
   return sorted(int(m[1]) for p in folders if (m := _NAME.fullmatch(p.name)))
 
 
+def remedy_of(path: Path) -> str:
+  """What to do about a damaged checkpoint: a run may have earlier ones, an import is made again."""
+  if path.absolute().parent.parent.name == "imports":
+    return "run `nmoe import` on the model's folder again"
+  return f"delete {path} to resume from an earlier step"
+
+
 def manifest(path: Path) -> dict[str, Any]:
   """The manifest of a finished checkpoint."""
-  file, remedy = path / "manifest.json", f"delete {path} to resume from an earlier step"
+  file, remedy = path / "manifest.json", remedy_of(path)
   try:
     found = json.loads(file.read_text())
   except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nmoe.errors import CorruptError
+from nmoe.records.manifests import remedy_of
 
 _METADATA_NAMES = {
   ("pathlib", "PosixPath"),  # of checkpoints that have one
@@ -70,7 +71,5 @@ def read_metadata(path: Path) -> Metadata:
     if not isinstance(found, Metadata):
       raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
   except _BROKEN_PICKLE as error:
-    raise CorruptError(
-      f"{path}/.metadata cannot be read ({error}); delete {path} to resume from an earlier step"
-    ) from error
+    raise CorruptError(f"{path}/.metadata cannot be read ({error}); {remedy_of(path)}") from error
   return found

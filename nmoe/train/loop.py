@@ -27,7 +27,7 @@ import torch
 from nmoe.config import file as configs
 from nmoe.config import plan
 from nmoe.config.amend import amended, following
-from nmoe.config.sections import Config, diff
+from nmoe.config.sections import Config
 from nmoe.data import prepared
 from nmoe.data.loader import Loader, Prefetcher, unigram_bpb
 from nmoe.data.mixture import phases
@@ -51,6 +51,7 @@ from nmoe.errors import (
 )
 from nmoe.machine.target import Target
 from nmoe.model.decoder import Model
+from nmoe.model.imported import imported_at, imported_config
 from nmoe.model.router import update_bias
 from nmoe.records import attempts, checkpoint, postmortem
 from nmoe.records.attempts import Attempts
@@ -79,15 +80,6 @@ Opened = Callable[..., PreparedData]  # nmoe.data.prepared.open_data, or one tha
 
 # Another try would end alike.
 FINAL = (DivergedError, ConfigError, TargetError, DataError, OtherCodeError, FencedError)
-NOT_OF_WEIGHTS = (  # keys of the model under which imported weights may go on
-  "model.init",
-  "model.init_std",
-  "model.embed_std",
-  "moe.bias_update_rate",
-  "moe.balance_alpha",
-  "moe.global_balance_alpha",
-  "moe.forced_balance",
-)
 
 
 class Parts(NamedTuple):
@@ -223,29 +215,13 @@ def build(config: Config, target: Target, ranks: Parallel, root: Root | None = N
   return TrainState(model, optimizer)
 
 
-def imported_at(config: Config, root: Root) -> Path:
-  """Where the weights lie that model.init names."""
-  return root.imported(config.model.init.removeprefix("import:"))
-
-
 def load_imported(model: Model, config: Config, ranks: Parallel, root: Root) -> Config:
   """Fill the model with the weights that model.init names; the configuration they were stored with.
 
-  CheckpointError if they are of another model.
+  CheckpointError if they are not there, damaged or of another model.
   """
-  folder = imported_at(config, root)
-  if not checkpoint.steps(folder):
-    raise CheckpointError(f"{folder} is not there; run `nmoe import` on the model's folder again")
-  written = configs.loads(checkpoint.manifest(folder / "step_00000000")["config"])
-  differing = {
-    key: pair
-    for key, pair in diff(written, config).items()
-    if key.startswith(("model.", "moe.", "yarn.")) and key not in NOT_OF_WEIGHTS
-  }
-  if differing:
-    told = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in differing.items())
-    raise CheckpointError(f"{folder} holds weights of another model: {told}")
-  checkpoint.load(folder, 0, model.state_dict(), ranks.first_expert)
+  written = imported_config(config, root)
+  checkpoint.load(imported_at(config, root), 0, model.state_dict(), ranks.first_expert)
   return written
 
 

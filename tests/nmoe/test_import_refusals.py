@@ -13,7 +13,9 @@ from model_configs import YARN, tiny
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.model.hf_config import hf_config
 from nmoe.model.hf_folder import read_config, values_of
+from nmoe.model.imported import imported_config
 from nmoe.model.imports import import_folder
+from nmoe.records import checkpoint
 from nmoe.records.root import Root
 
 
@@ -219,3 +221,36 @@ def test_an_index_of_other_values_is_one_error(tmp_path, root, what):
   (folder / "model.safetensors.index.json").write_text(text)
   with pytest.raises(CheckpointError, match="index.json|gone.safetensors"):
     import_folder(folder, root)
+
+
+def flip(file, place):
+  content = bytearray(file.read_bytes())
+  content[place] ^= 1
+  file.write_bytes(content)
+
+
+DAMAGED = {
+  "a byte": lambda step: flip(next(step.glob("*.distcp")), -9),
+  "a file": lambda step: next(step.glob("*.distcp")).unlink(),
+  "the manifest": lambda step: (step / "manifest.json").write_text("{"),
+  "the metadata": lambda step: (step / ".metadata").unlink(),
+  "the step": lambda step: step.rename(step.with_name("moved")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_imported_weights_are_made_anew_by_the_import_that_the_message_names(
+  tmp_path, root, what
+):
+  folder = folder_of(tmp_path, tiny())
+  found = import_folder(folder, root)
+  step = root.imported(found.digest) / "step_00000000"
+  whole = checkpoint.read(step)
+  DAMAGED[what](step)
+  with pytest.raises(CheckpointError, match="; run `nmoe import` on the model's folder again$"):
+    imported_config(found.config, root)
+    checkpoint.verify(step)
+  assert import_folder(folder, root).digest == found.digest
+  checkpoint.verify(step)
+  again = checkpoint.read(step)
+  assert again.keys() == whole.keys() and all(torch.equal(again[n], whole[n]) for n in whole)

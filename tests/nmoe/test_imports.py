@@ -24,6 +24,7 @@ from nmoe.model.safetensors import BLOCK, dequantized
 from nmoe.records import checkpoint
 from nmoe.records.root import Root
 from stages import export, imports
+from stages.admission import admit
 from stages.launch import local as launch
 from stages.launch.local import Job, Launcher
 
@@ -224,6 +225,8 @@ def test_an_exported_run_is_imported_and_trained_on(lab, tmp_path):
   other = lab.record(model__init=made.model.init, moe__top_k=3)
   with pytest.raises(CheckpointError, match="weights of another model: moe.top_k: 2, now 3"):
     lab.attempt(other)
+  with pytest.raises(CheckpointError, match="moe.top_k: 2, now 3; set these keys as they were"):
+    admit(configs.loads(lab.run(other).toml), Root(lab.root))  # before it is recorded
   lost = lab.record(model__init="import:0123")
   with pytest.raises(CheckpointError, match="0123 is not there; run `nmoe import`"):
     lab.attempt(lost)
