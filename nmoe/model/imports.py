@@ -14,6 +14,7 @@ by `[model] init = "import:DIGEST"`.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from torch import Tensor
 from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.errors import CheckpointError
-from nmoe.files import publish, unfinished
+from nmoe.files import publish, sha256, unfinished
 from nmoe.model.export import check_room
 from nmoe.model.hf_folder import described_in
 from nmoe.model.imported import imported_at
@@ -65,6 +66,7 @@ def import_folder(folder: Path, root: Root) -> Imported:
     wide = _wide({name: x for name, x in shapes.items() if name not in left}, config)
     if wide:
       config = configs.changed(config, {"target.dtype": "fp32"})
+    check_sums(folder)
     config = _store(folder, root, config, from_hf(files, config, without_bias))
   return Imported(config, config.model.init.removeprefix("import:"), described.unknown, left, wide)
 
@@ -121,6 +123,30 @@ def _replace(partial: Path, folder: Path) -> None:
     except CheckpointError:
       shutil.rmtree(folder)
   publish(partial, folder)
+
+
+def check_sums(folder: Path) -> None:
+  """CheckpointError for a file of weights that is not what an export's nmoe.json says.
+
+  A folder without an nmoe.json, from elsewhere, has no sums to compare.
+  """
+  told = folder / "nmoe.json"
+  if not told.is_file():
+    return
+  remedy = "copy the folder again, or delete its nmoe.json if its weights were changed on purpose"
+  try:
+    sums = dict(json.loads(told.read_text(encoding="utf-8"))["sha256"]["files"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise CheckpointError(f"{told} cannot be read ({error!r}); {remedy}") from error
+  for name, wanted in sums.items():
+    try:
+      found = sha256(folder / name)
+    except OSError as error:
+      raise CheckpointError(f"{folder / name} cannot be read ({error}); {remedy}") from error
+    if found != wanted:
+      raise CheckpointError(
+        f"{folder / name} has sha256 {found[:12]}, nmoe.json says {str(wanted)[:12]}; {remedy}"
+      )
 
 
 def state_bytes(config: Config) -> int:

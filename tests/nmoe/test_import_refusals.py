@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -223,10 +224,38 @@ def test_an_index_of_other_values_is_one_error(tmp_path, root, what):
     import_folder(folder, root)
 
 
+def sealed(folder):
+  """The folder with the sums that `nmoe export` writes beside weights."""
+  name = "model.safetensors"
+  sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+  (folder / "nmoe.json").write_text(json.dumps({"sha256": {"files": sums}}))
+  return folder
+
+
 def flip(file, place):
   content = bytearray(file.read_bytes())
   content[place] ^= 1
   file.write_bytes(content)
+
+
+def test_an_export_with_a_changed_byte_is_refused(tmp_path, root):
+  """The file is still a model's: the sums of its nmoe.json alone say that it is another's."""
+  folder = sealed(folder_of(tmp_path, tiny()))
+  file = folder / "model.safetensors"
+  flip(file, file.stat().st_size - 4)  # the lowest bits of the last number
+  with pytest.raises(CheckpointError, match=r"model.safetensors has sha256 \w{12}, nmoe.json says"):
+    import_folder(folder, root)
+  assert not root.path.exists()
+  (folder / "nmoe.json").unlink()  # on purpose
+  assert import_folder(folder, root).digest
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"sha256": {"files": 5}}', '{"sha256": [1]}'])
+def test_sums_that_cannot_be_read_are_one_error(tmp_path, root, text):
+  folder = folder_of(tmp_path, tiny())
+  (folder / "nmoe.json").write_text(text)
+  with pytest.raises(CheckpointError, match="nmoe.json cannot be read .*; copy the folder again"):
+    import_folder(folder, root)
 
 
 DAMAGED = {
