@@ -20,6 +20,7 @@ class Arch:
   block_scaled: bool  # it has block-scaled tensor cores
 
 
+CUBLAS = (4096, 8)  # KiB and number of a workspace's buffers, fixed, so that it is deterministic
 ARCHS = {
   "sm_90a": Arch("sm_90a", (9, 0), 132, False),
   "sm_100a": Arch("sm_100a", (10, 0), 148, True),
@@ -38,7 +39,7 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
     "CUTE_DSL_ARCH": arch,
     "QUACK_ARCH": f"{major}{minor}",
     "QUACK_CACHE_ENABLED": "1",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be deterministic
+    "CUBLAS_WORKSPACE_CONFIG": ":{}:{}".format(*CUBLAS),
     "NVSHMEM_DISABLE_NVLS": "1",  # RDEP needs no multicast, and some hosts fail to set it up
     "NCCL_NVLS_ENABLE": "0",
     "NCCL_ALGO": "Ring",  # one order of sums, whatever the machine's links

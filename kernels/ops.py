@@ -295,6 +295,21 @@ def check(condition: bool, message: str) -> None:
     raise KernelError(message)
 
 
+def check_lists(operation: str, lists: Sequence[Sequence[Tensor]]) -> None:
+  """KernelError unless an optimizer's lists have one tensor each of every parameter."""
+  lengths = [len(tensors) for tensors in lists]
+  check(len(set(lengths)) == 1, f"{operation}: lists of different lengths {lengths}")
+
+
+def check_scale(operation: str, grad_scale: Tensor) -> None:
+  """KernelError unless an optimizer's grad_scale is one fp32 number."""
+  check(
+    grad_scale.dtype == torch.float32 and grad_scale.numel() == 1,
+    f"{operation}: grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)}; "
+    "need one torch.float32",
+  )
+
+
 def check_same_device(*tensors: Tensor) -> torch.device:
   """The tensors' one device, or KernelError."""
   device = tensors[0].device

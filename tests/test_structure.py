@@ -137,7 +137,7 @@ def hidden(tree: ast.AST) -> list[str]:
   ]
 
 
-def defined(body: Iterable[ast.stmt]) -> set[str]:
+def defined(body: Iterable[ast.AST]) -> set[str]:
   """The names that a module's statements bind, those under an if, try or with among them."""
   names = set()
   for node in body:
@@ -145,15 +145,11 @@ def defined(body: Iterable[ast.stmt]) -> set[str]:
       names.add(node.name)
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
       names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      names.add(node.id)
     else:
-      stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
-      names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-      names |= defined(inner for inner in ast.walk(node) if inner is not node and named(inner))
+      names |= defined(ast.iter_child_nodes(node))
   return names
-
-
-def named(node: ast.AST) -> bool:
-  return isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
 
 
 def missing(tree: ast.AST, trees: dict[str, ast.Module]) -> list[str]:

@@ -52,7 +52,7 @@ from kernels.cuda.jit import (
 )
 from kernels.cuda.quantization import Operand
 from kernels.cuda.squares import write_squares
-from kernels.ops import check, check_same_device
+from kernels.ops import check, check_lists, check_same_device, check_scale
 from kernels.sizes import BLOCK
 
 THREADS = 256
@@ -358,12 +358,8 @@ def adamw(
   of each weight that keeps some; bit-identical results.
   """
   check(step >= 1, f"adamw: step {step} must count from 1")
-  lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]
-  check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
-  check(
-    grad_scale.dtype == torch.float32 and grad_scale.numel() == 1,
-    f"adamw: grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)}; need one torch.float32",
-  )
+  check_lists("adamw", (params, grads, masters, exp_avgs, exp_avg_sqs))
+  check_scale("adamw", grad_scale)
   beta1, beta2 = betas
   size, inverse_root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
   factors = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, size, inverse_root, eps)

@@ -38,7 +38,7 @@ from kernels.cuda.jit import (
   store_vector,
 )
 from kernels.cuda.newton_schulz import check_sides, newton_schulz
-from kernels.ops import Rows, check, check_same_device
+from kernels.ops import Rows, check, check_lists, check_same_device, check_scale
 
 THREADS = 256
 LANES = 32
@@ -306,12 +306,8 @@ def _check(
 ) -> None:
   """KernelError for what the kernels cannot take."""
   groups = {"params": params, "grads": grads, "masters": masters, "momenta": momenta}
-  lengths = [len(group) for group in groups.values()]
-  check(len(set(lengths)) == 1, f"muon: lists of different lengths {lengths}")
-  check(
-    grad_scale.dtype == torch.float32 and grad_scale.numel() == 1,
-    f"muon: grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)}; need one torch.float32",
-  )
+  check_lists("muon", list(groups.values()))
+  check_scale("muon", grad_scale)
   for name, group in groups.items():
     found = {(tuple(t.shape), t.dtype) for t in group}
     kinds = {torch.float32} if name == "masters" else set(DTYPES)

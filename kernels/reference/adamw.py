@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.copies import Copies
-from kernels.ops import check
+from kernels.ops import check, check_lists
 
 
 @torch.no_grad()
@@ -33,8 +33,7 @@ def adamw(
   left as they are, to be made anew.
   """
   check(step >= 1, f"adamw: step {step} must count from 1")
-  lengths = [len(group) for group in (params, grads, masters, exp_avgs, exp_avg_sqs)]
-  check(len(set(lengths)) == 1, f"adamw: lists of different lengths {lengths}")
+  check_lists("adamw", (params, grads, masters, exp_avgs, exp_avg_sqs))
   if grad_scale.isnan():
     return
   beta1, beta2 = betas

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.ops import Rows, check
+from kernels.ops import Rows, check_lists
 from kernels.reference.newton_schulz import newton_schulz
 
 
@@ -31,8 +31,7 @@ def muon(
 
   Arithmetic is in the masters' dtype; bf16 momenta are rounded when they are stored.
   """
-  lengths = [len(group) for group in (params, grads, masters, momenta)]
-  check(len(set(lengths)) == 1, f"muon: lists of different lengths {lengths}")
+  check_lists("muon", (params, grads, masters, momenta))
   rate = torch.where(grad_scale.isnan(), 0.0, lr)
   live = [_nonzero(grad) if experts else None for grad in grads]
   updates = torch.stack(

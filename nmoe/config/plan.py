@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from kernels import costs
+from kernels import arch, costs
 from nmoe.config.buffers import buffer_layout, row_slots
 from nmoe.config.file import changed
 from nmoe.config.parameters import (
@@ -33,8 +33,6 @@ from nmoe.config.parameters import (
 from nmoe.config.sections import Config, leaves
 from nmoe.errors import ConfigError
 from nmoe.wording import counted
-
-CUBLAS = 4096 * 8 << 10  # bytes of a workspace, as kernels.arch asks for it
 
 
 @dataclass(frozen=True)
@@ -299,9 +297,9 @@ def _workspaces(config: Config) -> Term:
   """torch keeps one for each thread and stream that has asked cuBLAS for a product: forward's and
   autograd's; a graph is captured on a stream of its own, and these are in its memory.
   """
-  streams = 1 + config.train.cuda_graph
-  formula = f"2 threads · {counted(streams, 'stream')} · {CUBLAS >> 20} MiB"
-  return Term("cuBLAS workspaces", formula, 2 * streams * CUBLAS)
+  streams, nbytes = 1 + config.train.cuda_graph, math.prod(arch.CUBLAS) << 10
+  formula = f"2 threads · {counted(streams, 'stream')} · {nbytes >> 20} MiB"
+  return Term("cuBLAS workspaces", formula, 2 * streams * nbytes)
 
 
 def _quantized_elements(config: Config) -> int:
