@@ -21,7 +21,7 @@ from nmoe.records import condition, goodput
 from nmoe.records.condition import ago
 from nmoe.records.live import Live, Logged
 from nmoe.records.measures import MEASURES
-from nmoe.records.reader import Run
+from nmoe.records.reader import Run, no_run
 from nmoe.records.snapshot import Snapshot
 from nmoe.wording import counted
 from stages.text import plain, rounded, visible
@@ -81,12 +81,11 @@ def watch(live: Live, run_id: str | None, console: Console, every_s: float = 1.0
 
 def find(seen: Snapshot, run_id: str | None) -> Run:
   """The run of this id, or the newest one."""
-  if not seen.runs:
+  if not seen.runs and (seen.notice or run_id is None):
     raise RecordError(seen.notice or "there is no run yet: `nmoe research run CONFIG` makes one")
   run = seen.runs[-1] if run_id is None else seen.run(run_id)
   if run is None:
-    newest = ", ".join(dict.fromkeys(run.id for run in seen.runs[::-1][:8]))
-    raise RecordError(f"no run {run_id!r}; the newest are: {newest}")
+    raise RecordError(no_run(run_id, seen.members()))
   return run
 
 

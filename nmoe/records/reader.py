@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from nmoe.records.owner import lives
 from nmoe.records.root import Root
 
 Point = Mapping[str, float | int | str]
+FEW = 5  # runs that a message names
 LIVE = ("running", "starting", "restarting")  # statuses of a run; the last two as `Reader` sees it
 
 RUN_SQL = """
@@ -169,6 +170,39 @@ class Run:
     return self.status == "completed" or "diverged" in self.results
 
 
+class Member(NamedTuple):
+  """A run in an experiment, by what people call both."""
+
+  run: str
+  arm: str
+  seed: int
+  experiment: str
+  name: str
+
+  def __str__(self) -> str:
+    return f"{self.run} ({self.experiment}: {self.arm} seed {self.seed})"
+
+  def answers(self, name: str) -> bool:
+    """Whether `name` is of its experiment, its arm or the arm's file."""
+    return name in (self.experiment, self.name) or Path(name).stem == self.arm
+
+
+def no_run(name: str, members: Iterable[Member]) -> str:
+  """What to say of a run that is not there: those that may be meant, of members oldest first."""
+  newest = list(members)[::-1]
+  if not newest:
+    return f"no run {name!r}; there is none yet: `nmoe research run CONFIG` makes one"
+  meant = [member for member in newest if member.answers(name)]
+  which = "the newest of that experiment or arm" if meant else "the newest"
+  told: dict[str, str] = {}
+  for member in meant or newest:
+    told.setdefault(member.run, str(member))
+  return (
+    f"no run {name!r}; {which} are: {', '.join(list(told.values())[:FEW])}; "
+    "`nmoe experiments list` and `nmoe experiments show NAME` list all"
+  )
+
+
 class Counts(NamedTuple):
   """Of the runs of an experiment. `older` had an outcome before its hypotheses were written."""
 
@@ -313,6 +347,9 @@ class Reader:
       *3 * (name_or_id,),
     )
     if not rows:
+      of_run = "SELECT experiment_id AS id FROM members WHERE run_id = ? ORDER BY rowid LIMIT 1"
+      for row in self._read(of_run, name_or_id):
+        raise RecordError(f"{self.path}: {name_or_id!r} is a run; its experiment is {row['id']}")
       newest = self._read("SELECT id FROM experiments ORDER BY rowid DESC LIMIT 8")
       known = ", ".join(row["id"] for row in newest) or "none yet"
       raise RecordError(f"{self.path}: no experiment {name_or_id!r}; the newest are: {known}")
@@ -366,7 +403,12 @@ class Reader:
     """A run, as a member of the experiment it was started for. RecordError if there is none."""
     rows = self._read(RUN_SQL + "WHERE r.id = ? ORDER BY m.rowid LIMIT 1", run_id)
     if not rows:
-      raise RecordError(f"{self.path}: no run {run_id!r}; see `nmoe experiments list`")
+      members = self._read(
+        """SELECT m.run_id AS run, m.arm, r.seed, e.id AS experiment, e.name FROM members m
+        JOIN runs r ON r.id = m.run_id JOIN experiments e ON e.id = m.experiment_id
+        ORDER BY m.rowid"""
+      )
+      raise RecordError(f"{self.path}: {no_run(run_id, (Member(**row) for row in members))}")
     return self._seen(decoded_run(rows[0]))
 
   def _seen(self, run: Run) -> Run:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nmoe.errors import RecordError
 from nmoe.records.attempts import Attempt, Event, History
-from nmoe.records.reader import Evaluation, Experiment, Link, Run, decoded_run
+from nmoe.records.reader import Evaluation, Experiment, Link, Member, Run, decoded_run
 
 _RUNS_SQL = """
   SELECT r.id, m.experiment_id, m.arm, r.seed, r.toml, r.fingerprint, r.data_digest, r."commit",
@@ -36,6 +36,14 @@ class Snapshot:
 
   def experiment(self, experiment_id: str) -> Experiment | None:
     return next((e for e in self.experiments if e.id == experiment_id), None)
+
+  def members(self) -> list[Member]:
+    """Of all experiments, as `runs` has them."""
+    names = {e.id: e.name for e in self.experiments}
+    return [
+      Member(run.id, run.arm, run.seed, run.experiment_id, names[run.experiment_id])
+      for run in self.runs
+    ]
 
 
 class LiveReader(History):

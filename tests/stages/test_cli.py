@@ -122,7 +122,7 @@ def test_the_stages_start_without_torch():
 
 
 BROKEN = {  # what is asked of the run "found": the end of the error
-  "a run of eval": ("eval", "none", "no run 'none'; see `nmoe experiments list`"),
+  "a run of eval": ("eval", "none", "no run 'none'; the newest are: "),
   "a step of eval": ("eval", "found", "--step", "4", "has the steps 12, not 4"),
   "a suite": ("eval", "found", "--suite", "quik", "'quik' is unknown; did you mean 'quick'?"),
   "a suite's file": ("eval", "found", "--suite", "no.toml", "No such file or directory"),
@@ -136,7 +136,7 @@ BROKEN = {  # what is asked of the run "found": the end of the error
     "no/a.csv",
     "no/a.csv is no file",
   ),
-  "a run of export": ("export", "none", "OUT", "no run 'none'; see `nmoe experiments list`"),
+  "a run of export": ("export", "none", "OUT", "no run 'none'; the newest are: "),
   "a step of export": ("export", "found", "OUT", "--step", "4", "has the steps 12, not 4"),
   "a dtype": ("export", "found", "OUT", "--dtype", "fp16", "must be bf16 or fp32"),
   "a check": ("export", "found", "OUT", "--check", "all", "must be full, layers or tensors"),
