@@ -13,13 +13,14 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from nmoe.errors import ConfigError
+from nmoe.errors import CheckpointError, ConfigError
 
 STALE_S = 3600.0  # nobody writes one file for so long
+TURN_S = 5.0  # in which a process has looked and begun, however slow the machine
 _PARTIAL = re.compile(r"\.(.+)-[0-9a-f]{8}\.partial", re.DOTALL)
 
 
@@ -92,6 +93,51 @@ def unfinished(parent: Path, name: str) -> Iterator[Path]:
   finally:
     shutil.rmtree(folder, ignore_errors=True)
     os.close(handle)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[Path]:
+  """A folder of `unfinished` for what is to be at `out`; CheckpointError where another process has
+  one: of several that ask at once, the first gets it. Raises OSError.
+  """
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with ExitStack() as filling:
+    with _turn(out.parent):
+      check_alone(out)
+      partial = filling.enter_context(unfinished(out.parent, out.name))
+    yield partial
+
+
+def check_alone(out: Path) -> None:
+  """CheckpointError if another process fills a folder of `unfinished` that is to be at `out`."""
+  if busy := under_way(out.parent, out.name):
+    raise CheckpointError(
+      f"another process is writing {out}, in {busy[0]}; wait for it, or name another place"
+    )
+
+
+def check_empty(out: Path) -> None:
+  """CheckpointError unless a folder can come to `out`: nothing is there, or an empty one."""
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise CheckpointError(f"{out} is there already; name an empty or new folder")
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+  """One process at a time looks whether others are at something in a folder, and begins.
+
+  Without locks, or where another program keeps the folder's, it is not waited for.
+  """
+  handle, until = None, time.monotonic() + TURN_S
+  try:
+    with suppress(OSError):
+      handle = os.open(folder, os.O_RDONLY)
+      while not lock(handle) and time.monotonic() < until:
+        time.sleep(0.01)
+    yield
+  finally:
+    if handle is not None:
+      os.close(handle)
 
 
 def _begun(parent: Path, name: str) -> tuple[Path, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nmoe.config import file as configs
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.evals.suites import Suite, items_digest, suite_of
-from nmoe.files import under_way
+from nmoe.files import check_alone, check_empty
 from nmoe.model.hf_config import model_type_of
 from nmoe.model.hf_folder import described_in
 from nmoe.records.manifests import manifest, steps
@@ -63,13 +63,8 @@ def exportable(
   model_type_of(configs.loads(manifest(path)["config"], f"{path}/manifest.json"))
   if out.resolve().is_relative_to(path.resolve()):
     raise ConfigError(f"{out} lies in the checkpoint {path}; name another folder")
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise CheckpointError(f"{out} is there already; name an empty or new folder")
-  if busy := under_way(out.parent, out.name):
-    raise CheckpointError(
-      f"another export is writing {busy[0]}, which is to be {out}; wait for it, or name another "
-      "folder"
-    )
+  check_empty(out)
+  check_alone(out)
   if out.is_symlink() or os.path.ismount(out) or out.resolve() == Path.cwd():
     raise ConfigError(
       f"{out} cannot be replaced by the finished folder, as a link, a mount or the folder that you "
@@ -82,8 +77,14 @@ def importable(folder: Path, out: Path) -> None:
   """ConfigError or CheckpointError for a folder that is no model of ours, or a file that cannot be
   written.
   """
-  if out.exists():
-    raise ConfigError(f"{out} is there already; name a new file")
+  check_new(out)
   if not out.absolute().parent.is_dir():
     raise ConfigError(f"{out.absolute().parent} is no folder; name a file of one that is there")
+  check_alone(out)
   described_in(folder)
+
+
+def check_new(out: Path) -> None:
+  """ConfigError if something is where a new file is to be."""
+  if os.path.lexists(out):
+    raise ConfigError(f"{out} is there already; name a new file")

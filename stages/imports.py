@@ -10,27 +10,31 @@ from nmoe.config import file as configs
 from nmoe.config.sections import Config
 from nmoe.data import tokenizer
 from nmoe.errors import ConfigError, DataError
-from nmoe.files import clear_unfinished
+from nmoe.files import alone, clear_unfinished
 from nmoe.model.imports import PARTIAL, import_folder
 from nmoe.records.root import Root
 from nmoe.wording import counted
-from stages.checkpoints import importable
+from stages.checkpoints import check_new, importable
 from stages.text import plain
 
 
 def run(folder: Path, out: Path, root: Path, console: Console) -> None:
   """Store the weights in the root, write the configuration and say what was left out."""
   importable(folder, out)
-  for left in clear_unfinished(Root(root).imports, PARTIAL):
-    console.print(plain(f"removed {left}: a killed import had left it"), soft_wrap=True)
-  with console.status(plain(f"reading {folder}")):
-    found = import_folder(folder, Root(root))
-  config = configs.changed(found.config, {"run.root": str(root.absolute())})  # the weights' own
+  for parent, name in ((Root(root).imports, PARTIAL), (out.parent, out.name)):
+    for left in clear_unfinished(parent, name):
+      console.print(plain(f"removed {left}: a killed import had left it"), soft_wrap=True)
   try:
-    out.write_text(configs.to_toml(config), encoding="utf-8")
+    with alone(out) as partial:
+      check_new(out)
+      with console.status(plain(f"reading {folder}")):
+        found = import_folder(folder, Root(root))
+      config = configs.changed(found.config, {"run.root": str(root.absolute())})  # the weights' own
+      (partial / out.name).write_text(configs.to_toml(config), encoding="utf-8")
+      check_new(out)
+      (partial / out.name).rename(out)
   except OSError as error:
-    out.unlink(missing_ok=True)
-    raise ConfigError(f"{out} cannot be written ({error}); name another file") from error
+    raise ConfigError(f"{out} was not written ({error}); name another file") from error
 
   def say(line: str) -> None:
     console.print(plain(line), soft_wrap=True)

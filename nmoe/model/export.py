@@ -28,7 +28,6 @@ from nmoe.model.safetensors import Entry, Folder, ShardWriter, check_finite
 from nmoe.records import checkpoint
 
 TORCH: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-EMPTY = "an empty or new folder"
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,14 @@ def _part(name: str) -> str:
 def unfinished(out: Path) -> Iterator[Path]:
   """A hidden folder beside `out` to fill, renamed to it at the end; nothing stays if that fails.
 
-  Raises CheckpointError if `out` is there and not empty, or cannot be written.
+  Raises CheckpointError if `out` is there and not empty, is written by another process, or cannot
+  be written.
   """
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise CheckpointError(f"{out} is there already; name {EMPTY}")
   try:
-    with files.unfinished(out.parent, out.name) as partial:
+    with files.alone(out) as partial:
+      files.check_empty(out)
       yield partial
+      files.check_empty(out)
       partial.replace(out)
   except OSError as error:
     free = shutil.disk_usage(out.parent if out.parent.exists() else Path("/")).free

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from nmoe import files
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, NmoeError
 from nmoe.records.provenance import REPO
 from nmoe.records.root import Root
 from stages import evals, export, imports, workbench
@@ -40,7 +41,7 @@ def stop(*_):
 kind, source, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 if kind == "import":
   checkpoint._seal = stop
-  imports.run(source, root.parent / "killed.toml", root, Console(quiet=True))
+  imports.run(source, root.parent / sys.argv[4], root, Console(quiet=True))
 elif kind == "export":
   writing.write_tokenizer = stop
   more = (None, None, 5.0, "tensors", root, Console(quiet=True))
@@ -91,9 +92,9 @@ def made(lab, tmp_path):
   }
 
 
-def begun(kind: str, source: Path, root: Path) -> subprocess.Popen:
+def begun(kind: str, source: Path, root: Path, out: str = "a.toml") -> subprocess.Popen:
   """A command in another process that stands still in the midst of its folder."""
-  command = [sys.executable, "-c", CHILD, kind, str(source), str(root)]
+  command = [sys.executable, "-c", CHILD, kind, str(source), str(root), out]
   process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
   assert process.stdout.readline() == "half\n"
   return process
@@ -115,14 +116,78 @@ def test_what_a_killed_command_left_the_next_one_removes_and_names(lab, made, ki
   console = Console(record=True, width=300)
   command(console)
   assert f"removed {left}: a killed {kind} had left it" in console.export_text()
-  assert partials(where) == []
+  assert partials(where) == partials(lab.root.parent) == []
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_of_several_that_begin_to_write_one_place_at_once_one_does(
+  lab, made, tmp_path, monkeypatch, kind
+):
+  """All have looked, and found nobody, before the first begins; it ends once the others gave up."""
+  _, where, command = made[kind]
+  module, look = {"import": (imports, "importable"), "export": (export, "exportable")}[kind]
+  looked, began, errors, ended = threading.Barrier(4), [], [], []
+  seen, over = getattr(module, look), threading.Event()
+
+  def all_look(*words):
+    answer = seen(*words)
+    looked.wait(30)
+    return answer
+
+  def one() -> None:
+    try:
+      command(Console(quiet=True))
+      ended.append(kind)
+    except NmoeError as error:
+      errors.append(str(error))
+      if len(errors) == 3:
+        over.set()
+
+  def waits(*words):
+    began.append(words)
+    assert over.wait(30), "the others did not give up"
+    return work(*words)
+
+  monkeypatch.setattr(module, look, all_look)
+  name = {"import": "import_folder", "export": "write_folder"}[kind]
+  work = getattr(module, name)
+  monkeypatch.setattr(module, name, waits)
+  threads = [threading.Thread(target=one) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  place = tmp_path / {"import": "a.toml", "export": "out"}[kind]
+  said = rf"another process is writing {place}, in {tmp_path}/\.{place.name}-\w+\.partial; wait for"
+  assert (len(began), ended) == (1, [kind])
+  assert all(re.match(said, error) for error in errors), errors
+  assert place.exists() and partials(tmp_path) == partials(where) == []
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_what_another_program_made_meanwhile_is_left_and_named(made, tmp_path, monkeypatch, kind):
+  _, where, command = made[kind]
+  module, name = {"import": (imports, "import_folder"), "export": (export, "write_folder")}[kind]
+  place, work = tmp_path / {"import": "a.toml", "export": "out"}[kind], getattr(module, name)
+
+  def meanwhile(*words):
+    theirs = place if kind == "import" else place / "theirs"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("theirs")
+    return work(*words)
+
+  monkeypatch.setattr(module, name, meanwhile)
+  with pytest.raises(NmoeError, match=f"^{place} is there already; name"):
+    command(Console(quiet=True))
+  kept = place if kind == "import" else place / "theirs"
+  assert kept.read_text() == "theirs" and partials(tmp_path) == partials(where) == []
 
 
 @pytest.mark.parametrize("kind", ["import", "prep-evals"])
 def test_two_at_once_both_end(lab, made, kind):
   """The second neither removes what the first fills nor waits for it."""
   source, where, command = made[kind]
-  process = begun(kind, source, lab.root)
+  process = begun(kind, source, lab.root, "other.toml")
   (left,) = partials(where)
   console = Console(record=True, width=300)
   command(console)
@@ -135,9 +200,11 @@ def test_a_second_export_to_one_folder_is_refused_at_once(lab, made, tmp_path):
   source, _, command = made["export"]
   process = begun("export", source, lab.root)
   (left,) = partials(tmp_path)
-  with pytest.raises(CheckpointError, match="another export is writing .*, which is to be .*out;"):
+  with pytest.raises(
+    CheckpointError, match="another process is writing .*out, in .*; wait for it, or"
+  ):
     exportable(str(source), tmp_path / "out", None, None, None, lab.root)
-  with pytest.raises(CheckpointError, match="another export is writing"):
+  with pytest.raises(CheckpointError, match="another process is writing"):
     command(Console(quiet=True))
   assert partials(tmp_path) == [left]
   more = (None, None, 5.0, "tensors", lab.root, Console(quiet=True))
