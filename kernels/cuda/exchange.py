@@ -4,8 +4,8 @@ The contract is kernels.exchange; all work is queued on the current stream and n
 host.
 
   post_counts  one block writes [E] counts into every peer's count[rank], then signals
-  send         a warp reads a token's row once (NVFP4: twice) and stores it at its K places, as it
-               is or packed; then one block signals
+  send         a warp reads a token's row once (NVFP4: twice) and stores it at its K places, which
+               its lanes find, as it is or packed; then one block signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
   receive      a thread copies a row's gate and origin; with a single slot a warp copies the row out
                too, dequantized, or zeros where none arrived
@@ -134,26 +134,26 @@ class Send:
     held = mBase.shape[0] // mTable.shape[1]
     for token in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mX.shape[0], blocks * WARPS):
       target = []
-      for k in cutlass.range_constexpr(self.top_k):
-        item = token * self.top_k + k
-        expert = mExpert[item]
-        place = mBase[expert] + mRow[item] - mOffset[expert] - low
-        address = Int64(0)
-        if place >= 0 and place < capacity:
-          if const_expr(self.packed):
-            row = Int64(mRow[item])
-            address = mTable[BACK, rank] + row * self.stride
-            if const_expr(mGate is not None):
-              if lane == 0:
+      for first in cutlass.range_constexpr(0, self.top_k, 32):
+        address = Int64(0)  # lane k finds that of slot first + k
+        if first + lane < self.top_k:
+          item = token * self.top_k + first + lane
+          expert = mExpert[item]
+          place = mBase[expert] + mRow[item] - mOffset[expert] - low
+          if place >= 0 and place < capacity:
+            if const_expr(self.packed):
+              row = Int64(mRow[item])
+              address = mTable[BACK, rank] + row * self.stride
+              if const_expr(mGate is not None):
                 put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
-          else:
-            owner = expert // held
-            address = mTable[ROW, owner] + (start + place) * self.stride
-            if lane == 0:
+            else:
+              owner = expert // held
+              address = mTable[ROW, owner] + (start + place) * self.stride
               put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
               if const_expr(mGate is not None):
                 put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
-        target.append(address)
+        for k in cutlass.range_constexpr(min(32, self.top_k - first)):
+          target.append(cute.arch.shuffle_sync(address, k))
       if const_expr(self.format == "bf16"):
         copy_row(mX, Int64(token), target, self.width)
       else:

@@ -13,10 +13,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from kernels.cuda import minifloat as mf
-from kernels.cuda.jit import VECTOR_BYTES, load_vector
+from kernels.cuda.jit import VECTOR_BYTES, load_vector, vector_at
 from kernels.sizes import BLOCK, row_parts
 
 CODES = 16  # elements of a packed row that a lane holds
+AHEAD = 8  # vectors of a row that a lane loads before it stores the first of them
 
 
 @cute.jit
@@ -41,13 +42,24 @@ def put_vector(rX: cute.Tensor, address: Int64) -> None:
 
 @cute.jit
 def copy_row(mX: cute.Tensor, row: Int64, targets: list, width: cutlass.Constexpr[int]) -> None:
-  """A warp copies a row to each of the addresses that is not 0."""
+  """A warp copies a row to each of the addresses that is not 0.
+
+  A load may not pass a store to what could be the same place, so several come before the stores.
+  """
   dim, size = const_expr(mX.shape[1]), const_expr(mX.element_type.width // 8)
-  for column in cutlass.range(cute.arch.lane_idx() * width, dim, 32 * width, unroll=4):
-    rX = load_vector(mX, row * dim + column, width)
-    for k in cutlass.range_constexpr(len(targets)):
-      if targets[k] != 0:
-        put_vector(rX, targets[k] + column * size)
+  lane = cute.arch.lane_idx() * width
+  for first in cutlass.range_constexpr(0, dim, 32 * width * AHEAD):
+    rX = []
+    for column in cutlass.range_constexpr(first, min(dim, first + 32 * width * AHEAD), 32 * width):
+      x = cute.make_rmem_tensor(width, mX.element_type)
+      if column + lane < dim:
+        cute.autovec_copy(vector_at(mX, row * dim + column + lane, width), x)
+      rX.append(x)
+    for i in cutlass.range_constexpr(len(rX)):
+      column = first + 32 * width * i + lane
+      for k in cutlass.range_constexpr(len(targets)):
+        if targets[k] != 0 and column < dim:
+          put_vector(rX[i], targets[k] + column * size)
 
 
 @cute.jit

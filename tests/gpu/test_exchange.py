@@ -41,10 +41,10 @@ def movers(capacity: int, payload: str) -> list[Exchange]:
   return [Exchange(peers, rank, 1.0) for rank in range(RANKS)]
 
 
-def routed(kind: str, alignment: int):
+def routed(kind: str, alignment: int, top_k: int = K):
   """Of each rank a Route; the places of all."""
   among = torch.tensor(ROUTINGS[kind])
-  experts = [among[torch.randint(len(among), (TOKENS - 99 * r, K))] for r in range(RANKS)]
+  experts = [among[torch.randint(len(among), (TOKENS - 99 * r, top_k))] for r in range(RANKS)]
   experts = [expert.to("cuda", torch.int32) for expert in experts]
   layouts = [layout(expert, E) for expert in experts]
   count_RE = torch.stack([order.offset_E1.diff() for order in layouts]).long()
@@ -194,6 +194,28 @@ def test_packed_rows_are_the_reference_bit_for_bit(format, kind, alignment, dim)
       assert torch.equal(found[2].cpu(), want[2])
       assert not low or torch.equal(found[1].cpu()[there], want[1][there])
       assert (mover.mine.origin_C == -1).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 33])
+@pytest.mark.parametrize("dim", [8, 320, 2048, 4360])  # a lane loads eight vectors before it stores
+def test_rows_and_gates_arrive_where_the_reference_puts_them(dim, top_k):
+  """Two rounds; a warp's lanes have a slot each, of which there are 32 at a time."""
+  torch.manual_seed(3)
+  routes, where = routed("uniform", 1, top_k)
+  capacity = -(-int(where.end_R.max()) // 2)
+  sizes = BufferLayout(RANKS, E, capacity, TOKENS * top_k, dim, "bf16")
+  ours, theirs = blocks(sizes, "cuda"), blocks(sizes, "cpu")
+  pairs = [(Exchange(ours, r, 1.0), ReferenceExchange(theirs, r, 1.0)) for r in range(RANKS)]
+  x = [torch.randn(len(r.expert_TK), dim).bfloat16() for r in routes]
+  gates = [torch.rand(r.expert_TK.shape) for r in routes]
+  for low in (0, capacity):
+    for r, (mover, other) in enumerate(pairs):
+      mover.send(1, x[r].cuda(), gates[r].cuda(), routes[r], low, "bf16")
+      other.send(1, x[r], gates[r], on_cpu(routes[r]), low, "bf16")
+    for r, (mover, other) in enumerate(pairs):
+      num_rows = min(max(int(where.end_R[r]) - low, 0), capacity)
+      pairs_of = zip(mover.receive(num_rows, "bf16"), other.receive(num_rows, "bf16"), strict=True)
+      assert all(torch.equal(found.cpu(), want) for found, want in pairs_of)
 
 
 def test_weight_gradients_are_made_in_fp32_and_added_in_place():
