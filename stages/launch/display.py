@@ -50,7 +50,7 @@ DOES = {  # what a run does beside its steps
   "evaluating": "evaluates",
   "profiling": "writes its profile",
   "sampling": "writes samples",
-  "stopping": "ends",
+  "stopping": "writes its end",  # its last checkpoint among it
 }
 
 

@@ -300,7 +300,7 @@ def test_what_a_run_does_after_its_last_step_is_said(monkeypatch):
     f"{last}  (25 s ago)",
     f"{last}, writes its profile  (25 s)",
     f"{last}, writes its profile  (50 s)",
-    f"{last}, ends  (25 s)",
+    f"{last}, writes its end  (25 s)",
     f"{last}  (125 s ago)",
   ]
 
