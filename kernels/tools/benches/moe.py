@@ -49,8 +49,13 @@ MOES = (
   Moe(skew=5.0),
   Moe(width=512, num_experts=256, top_k=8),
   Moe(tokens=4096),
+  Moe(tokens=8192, width=768, num_experts=128, top_k=8),  # Qwen3-30B-A3B's
 )
-SPECS = {64: RouterSpec(6), 256: RouterSpec(8, num_groups=8, topk_groups=4)}
+SPECS = {
+  64: RouterSpec(6),
+  128: RouterSpec(8),
+  256: RouterSpec(8, num_groups=8, topk_groups=4),
+}
 
 
 def skewed_routing(moe: Moe) -> Tensor:
