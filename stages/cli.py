@@ -14,12 +14,13 @@ import typer
 from nmoe.errors import ConfigError, RunError
 from nmoe.files import resolved
 from nmoe.records.root import DEFAULT_ROOT
-from stages.app import App
+from stages.app import App, Commands
 
 NARROWEST, USUAL = 20, 80  # columns: one that says 0 would show nothing, and say so to nobody
 
 
 app = App(
+  cls=Commands,
   help="A research workbench for Mixture-of-Experts pre-training.",
   no_args_is_help=True,
   pretty_exceptions_enable=False,
@@ -440,10 +441,15 @@ def prod_launch(
 
   Exits with 0: completed, stopped or submitted, 75: launch it again, 76: it would fail alike.
   """
+  from nmoe.records.condition import AGAIN
   from stages.prod import launching
 
   flags = (dry_run, accept_code, anew)
-  raise typer.Exit(launching.launch(config, _console(), without_evidence, *flags))
+  try:
+    code = launching.launch(config, _console(), without_evidence, *flags)
+  except KeyboardInterrupt:  # before its ranks or after them
+    code = AGAIN
+  raise typer.Exit(code)
 
 
 @prod_app.command("begin", hidden=True)

@@ -28,6 +28,7 @@ from nmoe.records.attempts import History
 from nmoe.records.provenance import REPO
 from nmoe.train.progress import Heartbeat
 from stages import ablate
+from stages.interrupts import interruptible, status
 from stages.prod import launching
 from stages.proxy import sweep
 
@@ -263,6 +264,9 @@ def beside(root: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
   try:
-    make(Path(sys.argv[1]).resolve(), Console())
+    with interruptible():
+      make(Path(sys.argv[1]).resolve(), Console())
   except NmoeError as error:
     sys.exit(f"error: {error}")
+  except KeyboardInterrupt as interrupt:
+    sys.exit(status(interrupt))

@@ -121,7 +121,6 @@ class Work:
     devices = slots(max((arm.config for arm, _ in pairs), key=lambda c: c.launch.ranks))
     with (
       Display(self.bench.console) as display,
-      launch.interruptible(),
       Pool(Launcher(self.bench.root), devices, self.measures_the_machine) as pool,
     ):
       return SideBySide(self, display, pool).runs(pairs)
@@ -248,8 +247,8 @@ class Work:
       ended = launch.run(
         Launcher(self.bench.root), job, show, lambda handle: line.idle(handle.failure, handle.state)
       )
-    except KeyboardInterrupt:
-      raise self.stopped(job.run, "it was told to") from None
+    except KeyboardInterrupt as interrupt:
+      raise self.stopped(job.run, "it was told to") from interrupt
     return self.outcome(line, ended)
 
   def outcome(self, line: Line, ended: Handle) -> Run:
@@ -375,9 +374,9 @@ class SideBySide:
         if elsewhere and not waiting:
           time.sleep(0 if self.pool.running else ELSEWHERE_S)
           waiting, elsewhere = elsewhere, deque()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
       launch.finish(self.pool.running)
-      raise self.interrupted() from None
+      raise self.interrupted() from interrupt
     if self.errors:
       raise RunError("\n".join(map(str, self.errors)))
     return [found[arm.name, seed] for arm, seed in pairs]

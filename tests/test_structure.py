@@ -21,8 +21,9 @@ ROOMS = {  # of a floor, folders or single files: likewise
     "errors wording tables files records config machine data distributed model evals train bench"
   ).split(),
   "stages": (
-    "text app judge launch report viz watch admission workbench branches runs comparable study "
-    "show research ablate proxy checkpoints evals export imports proofs prod demo cli"
+    "text interrupts app judge launch report viz watch admission workbench branches runs "
+    "comparable study show research ablate proxy checkpoints evals export imports proofs prod "
+    "demo cli"
   ).split(),
 }
 LONG_FILE, MAX_FILE = 400, 600  # lines; a long file's docstring says why it is one thing

@@ -215,20 +215,18 @@ def run(
 ) -> Handle:
   """Execute a job to its end; the ended handle. `idle` is called with it every POLL_S.
 
-  An interrupt (Ctrl-C, SIGTERM) is passed on as SIGTERM: the run saves a checkpoint and leaves,
-  resumable.
+  An interrupt is passed on as SIGTERM: the run saves a checkpoint and leaves, resumable.
   """
-  with interruptible():
-    handle = launcher.start(job, follow)
-    try:
-      while handle.poll() is None:
-        idle(handle)
-        wait([handle], POLL_S)
-    except KeyboardInterrupt:
-      finish([handle])
-      raise
-    finally:
-      handle.close()
+  handle = launcher.start(job, follow)
+  try:
+    while handle.poll() is None:
+      idle(handle)
+      wait([handle], POLL_S)
+  except KeyboardInterrupt:
+    finish([handle])
+    raise
+  finally:
+    handle.close()
   return handle
 
 
@@ -244,16 +242,6 @@ def wait(handles: Sequence[Handle], timeout_s: float) -> None:
   """Return when a rank of the jobs told something, or after timeout_s."""
   pipes = [handle.pipe for handle in handles if not handle.drained]
   select.select(pipes, [], [], timeout_s)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-  """A SIGTERM is a KeyboardInterrupt meanwhile."""
-  previous = signal.signal(signal.SIGTERM, _raise_interrupt)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -371,7 +359,3 @@ def _signal_name(number: int) -> str:
   """SIGSEGV and the like; a real-time signal has no name of its own."""
   known = {s.value: s.name for s in signal.Signals}
   return known.get(number, f"signal {number}")
-
-
-def _raise_interrupt(*_: object) -> None:
-  raise KeyboardInterrupt

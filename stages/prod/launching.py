@@ -251,7 +251,7 @@ def _attempt(root: Path, run: Run, config: Config, number: int, line: Line) -> b
   command = local.child_command("stages.launch.agent", arguments)
   told, lost, beat = False, 0, Heartbeat.read(Root(root).heartbeat(run.id))
   before = None if beat is None else beat.entry
-  with ExitStack() as cleanup, local.interruptible():
+  with ExitStack() as cleanup:
     cleanup.callback(local.terminate, local.compile_beside(root, config, logs))
     agent = local.spawn(command, hosts.environment(config, root), logs / "agent.txt")
     cleanup.callback(agent.kill)

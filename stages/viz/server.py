@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server, gethostname
@@ -36,6 +35,7 @@ from nmoe.records.live import Live, Logged
 from nmoe.records.metrics import COUNT
 from nmoe.records.reader import Experiment, Run
 from nmoe.records.snapshot import Snapshot
+from stages.interrupts import Terminated
 from stages.viz import answers, flips, ranks, sweeps
 from stages.viz.columns import Panel, framed, pack
 from stages.viz.guard import LOOPBACK, Guard, new_token
@@ -224,17 +224,22 @@ class Server:
 
 
 def serve(live: Live, host: str, port: int, announce: Callable[[str], None]) -> None:
-  """Answer until the process is interrupted. `announce` gets the address to open, once there is
-  one. RunError if there can be none.
+  """Answer until Ctrl-C, which is its end as it should be. `announce` gets the address to open,
+  once there is one. RunError if there can be none.
   """
   token = new_token(host)
-  with listening(host, port) as socket, suppress(KeyboardInterrupt):
+  with listening(host, port) as socket:
     name = gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     announce(f"http://{name}:{port}/{f'?token={token}' if token else ''}")
     server = Server(live, ended=lambda: web.should_exit)
     settings = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 3}
     web = uvicorn.Server(uvicorn.Config(server.app(host, token), **settings))
-    web.run(sockets=[socket])
+    try:
+      web.run(sockets=[socket])
+    except Terminated:
+      raise
+    except KeyboardInterrupt:
+      pass
 
 
 def listening(host: str, port: int) -> Socket:

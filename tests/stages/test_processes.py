@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from labs import write_variant
 
 from nmoe.config.file import changed
 from nmoe.records.reader import Reader
@@ -135,20 +136,38 @@ def long(lab, monkeypatch):
   return lab.file
 
 
-@pytest.mark.parametrize("after_s", [0.0, 1.0])
-def test_a_command_interrupted_while_its_rank_starts_leaves_nobody(lab, long, after_s):
-  running = command(lab, "research", "run", str(long), "--seeds", "1")
-  wait_for(lambda: processes_of(lab.root), 20 * SLACK)
+LONG = {  # what is typed
+  "research": "research run tiny.toml --seeds 1",
+  "ablate": "ablate tiny.toml variant.toml --seeds 1",
+  "bench": "bench step tiny.toml --steps 100000",
+  "resume": "check resume tiny.toml --steps 100000",
+  "ep": "check ep tiny.toml --ranks 1,2 --steps 100000",
+}
+INT, TERM = signal.SIGINT, signal.SIGTERM
+INTERRUPTED = [("research", INT, 0.0), ("research", INT, 1.0), ("research", TERM, 1.0)]
+INTERRUPTED += [("ablate", TERM, 0.5), ("bench", INT, 1.0), ("resume", TERM, 1.0), ("ep", INT, 1.0)]
+
+
+@pytest.mark.parametrize(("name", "number", "after_s"), INTERRUPTED)
+def test_a_command_that_is_interrupted_says_by_what_and_leaves_nobody(
+  lab, long, name, number, after_s
+):
+  """With the exit status that shells expect: 128 + the signal."""
+  write_variant(lab.file, "variant", "[moe]\ntop_k = 3\n")
+  words = (str(lab.file.parent / w) if w.endswith("toml") else w for w in LONG[name].split())
+  running = command(lab, *words)
+  wait_for(lambda: processes_of(lab.root), 30 * SLACK)
   time.sleep(after_s)
-  running.send_signal(signal.SIGINT)
+  running.send_signal(number)
   out, _ = running.communicate(timeout=20 * SLACK)
-  assert running.returncode == 1 and "Traceback" not in out, out
-  assert "the same command continues it: it was told to" in " ".join(out.split())
+  assert running.returncode == 128 + number and "Traceback" not in out, out
+  again = "continues it" if name in ("research", "ablate") else "starts all runs anew"
+  assert f"the same command {again}: it was told to" in " ".join(out.split())
   assert processes_of(lab.root) == []
   with closing(Reader(lab.root)) as reader:
     newest = reader.list()[0]
     assert newest.status == "interrupted"
-    assert [run.status for run in reader.runs(newest.id)] == ["interrupted"]
+    assert {run.status for run in reader.runs(newest.id)} == {"interrupted"}
 
 
 def test_records_of_a_command_that_was_killed_read_interrupted(lab, long):

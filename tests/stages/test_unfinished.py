@@ -26,32 +26,23 @@ from stages.checkpoints import exportable
 pytestmark = pytest.mark.faults
 CHILD = """
 import signal, sys
-from pathlib import Path
-from rich.console import Console
 from nmoe.data import prepare
-from nmoe.records import checkpoint
-from nmoe.model import export as writing
 from nmoe.evals import sources
-from stages import evals, export, imports, workbench
+from nmoe.model import export as writing
+from nmoe.records import checkpoint
+from stages.cli import app
+from stages.launch import local
 
 def stop(*_):
+  local.wait = waits
   print("half", flush=True)
   signal.pause()
 
-kind, source, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-if kind == "import":
-  checkpoint._seal = stop
-  imports.run(source, root.parent / sys.argv[4], root, Console(quiet=True))
-elif kind == "export":
-  writing.write_tokenizer = stop
-  more = (None, None, 5.0, "tensors", root, Console(quiet=True))
-  export.run(str(source), root.parent / "out", *more)
-elif kind == "prep-mixture":
-  prepare.write_manifest = stop
-  workbench.prepared(source, "byte", root.parent / "fresh", Console(quiet=True))
-else:
-  sources.digest = stop
-  evals.prep(source, root, Console(quiet=True))
+waits = local.wait
+
+checkpoint._seal = writing.write_tokenizer = prepare.write_manifest = sources.digest = stop
+local.wait = stop
+app(sys.argv[1:])
 """
 ITEM = {"task": "pets", "context": "a", "choices": [" cat", " dog"], "gold": 0}
 
@@ -94,8 +85,17 @@ def made(lab, tmp_path):
 
 def begun(kind: str, source: Path, root: Path, out: str = "a.toml") -> subprocess.Popen:
   """A command in another process that stands still in the midst of its folder."""
-  command = [sys.executable, "-c", CHILD, kind, str(source), str(root), out]
-  process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
+  here = root.parent
+  words = {
+    "import": (source, here / out, "--root", root),
+    "export": (source, here / "out", "--check", "tensors", "--root", root),
+    "prep-evals": (source, "--root", root),
+    "prep-mixture": (source, "--tokenizer", "byte", "--root", here / "fresh"),
+    "eval": (source, "--suite", here / "mine.toml", "--root", root),
+  }[kind]
+  command = [sys.executable, "-c", CHILD, kind, *map(str, words)]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  process = subprocess.Popen(command, cwd=REPO, **pipes)
   assert process.stdout.readline() == "half\n"
   return process
 
@@ -117,6 +117,35 @@ def test_what_a_killed_command_left_the_next_one_removes_and_names(lab, made, ki
   command(console)
   assert f"removed {left}: a killed {kind} had left it" in console.export_text()
   assert partials(where) == partials(lab.root.parent) == []
+
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+INTERRUPTED = [("export", INT), ("export", TERM), ("import", TERM), ("prep-evals", INT)]
+INTERRUPTED += [("prep-mixture", TERM), ("eval", INT), ("eval", TERM)]
+
+
+@pytest.mark.parametrize(("kind", "number"), INTERRUPTED)
+def test_a_command_that_is_interrupted_leaves_nothing(lab, made, tmp_path, kind, number):
+  """Its exit status is 128 + the signal, as shells expect; nothing of it stays, or was recorded."""
+  (tmp_path / "mine.toml").write_text('tasks = ["pets"]\n')
+  run = lab.records.runs(lab.experiment.id)[0].id
+  if kind == "eval":
+    made["prep-evals"][2](Console(quiet=True))
+  source, where, _ = made.get(kind, (run, tmp_path, None))
+  before = files_of(tmp_path)
+  process = begun(kind, source, lab.root)
+  process.send_signal(number)
+  _, said = process.communicate(timeout=60)
+  assert (process.returncode, said) == (128 + number, "")
+  remembered = Root(tmp_path / "fresh").data / "hashes.json"
+  kept = {remembered, Root(lab.root).logs(run) / "rank_0.txt"}  # of the files read, of the ranks
+  assert partials(where) == [] and files_of(tmp_path) - before <= kept
+  assert lab.records.evaluations(run) == [] and len(lab.records.exports(run)) == 1
+
+
+def files_of(folder: Path) -> set[Path]:
+  """But those of locks, which stay."""
+  return {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 @pytest.mark.parametrize("kind", ["import", "export"])

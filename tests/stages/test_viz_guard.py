@@ -104,8 +104,9 @@ def test_an_address_is_announced_once_it_is_one(root, tmp_path):
   assert told == []
 
 
-def test_the_end_of_the_server_is_quiet_though_a_page_is_open(root, ids, tmp_path):
-  """Ctrl-C while a browser holds a stream: no word, and the streams end."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_the_end_of_the_server_is_quiet_though_a_page_is_open(root, ids, tmp_path, number, code):
+  """Ctrl-C, or SIGTERM, while a browser holds a stream: no word, and the streams end."""
   command = [sys.executable, "-m", "stages.cli", "viz", "--root", root, "--cache", tmp_path / "c"]
   with listening("127.0.0.1", 0) as other:
     port = other.getsockname()[1]
@@ -117,9 +118,9 @@ def test_the_end_of_the_server_is_quiet_though_a_page_is_open(root, ids, tmp_pat
       break
     time.sleep(0.1)
   assert stream.readline().startswith(b"data: ")
-  server.send_signal(signal.SIGINT)
+  server.send_signal(number)
   _, error = server.communicate(timeout=20)
-  assert (server.returncode, error) == (0, "") and stream.read() == b"\n"
+  assert (server.returncode, error) == (code, "") and stream.read() == b"\n"
 
 
 def test_every_answer_carries_its_headers(client):
