@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,22 @@ REQUIRED = {  # key -> ours, of the same meaning
   "norm_topk_prob": "moe.normalize",
   "routed_scaling_factor": "moe.route_scale",
 }
+THEIRS = {  # ours -> key, by which whoever has a config.json knows it
+  **{ours: key for key, ours in REQUIRED.items()},
+  "model.q_lora_rank": "q_lora_rank",
+  "model.tie_embeddings": "tie_word_embeddings",
+  "model.init_std": "initializer_range",
+  "model.rope_theta": "rope_theta",
+  "yarn.factor": "factor",
+  "yarn.original_seq_len": "original_max_position_embeddings",
+  "yarn.beta_fast": "beta_fast",
+  "yarn.beta_slow": "beta_slow",
+  "yarn.mscale_all_dim": "mscale_all_dim",
+  "moe.score": "scoring_func",
+  "moe.num_groups": "n_group",
+  "moe.topk_groups": "topk_group",
+  "data.seq_len": "max_position_embeddings",
+}
 READ = (
   "model_type q_lora_rank tie_word_embeddings initializer_range rope_theta rope_scaling "
   "rope_parameters max_position_embeddings scoring_func topk_method n_group topk_group hidden_act "
@@ -68,6 +85,9 @@ BLOCK = 128  # rows and columns of one scale of DeepSeek's fp8 weights
 ROPE_NEEDED = {"partial_rotary_factor": 1, "truncate": True}
 HARMONY = (tokenizer.O200K_VOCAB, tokenizer.O200K_EOT)
 SEQ_LEN = 4096  # of a run that goes on, or what the model was made for
+_ALONE = {ours.split(".")[1]: key for ours, key in THEIRS.items() if "_" in ours.split(".")[1]}
+_NAMES = THEIRS | _ALONE  # rules name the other key of two without its section
+_NAME = re.compile(rf"'[^']*'|\"[^\"]*\"|\b(?:{'|'.join(map(re.escape, _NAMES))})\b")
 
 
 @dataclass(frozen=True)
@@ -86,11 +106,20 @@ def described_in(folder: Path) -> Described:
   """
   table = read_config(folder)
   where = str(folder / "config.json")
-  config = configs.loads(_toml(values_of(table, where), folder, table, where), where)
+  text = _toml(values_of(table, where), folder, table, where)
+  try:
+    config = configs.loads(text, where)
+  except ConfigError as error:
+    raise ConfigError(where + _in_their_words(str(error).removeprefix(where))) from error
   weight_map(folder)
   of_rope = {f"rope_parameters.{key}" for key in _rope_told(table, where).keys() - set(ROPE)}
   unknown = sorted(of_rope | table.keys() - REQUIRED.keys() - {*READ, *HARMLESS})
   return Described(config, table["model_type"] == "deepseek_v2", unknown)
+
+
+def _in_their_words(message: str) -> str:
+  """A message about keys of ours as one about config.json's; what it quotes stays."""
+  return _NAME.sub(lambda name: _NAMES.get(name[0], name[0]), message)
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
@@ -146,7 +175,8 @@ def values_of(table: Mapping[str, Any], where: str) -> dict[str, Any]:
   heads = table["num_attention_heads"]
   if table.get("num_key_value_heads") not in (None, heads):
     raise ConfigError(
-      f"{where}: num_key_value_heads = {table['num_key_value_heads']!r}, not {heads}"
+      f"{where}: num_key_value_heads = {table['num_key_value_heads']!r}, not {heads!r} as "
+      "num_attention_heads"
     )
   _check_quantization(table.get("quantization_config") or {}, where)
   values = {ours: table[key] for key, ours in REQUIRED.items()}
@@ -236,8 +266,9 @@ def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
   factor = told.get("attention_factor", 1.0 if scales[0] else None)  # of cos and sin
   if kind != "yarn" or scales[0] != scales[1] or factor != 1.0:
     raise ConfigError(
-      f"{where}: RoPE of type {kind!r:.60} with mscale {scales[0]} and mscale_all_dim {scales[1]}, "
-      f"attention_factor {factor}; ours is 'default', or 'yarn' with both equal and a factor of 1.0"
+      f"{where}: RoPE of type {kind!r:.60} with mscale {scales[0]!r} and mscale_all_dim "
+      f"{scales[1]!r}, attention_factor {factor!r}; ours is 'default', or 'yarn' with both equal "
+      "and a factor of 1.0"
     )
   for key in ("factor", "original_max_position_embeddings"):
     if key not in told:
@@ -274,6 +305,8 @@ def _toml(values: Mapping[str, Any], folder: Path, table: Mapping[str, Any], whe
   rest["schedule.batch_tokens"] = rest["schedule.total_tokens"] = rest["data.seq_len"]
   sections: dict[str, list[str]] = {}
   for key, value in (rest | dict(values)).items():
+    if not isinstance(value, (int, float, str)):
+      raise ConfigError(f"{where}: {THEIRS[key]} = {value!r:.60} must be one number or word")
     section, name = key.split(".")
     sections.setdefault(section, []).append(f"{name} = {configs.toml_value(value)}")
   return "\n".join(f"[{s}]\n" + "\n".join(lines) + "\n" for s, lines in sections.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from model_configs import YARN, tiny
 
 from nmoe.errors import CheckpointError, ConfigError
 from nmoe.model.hf_config import hf_config
-from nmoe.model.hf_folder import read_config, values_of
+from nmoe.model.hf_folder import described_in, read_config, values_of
 from nmoe.model.imported import imported_config
 from nmoe.model.imports import import_folder
 from nmoe.records import checkpoint
@@ -212,6 +213,45 @@ def test_a_config_of_other_values_is_one_error(tmp_path, root, what):
   with pytest.raises(ConfigError, match="config.json") as said:
     import_folder(folder, root)
   assert "TOML" not in str(said.value)
+
+
+OF_HF = (  # what a user of config.json knows; ours have other names
+  "vocab_size hidden_size num_hidden_layers first_k_dense_replace intermediate_size "
+  "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+  "rms_norm_eps n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size "
+  "norm_topk_prob routed_scaling_factor n_group topk_group initializer_range tie_word_embeddings "
+  "max_position_embeddings rope_theta factor beta_fast beta_slow mscale_all_dim mscale "
+  "original_max_position_embeddings"
+).split()
+BAD = (-1, 0, 1, 3, 7, 10**4, 10**6, 2**70, 1.5, -0.5, 1e300, True, "moe.top_k", [4], {"a": 1})
+OURS = re.compile(r"\b(model|moe|yarn|data|target|schedule|train|launch|precision|rdep)\.\w+")
+SHORT = re.compile(
+  r"\b(dim|num_layers|num_heads|num_experts|top_k|num_groups|topk_groups|seq_len)\b"
+)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("key", OF_HF)
+def test_a_value_that_cannot_be_is_told_by_config_json_s_own_key(tmp_path, key):
+  """In every refusal: of a type, a range, or two keys that do not agree; of no key of ours."""
+  of_rope = key in YARN or key.startswith("beta")
+  (tmp_path / "model.safetensors").touch()
+  refused = 0
+  for bad in BAD:
+    table = hf_config(tiny(), 96, "float32") | {"rope_parameters": dict(YARN)}
+    (table["rope_parameters"] if of_rope else table)[key] = bad
+    if key == "mscale_all_dim" and bad != {"a": 1}:  # it is to be of one value with mscale
+      table["rope_parameters"]["mscale"] = bad
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    try:
+      described_in(tmp_path)
+    except ConfigError as error:
+      refused += 1
+      said = str(error).removeprefix(f"{tmp_path}/config.json: ")
+      assert said != str(error) and re.search(rf"\b{key}\b", said), said
+      words = said.replace("'moe.top_k'", "")
+      assert not OURS.search(words) and not SHORT.search(words), said
+  assert refused > 2
 
 
 @pytest.mark.faults
