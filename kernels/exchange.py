@@ -128,6 +128,9 @@ class Exchange(Protocol):
   def beside(self) -> AbstractContextManager[None]:
     """What is queued inside may run at the same time as what follows, until `join`."""
 
+  def leaving(self) -> AbstractContextManager[None]:
+    """Inside, products of one matrix leave `blocks` SMs to what was queued inside `beside`."""
+
   def join(self) -> None:
     """What is queued from here on comes after all that was queued inside `beside`."""
 

@@ -34,7 +34,7 @@ One file: the kernels of a trip rest on one argument about the order of stores a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import cutlass
 import cutlass.cute as cute
@@ -478,6 +478,9 @@ class Exchange:
       yield
     finally:
       torch.cuda.set_stream(current)
+
+  def leaving(self) -> AbstractContextManager[None]:
+    return gemms.leaving(self.blocks or 0)
 
   def join(self) -> None:
     if self.stream is not None:

@@ -9,20 +9,28 @@ never exists. All accumulate in fp32 and are bit-identical from run to run: no s
                dpreact = swiglu'(preact) · scale · dact,
                dscale = Σ_F swiglu(preact) · dact, in fp32, in a fixed order
   rows         a · w[e]ᵀ
+  product      a · wᵀ, of one matrix
   weight_grad  a[index]ᵀ · b over the rows of each expert, or added to an fp32 tensor
   accumulate   aᵀ · b, or added to an fp32 tensor
   dense_grad   aᵀ · b by cuBLAS, which splits the long sum of a small output among all SMs
+
+A product's thread blocks hold their SMs, registers and all, for as long as it lasts: what is queued
+beside it waits for its end. Inside `leaving(n)` a gated, dgated or plain product of one matrix has
+n blocks fewer: n SMs stay for others. The tiles, and so the bits, are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from quack.blockscaled import BlockScaledFormat
 from quack.cute_dsl_utils import get_max_active_clusters
+from quack.epilogue.frontend import EpiMod, EpiPlan, gemm_epilogue
+from quack.epilogue.library import dgated_mod, linear_act_mod
 from quack.gemm import gemm
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_dgated, gemm_gated
@@ -37,6 +45,8 @@ from kernels.ops import check, check_same_device
 from kernels.ragged import gather, moved
 
 ALIGNMENT = 8  # bf16 elements in the 16 bytes that TMA strides are multiples of
+
+_left = 0  # SMs that products of one matrix leave to other kernels
 
 
 class Choice(NamedTuple):
@@ -141,6 +151,51 @@ def check_operands(**tensors: Tensor) -> None:
     )
 
 
+@contextmanager
+def leaving(sms: int) -> Iterator[None]:
+  """Inside, this process's products of one matrix leave so many SMs to kernels beside them."""
+  global _left
+  before, _left = _left, sms
+  try:
+    yield
+  finally:
+    _left = before
+
+
+@gemm_epilogue()
+def _plain(acc):
+  return {"D": acc}
+
+
+# QuACK's own epilogues of gemm_gated and gemm_dgated
+_gated = linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
+_dgated = dgated_mod("swiglu", has_scale=False, has_reduce=False)
+_plans: dict[tuple, EpiPlan] = {}  # of `_one`, by all that a launch depends on
+
+
+def _one(
+  epilogue: EpiMod, tile: GemmConfig, a: Tensor, b: Tensor, c: Tensor | None, out: dict[str, Tensor]
+) -> None:
+  """A product of one matrix, b [I, O], on the SMs that are not left."""
+  made = (None if t is None else (t.shape, t.stride(), t.dtype) for t in (a, b, c, *out.values()))
+  key = id(epilogue), tile, _left, *out, *made
+  if key not in _plans:
+    _plans[key] = plan = epilogue.plan(a, b, c, out=out, config=tile)
+    kernel, size = plan.gemm_plan, tile.cluster_m * tile.cluster_n
+    clusters = max(kernel.max_active_clusters - _left // size, 1)
+    launch = make_scheduler_args(clusters, tile.max_swizzle_size, None)
+    plan.gemm_plan = kernel._replace(max_active_clusters=clusters, scheduler_static=launch)
+  _plans[key].run(a, b, c, out=out)
+
+
+def product(a: Tensor, w: Tensor) -> Tensor:
+  """a [N, I] · wᵀ -> [N, O], w [O, I] (a transposed view serves)."""
+  out = a.new_empty(a.shape[0], w.shape[0])
+  kind = "rows" if w.stride(-1) == 1 else "rows, weight transposed"
+  _one(_plain, config(kind, *out.shape), a, w.mT, None, {"D": out})
+  return out
+
+
 def gated(
   a: Tensor,
   w13: Tensor,
@@ -155,6 +210,12 @@ def gated(
   """
   num_rows = (a if index is None else index).shape[0]
   tile = rows_config("gated", num_rows, w13.shape[-2], offset)
+  if offset is None and _left:
+    act = a.new_empty(num_rows, w13.shape[0] // 2)
+    preact = a.new_empty(num_rows, w13.shape[0]) if keep else None
+    out = {"mAuxOut": act} | ({"D": preact} if keep else {})
+    _one(_gated, tile, a, w13.mT, None, out)
+    return preact, act
   return gemm_gated(
     a, w13.mT, activation="swiglu", cu_seqlens_m=offset, A_idx=index, store_preact=keep, config=tile
   )
@@ -174,6 +235,10 @@ def dgated(
   Without offset it is one dense product, w2 [D, F].
   """
   tile = rows_config("dgated", preact.shape[0], w2.shape[-1], offset)
+  if offset is None and _left and scale is None:
+    dpreact, act = torch.empty_like(preact), preact.new_empty(preact.shape[0], w2.shape[1])
+    _one(_dgated, tile, dy, w2, preact, {"D": dpreact, "mAuxOut": act})
+    return dpreact, act, None
   out = gemm_dgated(
     dy,
     w2,

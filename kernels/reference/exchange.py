@@ -138,6 +138,9 @@ class Exchange:
   def beside(self) -> AbstractContextManager[None]:
     return nullcontext()
 
+  def leaving(self) -> AbstractContextManager[None]:
+    return nullcontext()
+
   def join(self) -> None:
     """All work is done when it is called."""
 

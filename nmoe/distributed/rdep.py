@@ -39,7 +39,8 @@ the same; only an abandoned attempt's rows beyond C are lost, with all that was 
 Passes of one round a layer may be captured in a CUDA graph and replayed (`Rdep.captured`,
 `Rdep.replayed`): their trips then have new numbers.
 
-Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
+Shared experts run while rows travel: forward while counts and x do, backward while dy does, and
+leave the SMs that this takes (`Exchange.leaving`): a product gives up none before its end. Their
 graph is a part of this layer's node, as autograd would run their backward pass after it.
 
 Why buffers are never overwritten too early, without a barrier. Trip s (see
@@ -497,7 +498,7 @@ class _Call:
   def _run_beside(self, x_TD: Tensor, shared: Callable[[Tensor], Tensor]) -> Tensor:
     """shared(x), whose graph is kept for `_back_beside` if there is a backward pass."""
     put: list[Tensor] = []
-    with torch.set_grad_enabled(self.keep):
+    with torch.set_grad_enabled(self.keep), self.exchange.leaving():
       root = x_TD.new_empty(0).requires_grad_(self.keep)
       y_TD = shared(_Aside.apply(root, x_TD.detach(), put))
     if self.keep:
@@ -507,7 +508,8 @@ class _Call:
   def _back_beside(self, dy_TD: Tensor) -> Tensor | None:
     """The shared experts' dx; the gradients of their weights go where autograd puts them."""
     (y_TD, put), self.beside = self.beside, None
-    y_TD.backward(dy_TD)
+    with self.exchange.leaving():
+      y_TD.backward(dy_TD)
     return put.pop() if put else None
 
   def _round_forward(self, w13: Tensor, w2: Tensor, keep: bool) -> None:

@@ -39,6 +39,23 @@ def test_dense_products_repeat_bit_for_bit():
   )
 
 
+@pytest.mark.parametrize("shape", [(512, 256, 128), (333, 320, 200), (4096, 2048, 2816)], ids=str)
+@pytest.mark.parametrize("sms", [2, 32, 1000])
+def test_products_that_leave_sms_give_the_same_bits(sms, shape):
+  torch.manual_seed(1)
+  inputs, dys = block(*shape)
+
+  def results():
+    y = mlp(*inputs, BF16)
+    return [y, *torch.autograd.grad(y, inputs, dys)]
+
+  wanted = results()
+  with gemms.leaving(sms):
+    found = results()
+  for a, b in zip(found, wanted, strict=True):
+    assert torch.equal(a, b)
+
+
 def test_fp32_gradients_of_a_linear_are_the_exact_sums_and_are_added():
   torch.manual_seed(2)
   x, weight, dy = normal(3, 1000, 256), normal(576, 256), normal(3, 1000, 576, grad=False)

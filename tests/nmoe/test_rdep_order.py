@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import ranks
 import torch
 from rdep_cases import CASES, RECIPE, config, make, share
@@ -25,6 +28,12 @@ class Recording(exchange.Exchange):
   def wait(self, kind: int, trip: int) -> list[int]:
     self.calls.append({COUNTS: "wait counts", DISPATCH: "wait rows", RETURN: "wait replies"}[kind])
     return super().wait(kind, trip)
+
+  @contextmanager
+  def leaving(self) -> Iterator[None]:
+    self.calls.append("SMs are left")
+    yield
+    self.calls.append("none is left")
 
   def fetch(self, x: Tensor, before=None):
     fetched = super().fetch(x, before)
@@ -71,7 +80,10 @@ def test_rows_travel_beside_shared_experts_and_the_host_waits_last() -> None:
   """Nothing of a first round depends on the counts' values on the host."""
   forward, backward = ranks.run(recorded, 2)[0]
   assert forward == [
-    *("counts", "wait counts", "send", "shared", "wait rows", "reply"),
-    *("host has counts", "wait replies"),
+    *("counts", "wait counts", "send", "SMs are left", "shared", "none is left"),
+    *("wait rows", "reply", "host has counts", "wait replies"),
   ]
-  assert backward == ["send", "shared backward", "wait rows", "reply", "wait replies"]
+  assert backward == [
+    *("send", "SMs are left", "shared backward", "none is left"),
+    *("wait rows", "reply", "wait replies"),
+  ]
