@@ -129,7 +129,7 @@ class Exchange(Protocol):
     """What is queued inside may run at the same time as what follows, until `join`."""
 
   def leaving(self) -> AbstractContextManager[None]:
-    """Inside, products of one matrix leave `blocks` SMs to what was queued inside `beside`."""
+    """Inside, a SwiGLU block's first product leaves `blocks` SMs to what was queued `beside`."""
 
   def join(self) -> None:
     """What is queued from here on comes after all that was queued inside `beside`."""

@@ -2,9 +2,8 @@
 
   linear  y = x · weightᵀ                 cuBLAS through torch; FLOPs 6 · T · I · O with backward
   mlp     y = w2 · swiglu(w13 · x)        SwiGLU in the first GEMM's epilogue, its gradient in that
-          of dy · w2; kept are x and preact [T, 2F]; FLOPs 18 · T · D · F. Up to dx all its products
-          are QuACK's, which can leave SMs to rows that travel (gemms.leaving); the weights' come
-          last, by cuBLAS, on all of them
+          of dy · w2; kept are x and preact [T, 2F]; FLOPs 18 · T · D · F. Those two, the first of
+          each pass, can leave SMs to rows that travel (gemms.leaving)
 
 fp8 and nvfp4 are kernels.cuda.products with one expert.
 """
@@ -70,7 +69,7 @@ class _Mlp(torch.autograd.Function):
   def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, keep: bool, recompute: bool) -> Tensor:
     preact, act = gemms.gated(x, w13, keep=keep)
     ctx.save_for_backward(x, None if recompute else preact, w13, w2)
-    return gemms.product(act, w2)
+    return act @ w2.T
 
   @staticmethod
   @once_differentiable
@@ -80,8 +79,8 @@ class _Mlp(torch.autograd.Function):
     if preact is None:
       preact = gemms.gated(x, w13)[0]
     dpreact, act, _ = gemms.dgated(dy, w2, preact)
-    dx = gemms.product(dpreact, w13.mT)
-    return dx, _gradient(w13, dpreact, x), _gradient(w2, dy, act), None, None
+    dw13, dw2 = _gradient(w13, dpreact, x), _gradient(w2, dy, act)
+    return dpreact @ w13, dw13, dw2, None, None
 
 
 def mlp(x: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:

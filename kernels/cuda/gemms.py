@@ -9,14 +9,13 @@ never exists. All accumulate in fp32 and are bit-identical from run to run: no s
                dpreact = swiglu'(preact) · scale · dact,
                dscale = Σ_F swiglu(preact) · dact, in fp32, in a fixed order
   rows         a · w[e]ᵀ
-  product      a · wᵀ, of one matrix
   weight_grad  a[index]ᵀ · b over the rows of each expert, or added to an fp32 tensor
   accumulate   aᵀ · b, or added to an fp32 tensor
   dense_grad   aᵀ · b by cuBLAS, which splits the long sum of a small output among all SMs
 
 A product's thread blocks hold their SMs, registers and all, for as long as it lasts: what is queued
-beside it waits for its end. Inside `leaving(n)` a gated, dgated or plain product of one matrix has
-n blocks fewer: n SMs stay for others. The tiles, and so the bits, are the same.
+beside it waits for its end. Inside `leaving(n)` a gated or dgated product of one matrix has n
+blocks fewer: n SMs stay for others. The tiles, and so the bits, are the same.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import NamedTuple
 import torch
 from quack.blockscaled import BlockScaledFormat
 from quack.cute_dsl_utils import get_max_active_clusters
-from quack.epilogue.frontend import EpiMod, EpiPlan, gemm_epilogue
+from quack.epilogue.frontend import EpiMod, EpiPlan
 from quack.epilogue.library import dgated_mod, linear_act_mod
 from quack.gemm import gemm
 from quack.gemm_config import GemmConfig
@@ -46,7 +45,7 @@ from kernels.ragged import gather, moved
 
 ALIGNMENT = 8  # bf16 elements in the 16 bytes that TMA strides are multiples of
 
-_left = 0  # SMs that products of one matrix leave to other kernels
+_left = 0  # SMs that gated and dgated products of one matrix leave to other kernels
 
 
 class Choice(NamedTuple):
@@ -153,18 +152,13 @@ def check_operands(**tensors: Tensor) -> None:
 
 @contextmanager
 def leaving(sms: int) -> Iterator[None]:
-  """Inside, this process's products of one matrix leave so many SMs to kernels beside them."""
+  """Inside, this process's gated and dgated products of one matrix leave so many SMs to others."""
   global _left
   before, _left = _left, sms
   try:
     yield
   finally:
     _left = before
-
-
-@gemm_epilogue()
-def _plain(acc):
-  return {"D": acc}
 
 
 # QuACK's own epilogues of gemm_gated and gemm_dgated
@@ -186,14 +180,6 @@ def _one(
     launch = make_scheduler_args(clusters, tile.max_swizzle_size, None)
     plan.gemm_plan = kernel._replace(max_active_clusters=clusters, scheduler_static=launch)
   _plans[key].run(a, b, c, out=out)
-
-
-def product(a: Tensor, w: Tensor) -> Tensor:
-  """a [N, I] · wᵀ -> [N, O], w [O, I] (a transposed view serves)."""
-  out = a.new_empty(a.shape[0], w.shape[0])
-  kind = "rows" if w.stride(-1) == 1 else "rows, weight transposed"
-  _one(_plain, config(kind, *out.shape), a, w.mT, None, {"D": out})
-  return out
 
 
 def gated(

@@ -39,9 +39,9 @@ the same; only an abandoned attempt's rows beyond C are lost, with all that was 
 Passes of one round a layer may be captured in a CUDA graph and replayed (`Rdep.captured`,
 `Rdep.replayed`): their trips then have new numbers.
 
-Shared experts run while rows travel: forward while counts and x do, backward while dy does, and
-leave the SMs that this takes (`Exchange.leaving`): a product gives up none before its end. Their
-graph is a part of this layer's node, as autograd would run their backward pass after it.
+Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
+first product leaves the SMs that this takes; in Moonlight's shape the rows are there by its end, or
+almost. Their graph is a part of this layer's node: autograd would run its backward pass after it.
 
 Why buffers are never overwritten too early, without a barrier. Trip s (see
 kernels.exchange) is: all send, all receive, all reply to all, all wait for the replies.
