@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from kernels.cuda import minifloat as mf
-from kernels.cuda.jit import VECTOR_BYTES, load_vector, vector_at
+from kernels.cuda.jit import VECTOR_BYTES, load_vector
 from kernels.sizes import BLOCK, row_parts
 
 CODES = 16  # elements of a packed row that a lane holds
@@ -53,7 +53,7 @@ def copy_row(mX: cute.Tensor, row: Int64, targets: list, width: cutlass.Constexp
     for column in cutlass.range_constexpr(first, min(dim, first + 32 * width * AHEAD), 32 * width):
       x = cute.make_rmem_tensor(width, mX.element_type)
       if column + lane < dim:
-        cute.autovec_copy(vector_at(mX, row * dim + column + lane, width), x)
+        x.store(load_vector(mX, row * dim + column + lane, width).load())
       rX.append(x)
     for i in cutlass.range_constexpr(len(rX)):
       column = first + 32 * width * i + lane
