@@ -238,6 +238,7 @@ model, tokenizer = (c.from_pretrained(".") for c in (AutoModelForCausalLM, AutoT
 ```
 
 ```sh
+pip install 'lm-eval[hf]'
 lm_eval --model hf --model_args pretrained=. --tasks arc_easy
 ```
 
