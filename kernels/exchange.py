@@ -137,9 +137,13 @@ class Exchange(Protocol):
   def places(self, alignment: int) -> tuple[Tensor, Places]:
     """(the counts that came, int64 [R, E], a copy; where all rows lie: kernels.places.places)."""
 
+  def mark(self) -> None:
+    """The last `places` before `overflowed` is queued. In a CUDA graph, of every replay."""
+
   def overflowed(self) -> bool:
     """Whether some rank had more rows than its buffer holds, in any `places` since the last call;
-    the same on every rank. Waits for the last of these places, and for no row.
+    the same on every rank. Waits for what was queued before the `mark`, and for no later work;
+    without one, for all that is queued.
     """
 
   def fetch(self, x: Tensor, before: Fetched | None = None) -> Fetched:

@@ -339,7 +339,8 @@ class Exchange:
     self.record_address = torch.tensor([self.record.data_ptr()]).to(device)
     self.full = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
     self.full_address = torch.tensor([self.full.data_ptr()]).to(device)
-    self.placed = torch.cuda.Event() if pinned else None
+    self.placed = torch.cuda.Event(external=True) if pinned else None  # also recorded by replays
+    self.marked = False
     self.higher = torch.zeros(1, dtype=torch.int64, device=device)  # by which a replay's trips are
     self.mine.origin_C.fill_(-1)
     self.address_C = torch.empty(self.capacity, dtype=torch.int64, device=device)  # never freed
@@ -487,12 +488,17 @@ class Exchange:
       torch.cuda.current_stream(self.stream.device_index).wait_stream(self.stream)
 
   def places(self, alignment: int) -> tuple[Tensor, Places]:
-    found = places(self.mine.count_RE, alignment, self.capacity, self.full_address)
+    self.marked = False
+    return places(self.mine.count_RE, alignment, self.capacity, self.full_address)
+
+  def mark(self) -> None:
     if self.placed is not None:
       self.placed.record()
-    return found
+    self.marked = True
 
   def overflowed(self) -> bool:
+    if not self.marked:
+      self.mark()
     if self.placed is not None:
       self.placed.synchronize()
     full = bool(self.full)
@@ -510,5 +516,3 @@ class Exchange:
     self.higher.fill_(trips)
     yield
     self.higher.zero_()
-    if self.placed is not None:
-      self.placed.record()  # that of the capture says nothing of the replay

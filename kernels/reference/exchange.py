@@ -150,6 +150,9 @@ class Exchange:
     self.full |= int(found.end_R.max()) > self.capacity
     return count_RE, found
 
+  def mark(self) -> None:
+    """What is queued is done."""
+
   def overflowed(self) -> bool:
     full, self.full = self.full, False
     return full

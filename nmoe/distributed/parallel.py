@@ -94,6 +94,13 @@ class Parallel:
 
     return self.rdep.run(passes, forget_all)
 
+  def forwarded(self) -> None:
+    """Inside `run`: the last forward pass is queued. Whether it fitted is known from there on, so
+    the host goes on beside the last backward pass.
+    """
+    if self.rdep is not None and self.rdep.num_ranks > 1:
+      self.rdep.exchange.mark()
+
   @property
   def repeatable(self) -> bool:
     """Whether the passes that `run` asks for may be captured and replayed."""
@@ -129,9 +136,10 @@ class Parallel:
     self.reduced = set(self.captured)
 
   def forget(self) -> None:
-    """End the graph, if there is one, and give its memory back."""
+    """End the graph, if there is one, and give its memory back, once its last replay is over."""
     if self.graph is None:
       return
+    torch.cuda.synchronize()
     self.graph.reset()
     self.graph, self.captured = None, set()
     if self.rdep is not None:

@@ -73,7 +73,7 @@ class Graph:
     torch.cuda.reset_peak_memory_stats()  # of the first call, whose memory is free again
 
   def _forget(self) -> None:
-    """Give the memory back. The last replay is over: `Rdep.run` has waited for it."""
+    """Give the memory back."""
     self.warm = False
     if self.graph is None:
       return

@@ -81,6 +81,8 @@ class Passes:
       model.set_draw(self.state.step, micro, ranks.rank)
       model.on_final = ranks.reduce_final(model) if micro == micros - 1 else None
       out = model(x, y)
+      if micro == micros - 1:
+        ranks.forwarded()
       mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
       self.clock.start("backward")
       mean.backward()

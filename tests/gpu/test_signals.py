@@ -1,4 +1,4 @@
-"""Counts and signals between two ranks' blocks on one GPU.
+"""Counts, signals and overflow of two ranks' blocks on one GPU.
 
 A missed deadline: tests/gpu/test_rdep.py.
 """
@@ -41,3 +41,34 @@ def test_a_wait_ends_when_the_last_signal_comes() -> None:
   waiting.synchronize()
   assert seen.item() == 1.0
   assert first.mine.signal_KRS[RETURN, :, 0].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_overflow_is_known_before_what_is_queued_behind_the_mark(replayed: bool) -> None:
+  mover, _ = movers(8, "bf16")
+  stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+  def passes() -> None:
+    torch.cuda._sleep(100_000_000)  # cycles
+    mover.places(1)
+    mover.mark()
+    torch.cuda._sleep(200_000_000)
+
+  with torch.cuda.stream(stream):
+    passes()  # compiles
+    if replayed:
+      with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        passes()
+    stream.synchronize()
+    for full in (False, True, False, True):
+      mover.mine.count_RE.fill_(100 * full)
+      if replayed:
+        graph.replay()
+      else:
+        passes()
+      assert mover.overflowed() == full
+      assert not stream.query()
+    mover.mine.count_RE.fill_(100)
+    mover.places(1)
+    assert mover.overflowed()  # unmarked
+    assert stream.query()

@@ -130,9 +130,8 @@ class Exchange:
 
 def test_the_comparison_sees_what_differs():
   found = faults(ast.parse(BROKEN).body)
-  contract = (
-    "beside collect fetch join leaving multiply overflowed places replayed reply send wait".split()
-  )
+  contract = "beside collect fetch join leaving mark multiply overflowed places replayed".split()
+  contract += ["reply", "send", "wait"]
   assert found[: len(contract)] == [f"{name}: missing" for name in contract]
   assert [line.split(",")[0] for line in found[len(contract) :]] == [
     "extra: not of the contract",

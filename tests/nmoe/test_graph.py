@@ -23,7 +23,11 @@ from nmoe.config.buffers import TRANSIENT
 from nmoe.distributed import parallel, rdep
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
+from nmoe.model.decoder import Model
+from nmoe.train.clock import Clock
 from nmoe.train.graph import Graph
+from nmoe.train.passes import Passes
+from nmoe.train.session import TrainState
 
 CROWDED = 3  # of these tests: orders of overflows are short
 TRIPS = 4  # of a step's passes
@@ -40,6 +44,7 @@ class World:
     self.signalled: list[int] = []  # numbers of trips
     self.higher = 0
     self.full = self.runs_full = False  # the flag that places set, and whether they do in this step
+    self.running: CudaGraph | None = None  # a replay that may not be over
     self.graph = Graph(self.model, self.passes, ranks)
     if ranks.rdep is not None and ranks.rdep.num_ranks > 1:
       ranks.rdep.exchange = self
@@ -113,6 +118,9 @@ class World:
     assert self.graph.idle_bytes == 8 * len(self.graphs)
     self.model.zero_grad()
 
+  def synchronize(self) -> None:
+    self.running = None
+
   def evaluate(self) -> None:
     """A trip that is in no graph."""
     number = self.ranks.rdep.trips.begin(0, "evaluation")
@@ -133,8 +141,10 @@ class CudaGraph:
     self.world.signal(self.told)
     self.world.full |= self.world.runs_full
     self.world.queued.append("replayed")
+    self.world.running = self
 
   def reset(self) -> None:
+    assert self.world.running is not self, "its memory is given back while it runs"
     if self in self.world.graphs:
       self.world.graphs.remove(self)
 
@@ -147,6 +157,7 @@ def world(ranks: Parallel) -> Iterator[World]:
     patch.setattr(cuda, "CUDAGraph", type("OfWorld", (CudaGraph,), {"world": made}))
     patch.setattr(cuda, "graph", made.capture)
     patch.setattr(cuda, "empty_cache", lambda: None)
+    patch.setattr(cuda, "synchronize", made.synchronize)
     patch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
     patch.setattr(cuda, "memory_reserved", lambda: 8 * len(made.graphs))
     patch.setattr(cuda, "memory_allocated", lambda: 0)
@@ -216,3 +227,24 @@ def test_ranks_that_send_no_rows_replay_from_the_second_step_on(ranks) -> None:
 
 def test_ranks_that_share_no_memory_have_none() -> None:
   assert replicas().rdep.nbytes == 0
+
+
+def test_the_host_is_told_of_the_last_forward_pass_before_its_backward_pass() -> None:
+  """What it queues behind the passes it queues while that one runs."""
+  order: list[str] = []
+
+  class Told(Parallel):
+    def forwarded(self) -> None:
+      order.append("told")
+
+  config, device = tiny(train__micro_batch=2, schedule__batch_tokens=6 * 24), torch.device("cpu")
+  model = Model(config, ops, None)
+  model.init_weights(0)
+  model.register_forward_hook(lambda *_: order.append("forward"))
+  model.embed.weight.register_post_accumulate_grad_hook(lambda _: order.append("backward"))
+  session = SimpleNamespace(config=config, parallel=Told(), target=SimpleNamespace(device=device))
+  nobody = SimpleNamespace(data=SimpleNamespace(sources=[]))
+  passes = Passes(session, TrainState(model, None), Clock(device), nobody)
+  batch = torch.randint(0, 97, (6, 25))
+  passes(batch[:, :-1], batch[:, 1:])
+  assert order == [*["forward", "backward"] * 2, "forward", "told", "backward"]
