@@ -145,7 +145,7 @@ def plan(config: File) -> None:
 @app.command("prep-mixture")
 def prep_mixture(
   mixture: Annotated[Path, typer.Argument(help="A mixture (TOML).")],
-  tokenizer: Annotated[str, typer.Option(help="byte or o200k_harmony.")] = "o200k_harmony",
+  tokenizer: Annotated[str, typer.Option(help="byte, o200k_harmony or hf:PATH.")] = "o200k_harmony",
   root: Root = ROOT,
   verify: Annotated[bool, typer.Option(help="Read every file, also unchanged ones.")] = False,
 ) -> None:
