@@ -119,7 +119,7 @@ class Misfit:
 
   def __str__(self) -> str:
     short = (
-      f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there: "
+      f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there for it: "
       f"{_gib(self.needed - self.available)} too much"
     )
     if self.remedy is None:
@@ -486,6 +486,18 @@ def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
     inner += costs.weights_apart(block, width)
     formula += f", {block:,} weight gradients · {width} and two thirds · 4"
   return inner, formula
+
+
+# What CUDA, NCCL and NVSHMEM took of an H200 beside torch's memory and RDEP's heap, of two ranks;
+# and how far a peak has been from its plan, or what torch reserves and does not use.
+BESIDE, SLACK = 4.8 * 2**30, 1.02
+
+
+def room(total: int, config: Config) -> int:
+  """Of a device's bytes those that a plan may count on. All of them with one rank, of which nothing
+  of this kind is measured.
+  """
+  return total if config.launch.ranks == 1 else int((total - BESIDE) / SLACK)
 
 
 def fits(plan: Plan, bytes_available: int) -> Misfit | None:

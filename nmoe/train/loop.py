@@ -198,7 +198,8 @@ def build(config: Config, target: Target, ranks: Parallel, root: Root | None = N
   """
   if target.device.type == "cuda":
     heap = 0 if ranks.rdep is None else ranks.rdep.nbytes  # of the plan, and there already
-    misfit = plan.fits(plan.plan(config), torch.cuda.mem_get_info(target.device)[0] + heap)
+    free, total = torch.cuda.mem_get_info(target.device)
+    misfit = plan.fits(plan.plan(config), min(free + heap, plan.room(total, config)))
     if misfit is not None:
       raise ConfigError(f"{target.name}: {misfit}")
   with torch.device("meta"):

@@ -22,7 +22,7 @@ from kernels.ops import Recipe
 from kernels.reference import symmetric
 from nmoe.config.file import changed, load, to_toml
 from nmoe.config.file import loads as loaded
-from nmoe.config.plan import DEVICES, _kept_per_token, fits, plan
+from nmoe.config.plan import DEVICES, _kept_per_token, fits, plan, room
 from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
@@ -233,13 +233,14 @@ CARD = {  # the comparator's run of this model, on four cards
 
 
 def test_moonlight_fits_80_gb():
-  """27 layers on four cards; with sequences of 8192 and Muon on eight."""
-  room = next(d.memory_bytes for d in DEVICES if d.name == "H100")
+  """27 layers on four cards at capacity 1.0; with sequences of 8192 and Muon on eight."""
+  card = next(d.memory_bytes for d in DEVICES if d.name == "H100")
   moonlight = load(CONFIGS / "moonlight" / "moonlight.toml", env={})
-  for values in (CARD, {"target.arch": "sm_90a"}):
+  for values in ({**CARD, "rdep.capacity": 1.0}, {"target.arch": "sm_90a"}):
     config = changed(moonlight, values)
-    assert plan(config).peak_bytes > room
-    assert fits(plan(changed(config, {"train.recompute": [*PARTS]})), room) is None
+    there = room(card, config)
+    assert plan(config).peak_bytes > there
+    assert fits(plan(changed(config, {"train.recompute": [*PARTS]})), there) is None
 
 
 def test_recomputation_is_a_remedy_before_more_ranks():

@@ -53,9 +53,11 @@ def test_memory_that_the_heap_holds_already_is_not_missed(lab, monkeypatch):
   target = replace(select(lab.config), device=torch.device("cuda"))
   ranks = Parallel(rdep=SimpleNamespace(nbytes=heap))
   monkeypatch.setattr(train, "Model", model)
-  monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - heap, needed))
+  large, small = 2 * needed + (8 << 30), needed + (4 << 30)
+  for free, total in ((needed - heap - 1, large), (needed - heap, small)):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, told=(free, total): told)
+    with pytest.raises(ConfigError, match="too much"):
+      train.build(config, target, ranks)
+  monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - heap, large))
   with pytest.raises(Begun):
-    train.build(config, target, ranks)
-  monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - heap - 1, needed))
-  with pytest.raises(ConfigError, match="too much"):
     train.build(config, target, ranks)
