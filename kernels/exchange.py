@@ -138,12 +138,14 @@ class Exchange(Protocol):
     """(the counts that came, int64 [R, E], a copy; where all rows lie: kernels.places.places)."""
 
   def mark(self) -> None:
-    """The last `places` before `overflowed` is queued. In a CUDA graph, of every replay."""
+    """Says that all `places` until `overflowed` are queued, and joined. In a CUDA graph it says so
+    of each replay, which comes after a call of `overflowed`.
+    """
 
   def overflowed(self) -> bool:
     """Whether some rank had more rows than its buffer holds, in any `places` since the last call;
     the same on every rank. Waits for what was queued before the `mark`, and for no later work;
-    without one, for all that is queued.
+    without one, for what is queued on the current stream.
     """
 
   def fetch(self, x: Tensor, before: Fetched | None = None) -> Fetched:

@@ -56,7 +56,7 @@ def plan(config: Config, console: Console) -> None:
     )
   for device in plans.DEVICES:
     if device.arch == config.target.arch:
-      misfit = plans.fits(p, plans.room(device.memory_bytes, config))
+      misfit = plans.fits(p, device.memory_bytes, device.memory_bytes)
       console.print(f"{device.name}: {'fits' if misfit is None else misfit}")
 
 

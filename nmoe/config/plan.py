@@ -116,11 +116,12 @@ class Misfit:
   needed: int
   available: int
   remedy: Remedy | None
+  beside: str = ""  # who else takes of the memory
 
   def __str__(self) -> str:
     short = (
-      f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there for it: "
-      f"{_gib(self.needed - self.available)} too much"
+      f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there"
+      f"{self.beside}: {_gib(self.needed - self.available)} too much"
     )
     if self.remedy is None:
       return f"{short}; no single line makes it fit: lower model.dim and model.num_layers"
@@ -489,7 +490,7 @@ def _backward_workspace(config: Config, layer: int) -> tuple[float, str]:
 
 
 # What CUDA, NCCL and NVSHMEM took of an H200 beside torch's memory and RDEP's heap, of two ranks;
-# and how far a peak has been from its plan, or what torch reserves and does not use.
+# and for how far peaks have been from their plans, with what torch reserves and does not use.
 BESIDE, SLACK = 4.8 * 2**30, 1.02
 
 
@@ -500,21 +501,29 @@ def room(total: int, config: Config) -> int:
   return total if config.launch.ranks == 1 else int((total - BESIDE) / SLACK)
 
 
-def fits(plan: Plan, bytes_available: int) -> Misfit | None:
+def fits(plan: Plan, bytes_available: int, total: int | None = None) -> Misfit | None:
   """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
+
+  total: the device's memory, if some of it is to be left free (`room`), whatever is available.
 
   In this order: smaller micro-batches, no CUDA graph, a smaller loss chunk, bf16 moments, a smaller
   RDEP capacity, recomputation, more ranks, fewer layers; of each the smallest change that fits.
   """
-  if plan.peak_bytes <= bytes_available:
+
+  def there(config: Config) -> int:
+    return bytes_available if total is None else min(bytes_available, room(total, config))
+
+  available = there(plan.config)
+  if plan.peak_bytes <= available:
     return None
+  beside = " for it beside CUDA, NCCL and NVSHMEM" if available < bytes_available else ""
   for key, values in _candidates(plan.config):
     for value in values:
-      peak = _peak_with(plan.config, key, value)
-      if peak is not None and peak <= bytes_available:
-        remedy = Remedy(key, leaves(plan.config)[key], value, peak)
-        return Misfit(plan.peak_bytes, bytes_available, remedy)
-  return Misfit(plan.peak_bytes, bytes_available, None)
+      other = _with(plan.config, key, value)
+      if other is not None and other.peak_bytes <= there(other.config):
+        remedy = Remedy(key, leaves(plan.config)[key], value, other.peak_bytes)
+        return Misfit(plan.peak_bytes, available, remedy, beside)
+  return Misfit(plan.peak_bytes, available, None, beside)
 
 
 def _candidates(config: Config) -> Iterator[tuple[str, list]]:
@@ -532,13 +541,13 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
   yield "model.num_layers", list(range(c.model.num_layers - 1, c.model.num_dense_layers, -1))
 
 
-def _peak_with(config: Config, key: str, value: object) -> int | None:
-  """Peak bytes of the changed configuration; None if it is not a valid one."""
+def _with(config: Config, key: str, value: object) -> Plan | None:
+  """The plan of the changed configuration; None if it is not a valid one."""
   try:
     other = changed(config, {key: value})
   except ConfigError:
     return None
-  return plan(other).peak_bytes
+  return plan(other)
 
 
 def _gib(count: float) -> str:

@@ -31,6 +31,7 @@ from nmoe.machine.target import Target
 from nmoe.wording import counted
 
 SAVE_S = 900.0  # a rank may wait this long for the others' part of a checkpoint
+LATER = timedelta(seconds=10)  # NCCL's deadline, after RDEP's, which says who is late at what
 
 
 @dataclass
@@ -281,7 +282,7 @@ def init(
       store=dist.PrefixStore("groups", meeting.store),
       rank=rank,
       world_size=ranks,
-      timeout=timeout,
+      timeout=timeout + LATER if alone else timeout,
       device_id=target.device if alone else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD

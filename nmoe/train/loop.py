@@ -199,7 +199,7 @@ def build(config: Config, target: Target, ranks: Parallel, root: Root | None = N
   if target.device.type == "cuda":
     heap = 0 if ranks.rdep is None else ranks.rdep.nbytes  # of the plan, and there already
     free, total = torch.cuda.mem_get_info(target.device)
-    misfit = plan.fits(plan.plan(config), min(free + heap, plan.room(total, config)))
+    misfit = plan.fits(plan.plan(config), free + heap, total)
     if misfit is not None:
       raise ConfigError(f"{target.name}: {misfit}")
   with torch.device("meta"):

@@ -331,9 +331,17 @@ def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
   lost = changed(moonlight, {**two, **parts, "data.tokenizer": "byte"})
   ran = changed(moonlight, {**two, "model.num_layers": 12, "train.cuda_graph": True})
   assert fits(plan(lost), total) is None
-  assert fits(plan(lost), room(total, lost)) is not None
-  assert fits(plan(ran), room(total, ran)) is None
-  assert room(total, load(CONFIGS / "moonlet" / "h200.toml", env={})) == total
+  misfit = fits(plan(lost), total, total)
+  assert misfit.available == room(total, lost) and "beside CUDA, NCCL and NVSHMEM" in str(misfit)
+  assert fits(plan(ran), total, total) is None
+  one = load(CONFIGS / "moonlet" / "h200.toml", env={})
+  assert room(total, one) == total
+  card = 81559 << 20
+  for layers in range(8, 28):
+    short = fits(plan(changed(one, {"model.num_layers": layers})), card, card)
+    if short is not None and short.remedy is not None:  # of more ranks, which have less room each
+      other = changed(one, {"model.num_layers": layers, short.remedy.key: short.remedy.new})
+      assert fits(plan(other), card, card) is None, short
 
 
 def test_remedies_go_from_cheap_to_dear():
