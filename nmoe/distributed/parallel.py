@@ -275,6 +275,7 @@ def init(
       "go through the host, which a graph cannot capture; set train.cuda_graph = false"
     )
   timeout = timedelta(seconds=config.rdep.deadline_s)
+  of_sums = timeout + LATER if alone else timeout
   with collectives(rank, ranks):
     meeting.store.set_timeout(timeout)
     dist.init_process_group(
@@ -282,12 +283,12 @@ def init(
       store=dist.PrefixStore("groups", meeting.store),
       rank=rank,
       world_size=ranks,
-      timeout=timeout + LATER if alone else timeout,
+      timeout=of_sums,
       device_id=target.device if alone else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if alone else dist.group.WORLD
     saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
-    expert_ranks, replicas = expert_groups(config, control, timeout)
+    expert_ranks, replicas = expert_groups(config, control, timeout, of_sums)
   rdep = Rdep(config, target.ops, expert_ranks, target.symmetric)
   parts = shared(config, rank, replicas)
   side = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None
@@ -295,11 +296,11 @@ def init(
 
 
 def expert_groups(
-  config: Config, control: dist.ProcessGroup, timeout: timedelta
+  config: Config, control: dist.ProcessGroup, timeout: timedelta, of_sums: timedelta | None = None
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
   """(this rank's RDEP group, by gloo; the ranks that hold its experts, or None if no other does).
 
-  control: all ranks, by gloo. Collective.
+  control: all ranks, by gloo. of_sums: the replicas' timeout, if another. Collective.
   """
   ranks, group = config.launch.ranks, config.expert_ranks
   if group == ranks:
@@ -308,5 +309,5 @@ def expert_groups(
   replicas = [list(range(first, ranks, group)) for first in range(group)]
   return (
     dist.new_subgroups_by_enumeration(rdep, timeout=timeout, backend="gloo")[0],
-    dist.new_subgroups_by_enumeration(replicas, timeout=timeout)[0],
+    dist.new_subgroups_by_enumeration(replicas, timeout=of_sums or timeout)[0],
   )

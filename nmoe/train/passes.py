@@ -79,9 +79,10 @@ class Passes:
     for micro, (x, y) in enumerate(zip(tokens.chunk(micros), targets.chunk(micros), strict=True)):
       self.clock.start("forward")
       model.set_draw(self.state.step, micro, ranks.rank)
-      model.on_final = ranks.reduce_final(model) if micro == micros - 1 else None
+      last = micro == micros - 1
+      model.on_final = ranks.reduce_final(model) if last else None
       out = model(x, y)
-      if micro == micros - 1:
+      if last:
         ranks.forwarded()
       mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
       self.clock.start("backward")
