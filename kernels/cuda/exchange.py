@@ -4,8 +4,8 @@ The contract is kernels.exchange; all work is queued on the current stream and n
 host.
 
   post_counts  one block writes [E] counts into every peer's count[rank], then signals
-  send         a warp reads a token's row once (NVFP4: twice) and stores it at its K places, which
-               its lanes find, as it is or packed; then one block signals
+  send         a warp reads a token's row once (NVFP4: twice) and stores it at those of its K places
+               that are its block's, as it is or packed; then one block signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
   receive      a thread copies a row's gate and origin; with a single slot a warp copies the row out
                too, dequantized, or zeros where none arrived
@@ -22,7 +22,7 @@ stores its signals with release.sys, which is cumulative: it publishes all that 
 not its own thread's stores alone. The waiting thread loads the signals with acquire.sys, and what
 is launched after it reads the rows. So the stores themselves can be plain ones.
 
-Bytes moved: send D·(1 + K) elements a token, receive (of one slot) and reply 2·D a row, all in
+Bytes moved: send D·(2 + K) elements a token, receive (of one slot) and reply 2·D a row, all in
 16-byte accesses. Of the bytes of bf16 a row has on its way 33/64 as MXFP8, and 9/32 and 4 bytes as
 NVFP4, whose codes move in 8-byte accesses; scales are stored as bytes, 16 or 32 neighbours by a
 warp. Packed rows of either format lie at one stride, the longer one's. A wait that misses its
@@ -79,9 +79,13 @@ FUSED = True  # whether products return their rows themselves; `nmoe bench rdep`
 
 
 class Send:
-  """A warp per token: one read of the row, K stores to the owners, with origin and gate.
+  """A warp per token: one read of the row, stores to its K owners, with origin and gate.
 
-  `packed` stores them in this rank's own back buffer instead, in the layout's order.
+  One block of as many as there are ranks stores the rows that stay on its GPU, the others those
+  that leave: as if an SM's stores went out in order, behind one that waits for a link the others
+  wait too (of a plain copy's rate 16 SMs reach 0.76 together and 0.92 apart). With fewer blocks
+  than ranks each stores both. `packed` stores all in this rank's own back buffer instead, in the
+  layout's order.
   """
 
   def __init__(self, width: int, top_k: int, packed: bool, format: str, stride: int):
@@ -106,7 +110,8 @@ class Send:
     most: Int32,
     stream,
   ):
-    blocks = cutlass.min(most, cute.ceil_div(mX.shape[0], WARPS))
+    kinds = const_expr(1 if self.packed else 2)
+    blocks = cutlass.min(most, kinds * cute.ceil_div(mX.shape[0], WARPS))
     scalars = (low, capacity, start, rank, rows)
     self.kernel(mX, mGate, mExpert, mRow, mOffset, mBase, mTable, *scalars).launch(
       grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
@@ -131,9 +136,17 @@ class Send:
     lane = cute.arch.lane_idx()
     bidx, _, _ = cute.arch.block_idx()
     blocks, _, _ = cute.arch.grid_dim()
-    held = mBase.shape[0] // mTable.shape[1]
+    ranks = mTable.shape[1]
+    held = mBase.shape[0] // ranks
+    here, away = True, True
+    if const_expr(not self.packed):
+      staying = blocks // ranks
+      if ranks > 1 and staying > 0:
+        here, away = bidx < staying, bidx >= staying
+        blocks = staying if here else blocks - staying
+        bidx = bidx if here else bidx - staying
     for token in cutlass.range(bidx * WARPS + cute.arch.warp_idx(), mX.shape[0], blocks * WARPS):
-      target = []
+      target, found = [], Int32(0)
       for first in cutlass.range_constexpr(0, self.top_k, 32):
         address = Int64(0)  # lane k finds that of slot first + k
         if first + lane < self.top_k:
@@ -148,16 +161,19 @@ class Send:
                 put(Float32, mTable[BACK_GATE, rank] + row * 4, mGate[item])
             else:
               owner = expert // held
-              address = mTable[ROW, owner] + (start + place) * self.stride
-              put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
-              if const_expr(mGate is not None):
-                put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+              if here if owner == rank else away:
+                address = mTable[ROW, owner] + (start + place) * self.stride
+                put(Int32, mTable[ORIGIN, owner] + place * 4, rank * rows + Int32(item))
+                if const_expr(mGate is not None):
+                  put(Float32, mTable[GATE, owner] + place * 4, mGate[item])
+        found |= cute.arch.vote_ballot_sync(address != 0)
         for k in cutlass.range_constexpr(min(32, self.top_k - first)):
           target.append(cute.arch.shuffle_sync(address, k))
-      if const_expr(self.format == "bf16"):
-        copy_row(mX, Int64(token), target, self.width)
-      else:
-        pack_row(mX, Int64(token), target, self.format)
+      if found != 0:
+        if const_expr(self.format == "bf16"):
+          copy_row(mX, Int64(token), target, self.width)
+        else:
+          pack_row(mX, Int64(token), target, self.format)
 
 
 class Receive:

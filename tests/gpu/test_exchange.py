@@ -7,7 +7,7 @@ from gpu.oracle import FOUR, normal, roundings
 from gpu.test_blockscale import samples
 from kernels import reference
 from kernels.buffers import Buffers, Route, views
-from kernels.cuda.exchange import Exchange
+from kernels.cuda.exchange import BLOCKS, Exchange
 from kernels.cuda.experts import grouped_mlp_backward, grouped_mlp_forward
 from kernels.cuda.layout import layout
 from kernels.cuda.quantization import quantize
@@ -196,9 +196,10 @@ def test_packed_rows_are_the_reference_bit_for_bit(format, kind, alignment, dim)
       assert (mover.mine.origin_C == -1).all()
 
 
+@pytest.mark.parametrize("sms", [1, 3, BLOCKS])  # one stores all rows; two share those that leave
 @pytest.mark.parametrize("top_k", [1, 3, 33])
 @pytest.mark.parametrize("dim", [8, 320, 2048, 4360])  # a lane loads eight vectors before it stores
-def test_rows_and_gates_arrive_where_the_reference_puts_them(dim, top_k):
+def test_rows_and_gates_arrive_where_the_reference_puts_them(dim, top_k, sms):
   """Two rounds; a warp's lanes have a slot each, of which there are 32 at a time."""
   torch.manual_seed(3)
   routes, where = routed("uniform", 1, top_k)
@@ -210,6 +211,7 @@ def test_rows_and_gates_arrive_where_the_reference_puts_them(dim, top_k):
   gates = [torch.rand(r.expert_TK.shape) for r in routes]
   for low in (0, capacity):
     for r, (mover, other) in enumerate(pairs):
+      mover.blocks = sms
       mover.send(1, x[r].cuda(), gates[r].cuda(), routes[r], low, "bf16")
       other.send(1, x[r], gates[r], on_cpu(routes[r]), low, "bf16")
     for r, (mover, other) in enumerate(pairs):
