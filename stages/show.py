@@ -14,6 +14,7 @@ from kernels.tools.build import build
 from nmoe.config import file as configs
 from nmoe.config import plan as plans
 from nmoe.config import scaling
+from nmoe.config.fit import fits
 from nmoe.config.sections import Config
 from nmoe.config.shapes import kernel_shapes
 from nmoe.data.mixture import load_mixture, phases
@@ -56,7 +57,7 @@ def plan(config: Config, console: Console) -> None:
     )
   for device in plans.DEVICES:
     if device.arch == config.target.arch:
-      misfit = plans.fits(p, device.memory_bytes, device.memory_bytes)
+      misfit = fits(p, device.memory_bytes)
       console.print(f"{device.name}: {'fits' if misfit is None else misfit}")
 
 

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from nmoe.config import file as configs
-from nmoe.config import plan
 from nmoe.config.amend import amended, following
+from nmoe.config.fit import fits
+from nmoe.config.plan import plan
 from nmoe.config.sections import Config
 from nmoe.data import prepared
 from nmoe.data.loader import Loader, Prefetcher, unigram_bpb
@@ -199,7 +200,7 @@ def build(config: Config, target: Target, ranks: Parallel, root: Root | None = N
   if target.device.type == "cuda":
     heap = 0 if ranks.rdep is None else ranks.rdep.nbytes  # of the plan, and there already
     free, total = torch.cuda.mem_get_info(target.device)
-    misfit = plan.fits(plan.plan(config), free + heap, total)
+    misfit = fits(plan(config), total, free + heap)
     if misfit is not None:
       raise ConfigError(f"{target.name}: {misfit}")
   with torch.device("meta"):

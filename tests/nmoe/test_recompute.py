@@ -22,7 +22,8 @@ from kernels.ops import Recipe
 from kernels.reference import symmetric
 from nmoe.config.file import changed, load, to_toml
 from nmoe.config.file import loads as loaded
-from nmoe.config.plan import DEVICES, _kept_per_token, fits, plan
+from nmoe.config.fit import fits
+from nmoe.config.plan import DEVICES, _kept_per_token, plan
 from nmoe.config.sections import Config
 from nmoe.distributed.rdep import Rdep
 from nmoe.errors import ConfigError
@@ -238,8 +239,8 @@ def test_moonlight_fits_80_gb():
   moonlight = load(CONFIGS / "moonlight" / "moonlight.toml", env={})
   for values in ({**CARD, "rdep.capacity": 1.0}, {"target.arch": "sm_90a"}):
     config = changed(moonlight, values)
-    assert fits(plan(config), card, card) is not None
-    assert fits(plan(changed(config, {"train.recompute": [*PARTS]})), card, card) is None
+    assert fits(plan(config), card) is not None
+    assert fits(plan(changed(config, {"train.recompute": [*PARTS]})), card) is None
 
 
 def test_recomputation_is_a_remedy_before_more_ranks():
@@ -247,11 +248,11 @@ def test_recomputation_is_a_remedy_before_more_ranks():
   config = changed(config, {"train.micro_batch": 1, "train.loss_chunk": 512, "rdep.capacity": 1.0})
   needed = plan(config).peak_bytes
   for parts in (["norm"], ["qkv"], ["swiglu"], [*PARTS]):
-    room = plan(changed(config, {"train.recompute": parts})).peak_bytes
-    misfit = fits(plan(config), room)
+    free = plan(changed(config, {"train.recompute": parts})).peak_bytes
+    misfit = fits(plan(config), 2 * needed, free)
     assert (misfit.remedy.key, misfit.remedy.new) == ("train.recompute", parts)
     assert f"set train.recompute = {parts} (now [])" in str(misfit)
-  assert fits(plan(config), needed // 2).remedy.key == "launch.ranks"
+  assert fits(plan(config), 2 * needed, needed // 2).remedy.key == "launch.ranks"
 
 
 def test_operations_keep_no_pre_activation():

@@ -1,0 +1,107 @@
+"""Whether a plan fits a device's memory, and the one line of a configuration that would make it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from nmoe.config.file import changed
+from nmoe.config.plan import Plan, plan
+from nmoe.config.sections import Config, leaves
+from nmoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Remedy:
+  """The one line that makes a configuration fit."""
+
+  key: str
+  old: object
+  new: object
+  peak_bytes: int  # after the change
+
+
+@dataclass(frozen=True)
+class Misfit:
+  needed: int
+  available: int
+  remedy: Remedy | None
+  beside: str = ""  # who else takes of the memory
+
+  def __str__(self) -> str:
+    short = (
+      f"the step needs {_gib(self.needed)} of memory and {_gib(self.available)} are there"
+      f"{self.beside}: {_gib(self.needed - self.available)} too much"
+    )
+    if self.remedy is None:
+      return f"{short}; no single line makes it fit: lower model.dim and model.num_layers"
+    r = self.remedy
+    old, new = (list(v) if isinstance(v, tuple) else v for v in (r.old, r.new))
+    return f"{short}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
+
+
+# What CUDA, NCCL and NVSHMEM took of an H200 beside torch's memory and RDEP's heap, of two ranks,
+# most of it NVSHMEM (configs/moonlight/RESULTS.md); and for how far peaks have been from their
+# plans, with what torch reserves and does not use.
+BESIDE, SLACK = 4.8 * 2**30, 1.02
+
+
+def room(total: int, config: Config) -> int:
+  """Of a device's bytes those that a plan may count on. All of them with one rank, of which nothing
+  of this kind is measured.
+  """
+  return total if config.launch.ranks == 1 else int((total - BESIDE) / SLACK)
+
+
+def fits(plan: Plan, total: int, free: int | None = None) -> Misfit | None:
+  """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
+
+  total: the device's bytes, of which a plan counts on `room`, and on no more than free.
+
+  In this order: smaller micro-batches, no CUDA graph, a smaller loss chunk, bf16 moments, a smaller
+  RDEP capacity, recomputation, more ranks, fewer layers; of each the smallest change that fits.
+  """
+
+  def there(config: Config) -> int:
+    return min(total if free is None else free, room(total, config))
+
+  available = there(plan.config)
+  if plan.peak_bytes <= available:
+    return None
+  beside = " for it beside CUDA, NCCL and NVSHMEM" if available < (free or total) else ""
+  for key, values in _candidates(plan.config):
+    for value in values:
+      other = _with(plan.config, key, value)
+      if other is not None and other.peak_bytes <= there(other.config):
+        remedy = Remedy(key, leaves(plan.config)[key], value, other.peak_bytes)
+        return Misfit(plan.peak_bytes, available, remedy, beside)
+  return Misfit(plan.peak_bytes, available, None, beside)
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, list]]:
+  """Keys in order of what a change costs; values from the smallest change on."""
+  c = config
+  yield "train.micro_batch", list(range(c.train.micro_batch - 1, 0, -1))
+  yield "train.cuda_graph", [False] if c.train.cuda_graph else []
+  yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
+  yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
+  yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []
+  parts = [[*chosen] for n in (1, 2, 3) for chosen in combinations(("norm", "qkv", "swiglu"), n)]
+  yield "train.recompute", [p for p in parts if {*p} > {*c.train.recompute}]
+  ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
+  yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]
+  yield "model.num_layers", list(range(c.model.num_layers - 1, c.model.num_dense_layers, -1))
+
+
+def _with(config: Config, key: str, value: object) -> Plan | None:
+  """The plan of the changed configuration; None if it is not a valid one."""
+  try:
+    other = changed(config, {key: value})
+  except ConfigError:
+    return None
+  return plan(other)
+
+
+def _gib(count: float) -> str:
+  return f"{count / 2**30:.2f} GiB"
