@@ -4,8 +4,8 @@ The contract is kernels.exchange; all work is queued on the current stream and n
 host.
 
   post_counts  one block writes [E] counts into every peer's count[rank], then signals
-  send         a warp reads a token's row once (NVFP4: twice) and stores it at those of its K places
-               that are its block's, as it is or packed; then one block signals
+  send         a warp reads a token's row (NVFP4: twice) and stores it at its K places, as it is or
+               packed, those on this GPU and those on others by different blocks; then one signals
   wait         one block, a thread per peer, spins on this rank's own signals, with a deadline
   receive      a thread copies a row's gate and origin; with a single slot a warp copies the row out
                too, dequantized, or zeros where none arrived
@@ -22,9 +22,9 @@ stores its signals with release.sys, which is cumulative: it publishes all that 
 not its own thread's stores alone. The waiting thread loads the signals with acquire.sys, and what
 is launched after it reads the rows. So the stores themselves can be plain ones.
 
-Bytes moved: send D·(2 + K) elements a token, receive (of one slot) and reply 2·D a row, all in
-16-byte accesses. Of the bytes of bf16 a row has on its way 33/64 as MXFP8, and 9/32 and 4 bytes as
-NVFP4, whose codes move in 8-byte accesses; scales are stored as bytes, 16 or 32 neighbours by a
+Bytes moved: send at most D·(2 + K) elements a token, receive (of one slot) and reply 2·D a row, all
+in 16-byte accesses. Of the bytes of bf16 a row has on its way 33/64 as MXFP8, and 9/32 and 4 bytes
+as NVFP4, whose codes move in 8-byte accesses; scales are stored as bytes, 16 or 32 neighbours by a
 warp. Packed rows of either format lie at one stride, the longer one's. A wait that misses its
 deadline writes what it saw into pinned host memory and traps, so nothing after it runs.
 
@@ -79,13 +79,12 @@ FUSED = True  # whether products return their rows themselves; `nmoe bench rdep`
 
 
 class Send:
-  """A warp per token: one read of the row, stores to its K owners, with origin and gate.
+  """A warp per token and kind of place: a read of the row, stores to its owners, origin and gate.
 
-  One block of as many as there are ranks stores the rows that stay on its GPU, the others those
-  that leave: as if an SM's stores went out in order, behind one that waits for a link the others
-  wait too (of a plain copy's rate 16 SMs reach 0.76 together and 0.92 apart). With fewer blocks
-  than ranks each stores both. `packed` stores all in this rank's own back buffer instead, in the
-  layout's order.
+  Of the blocks, blocks // ranks store the rows that stay on their GPU and the others those that
+  leave: on an SM that stores both, rows that stay seem to wait behind rows that leave. With one
+  rank, or fewer blocks than ranks, each stores both. `packed` stores all in this rank's own back
+  buffer instead, in the layout's order.
   """
 
   def __init__(self, width: int, top_k: int, packed: bool, format: str, stride: int):

@@ -42,8 +42,8 @@ class Misfit:
 
 
 # What CUDA, NCCL and NVSHMEM took of an H200 beside torch's memory and RDEP's heap, of two ranks,
-# most of it NVSHMEM (configs/moonlight/RESULTS.md); and for how far peaks have been from their
-# plans, with what torch reserves and does not use.
+# in a run that this left out of memory (configs/moonlight/RESULTS.md); and for how far peaks have
+# been from their plans, with what torch reserves and does not use.
 BESIDE, SLACK = 4.8 * 2**30, 1.02
 
 
@@ -54,29 +54,28 @@ def room(total: int, config: Config) -> int:
   return total if config.launch.ranks == 1 else int((total - BESIDE) / SLACK)
 
 
-def fits(plan: Plan, total: int, free: int | None = None) -> Misfit | None:
+def fits(needed: Plan, total: int, free: int | None = None) -> Misfit | None:
   """None if the plan's peak fits; else by how much it does not, and the cheapest line that helps.
 
-  total: the device's bytes, of which a plan counts on `room`, and on no more than free.
+  total: the device's bytes, of which a plan counts on `room`. free: those that nothing but what is
+  planned has taken, if fewer than all are.
 
   In this order: smaller micro-batches, no CUDA graph, a smaller loss chunk, bf16 moments, a smaller
   RDEP capacity, recomputation, more ranks, fewer layers; of each the smallest change that fits.
   """
-
-  def there(config: Config) -> int:
-    return min(total if free is None else free, room(total, config))
-
-  available = there(plan.config)
-  if plan.peak_bytes <= available:
+  free = total if free is None else free
+  config, peak = needed.config, needed.peak_bytes
+  available = min(free, room(total, config))
+  if peak <= available:
     return None
-  beside = " for it beside CUDA, NCCL and NVSHMEM" if available < (free or total) else ""
-  for key, values in _candidates(plan.config):
+  beside = " for it beside CUDA, NCCL and NVSHMEM" if available < free else ""
+  for key, values in _candidates(config):
     for value in values:
-      other = _with(plan.config, key, value)
-      if other is not None and other.peak_bytes <= there(other.config):
-        remedy = Remedy(key, leaves(plan.config)[key], value, other.peak_bytes)
-        return Misfit(plan.peak_bytes, available, remedy, beside)
-  return Misfit(plan.peak_bytes, available, None, beside)
+      other = _with(config, key, value)
+      if other is not None and other.peak_bytes <= min(free, room(total, other.config)):
+        remedy = Remedy(key, leaves(config)[key], value, other.peak_bytes)
+        return Misfit(peak, available, remedy, beside)
+  return Misfit(peak, available, None, beside)
 
 
 def _candidates(config: Config) -> Iterator[tuple[str, list]]:
