@@ -96,11 +96,9 @@ class Parallel:
     return self.rdep.run(passes, forget_all)
 
   def forwarded(self) -> None:
-    """Inside `run`: the last forward pass is queued. Whether it fitted is known from there on, so
-    the host goes on beside the last backward pass.
-    """
-    if self.rdep is not None and self.rdep.num_ranks > 1:
-      self.rdep.exchange.mark()
+    """Inside `run`: the last forward pass is queued; see `Rdep.forwarded`."""
+    if self.rdep is not None:
+      self.rdep.forwarded()
 
   @property
   def repeatable(self) -> bool:

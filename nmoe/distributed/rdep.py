@@ -86,6 +86,7 @@ from kernels.places import places
 from kernels.sizes import PAYLOADS
 from nmoe.config.buffers import TRANSIENT, buffer_layout, row_slots
 from nmoe.config.sections import Config
+from nmoe.distributed.aside import Back, aside
 from nmoe.distributed.heap import Heap
 from nmoe.distributed.payload import as_received
 from nmoe.distributed.trips import Trip, Trips, unknown
@@ -203,6 +204,13 @@ class Rdep:
     results = passes()
     self.crowded = CROWDED if self.exchange.overflowed() else self.crowded - 1
     return results
+
+  def forwarded(self) -> None:
+    """Inside `run`: the last forward pass is queued. Whether it fitted is known from there on, so
+    the host goes on beside the last backward pass.
+    """
+    if self.num_ranks > 1:
+      self.exchange.mark()
 
   @contextmanager
   def captured(self) -> Iterator[None]:
@@ -373,28 +381,6 @@ class _Kept(NamedTuple):
   origin_C: Tensor
 
 
-class _Beside(NamedTuple):
-  """The shared experts' graph: what came of it, and where the gradient of its x goes."""
-
-  y_TD: Tensor
-  put: list[Tensor]
-
-
-class _Aside(torch.autograd.Function):
-  """x, whose gradient is put aside: the graph keeps no x of its own. root makes it one."""
-
-  @staticmethod
-  def forward(ctx: Any, root: Tensor, x_TD: Tensor, put: list[Tensor]) -> Tensor:
-    ctx.put = put
-    return x_TD.view_as(x_TD)
-
-  @staticmethod
-  @once_differentiable
-  def backward(ctx: Any, dx_TD: Tensor) -> tuple:
-    ctx.put.append(dx_TD)
-    return None, None, None
-
-
 class _Call:
   """One layer's forward pass and its backward pass on one rank."""
 
@@ -403,7 +389,7 @@ class _Call:
     self.layer, self.recipe, self.keep = layer, recipe, keep
     self.phase, self.counts = "forward", unknown
     self.kept: _Kept | None = None
-    self.beside: _Beside | None = None
+    self.back: Back | None = None  # the shared experts' backward pass
     self.under_way: tuple = ()
     self.slot, self.first = 0, 0
 
@@ -433,7 +419,10 @@ class _Call:
     shared: Callable[[Tensor], Tensor] | None,
   ) -> Tensor:
     """[T, D] combined, plus shared(x); called after `start`."""
-    beside_TD = None if shared is None else self._run_beside(x_TD, shared)
+    beside_TD = None
+    if shared is not None:
+      with self.exchange.leaving():
+        beside_TD, self.back = aside(shared, x_TD, keep=self.keep)
     self.exchange.join()
     self._round_forward(w13, w2, self.keep)
     self.rounds = 1 if self.rdep.one_round else self._needed()
@@ -462,7 +451,11 @@ class _Call:
     self._next(0)
     with self.exchange.beside():
       self._send(dy_TD, self.gate_TK, self.payload.dy)
-    dx_TD = None if self.beside is None else self._back_beside(dy_TD)
+    dx_TD = None
+    if self.back is not None:
+      with self.exchange.leaving():
+        dx_TD = self.back(dy_TD)
+      self.back = None
     self.exchange.join()
     found = self._round_backward(kept, w13, w2)
     dtypes = [None if part is None else part.dtype for part in found]
@@ -494,23 +487,6 @@ class _Call:
       count_RE = torch.tensor(self.fetched())
     most = int(places(count_RE, rdep.config.rdep.alignment).end_R.max())
     return max(-(-most // self.exchange.capacity), 1)
-
-  def _run_beside(self, x_TD: Tensor, shared: Callable[[Tensor], Tensor]) -> Tensor:
-    """shared(x), whose graph is kept for `_back_beside` if there is a backward pass."""
-    put: list[Tensor] = []
-    with torch.set_grad_enabled(self.keep), self.exchange.leaving():
-      root = x_TD.new_empty(0).requires_grad_(self.keep)
-      y_TD = shared(_Aside.apply(root, x_TD.detach(), put))
-    if self.keep:
-      self.beside = _Beside(y_TD, put)
-    return y_TD.detach()
-
-  def _back_beside(self, dy_TD: Tensor) -> Tensor | None:
-    """The shared experts' dx; the gradients of their weights go where autograd puts them."""
-    (y_TD, put), self.beside = self.beside, None
-    with self.exchange.leaving():
-      y_TD.backward(dy_TD)
-    return put.pop() if put else None
 
   def _round_forward(self, w13: Tensor, w2: Tensor, keep: bool) -> None:
     """The rest of a trip: rows come, through the experts, and go back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -87,3 +88,27 @@ def test_rows_travel_beside_shared_experts_and_the_host_waits_last() -> None:
     *("send", "SMs are left", "shared backward", "none is left"),
     *("wait rows", "reply", "wait replies"),
   ]
+
+
+def what_is_kept(group) -> list[bool]:
+  """The shared experts' result, between forward and backward; and whether their weights got no
+  gradient.
+  """
+  case = CASES["uniform"]
+  rdep = Rdep(config(group.size(), case), ops, group, symmetric)
+  d = share(case, make(case, 0), group.rank(), group.size())
+  made: list[weakref.ref] = []
+
+  def shared(x_TD: Tensor) -> Tensor:
+    y_TD = x_TD @ d.shared_DD
+    made.append(weakref.ref(y_TD))
+    return y_TD
+
+  y_TD = rdep.experts(d.x_TD, d.expert_TK, d.gate_TK, d.w13, d.w2, RECIPE, layer=0, shared=shared)
+  kept = [made[0]() is not None]
+  y_TD.backward(d.dy_TD)
+  return [*kept, d.shared_DD.grad is None]
+
+
+def test_the_shared_experts_result_is_not_kept_for_their_backward_pass() -> None:
+  assert ranks.run(what_is_kept, 2) == [[False, False]] * 2
