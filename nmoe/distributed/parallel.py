@@ -294,11 +294,11 @@ def init(
 
 
 def expert_groups(
-  config: Config, control: dist.ProcessGroup, timeout: timedelta, of_sums: timedelta | None = None
+  config: Config, control: dist.ProcessGroup, timeout: timedelta, of_sums: timedelta
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
   """(this rank's RDEP group, by gloo; the ranks that hold its experts, or None if no other does).
 
-  control: all ranks, by gloo. of_sums: the replicas' timeout, if another. Collective.
+  control: all ranks, by gloo. timeout: of the RDEP group; of_sums: of the replicas'. Collective.
   """
   ranks, group = config.launch.ranks, config.expert_ranks
   if group == ranks:
@@ -307,5 +307,5 @@ def expert_groups(
   replicas = [list(range(first, ranks, group)) for first in range(group)]
   return (
     dist.new_subgroups_by_enumeration(rdep, timeout=timeout, backend="gloo")[0],
-    dist.new_subgroups_by_enumeration(replicas, timeout=of_sums or timeout)[0],
+    dist.new_subgroups_by_enumeration(replicas, timeout=of_sums)[0],
   )

@@ -125,7 +125,7 @@ def in_groups(group, repeats: bool) -> dict[str, np.ndarray]:
     moe__balance_alpha=0.0,
     moe__global_balance_alpha=ALPHA,
   )
-  inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
+  inside, replicas = parallel.expert_groups(config, group, *2 * [timedelta(seconds=20)])
   rdep, rank = Rdep(config, kernels.reference, inside, symmetric), group.rank()
   full = iter([False, repeats and rank < 2, False])  # asked before the passes and after each
   rdep.exchange.overflowed = lambda: next(full)

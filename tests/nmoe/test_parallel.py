@@ -68,7 +68,7 @@ def settings(num_ranks: int, capacity: float, group: int = 0) -> Config:
 
 def gather(config: Config, group) -> Parallel:
   """What `parallel.init` makes of a group of ranks."""
-  inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
+  inside, replicas = parallel.expert_groups(config, group, *2 * [timedelta(seconds=20)])
   rdep = Rdep(config, ops, inside, symmetric)
   parts = shared(config, group.rank(), replicas)
   return Parallel(group.rank(), group.size(), rdep, rdep.first, group, None, parts)

@@ -200,7 +200,7 @@ def on_ranks(group: Any, dtype: str, expert_ranks: int) -> list[list[np.ndarray]
   config = config_of(dtype, schedule__batch_tokens=96, **values)
   found = []
   for change in (lambda model: model, without_copies):
-    inside, replicas = parallel.expert_groups(config, group, timedelta(seconds=20))
+    inside, replicas = parallel.expert_groups(config, group, *2 * [timedelta(seconds=20)])
     rdep = Rdep(config, reference, inside, symmetric)
     parts = shared(config, group.rank(), replicas)
     together = Parallel(group.rank(), 2, rdep, rdep.first, group, None, parts)
