@@ -115,6 +115,7 @@ class Routing(NamedTuple):
   gate_TK: Tensor  # fp32, differentiable
   score_TE: Tensor  # fp32, unbiased scores of all experts, differentiable (for the balance loss)
   count_E: Tensor  # int32, tokens per expert
+  x_TD: Tensor  # x, for what reads it next: the gradients that come here join the logits' own
 
 
 class Layout(NamedTuple):

@@ -66,8 +66,9 @@ def _route(s: Shapes) -> None:
   experts = s.num_experts
   spec = RouterSpec(s.top_k, s.score, s.num_groups, s.topk_groups, s.normalize, s.route_scale)
   weight, bias = meta(experts, s.dim, dtype=FP32), meta(experts, dtype=FP32, grad=False)
-  backward(route(meta(s.batch * s.seq_len, s.dim), weight, bias, spec)[1:3])
-  backward(route(meta(s.batch * s.seq_len, s.dim), weight, bias, spec).gate_TK)
+  for with_scores in (True, False):
+    out = route(meta(s.batch * s.seq_len, s.dim), weight, bias, spec)
+    backward((out.gate_TK, out.x_TD, *([out.score_TE] if with_scores else [])))
 
 
 def _layout(s: Shapes) -> None:

@@ -14,8 +14,9 @@ once, its scores, experts and gates written once.
 Backward. One warp per token turns dgate and what reached the logits through the scores into
 dlogits, written as bf16 parts d0 + d1, so that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
-are bf16 products as well, of operands with a relative error of 2^-16. dw is summed over slices of T
-that each fill the GPU, in a fixed order.
+are bf16 products as well, of operands with a relative error of 2^-16. The gradient of what reads x
+next is added to the former in fp32, before it is rounded. dw is summed over slices of T that each
+fill the GPU, in a fixed order.
 
 Kept for backward: x, the weight, the chosen experts and their scores, 8 · T·K bytes. All scores,
 4 · T·E bytes, are kept for softmax, whose gates move every logit, and where a loss uses score_TE.
@@ -387,11 +388,11 @@ def weight_grad(parts: Tensor, x_TD: Tensor, num_experts: int) -> Tensor:
   return out.unflatten(1, (2, width)).sum((0, 1))[:num_experts]
 
 
-def input_grad(parts: Tensor, weight_ED: Tensor) -> Tensor:
-  """dx bf16 [T, D] = [d0 d1 d0] · [w0; w0; w1]."""
+def input_grad(parts: Tensor, weight_ED: Tensor, dx_TD: Tensor | None) -> Tensor:
+  """bf16 [T, D]: [d0 d1 d0] · [w0; w0; w1], and dx added to it."""
   stacked = split_weight(weight_ED, (0, 0, 1))
   out = parts.new_empty(parts.shape[0], weight_ED.shape[1])
-  gemm(parts, stacked.mT, out, None, None, *GRADIENT_TILE[ARCH.name], *CLUSTER)
+  gemm(parts, stacked.mT, out, dx_TD, None, *GRADIENT_TILE[ARCH.name], *CLUSTER)
   return out
 
 
@@ -416,20 +417,22 @@ class _Route(torch.autograd.Function):
     ctx.save_for_backward(x_TD, weight_ED, expert_TK, chosen_TK, kept_TE)
     ctx.mark_non_differentiable(expert_TK, count_E)
     ctx.set_materialize_grads(False)
-    return expert_TK, gate_TK, score_TE, count_E
+    return expert_TK, gate_TK, score_TE, count_E, x_TD.view_as(x_TD)
 
   @staticmethod
   @once_differentiable
-  def backward(ctx, _expert, dgate_TK, dlogit_TE, _count):
+  def backward(ctx, _expert, dgate_TK, dlogit_TE, _count, dx_TD):
     x_TD, weight_ED, expert_TK, chosen_TK, score_TE = ctx.saved_tensors
     num_tokens, num_experts = x_TD.shape[0], weight_ED.shape[0]
     if num_tokens == 0 or (dgate_TK is None and dlogit_TE is None):
-      return torch.zeros_like(x_TD), torch.zeros_like(weight_ED), None, None
+      dx_TD = torch.zeros_like(x_TD) if dx_TD is None else dx_TD
+      return dx_TD, torch.zeros_like(weight_ED), None, None
     dgate_TK = torch.zeros_like(chosen_TK) if dgate_TK is None else dgate_TK.contiguous()
     parts = x_TD.new_empty(num_tokens, PARTS * padded(num_experts))
     run = compile_select_backward(num_experts, ctx.spec, dlogit_TE is not None)
     run(chosen_TK, score_TE, expert_TK, dgate_TK, dlogit_TE, parts)
-    dx = input_grad(parts, weight_ED) if ctx.needs_input_grad[0] else None
+    dx_TD = None if dx_TD is None else dx_TD.contiguous()
+    dx = input_grad(parts, weight_ED, dx_TD) if ctx.needs_input_grad[0] else None
     dw = weight_grad(parts, x_TD, num_experts) if ctx.needs_input_grad[1] else None
     return dx, dw, None, None
 
@@ -484,7 +487,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> None:
 def route(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> Routing:
   """See kernels.ops.Ops.route. x bf16 [T, D]; E up to 512, K up to 32, up to 32 groups."""
   _check(x, weight, bias, spec)
-  expert_TK, gate_TK, score_TE, count_E = _Route.apply(
+  expert_TK, gate_TK, score_TE, count_E, x_TD = _Route.apply(
     x.contiguous(), weight.contiguous(), bias.contiguous(), spec
   )
-  return Routing(expert_TK, gate_TK, _Scores.apply(score_TE, spec.score), count_E)
+  return Routing(expert_TK, gate_TK, _Scores.apply(score_TE, spec.score), count_E, x_TD)

@@ -25,7 +25,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, spec: RouterSpec) -> Routing:
   if spec.normalize:
     gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
   count_E = torch.bincount(expert_TK.flatten(), minlength=num_experts)
-  return Routing(expert_TK.int(), gate_TK * spec.scale, score_TE, count_E.int())
+  return Routing(expert_TK.int(), gate_TK * spec.scale, score_TE, count_E.int(), x)
 
 
 def check_spec(spec: RouterSpec, num_experts: int) -> None:

@@ -213,9 +213,8 @@ class Moe(nn.Module):
 
   def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
     """The output [B, S, D], and where the router sent the tokens."""
-    x_TD = x_BSD.flatten(0, 1)
-    routing = self.router(x_TD)
-    y_TD = self.experts(x_TD, routing.expert_TK, routing.gate_TK, self.shared)
+    routing = self.router(x_BSD.flatten(0, 1))
+    y_TD = self.experts(routing.x_TD, routing.expert_TK, routing.gate_TK, self.shared)
     return y_TD.view_as(x_BSD), routing
 
 

@@ -89,7 +89,7 @@ def force_balance(routing: Routing, spec: RouterSpec) -> Routing:
   score_TE = routing.score_TE
   to = _forced(len(score_TE), spec.top_k, score_TE.shape[1], score_TE.device)
   gate_TK = _Gates.apply(score_TE, to, spec)
-  return Routing(to.expert_TK, gate_TK, score_TE, to.count_E)
+  return routing._replace(expert_TK=to.expert_TK, gate_TK=gate_TK, count_E=to.count_E)
 
 
 def balance_loss(score_LTE: Tensor, num_sequences: int, top_k: int) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu.oracle import ONE, compare, relative
+from gpu.oracle import ONE, compare, relative, roundings
 from kernels.cuda.router import logit_parts, padded, route
 from kernels.ops import KernelError, RouterSpec
 from kernels.tools.benches.moe import Moe, MoeLayer, kept
@@ -74,6 +74,27 @@ def test_scores_and_gradients(case):
   compare(lambda *a: route(*a, spec)[1:3], exact, [x, weight, bias], dys, ONE)
   compare(gates, lambda *a: exact(*a)[0], [x, weight, bias], dys[:1], ONE)
   compare(scores, lambda *a: exact(*a)[1], [x, weight, bias], dys[1:], ONE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_what_reads_x_next_are_added_before_rounding(case):
+  tokens, dim, experts, spec = case
+  x, weight, bias = inputs(tokens, dim, experts)
+  dgate = torch.randn(tokens, spec.top_k, device="cuda")
+  out = route(x, weight, bias, spec)
+  assert torch.equal(out.x_TD, x)
+  (alone,) = torch.autograd.grad(out.gate_TK, x, dgate, retain_graph=True)
+  dx = (torch.randn_like(x) * alone.float().std()).bfloat16()
+  (through,) = torch.autograd.grad(out.x_TD, x, dx, retain_graph=True)
+  assert torch.equal(through, dx)
+  (both,) = torch.autograd.grad([out.gate_TK, out.x_TD], x, [dgate, dx])
+  score = (x.detach().double().requires_grad_(), weight.detach().double())
+  logits = score[0] @ score[1].T
+  chosen = logits.sigmoid() if spec.score == "sigmoid" else logits.softmax(-1)
+  gate = chosen.gather(1, out.expert_TK.long())
+  gate = gate / (gate.sum(1, keepdim=True) + 1e-20) if spec.normalize else gate
+  (exact,) = torch.autograd.grad(gate * spec.scale, score[0], dgate.double())
+  assert roundings(both, exact + dx.double()) < ONE  # two roundings would be 1.2 of one
 
 
 def test_a_layer_keeps_what_the_docstring_says():

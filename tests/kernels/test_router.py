@@ -80,6 +80,18 @@ def test_gates_and_scores_are_differentiable_and_the_bias_is_not():
   assert bias.grad is None
 
 
+def test_x_is_passed_on_with_the_gradients_that_come_to_it():
+  x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+  weight = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+  bias, spec = torch.randn(8), RouterSpec(3, scale=1.5)
+  routing = route(x, weight, bias, spec)
+  assert torch.equal(routing.x_TD, x)
+  factor = torch.randn_like(x)
+  (gates,) = torch.autograd.grad(routing.gate_TK.sum(), x, retain_graph=True)
+  (both,) = torch.autograd.grad(routing.gate_TK.sum() + (routing.x_TD * factor).sum(), x)
+  torch.testing.assert_close(both, gates + factor)
+
+
 @pytest.mark.parametrize(
   "spec,message",
   [

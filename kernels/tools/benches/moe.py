@@ -94,7 +94,7 @@ class MoeLayer:
     spec = RouterSpec(self.moe.top_k)
     routing = route(self.x[i], self.router, self.bias, spec)
     order = layout(routing.expert_TK, self.moe.num_experts)
-    return experts(self.x[i], routing.gate_TK, order, self.w13, self.w2, BF16)
+    return experts(routing.x_TD, routing.gate_TK, order, self.w13, self.w2, BF16)
 
   def step(self, i: int) -> None:
     """The whole layer, forward and backward."""
