@@ -29,6 +29,7 @@ from nmoe.records.provenance import REPO
 OURS = ("kernels", "nmoe", "stages")
 TORCH_RUNS = ">=2.11"  # other than the pinned torch, these run too
 PROBE_TIMEOUT_S = 120
+MAPS_FOR_THE_HOST = 610  # the driver's release from which NVSHMEM 3.8 does without GDRCopy
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def examine(config: Config | None = None) -> list[Check]:
   checks += [_driver(gpu), *_targets(config)]
   if gpu and config.launch.ranks > 1:
     checks.append(_nvshmem())
+    checks += [] if config.rdep.peer_access else [_puts()]
   if config is not None:
     checks += [_disk(config), _locks(Path(config.run.root))]
   return checks
@@ -135,6 +137,29 @@ def _nvshmem() -> Check:
   library.nvshmemx_vendor_get_version_info(*map(ctypes.byref, parts))
   version = ".".join(str(part.value) for part in parts)
   return Check("nvshmem library", wanted.allows(version), f"{version} in {root}", remedy)
+
+
+def _puts() -> Check:
+  """How far RDEP's puts reach. NVSHMEM's own barriers and our signals write the GPU's memory from
+  the host where no peer maps it (configs/moonlight/RESULTS.md, "The remote path").
+  """
+  name = "rdep puts"
+  try:
+    ctypes.CDLL("libgdrapi.so.2")
+  except OSError:
+    pass
+  else:
+    return Check(name, True, "also between hosts, with GDRCopy (not tried)")
+  try:
+    version = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+  except (OSError, subprocess.SubprocessError):
+    version = ""
+  driver = version.split()[0] if version.split() else "unknown"
+  if driver.split(".")[0].isdigit() and int(driver.split(".")[0]) >= MAPS_FOR_THE_HOST:
+    return Check(name, True, f"also between hosts, with driver {driver} (not tried)")
+  needed = f"GDRCopy (libgdrapi.so.2) or a driver from R{MAPS_FOR_THE_HOST}; here is {driver}"
+  found = f"no further than peer memory: between hosts NVSHMEM wants {needed}"
+  return Check(name, True, found)
 
 
 def _disk(config: Config) -> Check:

@@ -141,3 +141,34 @@ def test_nvshmem_reports_its_version(no_probe, tmp_path, monkeypatch):
   c = config(tmp_path, **small, **{"target.arch": "sm_90a", "launch.ranks": 2})
   check = found(doctor.examine(c), "nvshmem library")
   assert not check.ok and check.remedy == "pip install --no-deps 'nvidia-nvshmem-cu13==3.8.0'"
+
+
+@pytest.mark.parametrize(
+  ("driver", "library", "said"),
+  [
+    ("580.159.03", None, "no further than peer memory: between hosts NVSHMEM wants GDRCopy"),
+    ("610.12", None, "driver 610.12"),
+    ("580.159.03", object(), "GDRCopy"),
+  ],
+)
+def test_puts_say_how_far_they_reach(tmp_path, monkeypatch, driver, library, said):
+  def load(name):
+    assert name == "libgdrapi.so.2"
+    if library is None:
+      raise OSError(name)
+    return library
+
+  def run(command):
+    return driver + "\n" if command[0] == "nvidia-smi" else json.dumps({"sm_90a": {"name": "x"}})
+
+  monkeypatch.setattr(doctor.ctypes, "CDLL", load)
+  monkeypatch.setattr(doctor, "_run", run)
+  monkeypatch.setattr(doctor, "_nvshmem", lambda: doctor.Check("nvshmem library", True, "3.8.0"))
+  small = {"data.seq_len": 32, "train.micro_batch": 1, "schedule.batch_tokens": 64}
+  small |= {"target.arch": "sm_90a", "launch.ranks": 2}
+  assert "rdep puts" not in [c.name for c in doctor.examine(config(tmp_path, **small))]
+  check = found(
+    doctor.examine(config(tmp_path, **small, **{"rdep.peer_access": False})), "rdep puts"
+  )
+  assert check.ok and said in check.found
+  assert (driver in check.found) == (library is None)
