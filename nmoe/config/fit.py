@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from typing import get_args
 
 from nmoe.config.file import changed
 from nmoe.config.plan import Plan, plan
-from nmoe.config.sections import Config, leaves
+from nmoe.config.sections import Config, Recomputed, leaves
 from nmoe.errors import ConfigError
 
 
@@ -86,7 +87,7 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
   yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
   yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
   yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []
-  parts = [[*chosen] for n in (1, 2, 3) for chosen in combinations(("norm", "qkv", "swiglu"), n)]
+  parts = [[*chosen] for n in (1, 2, 3) for chosen in combinations(get_args(Recomputed), n)]
   yield "train.recompute", [p for p in parts if {*p} > {*c.train.recompute}]
   ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
   yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]

@@ -18,6 +18,7 @@ from nmoe.records.root import DEFAULT_ROOT
 from nmoe.tables import ranged
 
 MOST_S, MAX_RATE, MAX_DECAY = 1e6, 1e30, 1e6  # every timer takes the one, fp32 holds the others
+Recomputed = Literal["norm", "qkv", "swiglu"]  # what backward can compute again
 
 
 def identity(default: Any = MISSING, **limits: float) -> Any:
@@ -206,7 +207,7 @@ class TrainConfig:
   seed: int = identity(0, ge=0)
   micro_batch: int = schedule(gt=0)  # sequences of one forward pass on one rank
   loss_chunk: int = schedule(4096, gt=0)  # tokens whose logits live at a time; sums round by it
-  recompute: tuple[Literal["norm", "qkv", "swiglu"], ...] = free(())  # in place of keeping it
+  recompute: tuple[Recomputed, ...] = free(())  # in place of keeping it
   cuda_graph: bool = free(False)  # queue a step's passes at once: for what the host limits
   skip_steps: tuple[int, ...] = schedule(())  # that change nothing (nmoe.train.badsteps)
   log_every: int = free(10, gt=0)
@@ -221,8 +222,7 @@ class TrainConfig:
 class EvalConfig:
   """A suite of downstream tasks inside a run (nmoe.evals.suites). It changes no bit of training."""
 
-  # "quick", "olmes", "short", or a .toml file, relative to this one; "none": nothing
-  suite: str = free("none")
+  suite: str = free("none")  # "quick", "olmes", "short", or a .toml, relative to this; "none": none
   every: int = free(0, ge=0)  # steps; 0: only at the end
   limit: int = free(0, ge=0)  # documents of a task; 0: the suite's own
 
