@@ -42,10 +42,10 @@ class Misfit:
     return f"{short}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
 
 
-# What CUDA, NCCL and NVSHMEM took of an H200 beside torch's memory and RDEP's heap, of two ranks,
-# in a run that this left out of memory (configs/moonlight/RESULTS.md); and for how far peaks have
-# been from their plans, with what torch reserves and does not use.
-BESIDE, SLACK = 4.8 * 2**30, 1.02
+# What CUDA, NCCL and NVSHMEM took at most of an H200 beside torch's memory and RDEP's heap, of two
+# ranks (configs/moonlight/RESULTS.md); and for how far peaks have been from their plans, with what
+# torch reserves and does not use.
+BESIDE, SLACK = 4.05 * 2**30, 1.02
 
 
 def room(total: int, config: Config) -> int:
@@ -87,7 +87,8 @@ def _candidates(config: Config) -> Iterator[tuple[str, list]]:
   yield "train.loss_chunk", [n for n in (4096, 2048, 1024, 512) if n < c.train.loss_chunk]
   yield "optim.moments", ["bf16"] if c.optim.moments == "fp32" else []
   yield "rdep.capacity", [1.0] if c.rdep.capacity > 1 and c.expert_ranks > 1 else []
-  parts = [[*chosen] for n in (1, 2, 3) for chosen in combinations(get_args(Recomputed), n)]
+  names = get_args(Recomputed)
+  parts = [[*p] for n in range(1, len(names) + 1) for p in combinations(names, n)]
   yield "train.recompute", [p for p in parts if {*p} > {*c.train.recompute}]
   ranks = [n for n in range(c.launch.ranks + 1, c.moe.num_experts + 1)]
   yield "launch.ranks", [n for n in ranks if c.moe.num_experts % n == 0]

@@ -222,7 +222,8 @@ class TrainConfig:
 class EvalConfig:
   """A suite of downstream tasks inside a run (nmoe.evals.suites). It changes no bit of training."""
 
-  suite: str = free("none")  # "quick", "olmes", "short", or a .toml, relative to this; "none": none
+  # "quick", "olmes", "short", or a .toml file, relative to this one; "none": nothing
+  suite: str = free("none")
   every: int = free(0, ge=0)  # steps; 0: only at the end
   limit: int = free(0, ge=0)  # documents of a task; 0: the suite's own
 
@@ -363,9 +364,7 @@ class Config:
     return self.schedule.batch_tokens // (self.rank_tokens * self.launch.ranks)
 
 
-SECTIONS: dict[str, type] = {
-  f.name: hint for f, hint in ((f, get_type_hints(Config)[f.name]) for f in fields(Config))
-}
+SECTIONS: dict[str, type] = {f.name: get_type_hints(Config)[f.name] for f in fields(Config)}
 
 
 def leaves(config: Config) -> dict[str, Any]:

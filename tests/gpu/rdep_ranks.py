@@ -33,6 +33,7 @@ E, K, D, F = 16, 4, 512, 256
 TOKENS = 768  # the most that a rank may hold
 BF16 = Recipe()
 DEADLINE_S = 60.0
+BESIDE = 1 << 29  # bytes that NVSHMEM may take of a rank's GPU beside the heap
 
 CASES = {  # routing, tokens of rank r as a share of TOKENS by r % 4, capacity
   "uniform": ("uniform", (1.0, 1.0, 1.0, 1.0), 1.5),
@@ -212,6 +213,15 @@ def kernels_of_a_layer(rdep: Rdep) -> dict[str, float]:
   return dict(sorted(found.items(), key=lambda item: -item[1])[:20])
 
 
+def taken() -> int:
+  """Bytes that all processes have of this rank's GPU, while no rank does anything."""
+  torch.cuda.synchronize()
+  dist.barrier()
+  free, total = torch.cuda.mem_get_info()
+  dist.barrier()
+  return total - free
+
+
 def missing_rank(rdep: Rdep, deadline_s: float) -> str:
   """The last rank stays away: the others must stop within the deadline and say why."""
   counts = [TOKENS] * rdep.num_ranks
@@ -252,8 +262,15 @@ def main() -> None:
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the context is lost: nothing can be given back
+  torch.zeros(1, device="cuda")  # CUDA's own memory
   for name, (_, _, capacity) in CASES.items():
+    before = taken()
     rdep = Rdep(settings(num_ranks, capacity, DEADLINE_S, what), ops, group, memory)
+    if "beside" not in report:  # the first joins the ranks
+      devices = torch.cuda.device_count()
+      sharing = sum(r % devices == rank % devices for r in range(num_ranks))
+      report["beside"] = (taken() - before) / sharing - rdep.heap.nbytes
+      assert report["beside"] < BESIDE, f"{report['beside'] / 2**20:.0f} MiB beside the heap"
     report[name] = check_case(rdep, name)
     sys.stderr.write(f"rank {rank}: {name} holds, {time.monotonic() - begun:.0f} s\n")
     if name == "uniform":
