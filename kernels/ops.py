@@ -115,7 +115,7 @@ class Routing(NamedTuple):
   gate_TK: Tensor  # fp32, differentiable
   score_TE: Tensor  # fp32, unbiased scores of all experts, differentiable (for the balance loss)
   count_E: Tensor  # int32, tokens per expert
-  x_TD: Tensor  # x, for what reads it next: the gradients that come here join the logits' own
+  x_TD: Tensor  # x, in the same memory, for what reads it next
 
 
 class Layout(NamedTuple):
@@ -168,6 +168,10 @@ class Ops(Protocol):
     Logits are fp32 products of x and the fp32 weight. Selection uses score + bias (without
     gradient), gates the score. A group's score is the sum of its best two biased scores; groups
     outside the best topk_groups are masked with -inf. Ties go to the lower index.
+
+    Whatever reads x next reads x_TD, which nobody changes in place: the gradient that comes back
+    to it and the logits' own are then summed where the latter is made (kernels.cuda: in the
+    product, in fp32, rounded once).
     """
 
   def layout(self, expert_TK: Tensor, num_experts: int) -> Layout:

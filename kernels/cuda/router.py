@@ -14,8 +14,8 @@ once, its scores, experts and gates written once.
 Backward. One warp per token turns dgate and what reached the logits through the scores into
 dlogits, written as bf16 parts d0 + d1, so that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
-are bf16 products as well, of operands with a relative error of 2^-16. The gradient of what reads x
-next is added to the former in fp32, before it is rounded. dw is summed over slices of T that each
+are bf16 products as well, of operands with a relative error of 2^-16. The gradient that came to
+x_TD is added to the former in fp32, before it is rounded. dw is summed over slices of T that each
 fill the GPU, in a fixed order.
 
 Kept for backward: x, the weight, the chosen experts and their scores, 8 · T·K bytes. All scores,
@@ -424,9 +424,10 @@ class _Route(torch.autograd.Function):
   def backward(ctx, _expert, dgate_TK, dlogit_TE, _count, dx_TD):
     x_TD, weight_ED, expert_TK, chosen_TK, score_TE = ctx.saved_tensors
     num_tokens, num_experts = x_TD.shape[0], weight_ED.shape[0]
-    if num_tokens == 0 or (dgate_TK is None and dlogit_TE is None):
-      dx_TD = torch.zeros_like(x_TD) if dx_TD is None else dx_TD
-      return dx_TD, torch.zeros_like(weight_ED), None, None
+    if num_tokens == 0:
+      return torch.zeros_like(x_TD), torch.zeros_like(weight_ED), None, None
+    if dgate_TK is None and dlogit_TE is None:
+      return dx_TD, None, None, None
     dgate_TK = torch.zeros_like(chosen_TK) if dgate_TK is None else dgate_TK.contiguous()
     parts = x_TD.new_empty(num_tokens, PARTS * padded(num_experts))
     run = compile_select_backward(num_experts, ctx.spec, dlogit_TE is not None)

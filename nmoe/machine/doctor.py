@@ -29,6 +29,7 @@ from nmoe.records.provenance import REPO
 OURS = ("kernels", "nmoe", "stages")
 TORCH_RUNS = ">=2.11"  # other than the pinned torch, these run too
 PROBE_TIMEOUT_S = 120
+GDRCOPY = "/dev/gdrdrv"  # its kernel module's
 MAPS_FOR_THE_HOST = 610  # the driver's release from which NVSHMEM 3.8 does without GDRCopy
 
 
@@ -140,26 +141,25 @@ def _nvshmem() -> Check:
 
 
 def _puts() -> Check:
-  """How far RDEP's puts reach. NVSHMEM's own barriers and our signals write the GPU's memory from
-  the host where no peer maps it (configs/moonlight/RESULTS.md, "The remote path").
+  """Whether puts could reach a GPU whose memory no peer maps. NVSHMEM's barriers write signals
+  there from the host, by its UCX transport (configs/moonlight/RESULTS.md, "The remote path").
   """
-  name = "rdep puts"
+  name, here = "rdep puts", "through peer memory"
   try:
     ctypes.CDLL("libgdrapi.so.2")
+    if Path(GDRCOPY).exists():
+      return Check(name, True, f"{here}; GDRCopy is there for UCX (not tried)")
   except OSError:
     pass
-  else:
-    return Check(name, True, "also between hosts, with GDRCopy (not tried)")
   try:
     version = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
   except (OSError, subprocess.SubprocessError):
     version = ""
   driver = version.split()[0] if version.split() else "unknown"
   if driver.split(".")[0].isdigit() and int(driver.split(".")[0]) >= MAPS_FOR_THE_HOST:
-    return Check(name, True, f"also between hosts, with driver {driver} (not tried)")
-  needed = f"GDRCopy (libgdrapi.so.2) or a driver from R{MAPS_FOR_THE_HOST}; here is {driver}"
-  found = f"no further than peer memory: between hosts NVSHMEM wants {needed}"
-  return Check(name, True, found)
+    return Check(name, True, f"{here}; driver {driver} serves UCX (not tried)")
+  needed = f"GDRCopy (libgdrapi.so.2, {GDRCOPY}) or a driver from R{MAPS_FOR_THE_HOST}"
+  return Check(name, True, f"{here} only: UCX wants {needed}, here is {driver}")
 
 
 def _disk(config: Config) -> Check:

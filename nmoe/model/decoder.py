@@ -25,7 +25,7 @@ from kernels.buffers import DTYPES
 from kernels.copies import Copies
 from kernels.formats import derive
 from kernels.gradient import gradient
-from kernels.ops import Ops, Recipe, Routing, Rows
+from kernels.ops import Ops, Recipe, Rows
 from nmoe.config.parameters import is_matrix, parameter_dtype, parameter_group
 from nmoe.config.scaling import initial_std
 from nmoe.config.sections import Config, ModelConfig, YarnConfig
@@ -197,6 +197,13 @@ class Experts(nn.Module):
     )
 
 
+class Loads(NamedTuple):
+  """What the model keeps of a layer's routing: not x, which would live on."""
+
+  score_TE: Tensor
+  count_E: Tensor
+
+
 class Moe(nn.Module):
   """Router, routed experts, and the shared experts as one block of num_shared · expert_dim."""
 
@@ -211,11 +218,11 @@ class Moe(nn.Module):
       dtype = DTYPES[parameter_dtype(config)]
       self.shared = Mlp(dim, e.num_shared * e.expert_dim, dtype, recipe, ops)
 
-  def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
-    """The output [B, S, D], and where the router sent the tokens."""
+  def forward(self, x_BSD: Tensor) -> tuple[Tensor, Loads]:
+    """The output [B, S, D], and what the router loaded the experts with."""
     routing = self.router(x_BSD.flatten(0, 1))
     y_TD = self.experts(routing.x_TD, routing.expert_TK, routing.gate_TK, self.shared)
-    return y_TD.view_as(x_BSD), routing
+    return y_TD.view_as(x_BSD), Loads(routing.score_TE, routing.count_E)
 
 
 class Normed(NamedTuple):
@@ -242,8 +249,8 @@ class Block(nn.Module):
     else:
       self.moe = Moe(config, layer, ops, rdep)
 
-  def mlp_or_moe(self, x_BSD: Tensor) -> tuple[Tensor, Routing | None]:
-    """The layer's second half, and of experts where the router sent the tokens."""
+  def mlp_or_moe(self, x_BSD: Tensor) -> tuple[Tensor, Loads | None]:
+    """The layer's second half, and what its router loaded the experts with, if it has one."""
     return (self.mlp(x_BSD), None) if self.dense else self.moe(x_BSD)
 
   def normed(self, norm: Norm, branch: Tensor | None, residual: Tensor) -> Normed:
@@ -313,10 +320,10 @@ class Model(nn.Module):
       branch = block.attention(x_BSD, x, cos, sin)
       x_BSD, x, residual = block.normed(block.mlp_norm, branch, residual)
       with x.unsaved():
-        branch, routing = block.mlp_or_moe(x_BSD)
-      if routing is not None:
-        scores += [routing.score_TE] if self.config.moe.has_balance_loss else []
-        counts.append(routing.count_E)
+        branch, loads = block.mlp_or_moe(x_BSD)
+      if loads is not None:
+        scores += [loads.score_TE] if self.config.moe.has_balance_loss else []
+        counts.append(loads.count_E)
     self.on_use(sys.maxsize)
     return self.norm.add(branch, residual)[0], scores, counts
 

@@ -6,6 +6,7 @@ One file: every test asks one tiny model, of which one key differs.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,22 @@ def test_forced_balance_gates_are_those_of_the_scores():
     assert routing.expert_TK[t].tolist() == expert
     wanted = 2.5 * scores[t, expert] / scores[t, expert].sum()
     torch.testing.assert_close(routing.gate_TK[t].double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_experts_and_shared_experts_read_what_the_router_passes_on(forced, monkeypatch):
+  """With x passed on as zeros, nothing of it reaches the layer's output."""
+  moe = build(tiny(moe__forced_balance=forced)).layers[1].moe
+  x_BSD = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+  assert moe.shared is not None and moe(x_BSD)[0].abs().sum() > 0
+  route = reference.route
+
+  def zeros(*args):
+    routing = route(*args)
+    return routing._replace(x_TD=torch.zeros_like(routing.x_TD))
+
+  monkeypatch.setattr(moe.router, "ops", SimpleNamespace(route=zeros))
+  assert moe(x_BSD)[0].abs().sum() == 0
 
 
 def test_forced_balance_gradients_are_those_of_the_definition():

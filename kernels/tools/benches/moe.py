@@ -199,21 +199,24 @@ def router_cases(moe: Moe) -> list[Case]:
   weight = normal(moe.num_experts, moe.dim, scale=moe.dim**-0.5, dtype=torch.float32, grad=True)
   bias = torch.zeros(moe.num_experts, device="cuda")
   dgate = torch.rand(moe.tokens, moe.top_k, device="cuda")
-  gates = [route(x_TD, weight, bias, spec).gate_TK for x_TD in x]
+  dx = [normal(moe.tokens, moe.dim) for _ in range(SETS)]
+  routings = [route(x_TD, weight, bias, spec) for x_TD in x]
 
   def forward(i: int) -> None:
     with torch.no_grad():
       route(x[i], weight, bias, spec)
 
   def backward(i: int) -> None:
-    torch.autograd.grad(gates[i], [x[i], weight], dgate, retain_graph=True)
+    outs = [routings[i].gate_TK, routings[i].x_TD]
+    torch.autograd.grad(outs, [x[i], weight], [dgate, dx[i]], retain_graph=True)
 
-  read = 2.0 * moe.tokens * moe.dim + 4.0 * weight.numel()
+  added = 2.0 * moe.tokens * moe.dim
+  read = added + 4.0 * weight.numel()
   chosen = 8.0 * moe.rows
   shape = {"T": moe.tokens, "D": moe.dim, "E": moe.num_experts, "K": moe.top_k}
   return [
     Case("route", forward, read + 4.0 * moe.tokens * moe.num_experts + chosen, shape),
-    Case("route, backward", backward, 2 * read + 1.5 * chosen, shape),
+    Case("route, backward", backward, 2 * read + added + 1.5 * chosen, shape),
   ]
 
 
