@@ -100,7 +100,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-  """An accelerator: bytes of memory, dense peaks in FLOP/s (data sheets, without sparsity)."""
+  """An accelerator: dense peaks in FLOP/s (data sheets, without sparsity), and bytes of memory that
+  CUDA lets a process have, 0.6 GiB less than nvidia-smi tells: seen on an H200, by what others
+  report of an H100 and a B200, the data sheet's of a GB200.
+  """
 
   name: str
   arch: str
@@ -108,11 +111,12 @@ class Device:
   peak: dict[str, float]
 
 
+GIB = 2**30
 DEVICES = (  # GB300 and B300 are no sm_100a: their capability is 10.3
-  Device("B200", "sm_100a", 183359 << 20, {"bf16": 2.25e15, "fp8": 4.5e15, "nvfp4": 9e15}),
+  Device("B200", "sm_100a", int(178.35 * GIB), {"bf16": 2.25e15, "fp8": 4.5e15, "nvfp4": 9e15}),
   Device("GB200", "sm_100a", 186 * 10**9, {"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1e16}),
-  Device("H200", "sm_90a", 143771 << 20, {"bf16": 989e12}),
-  Device("H100", "sm_90a", 81559 << 20, {"bf16": 989e12}),
+  Device("H200", "sm_90a", int(139.80 * GIB), {"bf16": 989e12}),
+  Device("H100", "sm_90a", int(79.18 * GIB), {"bf16": 989e12}),
 )
 
 

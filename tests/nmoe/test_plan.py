@@ -317,7 +317,7 @@ def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
 
 def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
   """One H200 of two ran out of memory in the first; the second ran, at 71.1 GiB (RESULTS.md)."""
-  total = int(139.80 * GIB)
+  total = next(d.memory_bytes for d in DEVICES if d.name == "H200")
   moonlight = load(CONFIGS / "moonlight" / "moonlight.toml", env={})
   two = {
     "target.arch": "sm_90a",
@@ -337,7 +337,7 @@ def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
   assert fits(plan(ran), total) is None
   one = load(CONFIGS / "moonlet" / "h200.toml", env={})
   assert room(total, one) == total
-  card = 81559 << 20
+  card = next(d.memory_bytes for d in DEVICES if d.name == "H100")
   for layers in range(8, 28):
     short = fits(plan(changed(one, {"model.num_layers": layers})), card)
     if short is not None and short.remedy is not None:  # of more ranks, which have less room each
