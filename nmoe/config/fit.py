@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import get_args
 
 from nmoe.config.file import changed
-from nmoe.config.plan import Plan, plan
+from nmoe.config.plan import GIB, Plan, plan
 from nmoe.config.sections import Config, Recomputed, leaves
 from nmoe.errors import ConfigError
 
@@ -45,7 +45,7 @@ class Misfit:
 # What CUDA, NCCL and NVSHMEM took at most of an H200 beside torch's memory and RDEP's heap, of two
 # ranks (configs/moonlight/RESULTS.md); and for how far peaks have been from their plans, with what
 # torch reserves and does not use.
-BESIDE, SLACK = 4.05 * 2**30, 1.02
+BESIDE, SLACK = 4.05 * GIB, 1.02
 
 
 def room(total: int, config: Config) -> int:
@@ -105,4 +105,4 @@ def _with(config: Config, key: str, value: object) -> Plan | None:
 
 
 def _gib(count: float) -> str:
-  return f"{count / 2**30:.2f} GiB"
+  return f"{count / GIB:.2f} GiB"
