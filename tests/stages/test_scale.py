@@ -19,7 +19,7 @@ from stages import show
 
 REPO = Path(__file__).resolve().parents[2]
 EXPERIMENTS, RUNS_EACH = 2000, 5
-QUIET_S = 0.08  # of pace on a quiet core
+QUIET_S = 0.08  # of pace on a quiet core: assumed; the least of twenty on a busy one was 0.11
 RESULTS = json.dumps({"val/bpb": 1.5, "val/loss": 1.1, "train/tokens_per_s": 1e4, "device": "cpu"})
 
 
