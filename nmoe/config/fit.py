@@ -42,10 +42,10 @@ class Misfit:
     return f"{short}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
 
 
-# What CUDA, NCCL and NVSHMEM took at most of an H200 beside torch's memory and RDEP's heap, of two
-# ranks (configs/moonlight/RESULTS.md); and for how far peaks have been from their plans, with what
-# torch reserves and does not use.
-BESIDE, SLACK = 4.05 * GIB, 1.02
+# What CUDA, NCCL and NVSHMEM take of an H200 beside torch's memory and RDEP's heap, of two ranks
+# (configs/moonlight/RESULTS.md); and for how far peaks have been from their plans, with what torch
+# reserves and does not use.
+BESIDE, SLACK = 2.45 * GIB, 1.02
 
 
 def room(total: int, config: Config) -> int:

@@ -1,6 +1,7 @@
 """One rank of tests/gpu/test_rdep.py: checks RDEP and writes one JSON line.
 
-`rdep_ranks.py stores|puts|missing RANKS RENDEZVOUS RANK`. Ranks share a GPU if there are fewer.
+`rdep_ranks.py WHAT RANKS RENDEZVOUS RANK`, WHAT one of stores, puts, missing and "missing in a
+graph". Ranks share a GPU if there are fewer.
 """
 
 from __future__ import annotations
@@ -222,19 +223,31 @@ def taken() -> int:
   return total - free
 
 
-def missing_rank(rdep: Rdep, deadline_s: float) -> str:
-  """The last rank stays away: the others must stop within the deadline and say why."""
+def missing_rank(rdep: Rdep, deadline_s: float, replayed: bool) -> str:
+  """The last rank stays away: the others must stop within the deadline and say why.
+
+  replayed: they wait in a CUDA graph, which they have captured together.
+  """
   counts = [TOKENS] * rdep.num_ranks
   everything = data("uniform", sum(counts), 0)
   on_ranks(rdep, everything, counts, layer=0)
   torch.cuda.synchronize()
+  if replayed:
+    dist.barrier()
+    graph, rdep.one_round = torch.cuda.CUDAGraph(), True
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), rdep.captured():
+      on_ranks(rdep, everything, counts, layer=7)
   if rdep.rank == rdep.num_ranks - 1:
     time.sleep(4 * deadline_s)
     return "stayed away"
   begun = time.monotonic()
   try:
     with rdep.explained():
-      on_ranks(rdep, everything, counts, layer=7)
+      if replayed:
+        with rdep.replayed():
+          graph.replay()
+      else:
+        on_ranks(rdep, everything, counts, layer=7)
       torch.cuda.synchronize()
   except CommError as error:
     waited = time.monotonic() - begun
@@ -255,10 +268,10 @@ def main() -> None:
   memory = puts if what == "puts" else symmetric
   report: dict = {"rank": rank, "ranks": num_ranks}
   begun = time.monotonic()
-  if what == "missing":
+  if what in ("missing", "missing in a graph"):
     deadline_s = 5.0
     rdep = Rdep(settings(num_ranks, 1.5, deadline_s, what), ops, group, symmetric)
-    report["post-mortem"] = missing_rank(rdep, deadline_s)
+    report["post-mortem"] = missing_rank(rdep, deadline_s, what != "missing")
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the context is lost: nothing can be given back

@@ -20,6 +20,7 @@ from kernels.arch import ARCHS, environment
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 WAIT_S = 400  # for each rank
+MISSING = ("missing", "missing in a graph")
 
 
 def start(num_ranks: int, what: str, heard: bool = False) -> list[dict]:
@@ -59,8 +60,9 @@ def test_ranks_compute_what_one_rank_computes(num_ranks: int, what: str) -> None
   assert len(start(num_ranks, what)) == num_ranks
 
 
-def test_a_missing_rank_stops_the_others_with_a_post_mortem() -> None:
-  reports = start(2, "missing")
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_rank_stops_the_others_with_a_post_mortem(what: str) -> None:
+  reports = start(2, what)
   assert sorted(r["post-mortem"] == "stayed away" for r in reports) == [False, True]
 
 
@@ -69,5 +71,6 @@ if __name__ == "__main__":
     for what in ("stores", "puts"):
       for report in start(ranks, what, True):
         sys.stdout.write(json.dumps({"path": what, **report}, indent=1) + "\n")
-  for report in start(2, "missing", True):
-    sys.stdout.write(json.dumps(report) + "\n")
+  for missing in MISSING:
+    for report in start(2, missing, True):
+      sys.stdout.write(json.dumps({"path": missing, **report}) + "\n")

@@ -316,7 +316,9 @@ def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
 
 
 def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
-  """One H200 of two ran out of memory in the first; the second ran, at 71.1 GiB (RESULTS.md)."""
+  """The first, at capacity 1.25, ran out of memory on two H200s while NVSHMEM took 3.4 GiB more than
+  it does; the second ran, at 71.1 GiB (configs/moonlight/RESULTS.md).
+  """
   total = next(d.memory_bytes for d in DEVICES if d.name == "H200")
   moonlight = load(CONFIGS / "moonlight" / "moonlight.toml", env={})
   two = {
@@ -328,7 +330,7 @@ def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
     "optim.experts": "adamw",
     "optim.moments": "bf16",
   }
-  parts = {"train.recompute": ["norm", "qkv"], "rdep.capacity": 1.25, "model.vocab_size": 163840}
+  parts = {"train.recompute": ["norm", "qkv"], "rdep.capacity": 1.5, "model.vocab_size": 163840}
   lost = changed(moonlight, {**two, **parts, "data.tokenizer": "byte"})
   ran = changed(moonlight, {**two, "model.num_layers": 12, "train.cuda_graph": True})
   assert plan(lost).peak_bytes < total
