@@ -12,6 +12,7 @@ never exists. All accumulate in fp32 and are bit-identical from run to run: no s
   weight_grad  a[index]ᵀ · b over the rows of each expert, or added to an fp32 tensor
   accumulate   aᵀ · b, or added to an fp32 tensor
   dense_grad   aᵀ · b by cuBLAS, which splits the long sum of a small output among all SMs
+  product      a · bᵀ of no experts
 
 A product's thread blocks hold their SMs, registers and all, for as long as it lasts: what is queued
 beside it waits for its end. Inside `leaving(n)` a gated or dgated product of one matrix has n
@@ -101,16 +102,20 @@ SM90 = {
   ),
   "logits": (_sm90(128, 256, "cooperative"),),
   "dense": (_sm90(128, 256, "cooperative"),),
+  "router": (_sm90(128, 192, "pingpong"),),  # 141 µs at E 256, 48 at 64; cooperative 166, 50
+  "router, weight": (_sm90(128, 256, "cooperative"),),
 }
-SM100 = (
-  Choice(
-    GemmConfig(
-      tile_m=256, tile_n=256, pingpong=False, cluster_m=2, cluster_n=1, device_capacity=10
-    ),
-    1.0,
-  ),
-)
-CHOICES = {"sm_90a": SM90, "sm_100a": dict.fromkeys([*SM90, "block_scaled"], SM100)}
+
+
+def _sm100(tile_n: int) -> tuple[Choice, ...]:
+  tile = GemmConfig(
+    tile_m=256, tile_n=tile_n, pingpong=False, cluster_m=2, cluster_n=1, device_capacity=10
+  )
+  return (Choice(tile, 1.0),)
+
+
+SM100 = dict.fromkeys([*SM90, "block_scaled"], _sm100(256)) | {"router": _sm100(192)}
+CHOICES = {"sm_90a": SM90, "sm_100a": SM100}
 
 
 @lru_cache
@@ -240,12 +245,14 @@ def dgated(
   return out if scale is not None else (*out, None)
 
 
-def _gemm(tile: GemmConfig, a: Tensor, b: Tensor, out: Tensor, **more) -> Tensor:
+def _gemm(
+  tile: GemmConfig, a: Tensor, b: Tensor, out: Tensor, c: Tensor | None = None, **more
+) -> Tensor:
   gemm(
     a,
     b,
     out,
-    None,
+    c,
     None,
     tile.tile_m,
     tile.tile_n,
@@ -257,6 +264,13 @@ def _gemm(tile: GemmConfig, a: Tensor, b: Tensor, out: Tensor, **more) -> Tensor
     **more,
   )
   return out
+
+
+def product(kind: str, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
+  """out = a · bᵀ, with `add` added before it is rounded: a [M, K], b [N, K], out and add [M, N], or
+  batches of all. kind: of `CHOICES`, whose tile it takes.
+  """
+  return _gemm(config(kind, *out.shape[-2:]), a, b, out, add)
 
 
 def rows(a: Tensor, w: Tensor, offset: Tensor, alpha: Tensor | float = 1.0) -> Tensor:

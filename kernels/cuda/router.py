@@ -15,8 +15,8 @@ Backward. One warp per token turns dgate and what reached the logits through the
 dlogits, written as bf16 parts d0 + d1, so that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
 are bf16 products as well, of operands with a relative error of 2^-16. The gradient that came to
-x_TD is added to the former in fp32, before it is rounded. dw is summed over slices of T that each
-fill the GPU, in a fixed order.
+x_TD is added to the former in fp32, before it is rounded. dw is summed over slices of T, which fill
+the GPU together, in a fixed order.
 
 Kept for backward: x, the weight, the chosen experts and their scores, 8 · T·K bytes. All scores,
 4 · T·E bytes, are kept for softmax, whose gates move every logit, and where a loss uses score_TE.
@@ -35,10 +35,10 @@ import cutlass.cute as cute
 import torch
 from cutlass import BFloat16, Float32, Int32, Uint32, const_expr
 from cutlass.memory import SmemAllocator
-from quack.gemm import gemm
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.cuda import gemms
 from kernels.cuda.jit import ARCH, cached, check_device, compile_kernel, fake
 from kernels.ops import RouterSpec, Routing, check, check_same_device
 
@@ -49,9 +49,7 @@ MAX_EXPERTS = 512
 MAX_GROUPS = 32
 MAX_TOP_K = 32
 MAX_SLICES = 16
-LOGITS_TILE = {"sm_90a": (128, 192), "sm_100a": (256, 192)}  # rows, columns
-GRADIENT_TILE = {"sm_90a": (128, 256), "sm_100a": (256, 256)}
-CLUSTER = (2, 1)
+BLOCK_ROWS = 128  # of the output tile of one thread block of the product for dw
 
 
 def padded(num_experts: int) -> int:
@@ -369,31 +367,34 @@ def logit_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
   """fp32 [T, 3·P]: x times the three parts of the weight; the logits are their sum."""
   parts = split_weight(weight_ED, (0, 1, 2))
   out = x_TD.new_empty(x_TD.shape[0], parts.shape[0], dtype=torch.float32)
-  gemm(x_TD, parts, out, None, None, *LOGITS_TILE[ARCH.name], *CLUSTER)
-  return out
+  return gemms.product("router", x_TD, parts, out)
 
 
-def _slices(num_tokens: int) -> int:
-  """Slices of T for dw: the largest power of two up to 16 that divides T."""
-  return min(MAX_SLICES, num_tokens & -num_tokens)
+def _slices(num_tokens: int, rows: int, columns: int) -> int:
+  """Slices of T for dw [rows, columns]: the largest power of two up to 16 that divides T and leaves
+  no SM with two tiles, if there is one.
+  """
+  tile = gemms.config("router, weight", rows, columns)
+  most = ARCH.num_sms // (-(-rows // BLOCK_ROWS) * -(-columns // tile.tile_n))
+  return min(MAX_SLICES, 1 << max(most, 1).bit_length() - 1, num_tokens & -num_tokens)
 
 
 def weight_grad(parts: Tensor, x_TD: Tensor, num_experts: int) -> Tensor:
   """dw fp32 [E, D] = (d0 + d1)ᵀ · x, a product per slice of T, added in a fixed order."""
-  slices, width = _slices(x_TD.shape[0]), padded(num_experts)
-  a = parts[:, : 2 * width].unflatten(0, (slices, -1)).mT
+  rows, columns = 2 * padded(num_experts), x_TD.shape[1]
+  slices = _slices(x_TD.shape[0], rows, columns)
+  a = parts[:, :rows].unflatten(0, (slices, -1)).mT
   b = x_TD.unflatten(0, (slices, -1)).mT
-  out = x_TD.new_empty(slices, 2 * width, x_TD.shape[1], dtype=torch.float32)
-  gemm(a, b, out, None, None, *GRADIENT_TILE[ARCH.name], *CLUSTER)
-  return out.unflatten(1, (2, width)).sum((0, 1))[:num_experts]
+  out = x_TD.new_empty(slices, rows, columns, dtype=torch.float32)
+  gemms.product("router, weight", a, b, out)
+  return out.unflatten(1, (2, -1)).sum((0, 1))[:num_experts]
 
 
 def input_grad(parts: Tensor, weight_ED: Tensor, dx_TD: Tensor | None) -> Tensor:
   """bf16 [T, D]: [d0 d1 d0] · [w0; w0; w1], and dx added to it."""
   stacked = split_weight(weight_ED, (0, 0, 1))
   out = parts.new_empty(parts.shape[0], weight_ED.shape[1])
-  gemm(parts, stacked.mT, out, dx_TD, None, *GRADIENT_TILE[ARCH.name], *CLUSTER)
-  return out
+  return gemms.product("rows, weight transposed", parts, stacked.mT, out, dx_TD)
 
 
 class _Route(torch.autograd.Function):
