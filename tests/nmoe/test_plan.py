@@ -316,8 +316,8 @@ def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
 
 
 def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
-  """The first, at capacity 1.25, ran out of memory on two H200s while NVSHMEM took 3.4 GiB more than
-  it does; the second ran, at 71.1 GiB (configs/moonlight/RESULTS.md).
+  """The first, at capacity 1.25, ran out of memory on two H200s, NVSHMEM taking 3.4 GiB more than
+  now; the second ran, at 71.1 GiB (configs/moonlight/RESULTS.md).
   """
   total = next(d.memory_bytes for d in DEVICES if d.name == "H200")
   moonlight = load(CONFIGS / "moonlight" / "moonlight.toml", env={})
