@@ -26,7 +26,7 @@ from nmoe.train.schedule import rate_phases, remarks
 from nmoe.wording import counted
 from stages.launch import local as launch
 from stages.report.terminal import terminal_summary
-from stages.text import plain
+from stages.text import plain, print_lines
 
 
 def plan(config: Config, console: Console) -> None:
@@ -148,16 +148,14 @@ def experiments(root: Path, console: Console) -> None:
   """Every experiment, newest first. Older are runs that were there before the hypothesis."""
   with closing(Reader(root)) as records:
     counts, listed = records.counts(), records.list()
-  table = Table()
-  for column in ("experiment", "stage", "status", "verdict", "runs", "hypothesis"):
-    table.add_column(column, overflow="fold", max_width=40 if column == "experiment" else None)
+  rows = []
   for e in listed:
     count = counts.get(e.id, Counts(0, 0, 0))
     more = f" (+ {len(e.hypotheses) - 1} more)" if len(e.hypotheses) > 1 else ""
     older = f" ({count.older} older)" if count.older else ""
     runs, claim = f"{count.completed}/{count.runs}{older}", e.headline.statement + more
-    table.add_row(*map(plain, (e.id, e.stage, e.status, e.verdict, runs, claim)))
-  console.print(table)
+    rows.append((e.id, e.stage, e.status, e.verdict, runs, claim))
+  print_lines(("experiment", "stage", "status", "verdict", "runs", "hypothesis"), rows, console)
 
 
 def experiment(root: Path, name: str, console: Console) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from rich.cells import cell_len
+from rich.console import Console
 from rich.text import Text
 
 # C0 and C1 controls but tab and newline, and what turns the direction of the text around it.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+IN_LINE = str.maketrans("\t\n", "  ")
+WIDEST = 40  # cells of a column
 
 PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6))
 
@@ -20,6 +26,22 @@ def visible(text: str) -> str:
 def plain(value: object, style: str = "") -> Text:
   """A value as text without markup."""
   return Text(visible(str(value)), style=style)
+
+
+def print_lines(head: Sequence[str], rows: Sequence[Sequence[object]], console: Console) -> None:
+  """Columns two spaces apart, a row a line, nothing cut: of thousands of rows rich's table takes
+  seconds. A cell of more than WIDEST moves what is behind it.
+  """
+  table = [[visible(str(cell)).translate(IN_LINE) for cell in row] for row in (head, *rows)]
+  size = [[cell_len(cell) for cell in row] for row in table]
+  width = [max((n for n in column if n <= WIDEST), default=0) for column in zip(*size, strict=True)]
+  lines = [
+    "  ".join(cell + " " * (w - n) for cell, n, w in zip(*row, width, strict=True)).rstrip()
+    for row in zip(table, size, strict=True)
+  ]
+  console.out(lines[0], style="bold", highlight=False)
+  if rows:
+    console.out("\n".join(lines[1:]), highlight=False)
 
 
 def rounded(number: float, unit: str = "") -> str:

@@ -16,7 +16,7 @@ from nmoe.config import file as configs
 from nmoe.records.experiments import Experiments
 from nmoe.records.reader import Hypothesis
 from stages import ablate, show
-from stages.text import plain, visible
+from stages.text import plain, print_lines, visible
 
 REPO = Path(__file__).resolve().parents[2]
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:598] Connection closed by peer"
@@ -92,6 +92,18 @@ def test_plan_shows_the_schedule_and_what_is_rounded(tmp_path):
   assert "and 1,023 tokens more, too few for a step" in out.getvalue()
   (embed,) = (row for row in rows if row[:1] == ["embed"])
   assert embed[3:5] == ["0.01", "0.0025"]  # peak and last of dense_lr 0.01
+
+
+def test_a_row_is_a_line_and_columns_align_in_cells():
+  """Of wide characters, line breaks and tabs; one cell that is too wide moves its own row alone."""
+  rows = [("表表", 1, "a\nb\tc"), ("x" * 60, 2, ""), ("ab", 30, "d" * 200)]
+  out = io.StringIO()
+  print_lines(("name", "n", "text"), rows, Console(file=out, width=20))
+  lines = ["name  n   text", "表表  1   a b c", "x" * 60 + "  2", "ab    30  " + "d" * 200]
+  assert out.getvalue().splitlines() == lines
+  empty = io.StringIO()
+  print_lines(("name", "n"), [], Console(file=empty))
+  assert empty.getvalue() == "name  n\n"
 
 
 def test_a_long_name_gives_a_short_id_and_tables_stay_readable(tmp_path):
