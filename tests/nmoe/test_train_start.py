@@ -8,6 +8,7 @@ import torch
 from labs import options
 
 from nmoe.config import file as configs
+from nmoe.config.fit import BESIDE
 from nmoe.config.plan import plan
 from nmoe.distributed.meeting import Meeting
 from nmoe.distributed.parallel import Parallel
@@ -53,7 +54,7 @@ def test_memory_that_the_heap_holds_already_is_not_missed(lab, monkeypatch):
   target = replace(select(lab.config), device=torch.device("cuda"))
   ranks = Parallel(rdep=SimpleNamespace(nbytes=heap))
   monkeypatch.setattr(train, "Model", model)
-  large, small = 2 * needed + (8 << 30), needed + (4 << 30)
+  large, small = 2 * (needed + BESIDE), needed + BESIDE
   for free, total in ((needed - heap - 1, large), (needed - heap, small)):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, told=(free, total): told)
     with pytest.raises(ConfigError, match="too much"):
