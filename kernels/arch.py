@@ -41,7 +41,7 @@ def environment(arch: str, cache_root: str | Path) -> dict[str, str]:
     "QUACK_CACHE_ENABLED": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":{}:{}".format(*CUBLAS),
     "NVSHMEM_DISABLE_NVLS": "1",  # RDEP needs no multicast, and some hosts fail to set it up
-    "NVSHMEM_DISABLE_NCCL": "1",  # nor NVSHMEM's collectives, for which it would join the ranks
+    "NVSHMEM_DISABLE_NCCL": "1",  # nor NVSHMEM's collectives: communicators of 1.6 GiB a GPU
     "NVSHMEM_MAX_TEAMS": "32",  # NVSHMEM makes a few, RDEP none; room for its usual 256 is 1.2 GiB
     "NVSHMEM_CUMEM_GRANULARITY": str(64 << 20),  # pieces of the heap; usually 512 MiB
     "NCCL_NVLS_ENABLE": "0",

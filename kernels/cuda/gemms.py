@@ -12,7 +12,7 @@ never exists. All accumulate in fp32 and are bit-identical from run to run: no s
   weight_grad  a[index]ᵀ · b over the rows of each expert, or added to an fp32 tensor
   accumulate   aᵀ · b, or added to an fp32 tensor
   dense_grad   aᵀ · b by cuBLAS, which splits the long sum of a small output among all SMs
-  product      a · bᵀ of no experts
+  product      a · bᵀ without experts, or with an addend in fp32
 
 A product's thread blocks hold their SMs, registers and all, for as long as it lasts: what is queued
 beside it waits for its end. Inside `leaving(n)` a gated or dgated product of one matrix has n
@@ -102,8 +102,8 @@ SM90 = {
   ),
   "logits": (_sm90(128, 256, "cooperative"),),
   "dense": (_sm90(128, 256, "cooperative"),),
-  "router": (_sm90(128, 192, "pingpong"),),  # 141 µs at E 256, 48 at 64; cooperative 166, 50
-  "router, weight": (_sm90(128, 256, "cooperative"),),
+  "router, logits": (_sm90(128, 192, "pingpong"),),  # of two tiles, at E 256 and 64
+  "router, weight": (_sm90(128, 256, "cooperative"),),  # of three
 }
 
 
@@ -114,7 +114,7 @@ def _sm100(tile_n: int) -> tuple[Choice, ...]:
   return (Choice(tile, 1.0),)
 
 
-SM100 = dict.fromkeys([*SM90, "block_scaled"], _sm100(256)) | {"router": _sm100(192)}
+SM100 = dict.fromkeys([*SM90, "block_scaled"], _sm100(256)) | {"router, logits": _sm100(192)}
 CHOICES = {"sm_90a": SM90, "sm_100a": SM100}
 
 

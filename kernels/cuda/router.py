@@ -15,15 +15,15 @@ Backward. One warp per token turns dgate and what reached the logits through the
 dlogits, written as bf16 parts d0 + d1, so that
   dx = [d0 d1 d0] · [w0; w0; w1]  and  dw = d0ᵀ·x + d1ᵀ·x
 are bf16 products as well, of operands with a relative error of 2^-16. The gradient that came to
-x_TD is added to the former in fp32, before it is rounded. dw is summed over slices of T, which fill
-the GPU together, in a fixed order.
+x_TD is added to the former in fp32, before it is rounded. dw is summed over slices of T, whose
+tiles the SMs take at once, in a fixed order.
 
 Kept for backward: x, the weight, the chosen experts and their scores, 8 · T·K bytes. All scores,
 4 · T·E bytes, are kept for softmax, whose gates move every logit, and where a loss uses score_TE.
 With kernels.cuda.experts (preact 4 · N·F bytes, gate, row and source 4 · N each) an expert layer
 keeps 4 · N · (F + 5) + 4 · (E + 1) bytes beside x: 1,111.2 MB at T 32768, F 1408, E 64, K 6.
 
-The product is 0.7 of the forward pass's time (kernels/RESULTS.md).
+The product is two thirds of the forward pass's time (kernels/RESULTS.md).
 
 One file: the product, the selection and their gradient are one operation of kernels.ops.
 """
@@ -49,7 +49,8 @@ MAX_EXPERTS = 512
 MAX_GROUPS = 32
 MAX_TOP_K = 32
 MAX_SLICES = 16
-BLOCK_ROWS = 128  # of the output tile of one thread block of the product for dw
+CLUSTER_SMS = 2  # of a product for dw, whose clusters have the same rows on every architecture:
+CLUSTER_ROWS = 256  # two tiles of 128, or one of 256 by two SMs
 
 
 def padded(num_experts: int) -> int:
@@ -367,16 +368,17 @@ def logit_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
   """fp32 [T, 3·P]: x times the three parts of the weight; the logits are their sum."""
   parts = split_weight(weight_ED, (0, 1, 2))
   out = x_TD.new_empty(x_TD.shape[0], parts.shape[0], dtype=torch.float32)
-  return gemms.product("router", x_TD, parts, out)
+  return gemms.product("router, logits", x_TD, parts, out)
 
 
 def _slices(num_tokens: int, rows: int, columns: int) -> int:
   """Slices of T for dw [rows, columns]: the largest power of two up to 16 that divides T and leaves
-  no SM with two tiles, if there is one.
+  no cluster of SMs with two tiles, if there is one.
   """
   tile = gemms.config("router, weight", rows, columns)
-  most = ARCH.num_sms // (-(-rows // BLOCK_ROWS) * -(-columns // tile.tile_n))
-  return min(MAX_SLICES, 1 << max(most, 1).bit_length() - 1, num_tokens & -num_tokens)
+  clusters = -(-rows // CLUSTER_ROWS) * -(-columns // tile.tile_n)
+  most = max(ARCH.num_sms // CLUSTER_SMS // clusters, 1)
+  return min(MAX_SLICES, 1 << most.bit_length() - 1, num_tokens & -num_tokens)
 
 
 def weight_grad(parts: Tensor, x_TD: Tensor, num_experts: int) -> Tensor:

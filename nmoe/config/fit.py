@@ -42,9 +42,9 @@ class Misfit:
     return f"{short}; set {r.key} = {new} (now {old}), which needs {_gib(r.peak_bytes)}"
 
 
-# What CUDA, NCCL and NVSHMEM take of an H200 beside torch's memory and RDEP's heap, of two ranks
-# (configs/moonlight/RESULTS.md); and for how far peaks have been from their plans, with what torch
-# reserves and does not use.
+# What is taken of an H200 beside torch's tensors and RDEP's heap, of two ranks: the most that was
+# seen less what NVSHMEM's own NCCL took of it, an estimate (configs/moonlight/RESULTS.md). And for
+# how far peaks have been from their plans.
 BESIDE, SLACK = 2.45 * GIB, 1.02
 
 

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 
 CASES = [  # T, D, E and the rule
   (4096, 2048, 64, RouterSpec(6, scale=2.446)),
+  (8192, 2048, 256, RouterSpec(8)),  # dw of slices that fill the SMs once
   (1000, 1024, 256, RouterSpec(8, num_groups=8, topk_groups=4, scale=2.5)),
   (777, 512, 512, RouterSpec(16, score="softmax")),
   (65, 64, 6, RouterSpec(2, score="softmax", normalize=False)),

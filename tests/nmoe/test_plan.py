@@ -316,8 +316,8 @@ def test_a_plan_that_does_not_fit_names_the_line_and_the_value():
 
 
 def test_a_plan_counts_on_no_memory_that_several_ranks_take_beside_it():
-  """The first, at capacity 1.25, ran out of memory on two H200s, NVSHMEM taking 3.4 GiB more than
-  now; the second ran, at 71.1 GiB (configs/moonlight/RESULTS.md).
+  """At capacity 1.25 the first ran out of memory on two H200s, of which 4.8 GiB or more were taken
+  beside it; at 1.5 a plan must refuse it still. The second ran, at 71.1 GiB (RESULTS.md).
   """
   total = next(d.memory_bytes for d in DEVICES if d.name == "H200")
   moonlight = load(CONFIGS / "moonlight" / "moonlight.toml", env={})

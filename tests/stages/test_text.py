@@ -107,9 +107,12 @@ def test_a_row_is_a_line_and_columns_align_in_cells():
 
 
 def test_a_long_name_gives_a_short_id_and_tables_stay_readable(tmp_path):
-  """Ids of a root that has longer ones are folded."""
+  """It moves its own row alone, and all of it is there."""
+  record(tmp_path, "short")
   e = record(tmp_path, "n" * 300)
   assert len(e) <= 80
   out = io.StringIO()
   show.experiments(tmp_path, Console(file=out, width=80))
-  assert "refuted" in out.getvalue() and "hypothesis" in out.getvalue()
+  head, long, short = out.getvalue().splitlines()
+  assert long.startswith(f"{e}  ablate") and long.endswith("n" * 300) and "refuted" in long
+  assert short.index("ablate") == head.index("stage") < 45
