@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+  from rich.console import Console  # whose import takes as long as all that is here
 
 # C0 and C1 controls but tab and newline, and what turns the direction of the text around it.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
