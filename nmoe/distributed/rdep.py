@@ -136,6 +136,7 @@ class Rdep:
     # Layers queue one round and do not ask whether it was enough, which on one rank it always is.
     self.one_round = self.num_ranks == 1
     self.crowded = 0  # steps to come that ask
+    self.waiting_steps = 0  # steps so far that asked
     self.fetched: dict[int, Fetched] = {}  # by layer, of its last forward pass
     self.capture: _Capture | None = None
     self.slot: dict[int, int] = {}  # of a layer's kept rows
@@ -201,6 +202,7 @@ class Rdep:
       del results
       forget()
       self.crowded = CROWDED
+    self.waiting_steps += 1
     results = passes()
     self.crowded = CROWDED if self.exchange.overflowed() else self.crowded - 1
     return results

@@ -72,6 +72,8 @@ class Watch:
       "data/wait_s": of.wait_s,
       "memory/peak_bytes": float(self._peak()),
     }
+    if self.target.device.type == "cuda":  # how often its cache was freed to find room: each waits
+      values["memory/retries"] = float(torch.cuda.memory_stats()["num_alloc_retries"])
     values |= {f"grad_norm/{k}": v for k, v in zip(of.norms, scalars[4:], strict=True)}
     count_LE, bias_LE = of.count_LE.cpu(), biases(state.model)
     values |= load_values(count_LE, bias_LE)
@@ -190,13 +192,16 @@ def biases(model: Model) -> Tensor:
 
 def rdep_values(rdep: Rdep | None) -> dict[str, float]:
   """Of the last micro-batch on this rank: the most rounds of a layer, the rows received in all
-  layers, and those of them that backward dispatches again because of rounds. None with one rank.
+  layers, and those of them that backward dispatches again because of rounds. And the steps so far
+  whose layers waited for their counts (`Rdep.run`). None with one rank.
   """
   if rdep is None:
     return {}
   rows, again = rdep.received()
   rounds = max(rdep.rounds.values(), default=0)
-  return {"rdep/rounds": float(rounds), "rdep/rows": float(rows), "rdep/rows_again": float(again)}
+  found = {"rounds": rounds, "rows": rows, "rows_again": again}
+  found |= {"waiting_steps": rdep.waiting_steps}
+  return {f"rdep/{name}": float(value) for name, value in found.items()}
 
 
 def load_values(count_LE: Tensor, bias_LE: Tensor) -> dict[str, float]:

@@ -56,6 +56,7 @@ class StepBench:
   flops_terms: dict[str, float]
   mfu: float  # of the data sheet's dense peak; on a CPU, of what a matrix product reached there
   peak_bytes: float
+  retries: int  # times that the allocator freed its cache to find room, after the first logged step
   first_step: int  # the first logged one
   first_step_s: float  # from the start of the command's process to its line, data_s included
   data_s: float  # for finding or preparing the data
@@ -149,6 +150,7 @@ def _measure(
     flops_terms={term.name: term.value for term in plan.plan(config).flops},
     mfu=float(np.median(series["train/mfu"][2])),
     peak_bytes=float(series["memory/peak_bytes"][2].max()),
+    retries=retries_of(series),
     first_step=first[0],
     first_step_s=first[1],
     data_s=data_s,
@@ -169,12 +171,19 @@ def routing_of(config: Config, series: Mapping[str, Series]) -> str:
     return "forced balance" if uneven else "none, the model is dense"
   warmup = math.ceil(config.schedule.warmup_tokens / config.schedule.batch_tokens)
   dead = sum(x for tag, x in last.items() if tag.endswith("/dead"))
-  rounds = last.get("rdep/rounds", 1)
+  waited = int(last.get("rdep/waiting_steps", 0))
+  full = f"; in {counted(waited, 'step')} layers waited for their counts (rdep.capacity)"
   return (
     f"real, after {config.steps} steps, {warmup} of them warm-up: the fullest expert has "
     f"{min(uneven):.2f} to {max(uneven):.2f} times the mean of its layer, {dead:.0f} of "
-    f"{len(uneven) * config.moe.num_experts} experts are dead, {counted(int(rounds), 'round')}"
+    f"{len(uneven) * config.moe.num_experts} experts are dead{full if waited else ''}"
   )
+
+
+def retries_of(series: Mapping[str, Series]) -> int:
+  """How often the allocator freed its cache between the first and the last log; 0 on a CPU."""
+  (*_, counts) = series.get("memory/retries", (np.zeros(1),))
+  return int(counts[-1] - counts[0])
 
 
 def phases_ms(series: Mapping[str, Series]) -> dict[str, list[float]]:
@@ -227,6 +236,10 @@ def _show(b: StepBench, console: Console) -> None:
   )
   console.print(f"routing: {b.routing}")
   console.print(f"MFU {b.mfu:.1%}; peak memory {b.peak_bytes / 2**30:.2f} GiB")
+  if b.retries:
+    console.print(
+      f"memory ran short {counted(b.retries, 'time')}: torch waited for the GPU and freed its cache"
+    )
 
 
 def _show_timeline(t: Timeline, console: Console) -> None:

@@ -211,6 +211,7 @@ def test_a_graph_is_replayed_where_one_round_does_and_made_anew_after(steps) -> 
         made.evaluate()
       made.step(seed, full[seed])
     assert made.queued == expected(full)
+    assert made.ranks.rdep.waiting_steps == made.queued.count("asking")
     assert made.signalled == list(range(1, len(made.signalled) + 1))
     made.ranks.close()
 

@@ -34,7 +34,7 @@ from kernels.reference import exchange, symmetric
 from nmoe.distributed.rdep import Rdep
 from nmoe.train.watch import rdep_values
 
-RDEP_TAGS = ("rdep/rounds", "rdep/rows", "rdep/rows_again")
+RDEP_TAGS = ("rdep/rounds", "rdep/rows", "rdep/rows_again", "rdep/waiting_steps")
 
 
 def run_unasked(group, names: list[str]) -> dict[str, tuple[list, list[int], list[int], list[int]]]:
@@ -173,7 +173,7 @@ def test_the_logged_rows_are_those_of_the_routing() -> None:
           place += -(-count // case.alignment) * case.alignment
         most = max(most, place)
     for rank in (0, 1):
-      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank])
+      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank], 0)
       assert logged[rank] == dict(zip(RDEP_TAGS, wanted, strict=True))
   assert rdep_values(None) == {}
 

@@ -97,6 +97,22 @@ def test_a_phase_that_not_every_stretch_enters():
   assert bench.phases_ms(series) == {"graph": [100, 200], "clip": [2, 0]}
 
 
+def test_what_slows_steps_unseen_is_said(lab):
+  """Of a fabricated GPU's metrics: steps that waited for counts, and memory that ran short."""
+  at = np.array([5, 10, 20])
+  tags = {"memory/retries": [3.0, 3.0, 7.0], "rdep/waiting_steps": [1.0, 6.0, 16.0]}
+  tags |= {"moe/0/load_max_over_mean": [2.0] * 3, "moe/0/dead": [0.0] * 3}
+  series = {tag: (at, at, np.array(values)) for tag, values in tags.items()}
+  assert bench.retries_of(series) == 4 and bench.retries_of({}) == 0
+  said = "experts are dead; in 16 steps layers waited for their counts (rdep.capacity)"
+  assert bench.routing_of(lab.config, series).endswith(said)
+  found, said = call(lab)
+  assert "memory ran short" not in said and "waited" not in said
+  out = io.StringIO()
+  bench._show(replace(found, retries=4), Console(file=out, width=160))
+  assert "memory ran short 4 times: torch waited for the GPU and freed its cache" in out.getvalue()
+
+
 def test_against_earlier_runs(lab, launches):
   """One run against one has no interval; several earlier ones have Student's, for one new run."""
   files = [lab.root / f"before-{i}.json" for i in range(3)]

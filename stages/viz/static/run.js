@@ -24,9 +24,11 @@ function groups(tags) {
     ["tokens per second", ["train/tokens_per_s"]],
     ["model FLOPs utilisation, %", ["train/mfu"]],
     ["peak memory, GiB", ["memory/peak_bytes"]],
+    ["times that memory was freed to find room", ["memory/retries"]],
     ["waiting for data", ["data/wait_s"]],
     ["rows received, and dispatched again", of(/^rdep\/rows/)],
     ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
+    ["steps whose layers waited for their counts", ["rdep/waiting_steps"]],
     ["checkpoint stall", ["checkpoint/stall_s"]],
   ].map(([title, wanted]) => [title, wanted.filter((tag) => tags.includes(tag))])
     .filter(([, wanted]) => wanted.length);
