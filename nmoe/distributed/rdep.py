@@ -246,17 +246,19 @@ class Rdep:
     self.exchange.reply(number, self.exchange.peers[self.rank].origin_C, None, None, None, 0)
     self.wait(RETURN, number)
 
-  def received(self) -> tuple[int, int]:
+  def received(self) -> tuple[int, int, float]:
     """Rows that came to this rank in each layer's last forward pass, summed over layers; and those
-    of them that came after the first round, which backward dispatches again. Waits for the device.
+    of them that came after the first round, which backward dispatches again. And the rdep.capacity
+    at which one round would have done for every rank and layer. Waits for the device.
     """
     if not self.counts:
-      return 0, 0
+      return 0, 0, 0.0
     count_LRE = torch.stack(list(self.counts.values())).cpu()
+    most = int(places(count_LRE, self.config.rdep.alignment).end_R.max())
     mine = slice(self.first, self.first + self.num_local)
     rows = int(count_LRE[..., mine].sum())
     first = int(self._in_round(count_LRE, 0)[..., mine].sum())
-    return rows, rows - first
+    return rows, rows - first, most / self.config.rows
 
   @contextmanager
   def explained(self) -> Iterator[None]:

@@ -172,7 +172,11 @@ def routing_of(config: Config, series: Mapping[str, Series]) -> str:
   warmup = math.ceil(config.schedule.warmup_tokens / config.schedule.batch_tokens)
   dead = sum(x for tag, x in last.items() if tag.endswith("/dead"))
   waited = int(last.get("rdep/waiting_steps", 0))
-  full = f"; in {counted(waited, 'step')} layers waited for their counts (rdep.capacity)"
+  needed = last.get("rdep/capacity_needed", 0)
+  full = (
+    f"; in {counted(waited, 'step')} layers waited for their counts: rdep.capacity is "
+    f"{config.rdep.capacity:g}, the last logged micro-batch needed {needed:.2f}"
+  )
   return (
     f"real, after {config.steps} steps, {warmup} of them warm-up: the fullest expert has "
     f"{min(uneven):.2f} to {max(uneven):.2f} times the mean of its layer, {dead:.0f} of "

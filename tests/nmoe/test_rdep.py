@@ -34,7 +34,9 @@ from kernels.reference import exchange, symmetric
 from nmoe.distributed.rdep import Rdep
 from nmoe.train.watch import rdep_values
 
-RDEP_TAGS = ("rdep/rounds", "rdep/rows", "rdep/rows_again", "rdep/waiting_steps")
+RDEP_TAGS = tuple(
+  f"rdep/{name}" for name in ("rounds", "rows", "rows_again", "capacity_needed", "waiting_steps")
+)
 
 
 def run_unasked(group, names: list[str]) -> dict[str, tuple[list, list[int], list[int], list[int]]]:
@@ -173,7 +175,7 @@ def test_the_logged_rows_are_those_of_the_routing() -> None:
           place += -(-count // case.alignment) * case.alignment
         most = max(most, place)
     for rank in (0, 1):
-      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank], 0)
+      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank], most / sent, 0)
       assert logged[rank] == dict(zip(RDEP_TAGS, wanted, strict=True))
   assert rdep_values(None) == {}
 

@@ -102,9 +102,13 @@ def test_what_slows_steps_unseen_is_said(lab):
   at = np.array([5, 10, 20])
   tags = {"memory/retries": [3.0, 3.0, 7.0], "rdep/waiting_steps": [1.0, 6.0, 16.0]}
   tags |= {"moe/0/load_max_over_mean": [2.0] * 3, "moe/0/dead": [0.0] * 3}
+  tags |= {"rdep/capacity_needed": [2.0, 1.6, 1.734]}
   series = {tag: (at, at, np.array(values)) for tag, values in tags.items()}
   assert bench.retries_of(series) == 4 and bench.retries_of({}) == 0
-  said = "experts are dead; in 16 steps layers waited for their counts (rdep.capacity)"
+  said = (
+    "experts are dead; in 16 steps layers waited for their counts: rdep.capacity is 1.5, the last "
+    "logged micro-batch needed 1.73"
+  )
   assert bench.routing_of(lab.config, series).endswith(said)
   found, said = call(lab)
   assert "memory ran short" not in said and "waited" not in said

@@ -28,6 +28,7 @@ function groups(tags) {
     ["waiting for data", ["data/wait_s"]],
     ["rows received, and dispatched again", of(/^rdep\/rows/)],
     ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
+    ["RDEP capacity that one round needed", ["rdep/capacity_needed"]],
     ["steps whose layers waited for their counts", ["rdep/waiting_steps"]],
     ["checkpoint stall", ["checkpoint/stall_s"]],
   ].map(([title, wanted]) => [title, wanted.filter((tag) => tags.includes(tag))])
