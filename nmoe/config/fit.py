@@ -43,8 +43,8 @@ class Misfit:
 
 
 # What two ranks had in use of an H200 each beside torch's tensors and RDEP's heap: 2.5 GiB at 12
-# layers, and at 27, of which torch reserves more, 3.1. And for how far peaks have been above their
-# plans, 0.8 % at most (configs/moonlight/RESULTS.md).
+# layers, 3.0 at 27, of which torch reserves more. And for how far peaks have been above today's
+# plans, 0.9 % at most (configs/moonlight/RESULTS.md).
 BESIDE, SLACK = 3.2 * GIB, 1.01
 
 

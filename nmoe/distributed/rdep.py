@@ -136,7 +136,7 @@ class Rdep:
     # Layers queue one round and do not ask whether it was enough, which on one rank it always is.
     self.one_round = self.num_ranks == 1
     self.crowded = 0  # steps to come that ask
-    self.waiting_steps = 0  # steps so far that asked
+    self.waiting_steps = 0  # those that asked, since this process began
     self.fetched: dict[int, Fetched] = {}  # by layer, of its last forward pass
     self.capture: _Capture | None = None
     self.slot: dict[int, int] = {}  # of a layer's kept rows

@@ -193,16 +193,16 @@ def biases(model: Model) -> Tensor:
 def rdep_values(rdep: Rdep | None) -> dict[str, float]:
   """Of the last micro-batch on this rank: the most rounds of a layer, the rows received in all
   layers, those of them that backward dispatches again because of rounds, and the rdep.capacity at
-  which there would be one round. And the steps so far whose layers waited for their counts
-  (`Rdep.run`). None with one rank.
+  which there would be one round. And the steps since the process began whose passes waited for
+  counts in every layer (`Rdep.run`). None with one rank.
   """
   if rdep is None:
     return {}
   rows, again, needed = rdep.received()
   rounds = max(rdep.rounds.values(), default=0)
-  found = {"rounds": rounds, "rows": rows, "rows_again": again}
-  found |= {"capacity_needed": needed, "waiting_steps": rdep.waiting_steps}
-  return {f"rdep/{name}": float(value) for name, value in found.items()}
+  values = {"rounds": rounds, "rows": rows, "rows_again": again}
+  values |= {"capacity_needed": needed, "waiting_steps": rdep.waiting_steps}
+  return {f"rdep/{name}": float(value) for name, value in values.items()}
 
 
 def load_values(count_LE: Tensor, bias_LE: Tensor) -> dict[str, float]:

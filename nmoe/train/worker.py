@@ -66,6 +66,7 @@ def clean_up() -> None:
   if torch.cuda.is_initialized():
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_accumulated_memory_stats()
   Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory
 
 

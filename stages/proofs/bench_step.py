@@ -56,7 +56,7 @@ class StepBench:
   flops_terms: dict[str, float]
   mfu: float  # of the data sheet's dense peak; on a CPU, of what a matrix product reached there
   peak_bytes: float
-  retries: int  # times that the allocator freed its cache to find room, after the first logged step
+  retries: int  # times that a rank's allocator freed its cache to find room, after the first log
   first_step: int  # the first logged one
   first_step_s: float  # from the start of the command's process to its line, data_s included
   data_s: float  # for finding or preparing the data
@@ -150,7 +150,10 @@ def _measure(
     flops_terms={term.name: term.value for term in plan.plan(config).flops},
     mfu=float(np.median(series["train/mfu"][2])),
     peak_bytes=float(series["memory/peak_bytes"][2].max()),
-    retries=retries_of(series),
+    retries=max(
+      retries_of(read(bench.root, run.id, ["memory/retries"], rank))
+      for rank in range(config.launch.ranks)
+    ),
     first_step=first[0],
     first_step_s=first[1],
     data_s=data_s,
@@ -172,15 +175,19 @@ def routing_of(config: Config, series: Mapping[str, Series]) -> str:
   warmup = math.ceil(config.schedule.warmup_tokens / config.schedule.batch_tokens)
   dead = sum(x for tag, x in last.items() if tag.endswith("/dead"))
   waited = int(last.get("rdep/waiting_steps", 0))
-  needed = last.get("rdep/capacity_needed", 0)
-  full = (
-    f"; in {counted(waited, 'step')} layers waited for their counts: rdep.capacity is "
-    f"{config.rdep.capacity:g}, the last logged micro-batch needed {needed:.2f}"
-  )
+  waits = ""
+  if waited:
+    (*_, needed) = series["rdep/capacity_needed"]
+    last_needed, most_needed = (math.ceil(100 * x) / 100 for x in (needed[-1], needed.max()))
+    waits = (
+      f"; in {counted(waited, 'step')} layers waited for their counts: rdep.capacity is "
+      f"{config.rdep.capacity:g}, of the logged micro-batches the last needed {last_needed:.2f}, "
+      f"one {most_needed:.2f}"
+    )
   return (
     f"real, after {config.steps} steps, {warmup} of them warm-up: the fullest expert has "
     f"{min(uneven):.2f} to {max(uneven):.2f} times the mean of its layer, {dead:.0f} of "
-    f"{len(uneven) * config.moe.num_experts} experts are dead{full if waited else ''}"
+    f"{len(uneven) * config.moe.num_experts} experts are dead{waits}"
   )
 
 

@@ -67,6 +67,7 @@ def run_unasked(group, names: list[str]) -> dict[str, tuple[list, list[int], lis
       steps.append(rdep.run(passes, lambda ran=ran: ran.append(-1)))
       attempts.append(ran)
       waited.append(len(waits) - before)
+    assert rdep.waiting_steps == sum(count > 0 for count in waited)
     found[name] = (steps, attempts, waited, [rdep.rounds[0], rdep.rounds[1]])
   return found
 

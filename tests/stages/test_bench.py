@@ -106,8 +106,8 @@ def test_what_slows_steps_unseen_is_said(lab):
   series = {tag: (at, at, np.array(values)) for tag, values in tags.items()}
   assert bench.retries_of(series) == 4 and bench.retries_of({}) == 0
   said = (
-    "experts are dead; in 16 steps layers waited for their counts: rdep.capacity is 1.5, the last "
-    "logged micro-batch needed 1.73"
+    "experts are dead; in 16 steps layers waited for their counts: rdep.capacity is 1.5, of the "
+    "logged micro-batches the last needed 1.74, one 2.00"
   )
   assert bench.routing_of(lab.config, series).endswith(said)
   found, said = call(lab)
