@@ -254,11 +254,11 @@ class Rdep:
     if not self.counts:
       return 0, 0, 0.0
     count_LRE = torch.stack(list(self.counts.values())).cpu()
-    most = int(places(count_LRE, self.config.rdep.alignment).end_R.max())
+    where = places(count_LRE, self.config.rdep.alignment)
     mine = slice(self.first, self.first + self.num_local)
     rows = int(count_LRE[..., mine].sum())
-    first = int(self._in_round(count_LRE, 0)[..., mine].sum())
-    return rows, rows - first, most / self.config.rows
+    first = int(self._in_round(count_LRE, where.base_RE, 0)[..., mine].sum())
+    return rows, rows - first, int(where.end_R.max()) / self.config.rows
 
   @contextmanager
   def explained(self) -> Iterator[None]:
@@ -322,14 +322,14 @@ class Rdep:
 
   def _expected(self, kind: int, count_RE: Tensor, number: int) -> list[int]:
     """Rows of a round by peer: sent to this rank (DISPATCH) or coming back to it (RETURN)."""
-    rows_RE = self._in_round(count_RE, number)
+    base_RE = places(count_RE, self.config.rdep.alignment).base_RE
+    rows_RE = self._in_round(count_RE, base_RE, number)
     if kind == DISPATCH:
       return rows_RE[:, self.first : self.first + self.num_local].sum(1).tolist()
     return rows_RE[self.rank].view(self.num_ranks, -1).sum(1).tolist()
 
-  def _in_round(self, count_RE: Tensor, number: int) -> Tensor:
-    """Of the counts [..., R, E] those whose places are in the window of a round."""
-    base_RE = places(count_RE, self.config.rdep.alignment).base_RE
+  def _in_round(self, count_RE: Tensor, base_RE: Tensor, number: int) -> Tensor:
+    """Of the counts [..., R, E] those whose places, from base_RE on, are in a round's window."""
     begin = number * self.exchange.capacity
     low = base_RE.clamp(min=begin)
     high = (base_RE + count_RE).clamp(max=begin + self.exchange.capacity)

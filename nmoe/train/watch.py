@@ -70,10 +70,8 @@ class Watch:
       "lr/router": o.router_lr * of.factor,
       "lr/expert": o.expert_lr * of.factor,
       "data/wait_s": of.wait_s,
-      "memory/peak_bytes": float(self._peak()),
+      **self._memory(),
     }
-    if self.target.device.type == "cuda":  # how often its cache was freed to find room: each waits
-      values["memory/retries"] = float(torch.cuda.memory_stats()["num_alloc_retries"])
     values |= {f"grad_norm/{k}": v for k, v in zip(of.norms, scalars[4:], strict=True)}
     count_LE, bias_LE = of.count_LE.cpu(), biases(state.model)
     values |= load_values(count_LE, bias_LE)
@@ -168,12 +166,15 @@ class Watch:
     speed["train/mfu"] = rate * self.flops_per_token / peak
     return speed
 
-  def _peak(self) -> int:
-    if self.target.device.type == "cuda":
-      idle = 0 if self.graph is None else self.graph.idle_bytes
-      rdep = self.session.parallel.rdep
-      return torch.cuda.max_memory_allocated() + idle + (0 if rdep is None else rdep.nbytes)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  def _memory(self) -> dict[str, float]:
+    """The peak; on a GPU also how often torch freed its cache to find room, which waits for it."""
+    if self.target.device.type != "cuda":
+      return {"memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    stats = torch.cuda.memory_stats()
+    idle = 0 if self.graph is None else self.graph.idle_bytes
+    rdep = self.session.parallel.rdep
+    peak = stats["allocated_bytes.all.peak"] + idle + (0 if rdep is None else rdep.nbytes)
+    return {"memory/peak_bytes": float(peak), "memory/retries": float(stats["num_alloc_retries"])}
 
   def _progress(self, state: TrainState, values: dict[str, float]) -> None:
     rate = values["train/tokens_per_s"]

@@ -108,7 +108,7 @@ def test_the_host_waits_for_nothing_between_logs(graph: bool, vocab: int, tmp_pa
 
 
 ALONE = [(16, 384, 1, 1.5), (32, 384, 1, 1.5), (16, WIDE, 1, 1.5)]
-TWO = [(8, 384, 2, 2.0), (16, WIDE, 2, 2.0), (16, WIDE, 2, 1.5)] if GPUS > 1 else []
+TWO = [(8, 384, 2, 1.5), (16, WIDE, 2, 2.0), (16, WIDE, 2, 1.5)] if GPUS > 1 else []
 
 
 @pytest.mark.parametrize(("micro_batch", "vocab", "ranks", "capacity"), ALONE + TWO)
@@ -116,7 +116,8 @@ def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
   micro_batch: int, vocab: int, ranks: int, capacity: float, tmp_path: Path
 ) -> None:
   """And each uses, evaluations included, the memory that was planned for it. Two ranks never run
-  full at capacity 2; at 1.5 one does in the third step, which ends the graph of the second.
+  full at capacity 2; at 1.5 one does in the third wide step, which ends the graph of the second:
+  that run uses less, as no evaluation is beside a graph.
   """
   values = {"run.root": str(tmp_path), "train.log_every": 1, "train.micro_batch": micro_batch}
   values |= {"launch.ranks": ranks, "rdep.capacity": capacity}
@@ -137,9 +138,9 @@ def test_runs_are_equal_bit_for_bit_with_a_graph_and_without(
   used = np.array([series["memory/peak_bytes"][2].max() for series in found])
   retries = [series["memory/retries"][2].max() for series in found]
   assert (used / planned <= 1 + PLANNED).all() and not any(retries), (used / planned, retries)
-  full = ranks > 1 and capacity < 2
+  full = ranks > 1 and capacity < 2 and vocab == WIDE
   if ranks > 1:
     wanted = [max(step - 2, 0) if full else 0 for step in range(1, 13)]
     assert all(series["rdep/waiting_steps"][2].tolist() == wanted for series in found)
-  if not full:
-    assert (used / planned >= 1 - PLANNED).all(), used / planned
+  seen = (used / planned)[:2] if full else used / planned  # of the last, the graph has ended
+  assert (seen >= 1 - PLANNED).all(), used / planned
