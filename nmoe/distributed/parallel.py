@@ -84,26 +84,23 @@ class Parallel:
     dist.gather(mine, told, group=self.control)
     return [] if told is None else [row.tolist() for row in told]
 
-  def run(self, passes: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
-    """passes(), the forward and backward passes of a step; see `Rdep.run`."""
+  def run(self, forward: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
+    """forward(), a forward pass of a step; see `Rdep.run`."""
+    return forward() if self.rdep is None else self.rdep.run(forward, forget)
+
+  def attempt(self, passes: Callable[[], Passes]) -> tuple[bool, Passes | None]:
+    """passes(), the forward and backward passes of a step, if they fitted; see `Rdep.attempt`."""
     if self.rdep is None:
-      return passes()
-
-    def forget_all() -> None:
+      return True, passes()
+    done, results = self.rdep.attempt(passes)
+    if not done:
       join(self.side)  # with sums that read the gradients
-      forget()
-
-    return self.rdep.run(passes, forget_all)
+    return done, results
 
   def forwarded(self) -> None:
-    """Inside `run`: the last forward pass is queued; see `Rdep.forwarded`."""
+    """Inside `attempt`: the last forward pass is queued; see `Rdep.forwarded`."""
     if self.rdep is not None:
       self.rdep.forwarded()
-
-  @property
-  def repeatable(self) -> bool:
-    """Whether the passes that `run` asks for may be captured and replayed."""
-    return self.rdep is None or self.rdep.one_round
 
   @property
   def apart(self) -> bool:

@@ -31,13 +31,14 @@ nor kept activations exceed C rows, whatever the imbalance.
 
 The host. Every size is C's, and where the rows end is known on the device, so the host queues a
 layer's first round without knowing the counts. Alone, a layer then waits for them, to learn the
-number of rounds. The passes of a step do not (`Rdep.run`): they queue one round a layer, and learn
-once, from the last layer's counts, whether a rank ran full in any. If so, all ranks of the group
-know it, forget what the passes computed and repeat them with a wait in every layer, and so the next
-CROWDED steps: routing that overflows once mostly does so again. One round or several, the bits are
-the same; only an abandoned attempt's rows beyond C are lost, with all that was computed from it.
-Passes of one round a layer may be captured in a CUDA graph and replayed (`Rdep.captured`,
-`Rdep.replayed`): their trips then have new numbers.
+number of rounds. A forward pass of training does not (`Rdep.run`): it queues one round a layer, and
+learns once, from the last layer's counts, whether a rank ran full in any. If so, all ranks of the
+group know it, forget what the pass computed and repeat it with a wait in every layer, and so go the
+next CROWDED passes. Its backward pass begins when the rounds are known. One round or several, the
+bits are the same; only an abandoned attempt's rows beyond C are lost, with all that was computed
+from it. All passes of a step may be one attempt (`Rdep.attempt`): if each layer has one round, they
+may be captured in a CUDA graph and replayed (`Rdep.captured`, `Rdep.replayed`): their trips then
+have new numbers.
 
 Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
 first product leaves the SMs that this takes; in Moonlight's shape the rows are there by its end, or
@@ -95,7 +96,9 @@ from nmoe.wording import counted
 
 Passes = TypeVar("Passes")  # what passes() returns
 
-CROWDED = 16  # steps that wait for the counts of every layer after one that overflowed
+# Forward passes that wait for the counts of every layer after one that overflowed. A repeated pass
+# costs about as much as the waits of five (27 layers on two H200s, configs/moonlight/RESULTS.md).
+CROWDED = 4
 KIND_NAMES = {COUNTS: "counts", DISPATCH: "rows", RETURN: "returned rows"}
 
 
@@ -135,8 +138,8 @@ class Rdep:
     self.counts: dict[int, Tensor] = {}
     # Layers queue one round and do not ask whether it was enough, which on one rank it always is.
     self.one_round = self.num_ranks == 1
-    self.crowded = 0  # steps to come that ask
-    self.waiting_steps = 0  # those that asked, since this process began
+    self.crowded = 0  # passes to come that ask
+    self.waited = self.full = 0  # passes of `run` that asked, and those in which a rank ran full
     self.fetched: dict[int, Fetched] = {}  # by layer, of its last forward pass
     self.capture: _Capture | None = None
     self.slot: dict[int, int] = {}  # of a layer's kept rows
@@ -180,36 +183,46 @@ class Rdep:
     sent = _Send.apply(call, x_TD, gate_TK, expert_TK)
     return _Receive.apply(call, sent, x_TD, w13, w2, shared)
 
-  def run(self, passes: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
-    """passes(), forward and backward passes whose results count only when they return.
+  def run(self, forward: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
+    """forward(), a forward pass whose results count only when it returns.
 
     The layers inside do not wait for the host. If a rank had more rows than its buffer holds,
-    `forget` undoes what passes() did, gradients above all, and passes() runs once more.
+    `forget` undoes what else forward() did, and it runs once more. Inside `attempt` it runs once.
     """
-    if self.num_ranks == 1:
-      return passes()
-    if self.crowded == 0:
-      self.exchange.overflowed()  # by passes that asked, an evaluation's
-      self.one_round = True
-      try:
-        results = passes()
-      finally:
-        self.one_round = False
-      with self.explained():
-        full = self.exchange.overflowed()
-      if not full:
+    if self.one_round:
+      return forward()
+    if not self.crowded:
+      done, results = self.attempt(forward)
+      if done:
         return results
-      del results
       forget()
-      self.crowded = CROWDED
-    self.waiting_steps += 1
-    results = passes()
-    self.crowded = CROWDED if self.exchange.overflowed() else self.crowded - 1
+      self.crowded = 1
+    self.waited += 1
+    results = forward()
+    full = self.exchange.overflowed()
+    self.full += full
+    self.crowded = CROWDED if full else self.crowded - 1
     return results
 
+  def attempt(self, passes: Callable[[], Passes]) -> tuple[bool, Passes | None]:
+    """Whether one round did in every layer of passes(), which do not wait for the host; and their
+    results. If not, None: what they did is wrong, gradients above all. Collective.
+    """
+    if self.num_ranks == 1:
+      return True, passes()
+    self.exchange.overflowed()  # by passes that asked, an evaluation's
+    self.one_round = True
+    try:
+      results = passes()
+    finally:
+      self.one_round = False
+    with self.explained():
+      full = self.exchange.overflowed()
+    return (False, None) if full else (True, results)
+
   def forwarded(self) -> None:
-    """Inside `run`: the last forward pass is queued. Whether it fitted is known from there on, so
-    the host goes on beside the last backward pass.
+    """Inside `attempt`: the last forward pass is queued. Whether all fitted is known from there on,
+    so the host goes on beside the last backward pass.
     """
     if self.num_ranks > 1:
       self.exchange.mark()

@@ -60,9 +60,13 @@ class FlightRecorder:
     self.sums = {}
     return values
 
-  def forget(self) -> None:
-    """What the step's passes have shown so far; they run again."""
-    self.sums = {}
+  def mark(self) -> dict[Leg, Tensor]:
+    """What passes have shown so far."""
+    return dict(self.sums)
+
+  def forget(self, mark: dict[Leg, Tensor]) -> None:
+    """What passes have shown since; they run again."""
+    self.sums = mark
 
   def _observe(self, layer: int, product: str, two: bool, operand: Operand) -> None:
     leg = f"{('w13', 'w2')[operand.salt]}.{operand.leg}" if two else operand.leg

@@ -7,8 +7,9 @@ computes what they compute, bit for bit. On one H200 a step of configs/moonlet/s
 8,192 bytes 8.1 instead of 35.8.
 
 Several ranks capture passes of one round a layer, sums of gradients included. Where a layer needs
-more (`Rdep.run`) its passes are queued one by one and the graph is forgotten, with its memory: what
-routing does once it mostly does again. Weights then arrive before the passes, not beside them.
+more (`Rdep.attempt`) what the passes did is undone, and the passes are queued one by one, as are
+those of the RESTS steps after one in which a rank ran full. The graph is forgotten, with its
+memory: what routing does once it mostly does again. Before a replay all weights have arrived.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from nmoe.distributed.parallel import Parallel
 
+RESTS = 16  # steps without a graph after one in which a rank ran full
 Passes = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -37,12 +39,30 @@ class Graph:
     self.params, self.passes, self.ranks = list(model.parameters()), passes, ranks
     self.graph: torch.cuda.CUDAGraph | None = None
     self.warm = False
+    self.rests = 0  # steps to come
     self.idle_bytes = 0
 
-  def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    if not self.ranks.repeatable:
-      self._forget()
-      return self.passes(tokens, targets)
+  def __call__(
+    self, tokens: Tensor, targets: Tensor, forget: Callable[[], None]
+  ) -> tuple[Tensor, ...]:
+    """forget() undoes what the passes did, for which one round of a layer was not enough."""
+    if self.rests:
+      return self._without(tokens, targets)
+    done, results = self.ranks.attempt(lambda: self._queue(tokens, targets))
+    if done:
+      return results
+    forget()
+    self._end()
+    return self._without(tokens, targets)
+
+  def _without(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The passes one by one; of several ranks."""
+    before = self.ranks.rdep.full
+    results = self.passes(tokens, targets)
+    self.rests = RESTS if self.ranks.rdep.full > before else self.rests - 1
+    return results
+
+  def _queue(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     if not self.warm:  # compiles kernels and lets libraries set themselves up
       self.warm = True
       return self.passes(tokens, targets)
@@ -72,8 +92,8 @@ class Graph:
     self.idle_bytes = _idle_bytes() - before
     torch.cuda.reset_peak_memory_stats()  # of the first call, whose memory is free again
 
-  def _forget(self) -> None:
-    """Give the memory back."""
+  def _end(self) -> None:
+    """Give the graph's memory back."""
     self.warm = False
     if self.graph is None:
       return

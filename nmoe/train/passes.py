@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -45,9 +46,10 @@ class Passes:
     self.flight.start(self.state.step + 1)
     seen = self.state.tokens // self.config.data.seq_len
     self.routing.start(self.state.step + 1, seen)
-    if self.graph is not None:
-      self.clock.start("graph")
-    return self.ranks.run(partial(self.graph or self._all, tokens, targets), self._forget)
+    if self.graph is None:
+      return self._all(tokens, targets)
+    self.clock.start("graph")
+    return self.graph(tokens, targets, self._forgetter(gradients=True))
 
   def _count_step(self, tokens: Tensor) -> None:
     """Tell the model how the step's tokens are counted over experts, if a loss asks for it.
@@ -81,7 +83,7 @@ class Passes:
       model.set_draw(self.state.step, micro, ranks.rank)
       last = micro == micros - 1
       model.on_final = ranks.reduce_final(model) if last else None
-      out = model(x, y)
+      out = ranks.run(partial(model, x, y), self._forgetter(gradients=False))
       if last:
         ranks.forwarded()
       mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
@@ -91,8 +93,16 @@ class Passes:
       counts = counts + out.count_LE
     return loss, counts, out.loss_T
 
-  def _forget(self) -> None:
-    """Undo what a step's passes did, before they run again."""
-    self.state.model.zero_grad()
-    self.flight.forget()
-    self.routing.forget()
+  def _forgetter(self, *, gradients: bool) -> Callable[[], None]:
+    """What undoes the passes from here on, before they run again. A forward pass leaves no
+    gradients.
+    """
+    flight, routing = self.flight.mark(), self.routing.mark()
+
+    def forget() -> None:
+      if gradients:
+        self.state.model.zero_grad()
+      self.flight.forget(flight)
+      self.routing.forget(routing)
+
+    return forget

@@ -33,7 +33,7 @@ class RoutingRecorder:
     self.local = local
     self.sources = [source.name for source in loader.data.sources]
     self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-    self.forget()
+    self._begin()
 
   def start(self, step: int, first: int) -> None:
     """Before the first forward pass of `step`, counted from 1, whose batch begins at sample
@@ -58,11 +58,18 @@ class RoutingRecorder:
     gate_LE = (gate_LE / gate_LE.mean(1, keepdim=True).clamp(min=1e-12)).float().cpu()
     count_LSE = torch.stack([self.counts[layer] for layer in sorted(self.counts)]).cpu()
     of = {f"source {name}": count_LSE[:, i] for i, name in enumerate(self.sources)}
-    self.forget()
+    self._begin()
     return {"gate": gate_LE.numpy()} | {k: v.float().numpy() for k, v in of.items()}
 
-  def forget(self) -> None:
-    """What the step's passes have shown so far; they run again."""
+  def mark(self) -> tuple[dict, dict, dict]:
+    """What passes have shown so far."""
+    return dict(self.gates), dict(self.counts), dict(self.sequence)
+
+  def forget(self, mark: tuple[dict, dict, dict]) -> None:
+    """What passes have shown since; they run again."""
+    self.gates, self.counts, self.sequence = mark
+
+  def _begin(self) -> None:
     self.gates: dict[int, Tensor] = {}  # of each layer, fp64 [E], on the device
     self.counts: dict[int, Tensor] = {}  # int64 [sources, E]
     self.sequence: dict[int, int] = {}  # that each layer sees next

@@ -194,15 +194,17 @@ def biases(model: Model) -> Tensor:
 def rdep_values(rdep: Rdep | None) -> dict[str, float]:
   """Of the last micro-batch on this rank: the most rounds of a layer, the rows received in all
   layers, those of them that backward dispatches again because of rounds, and the rdep.capacity at
-  which there would be one round. And the steps since the process began whose passes waited for
-  counts in every layer (`Rdep.run`). None with one rank.
+  which there would be one round. And, since the process began, the forward passes of training in
+  which a rank ran full, so that a layer had several rounds, and those whose layers waited for their
+  counts (`Rdep.run`). None with one rank.
   """
   if rdep is None:
     return {}
   rows, again, needed = rdep.received()
   rounds = max(rdep.rounds.values(), default=0)
   values = {"rounds": rounds, "rows": rows, "rows_again": again}
-  values |= {"capacity_needed": needed, "waiting_steps": rdep.waiting_steps}
+  values |= {"capacity_needed": needed}
+  values |= {"full_passes": rdep.full, "waiting_passes": rdep.waited}
   return {f"rdep/{name}": float(value) for name, value in values.items()}
 
 

@@ -174,15 +174,15 @@ def routing_of(config: Config, series: Mapping[str, Series]) -> str:
     return "forced balance" if uneven else "none, the model is dense"
   warmup = math.ceil(config.schedule.warmup_tokens / config.schedule.batch_tokens)
   dead = sum(x for tag, x in last.items() if tag.endswith("/dead"))
-  waited = int(last.get("rdep/waiting_steps", 0))
+  waited, full = (int(last.get(f"rdep/{name}_passes", 0)) for name in ("waiting", "full"))
   waits = ""
   if waited:
     (*_, needed) = series["rdep/capacity_needed"]
     last_needed, most_needed = (math.ceil(100 * x) / 100 for x in (needed[-1], needed.max()))
     waits = (
-      f"; in {counted(waited, 'step')} layers waited for their counts: rdep.capacity is "
-      f"{config.rdep.capacity:g}, of the logged micro-batches the last needed {last_needed:.2f}, "
-      f"one {most_needed:.2f}"
+      f"; of {config.steps * config.micro_batches} forward passes {full} had more rows than "
+      f"rdep.capacity, {config.rdep.capacity:g}, and {waited} waited for counts: of the logged "
+      f"micro-batches the last needed {last_needed:.2f}, one {most_needed:.2f}"
     )
   return (
     f"real, after {config.steps} steps, {warmup} of them warm-up: the fullest expert has "

@@ -115,7 +115,7 @@ def test_several_micro_batches_are_one(lab, micro_batch):
 
 def in_groups(group, repeats: bool) -> dict[str, np.ndarray]:
   """This rank's part of a step's gradients, of four ranks in two groups, of which the first repeats
-  its passes, as where one of its ranks runs full.
+  a forward pass, as where one of its ranks runs full.
   """
   config = tiny(
     launch__ranks=4,
@@ -127,8 +127,8 @@ def in_groups(group, repeats: bool) -> dict[str, np.ndarray]:
   )
   inside, replicas = parallel.expert_groups(config, group, *2 * [timedelta(seconds=20)])
   rdep, rank = Rdep(config, kernels.reference, inside, symmetric), group.rank()
-  full = iter([False, repeats and rank < 2, False])  # asked before the passes and after each
-  rdep.exchange.overflowed = lambda: next(full)
+  full = iter([False, repeats and rank < 2])  # asked before the first forward pass and after it
+  rdep.exchange.overflowed = lambda: next(full, False)
   parts = shared(config, rank, replicas)
   together = Parallel(rank, 4, rdep, rdep.first, group, None, parts)
   model = Model(config, kernels.reference, rdep)

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 import kernels.reference as ops
 from kernels.buffers import RETURN
 from nmoe.config.buffers import TRANSIENT
-from nmoe.distributed import parallel, rdep
+from nmoe.distributed import parallel
 from nmoe.distributed.parallel import Parallel
 from nmoe.distributed.rdep import Rdep
 from nmoe.model.decoder import Model
+from nmoe.train import graph
 from nmoe.train.clock import Clock
 from nmoe.train.graph import Graph
 from nmoe.train.passes import Passes
 from nmoe.train.session import TrainState
 
-CROWDED = 3  # of these tests: orders of overflows are short
+RESTS = 3  # of these tests: orders of overflows are short
 TRIPS = 4  # of a step's passes
 
 
@@ -52,28 +53,34 @@ class World:
       self.peers = [SimpleNamespace(origin_C=None)] * 2
 
   def passes(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    graph, among = self.under_capture, self.ranks.rdep
-    if among is not None and among.num_ranks > 1:
-      told = []
-      for _ in range(TRIPS):
-        told.append(among.trips.begin(0, "forward"))
-        among.wait(RETURN, told[-1])
-      if graph is None:
-        self.signal(told)
-        self.full |= self.runs_full
-      else:
-        graph.told = told
+    within, rdep = self.under_capture, self.ranks.rdep
+    alone = rdep is None or rdep.one_round
+    self.ranks.run(self.forward, lambda: None)
     for param in self.model.parameters():
       assert param.grad is None
       param.grad = torch.full_like(param, torch.nan)
     out, grad = torch.full((), torch.nan), self.model.weight.grad
-    if graph is not None:
-      graph.of = tokens, targets, out, grad
+    if within is not None:
+      within.of = tokens, targets, out, grad
       self.queued.append("captured")
       return (out,)
     self.compute(tokens, targets, out, grad)
-    self.queued.append("alone" if self.ranks.repeatable else "asking")
+    self.queued.append("alone" if alone else "one by one")
     return (out,)
+
+  def forward(self) -> None:
+    among = self.ranks.rdep
+    if among is None or among.num_ranks == 1:
+      return
+    told = []
+    for _ in range(TRIPS):
+      told.append(among.trips.begin(0, "forward"))
+      among.wait(RETURN, told[-1])
+    if self.under_capture is None:
+      self.signal(told)
+      self.full |= self.runs_full
+    else:
+      self.under_capture.told = told
 
   def compute(self, tokens: Tensor, targets: Tensor, out: Tensor, grad: Tensor) -> None:
     out.copy_(tokens.sum() * targets.sum())
@@ -110,7 +117,7 @@ class World:
     self.runs_full = runs_full
     draw = torch.Generator().manual_seed(seed)
     tokens, targets = torch.randn(3, generator=draw), torch.randn(2, generator=draw)
-    (found,) = self.ranks.run(lambda: self.graph(tokens, targets), self.model.zero_grad)
+    (found,) = self.graph(tokens, targets, self.model.zero_grad)
     wanted, grad = torch.zeros(()), torch.zeros(2, 3)
     self.compute(tokens, targets, wanted, grad)
     assert torch.equal(found, wanted) and torch.equal(self.model.weight.grad, grad)
@@ -135,7 +142,8 @@ class CudaGraph:
   told: list[int] = []
 
   def replay(self) -> None:
-    assert self in self.world.graphs and self.world.ranks.repeatable
+    rdep = self.world.ranks.rdep
+    assert self in self.world.graphs and (rdep is None or rdep.one_round)
     assert self.world.higher % TRANSIENT == 0, "a replay's slots are those of its capture"
     self.world.compute(*self.of)
     self.world.signal(self.told)
@@ -161,7 +169,7 @@ def world(ranks: Parallel) -> Iterator[World]:
     patch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
     patch.setattr(cuda, "memory_reserved", lambda: 8 * len(made.graphs))
     patch.setattr(cuda, "memory_allocated", lambda: 0)
-    patch.setattr(rdep, "CROWDED", CROWDED)
+    patch.setattr(graph, "RESTS", RESTS)
     patch.setattr(parallel.dist, "destroy_process_group", made_sure(made))
     yield made
 
@@ -187,17 +195,17 @@ def replicas() -> Parallel:
 
 def expected(full: list[bool]) -> list[str]:
   """What is queued in steps that run full or not, from the words of nmoe.train.graph alone."""
-  queued, asks, calls = [], 0, 0
+  queued, rests, calls = [], 0, 0
   for overflows in full:
-    if asks:
-      queued.append("asking")
-      asks = CROWDED if overflows else asks - 1
+    if rests:
+      queued.append("one by one")
+      rests = RESTS if overflows else rests - 1
       continue
     queued += (["alone"], ["captured", "replayed"], ["replayed"])[min(calls, 2)]
     calls += 1
     if overflows:
-      queued.append("asking")
-      asks, calls = CROWDED, 0
+      queued.append("one by one")
+      rests, calls = RESTS, 0
   return queued
 
 
@@ -211,7 +219,7 @@ def test_a_graph_is_replayed_where_one_round_does_and_made_anew_after(steps) -> 
         made.evaluate()
       made.step(seed, full[seed])
     assert made.queued == expected(full)
-    assert made.ranks.rdep.waiting_steps == made.queued.count("asking")
+    assert made.ranks.rdep.full == sum(full)
     assert made.signalled == list(range(1, len(made.signalled) + 1))
     made.ranks.close()
 

@@ -35,7 +35,11 @@ from nmoe.distributed.rdep import Rdep
 from nmoe.train.watch import rdep_values
 
 RDEP_TAGS = tuple(
-  f"rdep/{name}" for name in ("rounds", "rows", "rows_again", "capacity_needed", "waiting_steps")
+  f"rdep/{name}"
+  for name in (
+    *("rounds", "rows", "rows_again", "capacity_needed"),
+    *("full_passes", "waiting_passes"),
+  )
 )
 
 
@@ -67,7 +71,8 @@ def run_unasked(group, names: list[str]) -> dict[str, tuple[list, list[int], lis
       steps.append(rdep.run(passes, lambda ran=ran: ran.append(-1)))
       attempts.append(ran)
       waited.append(len(waits) - before)
-    assert rdep.waiting_steps == sum(count > 0 for count in waited)
+    assert rdep.waited == sum(count > 0 for count in waited)
+    assert rdep.full == (rdep.waited if waited[0] else 0)  # a case runs full always or never
     found[name] = (steps, attempts, waited, [rdep.rounds[0], rdep.rounds[1]])
   return found
 
@@ -87,9 +92,9 @@ def test_equals_one_rank_and_definition(num_ranks: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_steps_that_do_not_ask_for_counts_have_the_same_bits(num_ranks: int) -> None:
-  """No wait for counts in a layer; one that overflows is forgotten and repeated with waits, and so
-  are the steps after it from their start.
+def test_passes_that_do_not_ask_for_counts_have_the_same_bits(num_ranks: int) -> None:
+  """No wait for counts in a layer; one that overflows is forgotten and repeated with waits, and
+  those after it have waits from their start.
   """
   found = ranks.run(run_unasked, num_ranks, list(CASES))
   overflowing = 0
@@ -176,7 +181,7 @@ def test_the_logged_rows_are_those_of_the_routing() -> None:
           place += -(-count // case.alignment) * case.alignment
         most = max(most, place)
     for rank in (0, 1):
-      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank], most / sent, 0)
+      wanted = (max(math.ceil(most / room), 1), rows[rank], again[rank], most / sent, 0, 0)
       assert logged[rank] == dict(zip(RDEP_TAGS, wanted, strict=True))
   assert rdep_values(None) == {}
 

@@ -102,16 +102,17 @@ def test_a_phase_that_not_every_stretch_enters():
 
 
 def test_what_slows_steps_unseen_is_said(lab):
-  """Of a fabricated GPU's metrics: steps that waited for counts, and memory that ran short."""
+  """Of a fabricated GPU's metrics: passes that waited for counts, and memory that ran short."""
   at = np.array([5, 10, 20])
-  tags = {"memory/retries": [3.0, 3.0, 7.0], "rdep/waiting_steps": [1.0, 6.0, 16.0]}
+  tags = {"memory/retries": [3.0, 3.0, 7.0], "rdep/waiting_passes": [1.0, 6.0, 16.0]}
   tags |= {"moe/0/load_max_over_mean": [2.0] * 3, "moe/0/dead": [0.0] * 3}
-  tags |= {"rdep/capacity_needed": [2.0, 1.6, 1.734]}
+  tags |= {"rdep/capacity_needed": [2.0, 1.6, 1.734], "rdep/full_passes": [1.0, 2.0, 4.0]}
   series = {tag: (at, at, np.array(values)) for tag, values in tags.items()}
   assert bench.retries_of(series) == 4 and bench.retries_of({}) == 0
+  passes = lab.config.steps * lab.config.micro_batches
   said = (
-    "experts are dead; in 16 steps layers waited for their counts: rdep.capacity is 1.5, of the "
-    "logged micro-batches the last needed 1.74, one 2.00"
+    f"experts are dead; of {passes} forward passes 4 had more rows than rdep.capacity, 1.5, and 16 "
+    "waited for counts: of the logged micro-batches the last needed 1.74, one 2.00"
   )
   assert bench.routing_of(lab.config, series).endswith(said)
 

@@ -29,7 +29,8 @@ function groups(tags) {
     ["rows received, and dispatched again", of(/^rdep\/rows/)],
     ["rounds of RDEP, most of a layer", ["rdep/rounds"]],
     ["RDEP capacity that one round needed", ["rdep/capacity_needed"]],
-    ["steps whose layers waited for their counts", ["rdep/waiting_steps"]],
+    ["forward passes that waited for counts, and those of them that ran full",
+     ["rdep/waiting_passes", "rdep/full_passes"]],
     ["checkpoint stall", ["checkpoint/stall_s"]],
   ].map(([title, wanted]) => [title, wanted.filter((tag) => tags.includes(tag))])
     .filter(([, wanted]) => wanted.length);
