@@ -77,8 +77,8 @@ class Forgotten:
 
   def _pack(self, tensor: Tensor) -> Tensor | _Note:
     index = self.index.get(tensor.untyped_storage().data_ptr())
-    if index is None:
-      return tensor
+    if index is None:  # an operation's own result would hold its graph, and that the result
+      return tensor if tensor.is_leaf else tensor.detach()
     self.notes += 1
     return _Note(index, tensor.shape, tensor.stride(), tensor.storage_offset())
 

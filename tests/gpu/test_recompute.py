@@ -41,6 +41,22 @@ def passes(config: Config) -> tuple[dict[str, torch.Tensor], int, float]:
   return found, kept, start.elapsed_time(end)
 
 
+@pytest.mark.parametrize("parts", [[], *CHOICES], ids="+".join)
+def test_a_forward_pass_whose_results_are_dropped_keeps_nothing(parts) -> None:
+  with torch.device("cuda"):
+    model = Model(changed(small(1), {"train.recompute": parts}), kernels.cuda)
+  model.init_weights(0)
+  tokens = torch.randint(0, 384, SHAPE, generator=torch.Generator().manual_seed(0)).cuda()
+  allocated = []
+  for _ in range(3):
+    out = model(tokens, tokens.roll(-1, 1))
+    kept = torch.cuda.memory_allocated()
+    del out
+    allocated.append(torch.cuda.memory_allocated())
+    assert kept - allocated[-1] > 1 << 29
+  assert allocated[0] == allocated[1] == allocated[2]
+
+
 @pytest.fixture(scope="module")
 def plain() -> tuple[dict[str, torch.Tensor], int, float]:
   return passes(small(1))

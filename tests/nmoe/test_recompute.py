@@ -81,10 +81,13 @@ def test_the_same_bits(shape, parts):
 
 
 class Alive(TorchDispatchMode):
-  """The storages that operations made inside, while they live."""
+  """The storages that operations made inside, or returned of others than `model`'s, while they
+  live.
+  """
 
-  def __init__(self):
+  def __init__(self, model: Model):
     super().__init__()
+    self.others = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
   def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -92,7 +95,8 @@ class Alive(TorchDispatchMode):
     for t in tree_leaves(out):
       if isinstance(t, Tensor):
         storage = t.untyped_storage()
-        self.made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        if storage.data_ptr() not in self.others:
+          self.made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
     return out
 
   def nbytes(self) -> int:
@@ -118,10 +122,23 @@ def kept(config: Config) -> int:
   """Bytes that a forward pass leaves for backward, results and copies of weights among them."""
   model = built(config)
   tokens = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.int64)
-  with Alive() as alive:
+  with Alive(model) as alive:
     out = model(tokens, tokens)
   assert out.loss_sum.requires_grad
   return alive.nbytes()
+
+
+@pytest.mark.parametrize("parts", [[], *CHOICES], ids="+".join)
+@pytest.mark.parametrize("shape", ["plain", "q_lora"])
+def test_a_forward_pass_whose_results_are_dropped_keeps_nothing(shape, parts):
+  """As one of several ranks is, if it overflows (`Rdep.run`)."""
+  model = built(tiny(**SHAPES[shape], train__recompute=parts))
+  tokens, targets = batches(model.config)[0]
+  with Alive(model) as alive:
+    out = model(tokens, targets)
+  assert alive.nbytes() > 10_000
+  del out
+  assert alive.nbytes() == 0
 
 
 @pytest.mark.parametrize("parts", CHOICES, ids="+".join)
@@ -137,19 +154,24 @@ def test_what_is_no_longer_kept_is_what_plan_says(values, parts):
   assert saved > 0.02 * planned[0]
 
 
-def two_ranks(group, toml: str) -> tuple[dict[str, np.ndarray], int]:
-  """Losses and gradients of one rank of two, and the bytes that its forward pass keeps."""
+def two_ranks(group, toml: str) -> tuple[dict[str, np.ndarray], int, int]:
+  """Losses and gradients of one rank of two, and the bytes that its forward pass keeps until its
+  backward pass, and that it leaves when it is dropped: of the heap, which it returned views of.
+  """
   config = loaded(toml, env={})
   rdep = Rdep(config, reference, group, symmetric)
   model = built(config, rdep)
   found = {name: t.numpy().copy() for name, t in passes(model).items()}
   tokens, targets = batches(config)[0]
-  with Alive() as alive:
+  with Alive(model) as alive:
     out = model(tokens, targets)
   nbytes = alive.nbytes()
   out.loss_sum.backward()
+  with Alive(model) as alive:
+    out = model(tokens, targets)
+  del out
   rdep.close()
-  return found, nbytes
+  return found, nbytes, alive.nbytes()
 
 
 def test_two_ranks_have_the_same_bits_and_keep_less():
@@ -157,11 +179,12 @@ def test_two_ranks_have_the_same_bits_and_keep_less():
   wanted = ranks.run(two_ranks, 2, to_toml(config))
   for parts in ([], ["norm"], ["swiglu"], [*PARTS]):
     again = changed(config, {"train.recompute": parts})
-    for (got, nbytes), (want, most) in zip(
+    for (got, nbytes, dropped), (want, most, heap) in zip(
       ranks.run(two_ranks, 2, to_toml(again)), wanted, strict=True
     ):
       assert {name for name in want if not np.array_equal(got[name], want[name])} == set()
       assert nbytes == most if not parts else nbytes < 0.96 * most
+      assert dropped == heap < most
 
 
 class Twice(torch.autograd.Function):
