@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -61,7 +62,7 @@ from nmoe.records.metrics import Metrics
 from nmoe.records.provenance import check_code, check_versions, imported
 from nmoe.records.reader import Run, Start
 from nmoe.records.root import Root
-from nmoe.train import badsteps
+from nmoe.train import badsteps, garbage
 from nmoe.train.badsteps import BadStepError
 from nmoe.train.clock import Clock
 from nmoe.train.evaluations import Evaluations, due
@@ -120,6 +121,7 @@ def parts_of(session: Session, state: TrainState) -> Parts:
   return Parts(batches, passes, guard, watch, clock)
 
 
+@garbage.by_hand()
 def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] | None:
   """Run the remaining steps, the last of which evaluates. Returns the results, or None if told to
   stop.
@@ -151,12 +153,15 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
       ranks.send_weights(state.model)
     update_bias(state.model.routers, counts, 0.0 if skip else c.moe.bias_update_rate)
     state.step, state.tokens = state.step + 1, state.tokens + c.schedule.batch_tokens
+    if state.step == begun + 1:
+      garbage.settle()
     clock.start("log")
     watch.add(state, passes.flight.stop())
     watch.add_experts(state.step, passes.routing.stop())
     if due(state.step, c.train.log_every, end.step):
       last = targets.chunk(c.micro_batches)[-1]
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
+      gc.collect()
     if session.evaluations.due(state.step, end.step):
       clock.start("eval")
       session.watchdog.enter("evaluating")
