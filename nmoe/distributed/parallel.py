@@ -84,9 +84,9 @@ class Parallel:
     dist.gather(mine, told, group=self.control)
     return [] if told is None else [row.tolist() for row in told]
 
-  def run(self, forward: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
-    """forward(), a forward pass of a step; see `Rdep.run`."""
-    return forward() if self.rdep is None else self.rdep.run(forward, forget)
+  def run(self, forward: Callable[[], Passes], forget: Callable[[], None], *, last: bool) -> Passes:
+    """forward(), a forward pass of a step, `last` if it is the step's; see `Rdep.run`."""
+    return forward() if self.rdep is None else self.rdep.run(forward, forget, last=last)
 
   def attempt(self, passes: Callable[[], Passes]) -> tuple[bool, Passes | None]:
     """passes(), the forward and backward passes of a step, if they fitted; see `Rdep.attempt`."""
@@ -96,11 +96,6 @@ class Parallel:
     if not done:
       join(self.side)  # with sums that read the gradients
     return done, results
-
-  def forwarded(self) -> None:
-    """Inside `attempt`: the last forward pass is queued; see `Rdep.forwarded`."""
-    if self.rdep is not None:
-      self.rdep.forwarded()
 
   @property
   def apart(self) -> bool:
@@ -147,7 +142,7 @@ class Parallel:
     buckets in the same order, and the sums are those of `reduce_gradients`.
 
     None where that is all done there: on one rank, and where the ranks are several RDEP groups, one
-    of which may repeat its passes without the others.
+    of which may repeat a step's passes, as those of a graph, without the others.
     """
     if self.rdep is None or self.apart:
       return None

@@ -32,13 +32,13 @@ nor kept activations exceed C rows, whatever the imbalance.
 The host. Every size is C's, and where the rows end is known on the device, so the host queues a
 layer's first round without knowing the counts. Alone, a layer then waits for them, to learn the
 number of rounds. A forward pass of training does not (`Rdep.run`): it queues one round a layer, and
-learns once, from the last layer's counts, whether a rank ran full in any. If so, all ranks of the
-group know it, forget what the pass computed and repeat it with a wait in every layer, and so go the
-next CROWDED passes. Its backward pass begins when the rounds are known. One round or several, the
-bits are the same; only an abandoned attempt's rows beyond C are lost, with all that was computed
-from it. All passes of a step may be one attempt (`Rdep.attempt`): if each layer has one round, they
-may be captured in a CUDA graph and replayed (`Rdep.captured`, `Rdep.replayed`): their trips then
-have new numbers.
+the host learns once, when the last layer's rows are sent, whether a rank ran full in any: it queues
+the backward pass while that layer's experts and the head are at work. If a rank did, all ranks of
+the group know it, forget what the pass computed and repeat it with a wait in every layer, and so go
+the next CROWDED passes. One round or several, the bits are the same; only an abandoned attempt's
+rows beyond C are lost, with all that was computed from it. All passes of a step may be one attempt
+(`Rdep.attempt`): if each layer has one round, they may be captured in a CUDA graph and replayed
+(`Rdep.captured`, `Rdep.replayed`): their trips then have new numbers.
 
 Shared experts run while rows travel: forward while counts and x do, backward while dy does. Their
 first product leaves the SMs that this takes; in Moonlight's shape the rows are there by its end, or
@@ -94,10 +94,10 @@ from nmoe.distributed.trips import Trip, Trips, unknown
 from nmoe.errors import CommError
 from nmoe.wording import counted
 
-Passes = TypeVar("Passes")  # what passes() returns
+Passes = TypeVar("Passes")  # what one or several passes return
 
 # Forward passes that wait for the counts of every layer after one that overflowed. A repeated pass
-# costs about as much as the waits of five (27 layers on two H200s, configs/moonlight/RESULTS.md).
+# was predicted to cost as much as the waits of five (27 layers: configs/moonlight/RESULTS.md).
 CROWDED = 4
 KIND_NAMES = {COUNTS: "counts", DISPATCH: "rows", RETURN: "returned rows"}
 
@@ -135,11 +135,14 @@ class Rdep:
     self.num_local = self.num_experts // self.num_ranks
     self.first = self.num_local * self.rank
     self.rounds: dict[int, int] = {}
+    self.most = 1  # of a layer, since a pass that asks began
     self.counts: dict[int, Tensor] = {}
     # Layers queue one round and do not ask whether it was enough, which on one rank it always is.
     self.one_round = self.num_ranks == 1
     self.crowded = 0  # passes to come that ask
     self.waited = self.full = 0  # passes of `run` that asked, and those in which a rank ran full
+    self.last_layer = config.model.num_layers - 1
+    self.marks = False  # whether it says that all places are queued
     self.fetched: dict[int, Fetched] = {}  # by layer, of its last forward pass
     self.capture: _Capture | None = None
     self.slot: dict[int, int] = {}  # of a layer's kept rows
@@ -183,12 +186,14 @@ class Rdep:
     sent = _Send.apply(call, x_TD, gate_TK, expert_TK)
     return _Receive.apply(call, sent, x_TD, w13, w2, shared)
 
-  def run(self, forward: Callable[[], Passes], forget: Callable[[], None]) -> Passes:
-    """forward(), a forward pass whose results count only when it returns.
+  def run(self, forward: Callable[[], Passes], forget: Callable[[], None], *, last: bool) -> Passes:
+    """forward(), a forward pass through all layers whose results count only when it returns.
 
     The layers inside do not wait for the host. If a rank had more rows than its buffer holds,
-    `forget` undoes what else forward() did, and it runs once more. Inside `attempt` it runs once.
+    `forget` undoes what else forward() did, and it runs once more. Inside `attempt` it runs once,
+    and what is known from the last layer of the `last` pass is whether all fitted.
     """
+    self.marks = last or not self.one_round
     if self.one_round:
       return forward()
     if not self.crowded:
@@ -198,8 +203,9 @@ class Rdep:
       forget()
       self.crowded = 1
     self.waited += 1
+    self.most = 1
     results = forward()
-    full = self.exchange.overflowed()
+    full = self.most > 1
     self.full += full
     self.crowded = CROWDED if full else self.crowded - 1
     return results
@@ -210,7 +216,7 @@ class Rdep:
     """
     if self.num_ranks == 1:
       return True, passes()
-    self.exchange.overflowed()  # by passes that asked, an evaluation's
+    self.exchange.overflowed()  # by passes that asked
     self.one_round = True
     try:
       results = passes()
@@ -219,13 +225,6 @@ class Rdep:
     with self.explained():
       full = self.exchange.overflowed()
     return (False, None) if full else (True, results)
-
-  def forwarded(self) -> None:
-    """Inside `attempt`: the last forward pass is queued. Whether all fitted is known from there on,
-    so the host goes on beside the last backward pass.
-    """
-    if self.num_ranks > 1:
-      self.exchange.mark()
 
   @contextmanager
   def captured(self) -> Iterator[None]:
@@ -441,9 +440,12 @@ class _Call:
       with self.exchange.leaving():
         beside_TD, self.back = aside(shared, x_TD, keep=self.keep)
     self.exchange.join()
+    if self.rdep.marks and self.layer == self.rdep.last_layer:
+      self.exchange.mark()
     self._round_forward(w13, w2, self.keep)
     self.rounds = 1 if self.rdep.one_round else self._needed()
     self.rdep.rounds[self.layer] = self.rounds
+    self.rdep.most = max(self.rdep.most, self.rounds)
     self.rdep.counts[self.layer] = self.route.count_RE
     self._wait(RETURN)
     for number in range(1, self.rounds):

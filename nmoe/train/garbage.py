@@ -26,5 +26,6 @@ def by_hand() -> Iterator[None]:
 
 def settle() -> None:
   """What there is now lives as long as the run: no later collection visits it."""
+  gc.collect()
   gc.freeze()
   gc.disable()

@@ -59,7 +59,7 @@ class Graph:
     """The passes one by one; of several ranks."""
     before = self.ranks.rdep.full
     results = self.passes(tokens, targets)
-    self.rests = RESTS if self.ranks.rdep.full > before else self.rests - 1
+    self.rests = RESTS if self.ranks.rdep.full > before else max(self.rests - 1, 0)
     return results
 
   def _queue(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -158,21 +158,25 @@ def train(session: Session, state: TrainState, parts: Parts) -> dict[str, Any] |
     clock.start("log")
     watch.add(state, passes.flight.stop())
     watch.add_experts(state.step, passes.routing.stop())
-    if due(state.step, c.train.log_every, end.step):
+    logs = due(state.step, c.train.log_every, end.step)
+    evaluates = session.evaluations.due(state.step, end.step)
+    kept = session.kept(state.tokens)
+    saves = due(state.step, c.train.checkpoint_every, end.step) or kept
+    if logs:
       last = targets.chunk(c.micro_batches)[-1]
       watch.log(state, StepValues(factor, loss, norms, counts, loss_T, last, batches.wait_s()))
-      gc.collect()
-    if session.evaluations.due(state.step, end.step):
+    if evaluates:
       clock.start("eval")
       session.watchdog.enter("evaluating")
       watch.add(state, evaluated(session, state, end.step))
-    kept = session.kept(state.tokens)
-    if due(state.step, c.train.checkpoint_every, end.step) or kept:
+    if saves:
       clock.start("checkpoint")
       session.watchdog.enter("saving")
       save(session, state, watch, kept)
     if state.step == begun + 1:
       save_aside(session, state)
+    if logs or evaluates or saves:
+      gc.collect()
     session.profiler.step()
   session.watchdog.enter("stopping")
   if state.step < end.step:

@@ -83,9 +83,7 @@ class Passes:
       model.set_draw(self.state.step, micro, ranks.rank)
       last = micro == micros - 1
       model.on_final = ranks.reduce_final(model) if last else None
-      out = ranks.run(partial(model, x, y), self._forgetter(gradients=False))
-      if last:
-        ranks.forwarded()
+      out = ranks.run(partial(model, x, y), self._forgetter(gradients=False), last=last)
       mean = out.loss_sum / c.schedule.batch_tokens + out.balance_loss / (micros * ranks.ranks)
       self.clock.start("backward")
       mean.backward()

@@ -195,8 +195,8 @@ def rdep_values(rdep: Rdep | None) -> dict[str, float]:
   """Of the last micro-batch on this rank: the most rounds of a layer, the rows received in all
   layers, those of them that backward dispatches again because of rounds, and the rdep.capacity at
   which there would be one round. And, since the process began, the forward passes of training in
-  which a rank ran full, so that a layer had several rounds, and those whose layers waited for their
-  counts (`Rdep.run`). None with one rank.
+  which a rank of this one's group ran full, so that a layer had several rounds, and those whose
+  layers waited for their counts (`Rdep.run`). None with one rank.
   """
   if rdep is None:
     return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,10 +29,11 @@ class Cycle:
 
 
 @pytest.fixture
-def collections(monkeypatch) -> list[int]:
+def collections(monkeypatch) -> Iterator[list[int]]:
   """The generations collected from `settle` on, until the run's loop ends."""
   seen: list[int] = []
-  settle = garbage.settle
+  settle, before = garbage.settle, Cycle()
+  del before
 
   def note(phase: str, info: dict) -> None:
     if phase == "start":
@@ -56,7 +58,7 @@ def test_a_run_collects_at_its_logs_what_came_since(lab, monkeypatch, collection
     add_experts(self, step, values)
 
   monkeypatch.setattr(Watch, "add_experts", leaving)
-  lab.attempt(lab.record(train__log_every=4))
+  lab.attempt(lab.record(train__log_every=4, train__eval_every=0, train__checkpoint_every=12))
   logs = lab.config.steps // 4
   assert min(frozen) > 100_000, "what training imports"
   assert living == [1, 2, 3, 4, 5] * logs  # four steps, and the log itself

@@ -55,7 +55,7 @@ class World:
   def passes(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     within, rdep = self.under_capture, self.ranks.rdep
     alone = rdep is None or rdep.one_round
-    self.ranks.run(self.forward, lambda: None)
+    self.ranks.run(self.forward, lambda: None, last=True)
     for param in self.model.parameters():
       assert param.grad is None
       param.grad = torch.full_like(param, torch.nan)
@@ -79,6 +79,7 @@ class World:
     if self.under_capture is None:
       self.signal(told)
       self.full |= self.runs_full
+      among.most = 2 if self.runs_full and not among.one_round else 1
     else:
       self.under_capture.told = told
 
@@ -129,7 +130,8 @@ class World:
     self.running = None
 
   def evaluate(self) -> None:
-    """A trip that is in no graph."""
+    """A trip that is in no graph, of a pass that asks and runs full."""
+    self.full = True
     number = self.ranks.rdep.trips.begin(0, "evaluation")
     self.signal([number])
     self.ranks.rdep.wait(RETURN, number)
@@ -238,13 +240,14 @@ def test_ranks_that_share_no_memory_have_none() -> None:
   assert replicas().rdep.nbytes == 0
 
 
-def test_the_host_is_told_of_the_last_forward_pass_before_its_backward_pass() -> None:
-  """What it queues behind the passes it queues while that one runs."""
+def test_the_last_forward_pass_of_a_step_is_said_to_be_it() -> None:
+  """From it on all of the step's places are known."""
   order: list[str] = []
 
   class Told(Parallel):
-    def forwarded(self) -> None:
-      order.append("told")
+    def run(self, forward, forget, *, last: bool):
+      order.append("last" if last else "another")
+      return forward()
 
   config, device = tiny(train__micro_batch=2, schedule__batch_tokens=6 * 24), torch.device("cpu")
   model = Model(config, ops, None)
@@ -256,4 +259,4 @@ def test_the_host_is_told_of_the_last_forward_pass_before_its_backward_pass() ->
   passes = Passes(session, TrainState(model, None), Clock(device), nobody)
   batch = torch.randint(0, 97, (6, 25))
   passes(batch[:, :-1], batch[:, 1:])
-  assert order == [*["forward", "backward"] * 2, "forward", "told", "backward"]
+  assert order == [*["another", "forward", "backward"] * 2, "last", "forward", "backward"]

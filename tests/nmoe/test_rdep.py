@@ -68,7 +68,7 @@ def run_unasked(group, names: list[str]) -> dict[str, tuple[list, list[int], lis
         return step(rdep, share(case, make(case, i % 3), group.rank(), group.size()), layer=i % 2)
 
       before = len(waits)
-      steps.append(rdep.run(passes, lambda ran=ran: ran.append(-1)))
+      steps.append(rdep.run(passes, lambda ran=ran: ran.append(-1), last=True))
       attempts.append(ran)
       waited.append(len(waits) - before)
     assert rdep.waited == sum(count > 0 for count in waited)
@@ -113,6 +113,53 @@ def test_passes_that_do_not_ask_for_counts_have_the_same_bits(num_ranks: int) ->
         assert attempts[0] == [0, -1, 0] and all(len(ran) == 1 for ran in attempts[1:]), name
         assert waited == [1] * ITERATIONS, name
   assert overflowing >= 3 * num_ranks
+
+
+class Noting(exchange.Exchange):
+  """Notes when a pass places rows, says that it has placed all, and takes its rows."""
+
+  def places(self, alignment: int):
+    self.noted.append("places")
+    return super().places(alignment)
+
+  def mark(self) -> None:
+    self.noted.append("mark")
+    super().mark()
+
+  def receive(self, *args):
+    self.noted.append("receive")
+    return super().receive(*args)
+
+
+def two_layers(group) -> list[list[str]]:
+  """What passes through all layers note: three alone, and as many within an attempt."""
+  case = CASES["uniform"]
+  rdep = Rdep(config(group.size(), case), ops, group, symmetric)
+  rdep.exchange = Noting(rdep.heap.peers, rdep.rank, 20.0)
+  found = []
+
+  def forward() -> None:
+    rdep.exchange.noted = []
+    found.append(rdep.exchange.noted)
+    for layer in (1, 2):  # behind a dense one
+      d = share(case, make(case, 0), group.rank(), group.size())
+      rdep.experts(d.x_TD, d.expert_TK, d.gate_TK, d.w13, d.w2, RECIPE, layer=layer)
+
+  def passes() -> None:
+    for micro in range(3):
+      rdep.run(forward, passes, last=micro == 2)
+
+  rdep.exchange.noted = []
+  passes()
+  rdep.attempt(passes)
+  return found
+
+
+def test_the_host_is_told_that_all_fitted_before_the_last_layers_rows_are_taken() -> None:
+  """Of every pass alone, and of an attempt's last. Then it queues what follows beside them."""
+  layer = ["places", "receive"]
+  told = [*layer, "places", "mark", "receive"]
+  assert ranks.run(two_layers, 2) == [[told, told, told, 2 * layer, 2 * layer, told]] * 2
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
