@@ -32,8 +32,7 @@ class Cycle:
 def collections(monkeypatch) -> Iterator[list[int]]:
   """The generations collected from `settle` on, until the run's loop ends."""
   seen: list[int] = []
-  settle, before = garbage.settle, Cycle()
-  del before
+  settle = garbage.settle
 
   def note(phase: str, info: dict) -> None:
     if phase == "start":
