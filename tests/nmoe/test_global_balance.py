@@ -142,7 +142,7 @@ def in_groups(group, repeats: bool) -> dict[str, np.ndarray]:
   generator = torch.Generator().manual_seed(0)
   batch = torch.randint(0, 97, (8, 25), generator=generator).chunk(4)[rank]
   loss, counts, _ = passes(batch[:, :-1], batch[:, 1:])
-  assert rdep.waited >= 1 if repeats and rank < 2 else rdep.waited == 0
+  assert (rdep.waited, rdep.full) == (repeats and rank < 2, 0)
   together.reduce_gradients(model)
   found = {
     name: model.get_parameter(name).grad[slice(*rows)] for name, rows in together.owned.items()
