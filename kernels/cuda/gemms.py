@@ -50,7 +50,9 @@ _left = 0  # SMs that gated and dgated products of one matrix leave to other ker
 
 
 class Choice(NamedTuple):
-  """A tile and its measured time per multiply-add of whole tiles, relative to the kind's best."""
+  """A tile and its measured time per multiply-add of whole clusters of tiles, relative to the
+  kind's best.
+  """
 
   config: GemmConfig
   cost: float
@@ -76,7 +78,8 @@ def _sm90(
 SM90 = {
   "gated": (
     _sm90(128, 192, "pingpong"),
-    _sm90(128, 256, "cooperative", 1.065),
+    _sm90(128, 256, "cooperative", 1.055),
+    _sm90(128, 256, "cooperative", 1.093, (1, 1)),  # a cluster's second tile may have no rows
     _sm90(128, 160, "pingpong", 1.053),
   ),
   "dgated": (_sm90(128, 128, "pingpong"),),  # 128 x 160 and wider spill registers: 1.1 to 1.7
@@ -122,14 +125,15 @@ CHOICES = {"sm_90a": SM90, "sm_100a": SM100}
 def config(kind: str, m: int = 1, n: int = 1, ragged: bool = False) -> GemmConfig:
   """The tile of least predicted time for a kind of product of m rows by n columns.
 
-  The prediction is cost · (m and n rounded up to whole tiles); if `ragged`, m is an expert's mean
-  and its last tile half empty on average.
+  The prediction is cost · (m and n rounded up to whole clusters); if `ragged`, m is an expert's
+  mean and its last cluster half empty on average.
   """
 
   def time(choice: Choice) -> float:
-    tile_m, tile_n = choice.config.tile_m, choice.config.tile_n
-    rows = m + tile_m / 2 if ragged else -(-m // tile_m) * tile_m
-    return choice.cost * rows * (-(-n // tile_n) * tile_n)
+    tile = choice.config
+    block_m, block_n = tile.tile_m * tile.cluster_m, tile.tile_n * tile.cluster_n
+    rows = m + block_m / 2 if ragged else -(-m // block_m) * block_m
+    return choice.cost * rows * (-(-n // block_n) * block_n)
 
   return min(CHOICES[ARCH.name][kind], key=time).config
 

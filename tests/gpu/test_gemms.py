@@ -95,6 +95,10 @@ def test_no_tile_of_the_gradient_spills_and_transposed_weights_have_their_own():
   if ARCH.name == "sm_90a":
     assert gemms.config("dgated", 3072, 1408, True).tile_n == 128
     assert gemms.config("rows, weight transposed", 1024, 2048, True).tile_n != 208
+    clusters = [
+      gemms.config("gated", *shape, True).cluster_m for shape in ((1024, 1024), (3072, 2816))
+    ]
+    assert clusters == [1, 2]  # of two tiles, half of which are empty for a few rows an expert
   assert gemms.config("weight", 2048, 1408) is gemms.config("weight", 2048, 1408)
 
 
