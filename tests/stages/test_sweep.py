@@ -114,12 +114,16 @@ def test_scales_expand_the_base(write):
 
 
 def test_from_the_file_to_the_overlay(write, lab, launches, checks, monkeypatch):
-  """Everything runs once; a second call answers from the records; the overlay can be loaded."""
+  """Everything runs once; a second call answers from the records, by whatever path; the overlay
+  can be loaded from anywhere.
+  """
   path = write()
   said = console()
   plan.show(path, said)
   assert not launches.ids and "no run to go by" in said.file.getvalue()
-  page = sweep.run(path, console())
+  monkeypatch.chdir(path.parent)
+  page = sweep.run(Path(path.name), console())
+  monkeypatch.chdir("/")
   num_runs = len(launches.ids)
   assert num_runs >= 9
   records = lab.records.find("rates")
@@ -132,6 +136,7 @@ def test_from_the_file_to_the_overlay(write, lab, launches, checks, monkeypatch)
   written = Root(lab.root).report(records.id) / "transfer.toml"
   overlay = configs.load(written, env={})
   assert overlay.scaling.rule == "completep-moe" and overlay.scaling.base_dim == 32
+  assert overlay.model.dim == 32
   table = tomli.loads(written.read_text())
   evidence = table.pop("evidence")
   told = {f"{s}.{key}": v for s, keys in table.items() if s != "extends" for key, v in keys.items()}
@@ -201,7 +206,8 @@ def test_a_killed_sweep_goes_on(write, lab, launches):
 @pytest.mark.parametrize("edit", ["[schedule]\ntotal_tokens = 6400", "[model]\nv_dim = 32", None])
 def test_a_target_that_changes_under_its_sweep(write, lab, launches, edit):
   """The rates are for what it was when the sweep began and found it fit; None: it is gone."""
-  path = write(a=('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"'))
+  named = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
+  path = write(a=named, b=('control = ["off"]', "control = []"))
   target, body = path.with_name("target.toml"), 'extends = "base.toml"\n[model]\nnum_layers = 4\n'
   target.write_text(body)
   launches.before[4] = lambda _: target.write_text(body + edit) if edit else target.unlink()
@@ -214,25 +220,24 @@ def test_a_target_that_changes_under_its_sweep(write, lab, launches, edit):
   assert ratios == [2.0, 1.0]
 
 
-@pytest.mark.parametrize(
-  ("old", "new"),
-  [
+def test_a_limit_that_changes_after_the_runs_is_another_question(write, lab, launches):
+  """Three limits: the verdict that was given stands, and each new question, without a run of its
+  own, says what it is a second look at.
+  """
+  sweep.run(write(), console())
+  first, runs = lab.records.find("rates-1"), len(launches.ids)
+  edits = [
     ("[budget]", "[verdict]\nmax_shift = 9.0\n[budget]"),
     ("[budget]", "[verdict]\nmin_control_shift = 0.0\n[budget]"),
     ('control = ["off"]', "control = []"),
-  ],
-)
-def test_a_limit_that_changes_after_the_runs_is_another_question(write, lab, launches, old, new):
-  """The verdict that was given stands, the new question says what it is a second look at."""
-  sweep.run(write(), console())
-  first, runs = lab.records.find("rates-1"), len(launches.ids)
-  sweep.run(write(a=(old, new)), console())
-  again, second = lab.records.find("rates-1"), lab.records.find("rates")
-  assert len(launches.ids) == runs and second.id == "rates-2"
-  assert (again.verdict, again.conclusion) == (first.verdict, first.conclusion)
-  assert [(link.to_id, link.relation) for link in lab.records.links("rates-2")] == [
-    ("rates-1", "refines")
   ]
+  for number, edit in enumerate(edits, 2):
+    sweep.run(write(a=edit), console())
+    again, found = lab.records.find("rates-1"), lab.records.find("rates")
+    assert len(launches.ids) == runs and found.id == f"rates-{number}"
+    assert (again.verdict, again.conclusion) == (first.verdict, first.conclusion)
+    links = [(link.to_id, link.relation) for link in lab.records.links(found.id)]
+    assert links == [(f"rates-{number - 1}", "refines")]
 
 
 def planned(write, loss, **replaced):
@@ -386,14 +391,6 @@ def test_every_run_of_the_sweep_diverges(write):
   judged = found.judge(table)
   assert judged.verdict == "inconclusive" and "Every run at base diverged" in judged.reason
   assert judged.numbers["budget"]["diverged"] == len(judged.numbers["points"]) == len(table.results)
-
-
-def test_the_overlay_of_a_relative_path_is_read_from_anywhere(write, lab, launches, monkeypatch):
-  monkeypatch.chdir(write().parent)
-  sweep.run(Path("sweep.toml"), console())
-  written = Root(lab.root).report(lab.records.find("rates").id) / "transfer.toml"
-  monkeypatch.chdir("/")
-  assert configs.load(written, env={}).model.dim == 32
 
 
 def test_seconds_that_are_spent_end_the_sweep(write):
