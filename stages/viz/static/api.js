@@ -75,7 +75,7 @@ const listeners = new Set();
 history.scrollRestoration = "manual";
 addEventListener("popstate", ({ state }) => {
   redraw();
-  until = Date.now() + 2000;
+  until = Date.now() + 10000; // the data of a busy machine or a slow disk may take seconds
   restore(state?.y || 0);
 });
 
