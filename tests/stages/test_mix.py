@@ -72,8 +72,11 @@ def console():
 
 
 def test_from_the_file_to_a_verdict(write, lab, launches):
-  """Every run has its weights and each source's loss; a second call answers from the records."""
-  page = mix.run(write("target_tokens = 1000", "target_tokens = 4096"), console())
+  """Every run has its weights and each source's loss; a second call answers from the records.
+  Another objective is another question: its swarm is found, and the first verdict stands.
+  """
+  path = write("target_tokens = 1000", "target_tokens = 4096")
+  page = mix.run(path, console())
   assert "log-linear" in page.read_text() and "share of a" in page.read_text()
   record = lab.records.find("swarm")
   runs = lab.records.runs(record.id)
@@ -84,21 +87,13 @@ def test_from_the_file_to_a_verdict(write, lab, launches):
   assert sum("weights = [0.5, 0.5]" in r.toml for r in runs) >= 2
   assert all("fraction = 0.25" in r.toml for r in runs)  # as often as 4096 tokens of all of it
   count = len(launches.ids)
-  mix.run(write("target_tokens = 1000", "target_tokens = 4096"), console())
-  assert len(launches.ids) == count
-
-
-def test_another_objective_is_another_question(write, lab, launches):
-  """The swarm is found; the verdict by the first objective stands."""
-  path = write("target_tokens = 1000", "target_tokens = 4096")
   mix.run(path, console())
-  first, swarm = lab.records.find("swarm-1"), 8 + 3
+  assert len(launches.ids) == count
   path.write_text(path.read_text().replace("[0.5, 0.5]", "[1.0, 0.0]"))
-  count = len(launches.ids)
   mix.run(path, console())
   assert lab.records.find("swarm").id == "swarm-2"
-  assert lab.records.find("swarm-1").conclusion == first.conclusion
-  assert len(lab.records.runs("swarm-2")) - (len(launches.ids) - count) >= swarm
+  assert lab.records.find("swarm-1").conclusion == record.conclusion
+  assert len(lab.records.runs("swarm-2")) - (len(launches.ids) - count) >= 8 + 3  # the swarm
 
 
 def simulated(write, lab, loss, large=None, objective="[0.5, 0.5]", target=1000):
