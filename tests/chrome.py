@@ -62,6 +62,16 @@ class Page:
       mobile=False,
     )
 
+  @contextmanager
+  def slow(self, milliseconds: int) -> Iterator[None]:
+    """Inside, each request takes so much longer."""
+    rest = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
+    self.send("Network.emulateNetworkConditions", latency=milliseconds, **rest)
+    try:
+      yield
+    finally:
+      self.send("Network.emulateNetworkConditions", latency=0, **rest)
+
   def open(self, address: str) -> None:
     self.send("Page.navigate", url=address)
 

@@ -91,14 +91,12 @@ def test_accumulate_adds_in_fp32():
   assert float((out.double() - exact).norm() / exact.norm()) < 1e-5
 
 
-def test_no_tile_of_the_gradient_spills_and_transposed_weights_have_their_own():
+def test_the_rule_knows_spills_transposed_weights_and_empty_tiles_of_clusters():
   if ARCH.name == "sm_90a":
     assert gemms.config("dgated", 3072, 1408, True).tile_n == 128
     assert gemms.config("rows, weight transposed", 1024, 2048, True).tile_n != 208
-    clusters = [
-      gemms.config("gated", *shape, True).cluster_m for shape in ((1024, 1024), (3072, 2816))
-    ]
-    assert clusters == [1, 2]  # of two tiles, half of which are empty for a few rows an expert
+    assert gemms.config("gated", 1024, 1024, True).cluster_m == 1
+    assert gemms.config("gated", 3072, 2816, True).cluster_m == 2
   assert gemms.config("weight", 2048, 1408) is gemms.config("weight", 2048, 1408)
 
 

@@ -56,6 +56,10 @@ width = 2
 [budget]
 runs = 40
 """
+SIX = ("points = 3", "points = 6")  # edits of the sweep's text
+REACH = ("extend = 1", "extend = 4")
+ALONE = ('control = ["off"]', "control = []")
+TARGET = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
 
 
 @pytest.fixture
@@ -206,8 +210,7 @@ def test_a_killed_sweep_goes_on(write, lab, launches):
 @pytest.mark.parametrize("edit", ["[schedule]\ntotal_tokens = 6400", "[model]\nv_dim = 32", None])
 def test_a_target_that_changes_under_its_sweep(write, lab, launches, edit):
   """The rates are for what it was when the sweep began and found it fit; None: it is gone."""
-  named = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
-  path = write(a=named, b=('control = ["off"]', "control = []"))
+  path = write(a=TARGET, b=ALONE)
   target, body = path.with_name("target.toml"), 'extends = "base.toml"\n[model]\nnum_layers = 4\n'
   target.write_text(body)
   launches.before[4] = lambda _: target.write_text(body + edit) if edit else target.unlink()
@@ -229,7 +232,7 @@ def test_a_limit_that_changes_after_the_runs_is_another_question(write, lab, lau
   edits = [
     ("[budget]", "[verdict]\nmax_shift = 9.0\n[budget]"),
     ("[budget]", "[verdict]\nmin_control_shift = 0.0\n[budget]"),
-    ('control = ["off"]', "control = []"),
+    ALONE,
   ]
   for number, edit in enumerate(edits, 2):
     sweep.run(write(a=edit), console())
@@ -255,10 +258,6 @@ def planned(write, loss, **replaced):
       results.append(Result(arm.name, seed, {"val/loss": value}, diverged, p))
     pairs = found.further(Table(tuple(results)))
   return found, Table(tuple(results))
-
-
-SIX = ("points = 3", "points = 6")
-REACH = ("extend = 1", "extend = 4")
 
 
 def parabola(rng, shift):
@@ -349,14 +348,13 @@ def test_what_the_rule_leaves_over_is_recommended(write, axis, power):
   def loss(group, scale, x, seed):
     return 2 + 0.05 * (x + power * np.log2(ratios[scale])) ** 2 + 1e-4 * rng.normal()
 
-  keys = (SIX, ("seeds = 2", "seeds = 4"), ('control = ["off"]', "control = []"))
-  named = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
+  keys = (SIX, ("seeds = 2", "seeds = 4"), ALONE, TARGET)
   scales = ("[[scale]]\nwidth = 2", over(axis, 2, 4))
   path = write()
   (path.parent / "target.toml").write_text(
     'extends = "base.toml"\n[model]\nnum_layers = 16\nnum_dense_layers = 8\n'
   )
-  found, table = planned(write, loss, **dict(zip("abcde", (*keys, named, scales), strict=True)))
+  found, table = planned(write, loss, **dict(zip("abcde", (*keys, scales), strict=True)))
   judged = found.judge(table)
   exponent = judged.numbers["groups"][0]["exponent"]
   assert exponent["mean"] == pytest.approx(power, abs=0.02)
@@ -466,7 +464,6 @@ def test_what_a_sweep_refuses(write, launches, replaced, message):
 )
 def test_targets_that_the_rule_does_not_reach(write, lab, launches, target, message):
   (lab.file.parent / "target.toml").write_text(f'extends = "base.toml"\n{target}')
-  named = ('base = "base.toml"', 'base = "base.toml"\ntarget = "target.toml"')
   with pytest.raises(ConfigError, match=message):
-    sweep.run(write(a=named), console())
+    sweep.run(write(a=TARGET), console())
   assert not launches.ids

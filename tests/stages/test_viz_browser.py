@@ -252,33 +252,20 @@ def test_from_the_runs_to_a_comparison_by_keyboard_alone(page, served, made):
   assert page.errors == []
 
 
-@pytest.mark.parametrize("latency", [0, 2500])
-def test_back_is_where_one_was(page, served, made, latency):
+@pytest.mark.parametrize(("latency", "limit_s"), [(0, 5), (2500, 10)])
+def test_back_is_where_one_was(page, served, made, latency, limit_s):
   """Also on a page that stands only once its data has come, and where each answer takes 2.5 s."""
   page.open(f"{served}/run/{made[1]['variant', 1]}")
   page.wait("document.querySelectorAll('.panel canvas').length >= 11")
   page.ask("scrollTo(0, 700)")
   page.ask("document.querySelector('header nav a[href$=\"/router\"]').click()")
   page.wait("document.querySelector('figure canvas') && scrollY == 0")
-  slow(page, latency)
-  page.ask("history.back()")
-  page.wait("!location.pathname.endsWith('/router') && scrollY == 700", 10)
-  slow(page, 0)
+  with page.slow(latency):
+    page.ask("history.back()")
+    page.wait("!location.pathname.endsWith('/router') && scrollY == 700", limit_s)
   page.ask("history.forward()")
-  page.wait("location.pathname.endsWith('/router') && scrollY == 0", 10)
+  page.wait("location.pathname.endsWith('/router') && scrollY == 0", 5)
   assert page.errors == []
-
-
-def slow(page, latency):
-  """Each request of the page takes so many milliseconds more."""
-  page.send("Network.enable")
-  page.send(
-    "Network.emulateNetworkConditions",
-    offline=False,
-    latency=latency,
-    downloadThroughput=-1,
-    uploadThroughput=-1,
-  )
 
 
 def test_enter_presses_what_has_the_focus_and_else_opens_the_row(page, served, made):
